@@ -1,0 +1,32 @@
+"""The embedded tiny model and its prompts, so that everything runs offline and in minutes.
+
+The model is a 1.1M-parameter GPT-2 that writes everyday remarks, replies and reviews, some of them rude. It
+is made from nothing but this package's own grammar by one command: see `build.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+_HERE = Path(__file__).resolve().parent
+
+
+def model_path() -> Path:
+    """Return the directory of the embedded model and its tokenizer, for `from_pretrained`."""
+    return _HERE / "model"
+
+
+def prompts_path(split: Literal["train", "eval"]) -> Path:
+    """Return the JSONL file of prompts, one `{"prompt": "..."}` per line.
+
+    Args:
+        split: "train" (about 4,000 prompts) or "eval" (about 300, from texts that neither the model nor the
+            training prompts ever saw).
+
+    Raises:
+        ValueError: if `split` is neither.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f'split is {split!r}; the built-in prompts have the splits "train" and "eval".')
+    return _HERE / f"prompts.{split}.jsonl"

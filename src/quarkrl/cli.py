@@ -1,0 +1,523 @@
+"""The command `quarkrl`: train, generate, evaluate, score, demo.
+
+A user's mistake ends with one line, `error: …`, and exit code 2; a finished command with 0. What a command is asked
+for goes to standard output; progress and notes go to standard error.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from quarkrl import __version__
+from quarkrl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quarkrl.config import QuarkConfig
+    from quarkrl.evaluation import Evaluation
+    from quarkrl.prompts import Prompts
+    from quarkrl.rewards import Scorer
+
+PRESETS = Path(__file__).parent / "presets"
+BUILTIN = "builtin"
+
+
+@dataclass
+class RunArguments:
+    """What `quarkrl train` needs beside `QuarkConfig`."""
+
+    model: str | None = field(default=None, metadata={"help": "Model to train: a directory, a hub name, or builtin."})
+    ref_model: str | None = field(default=None, metadata={"help": "Reference p_0; default: the model as it was."})
+    prompts: str | None = field(default=None, metadata={"help": "Prompts to explore: a file, a data set, or builtin."})
+    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, for evaluation each epoch."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
+    prompt_split: str = field(default="train", metadata={"help": "Split of a data set."})
+    reward: list[str] | None = field(
+        default=None,
+        metadata={"help": "profanity, vader, a classifier (directory or hub name), module:function, file.py:function."},
+    )
+    reward_label: str | None = field(
+        default=None, metadata={"help": "Label of a classifier whose probability is the reward, or 'not LABEL'."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or auto."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank (needs peft)."})
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        argv = sys.argv[1:] if argv is None else list(argv)
+        if argv[:1] == ["train"]:  # It has a parser of its own, made from the options' dataclasses.
+            train(*parse_train(argv[1:]))
+        else:
+            arguments = _parser().parse_args(argv)
+            arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing is left to say, and the interpreter must not try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="quarkrl", description="Teach a language model what not to do, with Quark.")
+    parser.add_argument("--version", action="version", version=f"quarkrl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="unlearn toxicity on the built-in model; minutes on a laptop")
+    demo.add_argument("--output_dir", default="runs/demo", help="where the run goes (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    commands.add_parser("train", help="train a model with Quark (quarkrl train --help lists its options)")
+
+    generate = commands.add_parser("generate", help="completions of a trained model, of any quantile")
+    generate.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+    source.add_argument("--prompts", metavar="FILE", help="prompts: a file or a data set")
+    generate.add_argument("--quantile", default="best", help="best, worst, or 0 (worst) to K-1 (default: %(default)s)")
+    generate.add_argument("--num_return_sequences", type=_count, default=1, metavar="N", help="for each prompt")
+    generate.add_argument("--json", action="store_true", help="a JSON object a line: prompt, completions")
+    _add_sampling(generate)
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("evaluate", help="measure a model beside its reference")
+    evaluate.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
+    evaluate.add_argument("--prompts", required=True, metavar="FILE", help="prompts: a file or a data set")
+    _add_reward(evaluate)
+    evaluate.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
+    evaluate.add_argument("--quantiles", nargs="+", default=["best", "worst"], help="which, a row each")
+    evaluate.add_argument("--samples", type=_count, default=25, help="completions for each prompt (default: 25)")
+    evaluate.add_argument("--limit", type=_count, help="use the first so many prompts only")
+    evaluate.add_argument("--output", metavar="FILE", help="write figures, protocol and completions as JSON")
+    _add_sampling(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    score = commands.add_parser("score", help="score texts, to get to know a reward before training on it")
+    score.add_argument("file", help="texts: .txt (one a line), .jsonl, .csv, .parquet; - reads lines from stdin")
+    score.add_argument("--column", help="column that holds the text (default: completion, text or prompt)")
+    score.add_argument("--json", action="store_true", help="a JSON object a line: text, reward")
+    _add_reward(score)
+    score.set_defaults(run=_score)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_new_tokens", type=int, default=20, help="tokens of a completion (default: 20)")
+    parser.add_argument("--min_new_tokens", type=int, default=0, help="tokens before EOS may come (default: 0)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1.0)")
+    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus (default: 0.9)")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--batch_size", type=_count, default=128, help="completions at a time (default: 128)")
+
+
+def _add_reward(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reward", nargs="+", required=True, metavar="REWARD", help=_reward_help())
+    parser.add_argument("--reward_label", help="label of a classifier, or 'not LABEL'")
+
+
+def _reward_help() -> str:
+    return RunArguments.__dataclass_fields__["reward"].metadata["help"]
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: want at least 1")
+    return value
+
+
+# Commands.
+
+
+def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[str, Any]]:
+    """Flags and file of `quarkrl train` as objects, and the options given by either, for `config.yaml`.
+
+    The file's entries become flags put before the user's own, so that both are read, checked and reported alike, and
+    a flag beats the file.
+    """
+    from transformers import HfArgumentParser
+
+    from quarkrl.config import QuarkConfig
+
+    class TrainParser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = TrainParser(
+        [RunArguments, QuarkConfig],  # type: ignore[list-item]
+        prog="quarkrl train",
+        description="Train a model with Quark. Every field of transformers.TrainingArguments is an option too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="PRESET|FILE", help=f"a YAML file, or one of {', '.join(preset_names())}")
+    known = {action.dest: action for action in parser._actions}
+    pre = Parser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config")
+    config_name = pre.parse_known_args(argv)[0].config
+    entries = load_config(config_name, list(known)) if config_name else {}
+    found, unknown = parser.parse_known_args([*_as_flags(entries), *argv])
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), list(known), '--')}")
+    values = vars(found)
+    values.pop("config")
+    parts = []
+    for kind in (RunArguments, QuarkConfig):
+        names = {f.name for f in dataclasses.fields(kind) if f.init}
+        try:
+            parts.append(kind(**{name: value for name, value in values.items() if name in names}))
+        except UserError:
+            raise
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from error
+    defaults = {a.dest: a.default for a in parser._actions}
+    given = {name: value for name, value in values.items() if value != defaults[name]}
+    return parts[0], parts[1], given  # type: ignore[return-value]
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(name: str, known: Sequence[str]) -> dict[str, Any]:
+    """A preset's or a file's entries.
+
+    Raises:
+        UserError: no such file or preset, no YAML mapping, or a key that is no option.
+    """
+    import yaml
+
+    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name)
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = _nearest(name, preset_names())
+        raise UserError(
+            f"config {name!r}: no such file or preset{near}; presets: {', '.join(preset_names())}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: want a mapping of options to values, got {type(entries).__name__}")
+    for key in entries:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+    return entries
+
+
+def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
+    for key, value in entries.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            yield from (f"--{key}", *map(str, value))
+        else:
+            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def _nearest(word: str, known: Sequence[str], dashes: str = "") -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {dashes}{match[0]}?" if match else ""
+
+
+def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Path:
+    """Train as `quarkrl train` does; returns where the final model is."""
+    import yaml
+    from transformers import AutoModelForCausalLM  # noqa: F401  (fails early where torch is missing)
+
+    from quarkrl.generation import load_model, load_tokenizer
+    from quarkrl.trainer import QuarkTrainer
+
+    for name in ("model", "prompts", "reward"):
+        if getattr(run, name) is None:
+            raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
+    output_dir = Path(config.output_dir)
+    resuming = config.resume_from_checkpoint is not None
+    if not resuming and any((output_dir / name).exists() for name in ("pool", "final", "config.yaml")):
+        raise UserError(f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir")
+    scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on)
+    path = _model_path(run.model or "")
+    tokenizer = load_tokenizer(path)
+    trainer = QuarkTrainer(
+        load_model(path, dtype=run.dtype),
+        scorer,
+        config,
+        train_dataset=_prompts(run, run.prompts or "", config.skip_bad_prompts),
+        eval_dataset=_prompts(run, run.eval_prompts, config.skip_bad_prompts, "eval") if run.eval_prompts else None,
+        processing_class=tokenizer,
+        ref_model=load_model(run.ref_model) if run.ref_model else None,
+        peft_config=_lora(run.lora_rank),
+    )
+    skipped = trainer.prompts.skipped
+    if skipped:
+        _note(f"prompts left out: {', '.join(f'{count} {reason}' for reason, count in skipped.items())}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    final = trainer.save_final()
+    _note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")
+    return final
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from quarkrl.generation import QuarkGenerator
+    from quarkrl.prompts import load_prompts
+
+    _quiet()
+    sampling = _sampling(arguments)
+    source = arguments.prompt if arguments.prompt else arguments.prompts
+    prompts = load_prompts(source).prompts
+    generator = QuarkGenerator.from_pretrained(_model_path(arguments.model))
+    completions = generator.generate(
+        prompts,
+        quantile=arguments.quantile,
+        num_return_sequences=arguments.num_return_sequences,
+        seed=arguments.seed,
+        **dataclasses.asdict(sampling),
+    )
+    for prompt, texts in zip(prompts, completions, strict=True):
+        if arguments.json:
+            print(json.dumps({"prompt": prompt, "completions": texts}, ensure_ascii=False))
+        else:
+            for text in texts:
+                print(f"{prompt}{text}" if isinstance(prompt, str) else text)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from quarkrl.prompts import load_prompts
+
+    _quiet()
+    scorer = _scorer(arguments.reward, arguments.reward_label)
+    source = _builtin_prompts("eval") if arguments.prompts == BUILTIN else arguments.prompts
+    prompts = load_prompts(source)
+    if arguments.limit:
+        prompts = prompts.first(arguments.limit)
+    evaluation = _evaluated(
+        _model_path(arguments.model),
+        prompts,
+        scorer,
+        reference=arguments.reference,
+        quantiles=arguments.quantiles,
+        sampling=_sampling(arguments),
+        samples=arguments.samples,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    _print_table(evaluation)
+    if arguments.output:
+        evaluation.save(arguments.output)
+        _note(f"figures, protocol and completions: {arguments.output}")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
+    from quarkrl.prompts import load_prompts
+
+    scorer = _scorer(arguments.reward, arguments.reward_label)
+    source: Any = arguments.file
+    if source == "-":
+        source = [line.rstrip("\n") for line in sys.stdin]
+    columns = [arguments.column] if arguments.column else ["completion", "text", "prompt"]
+    for column in columns:
+        try:
+            loaded = load_prompts(source, column=column)
+            break
+        except UserError:
+            if column == columns[-1]:
+                raise
+    texts = [str(text) for text in loaded.prompts]
+    ids: list[list[int]] = [[] for _ in texts]
+    rewards = scorer(["" for _ in texts], texts, ids, loaded.columns).rewards.mean(axis=1)
+    for text, reward in zip(texts, rewards, strict=True):
+        value = None if np.isnan(reward) else round(float(reward), 6)
+        if arguments.json:
+            print(json.dumps({"text": text, "reward": value}, ensure_ascii=False))
+        else:
+            print(f"{'-' if value is None else format(value, '.4f')}\t{text}")
+    found = rewards[~np.isnan(rewards)]
+    if len(found):
+        low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
+        _note(
+            f"{len(texts)} texts, {len(texts) - len(found)} unscored; reward mean {found.mean():.4f}, "
+            f"10 % below {low:.4f}, median {middle:.4f}, 10 % above {high:.4f}"
+        )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from quarkrl.prompts import load_prompts
+
+    run, config, given = parse_train(["--config", "tiny-toxicity", "--output_dir", arguments.output_dir])
+    _note("Unlearning toxicity on the built-in 1M-parameter model: explore, quantize, learn.")
+    final = train(run, config, given)
+    _quiet()
+    prompts = load_prompts(_builtin_prompts("eval"))
+    scorer = _scorer(run.reward or [], run.reward_label)
+    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN))
+    results = Path(arguments.output_dir) / "results.json"
+    evaluation.save(results)
+    _print_table(evaluation)
+    _print_side_by_side(evaluation, count=3)
+    _note(f"model: {final}   samples: {config.output_dir}/pool   results: {results}")
+    _note(f'try it: quarkrl generate {final} --prompt "You are" --quantile worst')
+
+
+# What the commands share.
+
+
+def _scorer(
+    rewards: Sequence[str], label: str | None, weights: list[float] | None = None, condition_on: str = "sum"
+) -> "Scorer":
+    from quarkrl.rewards import Scorer, resolve
+
+    return Scorer([resolve(name, label=label) for name in rewards], weights=weights, condition_on=condition_on)
+
+
+def _prompts(run: RunArguments, source: str, skip_bad: bool, split: str = "train") -> "Prompts":
+    from quarkrl.prompts import load_prompts
+
+    path = _builtin_prompts(split) if source == BUILTIN else source
+    return load_prompts(path, split=run.prompt_split, column=run.prompt_column, skip_bad=skip_bad)
+
+
+def _builtin_prompts(split: str) -> str:
+    from quarkrl.builtin import prompts_path
+
+    return str(prompts_path(split))  # type: ignore[arg-type]
+
+
+def _model_path(name: str) -> str:
+    from quarkrl.builtin import model_path
+
+    return str(model_path()) if name == BUILTIN else name
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError('lora_rank needs peft: pip install "quarkrl[peft]"') from error
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _sampling(arguments: argparse.Namespace) -> Any:
+    from quarkrl.generation import Sampling
+
+    return Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        min_new_tokens=arguments.min_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        do_sample=not arguments.greedy,
+    )
+
+
+def _evaluated(*args: Any, **kwargs: Any) -> "Evaluation":
+    """`evaluation.evaluate` with a bar for each row."""
+    from quarkrl.evaluation import evaluate
+
+    with _bars() as notify:
+        return evaluate(*args, notify=notify, **kwargs)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    from quarkrl.progress import new_bars
+
+    with new_bars(_console()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def notify(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"evaluate  {name}", total=total, figures="")
+            bars.update(tasks[name], completed=done)
+
+        yield notify
+
+
+def _print_table(evaluation: "Evaluation") -> None:
+    """Metrics down, models across."""
+    from rich.table import Table
+
+    rows = evaluation.rows
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.name if row.name in ("reference", "model") else f"{row.name} token", justify="right")
+    for metric in rows[0].figures:
+        values = [row.figures[metric] for row in rows]
+        table.add_row(metric, *(f"{value:.1f}" if metric == "perplexity" else f"{value:.3f}" for value in values))
+    _console(stderr=False).print(table)
+    protocol = evaluation.protocol
+    print(
+        f"{protocol['prompts']['count']} prompts, {protocol['samples_per_prompt']} samples each, "
+        f"top-p {protocol['sampling']['top_p']}, {protocol['sampling']['max_new_tokens']} tokens; "
+        f"perplexity under {protocol['perplexity_model']}"
+    )
+
+
+def _print_side_by_side(evaluation: "Evaluation", count: int) -> None:
+    from rich.table import Table
+
+    table = Table(show_lines=True)
+    table.add_column("prompt", ratio=2)
+    for row in evaluation.rows:
+        table.add_column(row.name if row.name == "reference" else f"{row.name} token", ratio=3)
+    # Where the reference is at its worst there is most to see; its worst completion stands beside the same draw of
+    # the others.
+    worst = evaluation.rows[0].rewards
+    order = worst.min(axis=1).argsort(kind="stable")
+    for i in order[:count]:
+        sample = int(worst[i].argmin())
+        table.add_row(str(evaluation.prompts.prompts[i]), *(row.completions[i][sample] for row in evaluation.rows))
+    _console(stderr=False).print(table)
+
+
+def _console(stderr: bool = True) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

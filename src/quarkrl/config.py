@@ -1,0 +1,158 @@
+"""`QuarkConfig`: every option of a training run, once."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from quarkrl.errors import UserError
+
+
+@dataclass
+class QuarkConfig(TrainingArguments):
+    """`transformers.TrainingArguments` plus Quark's own options; the defaults are the paper's toxicity settings.
+
+    `num_train_epochs` is not an option here: an iteration is an epoch, so `num_iterations` sets it.
+
+    Raises:
+        UserError: a value is impossible; the message names it, its limit and the remedy.
+    """
+
+    # What Quark sets otherwise than TrainingArguments does.
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate; decays linearly to 0."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam."})
+    warmup_steps: float = field(
+        default=0.02,
+        metadata={"help": "Warm-up: a number of steps, or below 1 a share of all (paper: 500 of 23,437)."},
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients at this norm; 0 does not clip."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Completions sampled at a time (eval)."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save; an epoch is an iteration."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: Quark makes its own batches."})
+
+    # The pool and its quantiles.
+    num_quantiles: int = field(default=5, metadata={"help": "K: quantiles, and reward tokens, per attribute."})
+    draw: Literal["uniform", "balanced"] = field(
+        default="uniform",
+        metadata={"help": "Draw samples uniformly, or quantiles uniformly and a sample within (balanced)."},
+    )
+
+    # The objective.
+    kl_coef: float = field(default=0.05, metadata={"help": "β: weight of the KL term; 0 turns it off."})
+    kl_direction: Literal["policy_ref", "ref_policy"] = field(
+        default="policy_ref",
+        metadata={"help": "KL(policy || ref) as the official code, or KL(ref || policy) as the paper."},
+    )
+    entropy_coef: float = field(default=0.06, metadata={"help": "α: weight of the entropy bonus; 0 turns it off."})
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt β to this KL per completion, in nats (official code: 3); None: fixed."},
+    )
+    entropy_target: float | None = field(
+        default=None,
+        metadata={"help": "Adapt α to this entropy per completion, in nats (official code: 40)."},
+    )
+    coef_horizon: int = field(default=2500, metadata={"help": "Samples over which β and α adapt (official code)."})
+
+    # The iterations.
+    num_iterations: int = field(default=47, metadata={"help": "Explorations, each followed by learning."})
+    steps_per_iteration: int = field(default=500, metadata={"help": "Optimizer steps after each exploration."})
+    prompts_per_iteration: int | None = field(
+        default=None, metadata={"help": "Prompts explored in an iteration, taken in turn; None: all of them."}
+    )
+
+    # Exploring.
+    samples_per_prompt: int = field(default=1, metadata={"help": "Completions sampled for each prompt explored."})
+    max_completion_length: int = field(default=20, metadata={"help": "Tokens of a completion, EOS included."})
+    min_completion_length: int = field(
+        default=3, metadata={"help": "EOS is not among the first so many tokens (official code: 3)."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of exploring."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of exploring; 1 keeps all."})
+    generation_batch_size: int = field(default=128, metadata={"help": "Completions sampled at a time."})
+    max_unscored_share: float = field(
+        default=0.5,
+        metadata={"help": "Stop when a larger share of an exploration's rewards are None or not finite."},
+    )
+
+    skip_bad_prompts: bool = field(
+        default=False, metadata={"help": "Leave out and count prompts that cannot be used, rather than stop."}
+    )
+
+    # Rewards.
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward in the sum; None: 1 each."}
+    )
+    condition_on: Literal["sum", "each"] = field(
+        default="sum", metadata={"help": "One reward token for the weighted sum, or one for each reward."}
+    )
+    reward_ceiling: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards above this count as equal to it: what is good enough is not ranked further, "
+            "so that the best quantile keeps all of it (see docs/algorithm.md)."
+        },
+    )
+
+    # Evaluating while training.
+    eval_top_p: float = field(default=0.9, metadata={"help": "Nucleus of evaluating (paper: 0.9)."})
+    eval_samples_per_prompt: int = field(default=1, metadata={"help": "Completions for each evaluation prompt."})
+
+    def __post_init__(self) -> None:
+        if self.max_steps > 0:
+            raise UserError(
+                f"max_steps {self.max_steps}: not used; set --num_iterations and --steps_per_iteration (their product)"
+            )
+        self.num_train_epochs = self.num_iterations
+        for name, low in {
+            "num_quantiles": 2,
+            "num_iterations": 1,
+            "steps_per_iteration": 1,
+            "prompts_per_iteration": 1,
+            "samples_per_prompt": 1,
+            "max_completion_length": 1,
+            "min_completion_length": 0,
+            "generation_batch_size": 1,
+            "eval_samples_per_prompt": 1,
+            "coef_horizon": 1,
+            "kl_coef": 0,
+            "entropy_coef": 0,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+        }.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise UserError(f"{name} {value}: want at least {low}")
+        for name in ("temperature", "kl_target", "entropy_target"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} {value}: want more than 0")
+        for name in ("top_p", "eval_top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)}: want more than 0 and at most 1")
+        if not 0 <= self.max_unscored_share <= 1:
+            raise UserError(f"max_unscored_share {self.max_unscored_share}: want a share from 0 to 1")
+        if self.min_completion_length > self.max_completion_length:
+            raise UserError(
+                f"min_completion_length {self.min_completion_length}: want at most max_completion_length, "
+                f"{self.max_completion_length}"
+            )
+        choices = {
+            "draw": ("uniform", "balanced"),
+            "kl_direction": ("policy_ref", "ref_policy"),
+            "condition_on": ("sum", "each"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r}: want {' or '.join(allowed)}")
+        if self.kl_target is not None and not self.kl_coef:
+            raise UserError("kl_target with kl_coef 0: nothing to adapt; set --kl_coef above 0 or drop --kl_target")
+        if self.entropy_target is not None and not self.entropy_coef:
+            raise UserError("entropy_target with entropy_coef 0: nothing to adapt; set --entropy_coef above 0")
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
+        super().__post_init__()

@@ -1,0 +1,213 @@
+"""The objective of Quark as pure functions of tensors.
+
+For one completion token with policy logits z over V original and K reward tokens, and reference logits over V:
+
+    loss = NLL + kl_coef * KL - entropy_coef * H
+
+- NLL = -log softmax(z)[target], over all V + K tokens: reward tokens are conditions, never outputs, and the
+  softmax over all of them is what teaches the policy so.
+- KL is exact, over the V original tokens with the policy renormalised on them: KL(policy || ref) by default
+  ("policy_ref", as the official code), or KL(ref || policy) ("ref_policy", as the paper writes it).
+- H is the entropy of the same renormalised policy distribution (official code; not in the paper).
+
+`quark_loss` computes value and gradient together, a slice of positions at a time, so that beside the two logits
+and one gradient nothing of size tokens x vocabulary lives long; `quark_loss_plain` is the same in five lines of
+autograd, for reading and for the tests that hold the two together.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KLDirection = Literal["policy_ref", "ref_policy"]
+
+# Rows handled at a time: small enough for a slice to stay near the cache, large enough to keep vector units busy.
+_ROWS_PER_CHUNK = 128
+
+
+class QuarkLoss(NamedTuple):
+    """The objective and its parts, each a scalar: the mean over T completion tokens, in nats."""
+
+    total: Tensor
+    nll: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def quark_loss(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    *,
+    kl_coef: float,
+    entropy_coef: float,
+    kl_direction: KLDirection = "policy_ref",
+) -> QuarkLoss:
+    """Quark's loss over completion tokens; only `total` carries a gradient, and only to `policy_logits`.
+
+    Args:
+        policy_logits: `(T, V + K)`, the policy's logits where each completion token is predicted; K may be 0.
+        ref_logits: `(T, V)`, the reference's logits at the same places; None leaves the KL term out (reported as 0).
+        targets: `(T,)`, the completion token ids, each below V + K.
+        kl_coef: β, the weight of the KL term; at least 0.
+        entropy_coef: α, the weight of the entropy bonus; at least 0.
+        kl_direction: "policy_ref" for KL(policy || ref), "ref_policy" for KL(ref || policy).
+
+    Returns:
+        The means over T of total, NLL, KL and entropy. With T = 0 all are 0.
+
+    Raises:
+        ValueError: the shapes do not agree, or `kl_direction` is neither of the two.
+
+    Source: Lu et al. 2022 (arXiv 2205.13636), eq. 2; the official code for the KL direction and the entropy bonus.
+    """
+    _check(policy_logits, ref_logits, targets, kl_direction)
+    return QuarkLoss(*_QuarkLossFunction.apply(policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction))
+
+
+def quark_loss_plain(
+    policy_logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    *,
+    kl_coef: float,
+    entropy_coef: float,
+    kl_direction: KLDirection = "policy_ref",
+) -> QuarkLoss:
+    """`quark_loss` written with plain autograd: the same arguments, the same result to rounding, more memory."""
+    _check(policy_logits, ref_logits, targets, kl_direction)
+    vocab_size = policy_logits.shape[-1] if ref_logits is None else ref_logits.shape[-1]
+    nll = F.cross_entropy(_wide(policy_logits), targets)
+    log_p = F.log_softmax(_wide(policy_logits[:, :vocab_size]), dim=-1)  # (T, V)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    kl = torch.zeros_like(nll)
+    if ref_logits is not None:
+        log_q = F.log_softmax(_wide(ref_logits), dim=-1)
+        first, second = (log_p, log_q) if kl_direction == "policy_ref" else (log_q, log_p)
+        kl = (first.exp() * (first - second)).sum(-1).mean()
+    return QuarkLoss(nll + kl_coef * kl - entropy_coef * entropy, nll, kl, entropy)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least single precision: exponentials and sums of bf16 logits are not taken in bf16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check(policy_logits: Tensor, ref_logits: Tensor | None, targets: Tensor, kl_direction: str) -> None:
+    if policy_logits.ndim != 2 or targets.shape != policy_logits.shape[:1]:
+        raise ValueError(
+            f"policy_logits {tuple(policy_logits.shape)} and targets {tuple(targets.shape)}: want (T, V + K) and (T,)"
+        )
+    if ref_logits is not None and (
+        ref_logits.shape[0] != policy_logits.shape[0] or ref_logits.shape[1] > policy_logits.shape[1]
+    ):
+        raise ValueError(
+            f"ref_logits {tuple(ref_logits.shape)} beside policy_logits {tuple(policy_logits.shape)}: want (T, V), "
+            "V at most the policy's vocabulary"
+        )
+    if kl_direction not in ("policy_ref", "ref_policy"):
+        raise ValueError(f'kl_direction {kl_direction!r}: want "policy_ref" or "ref_policy"')
+
+
+class _QuarkLossFunction(torch.autograd.Function):
+    """Value and gradient in one pass over slices of positions.
+
+    With p the policy over V + K, p' renormalised on the V original tokens and q the reference, the gradients in z:
+        NLL              p - onehot(target)
+        KL(p' || q)      p' * (log p' - log q - KL)
+        KL(q || p')      p' - q
+        H                -p' * (log p' + H)
+    """
+
+    @staticmethod
+    def forward(ctx, policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction):  # type: ignore[override]
+        tokens = len(targets)
+        vocab_size = policy_logits.shape[-1] if ref_logits is None else ref_logits.shape[-1]
+        sums = _wide(policy_logits.new_zeros(3))
+        needs_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(policy_logits) if needs_grad else None
+        for start in range(0, tokens, _ROWS_PER_CHUNK):
+            rows = slice(start, start + _ROWS_PER_CHUNK)
+            z = _wide(policy_logits[rows])  # (R, V + K)
+            target = targets[rows, None]
+            log_norm = z.logsumexp(-1, keepdim=True)
+            nll = log_norm - z.gather(-1, target)
+            log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
+            p = log_p.exp()
+            entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
+            kl = torch.zeros_like(nll)
+            if ref_logits is not None:
+                log_q = F.log_softmax(_wide(ref_logits[rows]), dim=-1)
+                if kl_direction == "policy_ref":
+                    kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
+                else:
+                    q = log_q.exp()
+                    kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
+            sums += torch.stack((nll.sum(), kl.sum(), entropy.sum()))
+            if grad is None:
+                continue
+            dz = (z - log_norm).exp_()
+            dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
+            original = dz[:, :vocab_size]
+            if ref_logits is not None and kl_coef and kl_direction == "ref_policy":
+                original.add_(p - q, alpha=kl_coef)
+            # p' * (weight * log p' - log q * kl_coef + shift): the KL(p' || q) and entropy terms share their log p'.
+            weight, shift = entropy_coef, entropy_coef * entropy
+            if ref_logits is not None and kl_coef and kl_direction == "policy_ref":
+                weight, shift = weight + kl_coef, shift - kl_coef * kl
+                inner = torch.add(log_p * weight, log_q, alpha=-kl_coef)
+            else:
+                inner = log_p * weight
+            if weight:
+                original.addcmul_(p, inner.add_(shift))
+            grad[rows] = dz
+        means = sums / max(tokens, 1)
+        ctx.save_for_backward(grad)
+        ctx.tokens = tokens
+        nll, kl, entropy = means
+        total = nll + kl_coef * kl - entropy_coef * entropy
+        ctx.mark_non_differentiable(nll, kl, entropy)
+        return total, nll, kl, entropy
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        return grad * (grad_total / max(ctx.tokens, 1)), None, None, None, None, None
+
+
+def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """The logits that predict the completion tokens, and no others: prompts' and padding's are never computed.
+
+    The hidden states are narrowed on their way into the model's output layer, so whatever the model does to its
+    logits afterwards (soft-capping, scaling, casting) and whatever wraps it (DDP, adapters, autocast) still happens.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        input_ids: `(batch, length)`, right-padded.
+        attention_mask: `(batch, length)`, 1 = counts.
+        labels: `(batch, length)`, the token id at completion positions, -100 elsewhere; never at position 0.
+
+    Returns:
+        `(T, V)`, in the order of `labels[labels != -100]`.
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != -100
+
+    def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (hidden,) = inputs  # (batch, length, width)
+        return (hidden[predicts],)  # (T, width)
+
+    handle = output_layer(model).register_forward_pre_hook(narrow)
+    try:
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer that turns hidden states into logits, under whatever wraps the model."""
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module  # type: ignore[assignment]
+    return model.get_output_embeddings()  # type: ignore[operator]

@@ -1,0 +1,259 @@
+"""The data pool: every sample ever drawn, as flat arrays of token ids with offsets, and their quantiles.
+
+A sample is a prompt, a completion and one reward per attribute. The pool only grows; `quantize` cuts all of it
+anew, so an old sample's quantile can drop as better ones arrive. Quantile 0 is the worst, K - 1 the best (the
+official code counts the other way).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from quarkrl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the pool: token ids, and its quantile under each attribute."""
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    quantiles: np.ndarray
+
+
+class DataPool:
+    """Samples with rewards, cut into `num_quantiles` by each of `attributes`.
+
+    Args:
+        num_quantiles: K, at least 2.
+        attributes: the names of the rewards a sample carries; A of them.
+    """
+
+    def __init__(self, num_quantiles: int, attributes: Sequence[str] = ("reward",)):
+        if num_quantiles < 2:
+            raise UserError(f"num_quantiles {num_quantiles}: want at least 2, for there to be a best and a worst")
+        self.num_quantiles = num_quantiles
+        self.attributes = tuple(attributes)
+        self._tokens = _Growing(np.int32)  # prompt then completion, sample after sample
+        self._ends = _Growing(np.int64, width=2)  # where each sample's prompt and completion end in _tokens
+        self._rewards = _Growing(np.float64, width=len(self.attributes))
+        self._iterations = _Growing(np.int32)
+        self._quantiles: np.ndarray | None = None
+        self.edges = np.full((len(self.attributes), num_quantiles - 1), np.nan)
+
+    def __len__(self) -> int:
+        return len(self._iterations)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """`(N, A)`: the reward of each sample under each attribute."""
+        return self._rewards.view
+
+    @property
+    def iterations(self) -> np.ndarray:
+        """`(N,)`: the iteration that drew each sample."""
+        return self._iterations.view
+
+    @property
+    def quantiles(self) -> np.ndarray:
+        """`(N, A)`: the quantile of each sample, as of the last `quantize`; -1 for samples added since."""
+        missing = len(self) - (0 if self._quantiles is None else len(self._quantiles))
+        added = np.full((missing, len(self.attributes)), -1, dtype=np.int16)
+        return added if self._quantiles is None else np.concatenate((self._quantiles, added))
+
+    def add(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        rewards: Sequence[float] | np.ndarray,
+        *,
+        iteration: int,
+    ) -> None:
+        """Append n samples.
+
+        Args:
+            prompt_ids: n sequences of token ids, without any reward token.
+            completion_ids: n sequences of token ids, as sampled (EOS included where it was sampled).
+            rewards: `(n,)` or `(n, A)`; finite, higher is better.
+            iteration: which exploration drew them.
+
+        Raises:
+            ValueError: the lengths differ, or a reward is not finite.
+        """
+        scores = np.asarray(rewards, dtype=np.float64).reshape(len(prompt_ids), len(self.attributes))
+        if len(completion_ids) != len(prompt_ids):
+            raise ValueError(f"{len(prompt_ids)} prompts and {len(completion_ids)} completions: want as many")
+        if not np.isfinite(scores).all():
+            raise ValueError("a reward is not finite: leave such samples out before adding to the pool")
+        ends = np.cumsum([[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)])
+        flat = [i for pair in zip(prompt_ids, completion_ids, strict=True) for ids in pair for i in ids]
+        self._ends.extend(ends.reshape(-1, 2) + len(self._tokens))
+        self._tokens.extend(np.array(flat, dtype=np.int32))
+        self._rewards.extend(scores)
+        self._iterations.extend(np.full(len(prompt_ids), iteration, dtype=np.int32))
+
+    def quantize(self, ceiling: float | None = None) -> None:
+        """Cut the whole pool into K quantiles by each attribute.
+
+        Without ties the sizes differ by at most one. Equal rewards share a quantile: that of the highest-ranked
+        among them, so the best quantile is never empty. A sample's quantile is the number of `edges` its reward
+        reaches; `edges` is `(A, K - 1)`, and edge k is the reward of rank ceil(k N / K), counted from 0.
+
+        Args:
+            ceiling: a reward that is good enough. Where more than 1 / K of the pool reaches it, all of those are the
+                best quantile, and the K - 1 others cut the rest evenly.
+
+        Raises:
+            UserError: fewer samples than quantiles.
+        """
+        if len(self) < self.num_quantiles:
+            raise UserError(
+                f"{len(self)} scored samples for {self.num_quantiles} quantiles: want at least one each; "
+                "sample more per iteration or lower --num_quantiles"
+            )
+        self._quantiles = np.empty(self.rewards.shape, dtype=np.int16)
+        for a, rewards in enumerate(self.rewards.T):
+            self.edges[a] = _edges(rewards, self.num_quantiles)
+            if ceiling is not None and ceiling < self.edges[a, -1]:
+                below = rewards[rewards < ceiling]
+                self.edges[a, -1] = ceiling
+                self.edges[a, :-1] = _edges(below, self.num_quantiles - 1) if len(below) else ceiling
+            self._quantiles[:, a] = np.searchsorted(self.edges[a], rewards, side="right")
+
+    def draw(self, n: int, rng: np.random.Generator, *, balanced: bool = False) -> np.ndarray:
+        """Indices of n samples, with replacement.
+
+        Args:
+            n: how many.
+            rng: where chance comes from.
+            balanced: draw a combination of quantiles first, uniformly over those that occur, then a sample in it
+                (the paper's words; over-samples rare quantiles where rewards tie). Default: uniform over samples,
+                which is the same where the quantiles are of equal size.
+
+        Returns:
+            `(n,)` indices.
+        """
+        if not balanced:
+            return rng.integers(len(self), size=n)
+        assert self._quantiles is not None and len(self._quantiles) == len(self), "quantize before a balanced draw"
+        _, groups = np.unique(self._quantiles, axis=0, return_inverse=True)
+        order = np.argsort(groups, kind="stable")
+        sizes = np.bincount(groups)
+        starts = np.cumsum(sizes) - sizes
+        group = rng.integers(len(sizes), size=n)
+        return order[starts[group] + (rng.random(n) * sizes[group]).astype(np.int64)]
+
+    def __getitem__(self, index: int) -> Sample:
+        prompt_end, end = self._ends.view[index]
+        start = self._ends.view[index - 1, 1] if index else 0
+        tokens = self._tokens.view
+        assert self._quantiles is not None, "quantize before reading samples"
+        return Sample(tokens[start:prompt_end], tokens[prompt_end:end], self._quantiles[index])
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write each iteration not yet on disk to `directory/iteration-NNNNNN.parquet`.
+
+        A file appears whole or not at all. Columns: `prompt_ids`, `completion_ids` and one column per attribute.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for iteration in np.unique(self.iterations):
+            target = directory / f"iteration-{iteration:06d}.parquet"
+            if target.exists():
+                continue
+            temporary = target.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                pq.write_table(self._table(np.flatnonzero(self.iterations == iteration)), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike,
+        num_quantiles: int,
+        attributes: Sequence[str],
+        before: int | None = None,
+    ) -> "DataPool":
+        """Read what `save` wrote; the quantiles are cut anew by the next `quantize`.
+
+        Args:
+            directory: a run's `pool/`.
+            num_quantiles: K, as in the constructor.
+            attributes: the rewards' names, as in the constructor.
+            before: leave out this iteration and later ones.
+
+        Raises:
+            UserError: a file is damaged, or lacks one of the attributes.
+        """
+        pool = cls(num_quantiles, attributes)
+        for path in sorted(Path(directory).glob("iteration-*.parquet")):
+            iteration = int(path.stem.rpartition("-")[2])
+            if before is not None and iteration >= before:
+                continue
+            try:
+                table = pq.read_table(path, columns=["prompt_ids", "completion_ids", *pool.attributes])
+                pool._extend(table, iteration)
+            except (pa.ArrowException, KeyError) as error:
+                detail = str(error).splitlines()[0]
+                raise UserError(f"{path}: not a pool file with {', '.join(pool.attributes)} ({detail})") from error
+        return pool
+
+    def _table(self, rows: np.ndarray) -> pa.Table:
+        """The given rows, which follow one another, as an Arrow table."""
+        first, last = rows[0], rows[-1] + 1
+        ends = self._ends.view[first:last]
+        starts = np.concatenate(([self._ends.view[first - 1, 1] if first else 0], ends[:-1, 1]))
+        lengths = {"prompt_ids": (starts, ends[:, 0]), "completion_ids": (ends[:, 0], ends[:, 1])}
+        columns = {name: _lists(self._tokens.view, begin, end) for name, (begin, end) in lengths.items()}
+        rewards = {name: self.rewards[first:last, a] for a, name in enumerate(self.attributes)}
+        return pa.table({**columns, **rewards})
+
+    def _extend(self, table: pa.Table, iteration: int) -> None:
+        prompts, completions = (table[name].to_pylist() for name in ("prompt_ids", "completion_ids"))
+        rewards = np.column_stack([table[name].to_numpy() for name in self.attributes])
+        self.add(prompts, completions, rewards, iteration=iteration)
+
+
+def _edges(rewards: np.ndarray, parts: int) -> np.ndarray:
+    """The lowest rewards of all but the worst of `parts` equal parts: those of rank ceil(k N / parts)."""
+    ranks = -(-np.arange(1, parts) * len(rewards) // parts)
+    ranks = np.minimum(ranks, len(rewards) - 1)  # Only where there are fewer rewards than parts.
+    return np.partition(rewards, ranks)[ranks] if len(ranks) else ranks.astype(float)
+
+
+def _lists(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pa.ListArray:
+    """An Arrow list column of `tokens[begin[i]:end[i]]`."""
+    offsets = np.concatenate(([0], np.cumsum(end - begin)))
+    position = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens[position]))
+
+
+class _Growing:
+    """A numpy array one can append to; room doubles when it runs out."""
+
+    def __init__(self, dtype: type, width: int | None = None):
+        self._data = np.empty((1024,) if width is None else (1024, width), dtype=dtype)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def view(self) -> np.ndarray:
+        return self._data[: self._length]
+
+    def extend(self, values: np.ndarray) -> None:
+        needed = self._length + len(values)
+        if needed > len(self._data):
+            grown = np.empty((max(needed, 2 * len(self._data)), *self._data.shape[1:]), dtype=self._data.dtype)
+            grown[: self._length] = self.view
+            self._data = grown
+        self._data[self._length : needed] = values
+        self._length = needed

@@ -1,0 +1,92 @@
+"""Rewards: any function that scores text, higher is better.
+
+    resolve("profanity")                              # a name of REWARDS
+    resolve("my_rewards.py:kindness")                 # a function of a file, or module:function
+    resolve("unitary/toxic-bert", label="not toxic")  # a sequence classifier, from the hub or a directory
+    Scorer(["vader", my_function], weights=[1, 0.5])(prompts, completions, completion_ids, columns).rewards
+
+A reward is called by keyword, `f(prompts, completions, completion_ids, **columns)`, with as much of that as
+it accepts, and returns one number per completion, or None where it has none. It may be `async`.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from quarkrl.errors import UserError
+from quarkrl.rewards.classifier import Classifier
+from quarkrl.rewards.functions import load_function
+from quarkrl.rewards.profanity import Profanity
+from quarkrl.rewards.scorer import Scorer, Scores
+from quarkrl.rewards.vader import Vader
+
+__all__ = ["REWARDS", "Classifier", "Profanity", "Scorer", "Scores", "Vader", "load_function", "resolve"]
+
+REWARDS: dict[str, Callable[[], Callable[..., Any]]] = {
+    "profanity": Profanity,
+    "vader": Vader,
+    "vader-negative": partial(Vader, negative=True),
+}
+
+
+def resolve(
+    spec: str | os.PathLike[str] | Callable[..., Any],
+    *,
+    label: str | int | None = None,
+    unwanted: str | None = None,
+    device: str | None = None,
+) -> Callable[..., Any]:
+    """The reward function that `spec` means.
+
+    Args:
+        spec: a callable (taken as it is), a name of `REWARDS`, `file.py:function`, `module:function`, or a
+            sequence classifier's directory or hub name.
+        label: for a classifier, the label whose probability is the reward, or "not LABEL" for 1 - P(LABEL).
+        unwanted: for a classifier, the name of what 1 - reward measures, such as "toxicity".
+        device: for a classifier, where it runs; the accelerator by default, if there is one.
+
+    Raises:
+        UserError: nothing usable goes by that name, or `label` or `unwanted` is given without a classifier.
+    """
+    if isinstance(spec, os.PathLike):
+        spec = os.fspath(spec)
+    if not isinstance(spec, str):
+        reward = _checked_callable(spec)
+    elif spec in REWARDS:
+        reward = REWARDS[spec]()
+    elif not os.path.isdir(os.path.expanduser(spec)) and (":" in spec or spec.endswith(".py")):
+        reward = _checked_callable(load_function(spec), spec)
+    else:
+        _refuse_misspelt(spec)
+        return Classifier(spec, label=label, unwanted=unwanted, device=device)
+    for option, value in {"label": label, "unwanted": unwanted}.items():
+        if value is not None:
+            raise UserError(f"{option} is {value!r}, but reward {spec!r} is no classifier: leave {option} out")
+    return reward
+
+
+def _checked_callable(reward: Any, spec: str | None = None) -> Callable[..., Any]:
+    what = f"reward {spec!r}" if spec else f"reward {reward!r}"
+    if inspect.isclass(reward):
+        raise UserError(f"{what} is a class: give an object of it, {reward.__name__}(…)")
+    if not callable(reward):
+        wanted = "a function" if spec else "a function, a name or a path"
+        raise UserError(f"{what} is of type {type(reward).__name__}: {wanted} is wanted")
+    return reward
+
+
+def _refuse_misspelt(spec: str) -> None:
+    """Say so at once where a name can be neither a directory nor on the hub, or is nearly one of ours."""
+    known = ", ".join(REWARDS)
+    near = get_close_matches(spec.lower(), REWARDS, n=1, cutoff=0.7)
+    if not spec.strip():
+        raise UserError(f"the reward's name is empty: give one of {known}, file.py:function, or a classifier")
+    if os.path.isdir(os.path.expanduser(spec)):
+        return
+    if near:
+        raise UserError(f"there is no reward {spec!r}: did you mean {near[0]!r}? (known: {known})")
+    if spec.startswith((".", "/", "~")) or "\\" in spec or spec.count("/") > 1:
+        raise UserError(f"reward {spec!r}: there is no such directory")
