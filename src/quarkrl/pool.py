@@ -60,6 +60,11 @@ class DataPool:
         return self._iterations.view
 
     @property
+    def lengths(self) -> np.ndarray:
+        """`(N,)`: how many tokens each sample has, prompt and completion."""
+        return np.diff(self._ends.view[:, 1], prepend=0)
+
+    @property
     def quantiles(self) -> np.ndarray:
         """`(N, A)`: the quantile of each sample, as of the last `quantize`; -1 for samples added since."""
         missing = len(self) - (0 if self._quantiles is None else len(self._quantiles))

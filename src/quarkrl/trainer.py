@@ -304,7 +304,8 @@ class QuarkTrainer(Trainer):
         args = self.args
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
-        self.drawn = self.pool.draw(self.draws_per_iteration, rng, balanced=args.draw == "balanced")
+        drawn = self.pool.draw(self.draws_per_iteration, rng, balanced=args.draw == "balanced")
+        self.drawn = _bucketed(drawn, self.pool.lengths[drawn], args.train_batch_size, rng)
 
     def restore_pool(self, before: int) -> None:
         """Read back what the iterations before the given one sampled."""
@@ -530,6 +531,16 @@ class _Means:
         *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
         self._logged = torch.zeros_like(self._logged)
         return {name: value / max(tokens, 1) for name, value in zip(self.names, sums, strict=True)}
+
+
+def _bucketed(drawn: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """The draws with those of like length side by side: within stretches of 50 batches, whose order stays random."""
+    order = []
+    for stretch in np.split(np.arange(len(drawn)), range(50 * batch_size, len(drawn), 50 * batch_size)):
+        by_length = stretch[np.argsort(lengths[stretch], kind="stable")]
+        batches = by_length.reshape(-1, batch_size)
+        order.append(rng.permutation(batches).reshape(-1))
+    return drawn[np.concatenate(order)]
 
 
 def _padded(prompts: list[list[int]], completions: list[list[int]]) -> dict[str, Tensor]:
