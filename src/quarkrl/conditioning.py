@@ -9,6 +9,7 @@ so does its chat template, so that a saved model is steered wherever plain trans
 import copy
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,6 +152,13 @@ class Conditioning:
             steered.chat_template = _steered_template(steered.chat_template, text, steered.bos_token)
         return steered
 
+    def trained_by(self, peft_config: Any) -> Any:
+        """A copy of an adapter's config by which the rows of the reward tokens are trained too."""
+        peft_config = copy.deepcopy(peft_config)
+        if getattr(peft_config, "trainable_token_indices", False) is None and not peft_config.modules_to_save:
+            peft_config.trainable_token_indices = [i for row in self.token_ids for i in row]
+        return peft_config
+
     def save(self, directory: str | os.PathLike, **facts: Any) -> None:
         """Write `quark.json`: the conditioning, and whatever facts of the run belong with the model."""
         target = Path(directory) / FACTS_FILE
@@ -222,9 +230,12 @@ def _draw_rows(model: PreTrainedModel, ids: Sequence[int], vocab_size: int, seed
 
 def _steered_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
     """A chat template that renders as before, with the reward tokens in front (after BOS, if it renders BOS)."""
-    bos = json.dumps(bos_token or "")
+    # transformers' environment drops a newline behind a tag, blanks before one, and the newline that ends a template:
+    # so the template starts on a line of its own, the closing tag keeps (+) what is before it, and that newline goes.
+    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
+    bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))
     return (
-        "{% set quark_text %}" + template + "{% endset %}"
+        "{% set quark_text %}\n" + body + "{%+ endset %}"
         "{% set quark_bos = " + bos + " if quark_text.startswith(" + bos + ") else '' %}"
-        "{{ quark_bos + " + json.dumps(reward_tokens) + " + quark_text[quark_bos | length:] }}"
+        "{{ quark_bos + " + tokens + " + quark_text[quark_bos | length:] }}"
     )

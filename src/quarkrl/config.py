@@ -153,6 +153,8 @@ class QuarkConfig(TrainingArguments):
             raise UserError("kl_target with kl_coef 0: nothing to adapt; set --kl_coef above 0 or drop --kl_target")
         if self.entropy_target is not None and not self.entropy_coef:
             raise UserError("entropy_target with entropy_coef 0: nothing to adapt; set --entropy_coef above 0")
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
         super().__post_init__()

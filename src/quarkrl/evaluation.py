@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quarkrl import metrics
+from quarkrl.batches import padded
 from quarkrl.conditioning import load_facts
 from quarkrl.errors import UserError
 from quarkrl.generation import QuarkGenerator, Sampling, complete
@@ -103,7 +104,7 @@ def evaluate(
     policy = QuarkGenerator.from_pretrained(model)
     facts = load_facts(model) or {}
     if reference is None:
-        reference = facts.get("reference")
+        reference = facts.get("reference", {}).get("name")
     elif str(reference) == "none":
         reference = None
     base = _load_reference(reference, model) if reference else None
@@ -169,16 +170,8 @@ def completion_nll(
     )
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max(len(prompt_ids[i]) + len(completion_ids[i]) for i in rows)
-        input_ids = torch.zeros((len(rows), width), dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, -100)
-        for r, i in enumerate(rows):
-            first, last = len(prompt_ids[i]), len(prompt_ids[i]) + len(completion_ids[i])
-            input_ids[r, :last] = torch.tensor([*prompt_ids[i], *completion_ids[i]])
-            mask[r, :last] = 1
-            labels[r, first:last] = input_ids[r, first:last]
-        input_ids, mask, labels = (tensor.to(model.device) for tensor in (input_ids, mask, labels))
+        batch = padded([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
+        input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
         with torch.inference_mode():
             logits = completion_logits(model, input_ids, mask, labels)
             nll = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")

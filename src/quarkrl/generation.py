@@ -186,12 +186,19 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    was_training = model.training
+    """Eval mode, and no `generation_config` of the model's own: `generate` would take from it what ours leaves open."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
     model.eval()
+    for module, _ in configs:
+        module.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
+        for module, config in configs:
+            module.generation_config = config
 
 
 def complete(
@@ -344,11 +351,12 @@ class QuarkGenerator:
         Raises:
             UserError: no such quantile, an unknown option, an empty prompt.
         """
-        try:
-            sampling = Sampling(**generate_kwargs)
-        except TypeError as error:
-            options = ", ".join(field.name for field in fields(Sampling))
-            raise UserError(f"unknown option {first_line(error).rpartition(' ')[2]}: want {options}") from error
+        options = [field.name for field in fields(Sampling)]
+        if unknown := [name for name in generate_kwargs if name not in options]:
+            raise UserError(f"unknown option {unknown[0]!r}: want {', '.join(options)}")
+        if num_return_sequences < 1:
+            raise UserError(f"num_return_sequences {num_return_sequences}: want at least 1")
+        sampling = Sampling(**generate_kwargs)
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = [row for row in self.encode(texts, quantile) for _ in range(num_return_sequences)]
         done = complete(self.model, ids, sampling, end_ids=self.end_ids, vocab_size=self.vocab_size, seed=seed)
@@ -360,7 +368,10 @@ class QuarkGenerator:
         encoded = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                ids = self.tokenizer(prompt)["input_ids"]
+                # An EOS that the tokenizer puts behind a text is taken off, since a completion goes on from there.
+                tokens = self.tokenizer(prompt, return_special_tokens_mask=True)
+                ids, added = tokens["input_ids"], tokens["special_tokens_mask"]
+                ids = ids[:-1] if ids and added[-1] and ids[-1] == self.tokenizer.eos_token_id else ids
             else:
                 ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
             plain = self.conditioning.strip(ids) if self.conditioning else list(ids)

@@ -101,7 +101,9 @@ def _check(policy_logits: Tensor, ref_logits: Tensor | None, targets: Tensor, kl
             f"policy_logits {tuple(policy_logits.shape)} and targets {tuple(targets.shape)}: want (T, V + K) and (T,)"
         )
     if ref_logits is not None and (
-        ref_logits.shape[0] != policy_logits.shape[0] or ref_logits.shape[1] > policy_logits.shape[1]
+        ref_logits.ndim != 2
+        or ref_logits.shape[0] != policy_logits.shape[0]
+        or ref_logits.shape[1] > policy_logits.shape[1]
     ):
         raise ValueError(
             f"ref_logits {tuple(ref_logits.shape)} beside policy_logits {tuple(policy_logits.shape)}: want (T, V), "
@@ -122,7 +124,7 @@ class _QuarkLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction):  # type: ignore[override]
+    def forward(ctx, policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction):
         tokens = len(targets)
         vocab_size = policy_logits.shape[-1] if ref_logits is None else ref_logits.shape[-1]
         sums = _wide(policy_logits.new_zeros(3))
@@ -172,9 +174,26 @@ class _QuarkLossFunction(torch.autograd.Function):
         return total, nll, kl, entropy
 
     @staticmethod
-    def backward(ctx, grad_total, *_):  # type: ignore[override]
+    def backward(ctx, grad_total, *_):
         (grad,) = ctx.saved_tensors
         return grad * (grad_total / max(ctx.tokens, 1)), None, None, None, None, None
+
+
+def adapted(coef: float, value: float, target: float, share: float, grows: Literal["above", "below"]) -> float:
+    """A coefficient moved so that what it weighs comes nearer to its target.
+
+    Args:
+        coef: the coefficient, such as β.
+        value: what was measured, such as the KL per completion, in nats.
+        target: what it should be, in the same unit; above 0.
+        share: the samples of a step over the horizon in samples.
+        grows: whether the coefficient grows where the value is above its target (β) or below it (α).
+
+    Source: `AdaptiveController` of the official code (after Ziegler et al. 2019): the factor is
+    1 ± clip(value / target - 1, -0.2, 0.2) * share.
+    """
+    error = min(max(value / target - 1, -0.2), 0.2)
+    return coef * (1 + (error if grows == "above" else -error) * share)
 
 
 def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

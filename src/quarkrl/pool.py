@@ -90,9 +90,13 @@ class DataPool:
         Raises:
             ValueError: the lengths differ, or a reward is not finite.
         """
-        scores = np.asarray(rewards, dtype=np.float64).reshape(len(prompt_ids), len(self.attributes))
+        scores = np.asarray(rewards, dtype=np.float64)
+        shape = (len(prompt_ids), len(self.attributes))
         if len(completion_ids) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts and {len(completion_ids)} completions: want as many")
+        if scores.shape != shape and not (scores.shape == shape[:1] and shape[1] == 1):
+            raise ValueError(f"rewards {scores.shape}: want {shape}, a row for each prompt and a column per attribute")
+        scores = scores.reshape(shape)
         if not np.isfinite(scores).all():
             raise ValueError("a reward is not finite: leave such samples out before adding to the pool")
         ends = np.cumsum([[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)])
@@ -147,6 +151,7 @@ class DataPool:
             return rng.integers(len(self), size=n)
         assert self._quantiles is not None and len(self._quantiles) == len(self), "quantize before a balanced draw"
         _, groups = np.unique(self._quantiles, axis=0, return_inverse=True)
+        groups = groups.reshape(-1)  # NumPy 2.0 gives it a second axis.
         order = np.argsort(groups, kind="stable")
         sizes = np.bincount(groups)
         starts = np.cumsum(sizes) - sizes
@@ -154,6 +159,7 @@ class DataPool:
         return order[starts[group] + (rng.random(n) * sizes[group]).astype(np.int64)]
 
     def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
         prompt_end, end = self._ends.view[index]
         start = self._ends.view[index - 1, 1] if index else 0
         tokens = self._tokens.view
@@ -199,13 +205,14 @@ class DataPool:
         """
         pool = cls(num_quantiles, attributes)
         for path in sorted(Path(directory).glob("iteration-*.parquet")):
-            iteration = int(path.stem.rpartition("-")[2])
-            if before is not None and iteration >= before:
-                continue
             try:
+                iteration = int(path.stem.rpartition("-")[2])
+                if before is not None and iteration >= before:
+                    continue
                 table = pq.read_table(path, columns=["prompt_ids", "completion_ids", *pool.attributes])
                 pool._extend(table, iteration)
-            except (pa.ArrowException, KeyError) as error:
+            # pyarrow tells of damage by its own exceptions or OSError; what it reads of a foreign file fails in `add`.
+            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
                 detail = str(error).splitlines()[0]
                 raise UserError(f"{path}: not a pool file with {', '.join(pool.attributes)} ({detail})") from error
         return pool
@@ -244,7 +251,7 @@ class _Growing:
     """A numpy array one can append to; room doubles when it runs out."""
 
     def __init__(self, dtype: type, width: int | None = None):
-        self._data = np.empty((1024,) if width is None else (1024, width), dtype=dtype)
+        self._data: np.ndarray = np.empty((1024,) if width is None else (1024, width), dtype=dtype)
         self._length = 0
 
     def __len__(self) -> int:

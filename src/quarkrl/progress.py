@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from torch import Tensor
 from transformers import TrainerCallback
 
 
@@ -140,3 +142,30 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class LossMeans:
+    """Sums of the loss and its parts over tokens: since the last log, and in the current step."""
+
+    names = ("total", "nll", "kl", "entropy")
+
+    def __init__(self) -> None:
+        self._logged = self._step = torch.zeros(6, dtype=torch.float64)
+
+    def add(self, sums: Tensor, tokens: int, completions: int) -> None:
+        row = torch.cat((sums.double().cpu(), torch.tensor([tokens, completions], dtype=torch.float64)))
+        self._step = self._step + row
+
+    def end_step(self) -> None:
+        self._logged = self._logged + self._step
+        self._step = torch.zeros_like(self._step)
+
+    def last_per_completion(self, name: str, accelerator: Any) -> float:
+        *sums, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
+        return dict(zip(self.names, sums, strict=True))[name] / completions
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Means per token since the last drain, over all processes."""
+        *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
+        self._logged = torch.zeros_like(self._logged)
+        return {name: value / max(tokens, 1) for name, value in zip(self.names, sums, strict=True)}

@@ -215,7 +215,7 @@ def sample(
     completions = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(  # type: ignore[operator]  # transformers types it as a Tensor
+        out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,

@@ -76,7 +76,7 @@ class Scorer:
 
     def __call__(
         self,
-        prompts: list[str],
+        prompts: list[str] | list[str | list[dict]],
         completions: list[str],
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]] | None = None,
@@ -86,7 +86,7 @@ class Scorer:
         Raises:
             UserError: a reward raised, or returned something other than n numbers or Nones.
         """
-        given = {**(columns or {}), "prompts": prompts, "completions": completions}
+        given: dict[str, list[Any]] = {**(columns or {}), "prompts": prompts, "completions": completions}
         given["completion_ids"] = completion_ids
         n = len(completions)
         assert all(len(values) == n for values in given.values())

@@ -1,0 +1,140 @@
+"""The options of `quarkrl train`, from flags and a YAML file or preset, checked alike."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from quarkrl.errors import UserError
+
+if TYPE_CHECKING:
+    from quarkrl.config import QuarkConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class RunArguments:
+    """What `quarkrl train` needs beside `QuarkConfig`."""
+
+    model: str | None = field(default=None, metadata={"help": "Model to train: a directory, a hub name, or builtin."})
+    ref_model: str | None = field(default=None, metadata={"help": "Reference p_0; default: the model as it was."})
+    prompts: str | None = field(default=None, metadata={"help": "Prompts to explore: a file, a data set, or builtin."})
+    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, for evaluation each epoch."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
+    prompt_split: str = field(default="train", metadata={"help": "Split of a data set."})
+    reward: list[str] | None = field(
+        default=None,
+        metadata={"help": "profanity, vader, a classifier (directory or hub name), module:function, file.py:function."},
+    )
+    reward_label: str | None = field(
+        default=None, metadata={"help": "Label of a classifier whose probability is the reward, or 'not LABEL'."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the model: sdpa, eager (faster on a CPU at 20 tokens), …"}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or auto."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank (needs peft)."})
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[str, Any]]:
+    """Flags and file of `quarkrl train` as objects, and the options given by either, for `config.yaml`.
+
+    The file's entries become flags put before the user's own, so that both are read, checked and reported alike, and
+    a flag beats the file.
+    """
+    from transformers import HfArgumentParser
+
+    from quarkrl.config import QuarkConfig
+
+    class TrainParser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    parser = TrainParser(
+        [RunArguments, QuarkConfig],
+        prog="quarkrl train",
+        description="Train a model with Quark. Every field of transformers.TrainingArguments is an option too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="PRESET|FILE", help=f"a YAML file, or one of {', '.join(preset_names())}")
+    known = {action.dest: action for action in parser._actions}
+    pre = Parser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config")
+    config_name = pre.parse_known_args(argv)[0].config
+    entries = load_config(config_name, list(known)) if config_name else {}
+    found, unknown = parser.parse_known_args([*_as_flags(entries), *argv])
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), list(known), '--')}")
+    values = vars(found)
+    values.pop("config")
+    parts = []
+    for kind in (RunArguments, QuarkConfig):
+        names = {f.name for f in dataclasses.fields(kind) if f.init}
+        try:
+            parts.append(kind(**{name: value for name, value in values.items() if name in names}))
+        except UserError:
+            raise
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from error
+    defaults = {a.dest: a.default for a in parser._actions}
+    given = {name: value for name, value in values.items() if value != defaults[name]}
+    return parts[0], parts[1], given  # type: ignore[return-value]
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(name: str, known: Sequence[str]) -> dict[str, Any]:
+    """A preset's or a file's entries.
+
+    Raises:
+        UserError: no such file or preset, no YAML mapping, or a key that is no option.
+    """
+    import yaml
+
+    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name)
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        near = _nearest(name, preset_names())
+        raise UserError(
+            f"config {name!r}: no such file or preset{near}; presets: {', '.join(preset_names())}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: want a mapping of options to values, got {type(entries).__name__}")
+    for key in entries:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+    return entries
+
+
+def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
+    for key, value in entries.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            yield from (f"--{key}", *map(str, value))
+        else:
+            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
+
+
+def _nearest(word: str, known: Sequence[str], dashes: str = "") -> str:
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {dashes}{match[0]}?" if match else ""
