@@ -274,6 +274,16 @@ def test_kl_and_entropy_stay_within_their_bounds(rows, direction):
     assert -1e-12 <= found.entropy <= log(3) + 1e-12
 
 
+@DIRECTIONS
+def test_kl_of_nearly_equal_distributions_is_not_negative_in_single_precision(direction):
+    generator = torch.Generator().manual_seed(0)
+    policy = 2 * torch.randn(20, 50_000, generator=generator)
+    ref = policy + 1e-4 * torch.randn(policy.shape, generator=generator)
+    for row in range(20):
+        case = (policy[row : row + 1], ref[row : row + 1], torch.tensor([0]))
+        assert 0 <= quark_loss(*case, kl_coef=1, entropy_coef=0, kl_direction=direction).kl < 1e-5
+
+
 # Logits of completions
 
 

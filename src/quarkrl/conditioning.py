@@ -8,6 +8,7 @@ so does its chat template, so that a saved model is steered wherever plain trans
 
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -163,7 +164,9 @@ class Conditioning:
         """Write `quark.json`: the conditioning, and whatever facts of the run belong with the model."""
         target = Path(directory) / FACTS_FILE
         temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"conditioning": asdict(self), **facts}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(_finite({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, target)
 
     @classmethod
@@ -186,6 +189,15 @@ class Conditioning:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: {FACTS_FILE} is damaged ({error!r}); want what `quarkrl train` wrote") from error
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON cannot say: NaN, the edges of a pool not yet cut."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_facts(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -158,3 +158,9 @@ class QuarkConfig(TrainingArguments):
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
         super().__post_init__()
+
+    @property
+    def draws_per_iteration(self) -> int:
+        """Samples learned from in an iteration, over all processes."""
+        step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.steps_per_iteration * step

@@ -155,7 +155,7 @@ def sample(
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=device)
     attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     numbers = None if uniforms is None else torch.from_numpy(uniforms).to(device)
-    with _evaluating(model):
+    with evaluating(model):
         output = model.generate(
             input_ids,
             attention_mask=attention_mask,
@@ -185,7 +185,8 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode, and back in the mode it was in afterwards."""
     """Eval mode, and no `generation_config` of the model's own: `generate` would take from it what ours leaves open."""
     modes = [(module, module.training) for module in model.modules()]
     configs = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]

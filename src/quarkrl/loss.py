@@ -15,6 +15,7 @@ and one gradient nothing of size tokens x vocabulary lives long; `quark_loss_pla
 autograd, for reading and for the tests that hold the two together.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -147,6 +148,7 @@ class _QuarkLossFunction(torch.autograd.Function):
                 else:
                     q = log_q.exp()
                     kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
+                kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
             sums += torch.stack((nll.sum(), kl.sum(), entropy.sum()))
             if grad is None:
                 continue
@@ -179,21 +181,40 @@ class _QuarkLossFunction(torch.autograd.Function):
         return grad * (grad_total / max(ctx.tokens, 1)), None, None, None, None, None
 
 
-def adapted(coef: float, value: float, target: float, share: float, grows: Literal["above", "below"]) -> float:
-    """A coefficient moved so that what it weighs comes nearer to its target.
+@dataclass
+class Coefficients:
+    """β and α; with a target, they adapt to it.
 
-    Args:
-        coef: the coefficient, such as β.
-        value: what was measured, such as the KL per completion, in nats.
-        target: what it should be, in the same unit; above 0.
-        share: the samples of a step over the horizon in samples.
-        grows: whether the coefficient grows where the value is above its target (β) or below it (α).
+    Attributes:
+        kl_coef, entropy_coef: β and α as they stand.
+        kl_target, entropy_target: sums over a completion's tokens to aim at, in nats; None leaves the weight alone.
+        horizon: samples over which the weights adapt.
 
-    Source: `AdaptiveController` of the official code (after Ziegler et al. 2019): the factor is
-    1 ± clip(value / target - 1, -0.2, 0.2) * share.
+    Source: the official code's controllers (after Ziegler et al. 2019). A step of n samples multiplies a weight by
+    1 ± clip(measured / target - 1, -0.2, 0.2) * n / horizon: β grows where the KL is above its target, α where the
+    entropy is below.
     """
-    error = min(max(value / target - 1, -0.2), 0.2)
-    return coef * (1 + (error if grows == "above" else -error) * share)
+
+    kl_coef: float
+    entropy_coef: float
+    kl_target: float | None = None
+    entropy_target: float | None = None
+    horizon: int = 2500
+
+    @property
+    def adaptive(self) -> bool:
+        return self.kl_target is not None or self.entropy_target is not None
+
+    def adapt(self, kl: float, entropy: float, samples: int) -> None:
+        """Take in what a step of so many samples measured: mean KL and entropy per completion, in nats."""
+        if self.kl_target is not None:
+            self.kl_coef *= 1 + _clip(kl / self.kl_target - 1) * samples / self.horizon
+        if self.entropy_target is not None:
+            self.entropy_coef *= 1 - _clip(entropy / self.entropy_target - 1) * samples / self.horizon
+
+
+def _clip(error: float) -> float:
+    return min(max(error, -0.2), 0.2)
 
 
 def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

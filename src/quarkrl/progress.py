@@ -145,24 +145,27 @@ class MetricsFile(TrainerCallback):
 
 
 class LossMeans:
-    """Sums of the loss and its parts over tokens: since the last log, and in the current step."""
+    """Sums of the loss's parts over tokens: since the last log, and in the current step."""
 
-    names = ("total", "nll", "kl", "entropy")
+    names = ("nll", "kl", "entropy")
 
     def __init__(self) -> None:
-        self._logged = self._step = torch.zeros(6, dtype=torch.float64)
+        self._logged = self._step = torch.zeros(len(self.names) + 2, dtype=torch.float64)
 
     def add(self, sums: Tensor, tokens: int, completions: int) -> None:
-        row = torch.cat((sums.double().cpu(), torch.tensor([tokens, completions], dtype=torch.float64)))
-        self._step = self._step + row
+        """Count a batch: the sum of each part over its tokens, its tokens, its completions."""
+        counts = torch.tensor([tokens, completions], dtype=torch.float64)
+        self._step = self._step + torch.cat((sums.double().cpu(), counts))
 
     def end_step(self) -> None:
+        """The optimizer has stepped."""
         self._logged = self._logged + self._step
         self._step = torch.zeros_like(self._step)
 
-    def last_per_completion(self, name: str, accelerator: Any) -> float:
-        *sums, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
-        return dict(zip(self.names, sums, strict=True))[name] / completions
+    def last_per_completion(self, accelerator: Any) -> tuple[float, float]:
+        """Mean KL and entropy of a completion in the current step, over all processes."""
+        _nll, kl, entropy, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
+        return kl / completions, entropy / completions
 
     def drain(self, accelerator: Any) -> dict[str, float]:
         """Means per token since the last drain, over all processes."""

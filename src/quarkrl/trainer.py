@@ -31,12 +31,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.batches import bucketed, padded
@@ -44,8 +39,8 @@ from quarkrl.conditioning import Conditioning
 from quarkrl.config import QuarkConfig
 from quarkrl.errors import UserError
 from quarkrl.export import model_identity, save_steered
-from quarkrl.generation import Sampling, context_length, decode, eos_ids, load_model, load_tokenizer, sample
-from quarkrl.loss import adapted, completion_logits, quark_loss
+from quarkrl.generation import Sampling, context_length, decode, eos_ids, evaluating, load_model, load_tokenizer, sample
+from quarkrl.loss import Coefficients, completion_logits, quark_loss
 from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
 from quarkrl.prompts import Prompts, load_prompts
@@ -129,7 +124,9 @@ class QuarkTrainer(Trainer):
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.coefs = {"kl_coef": args.kl_coef, "entropy_coef": args.entropy_coef}
+        self.coefs = Coefficients(
+            args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
+        )
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm)
 
@@ -137,7 +134,7 @@ class QuarkTrainer(Trainer):
             model=model,
             args=args,
             data_collator=self.collate,
-            train_dataset=cast(Any, range(self.draws_per_iteration)),  # The draws, by number.
+            train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
             eval_dataset=cast(Any, self.eval_prompts),
             processing_class=self.conditioning.steered(extended),
             callbacks=[_Iterations(self), MetricsFile(args.output_dir), self.progress, *(callbacks or [])],
@@ -240,7 +237,7 @@ class QuarkTrainer(Trainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif hasattr(policy, "disable_adapter"):
-            with policy.disable_adapter():
+            with policy.disable_adapter(), evaluating(policy):  # p_0 drops nothing out, whatever the policy does.
                 yield policy
         else:
             yield policy
@@ -252,18 +249,8 @@ class QuarkTrainer(Trainer):
         args = self.args
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
-        drawn = self.pool.draw(self.draws_per_iteration, rng, balanced=args.draw == "balanced")
+        drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
         self.drawn = bucketed(drawn, self.pool.lengths[drawn], args.train_batch_size, rng)
-
-    def restore_pool(self, before: int) -> None:
-        """Read back what the iterations before the given one sampled."""
-        args = self.args
-        self.pool = DataPool.load(self.pool_directory, args.num_quantiles, self.scorer.attributes, before=before)
-
-    @property
-    def draws_per_iteration(self) -> int:
-        args = self.args
-        return args.steps_per_iteration * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     # Learn.
 
@@ -306,14 +293,13 @@ class QuarkTrainer(Trainer):
             policy_logits,
             ref_logits,
             labels[labels != -100],
-            kl_coef=self.coefs["kl_coef"],
-            entropy_coef=self.coefs["entropy_coef"],
+            kl_coef=self.coefs.kl_coef,
+            entropy_coef=self.coefs.entropy_coef,
             kl_direction=self.args.kl_direction,
         )
         tokens = policy_logits.shape[0]
         if self.model.training:
-            parts = torch.stack((loss.total.detach(), loss.nll, loss.kl, loss.entropy))
-            self._learned.add(parts * tokens, tokens, len(labels))
+            self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
         total = loss.total
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
@@ -321,16 +307,10 @@ class QuarkTrainer(Trainer):
         return (total, {"logits": policy_logits}) if return_outputs else total
 
     def adapt(self) -> None:
-        """Move β and α towards their targets, if there are any, by the last step's sums per completion."""
-        args = self.args
-        step_size = self.draws_per_iteration // args.steps_per_iteration
-        for name, target in (("kl", args.kl_target), ("entropy", args.entropy_target)):
-            if target is not None:
-                value = self._learned.last_per_completion(name, self.accelerator)
-                coef = self.coefs[f"{name}_coef"]
-                self.coefs[f"{name}_coef"] = adapted(
-                    coef, value, target, step_size / args.coef_horizon, "above" if name == "kl" else "below"
-                )
+        """Move β and α towards their targets, if they have any, by what the last step measured."""
+        if self.coefs.adaptive:
+            kl, entropy = self._learned.last_per_completion(self.accelerator)
+            self.coefs.adapt(kl, entropy, samples=self.args.draws_per_iteration // self.args.steps_per_iteration)
         self._learned.end_step()
 
     # What Trainer asks for.
@@ -363,8 +343,8 @@ class QuarkTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; what was learned since the last time goes with the loss."""
         if "loss" in logs:
-            logs = {**logs, **self._learned.drain(self.accelerator), **self.coefs}
-            logs.pop("total", None)
+            coefs = {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef}
+            logs = {**logs, **self._learned.drain(self.accelerator), **coefs}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -391,7 +371,7 @@ class QuarkTrainer(Trainer):
         """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
         args = self.args
         return {
-            "quantile_edges": [[None if np.isnan(x) else x for x in row] for row in self.pool.edges.tolist()],
+            "quantile_edges": self.pool.edges.tolist(),
             "iterations": self.state.global_step / args.steps_per_iteration,
             "pool_size": len(self.pool),
             "reference": self.reference_identity,
@@ -414,7 +394,9 @@ class _Iterations(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **_):
         iteration = state.global_step // args.steps_per_iteration
         if iteration and not len(self.trainer.pool):  # Resumed: what the checkpoint had seen, and not what came after.
-            self.trainer.restore_pool(before=iteration + 1)
+            self.trainer.pool = DataPool.load(
+                self.trainer.pool_directory, args.num_quantiles, self.trainer.scorer.attributes, before=iteration + 1
+            )
         if not (self.trainer.pool.iterations == iteration).any():
             self.trainer.explore(iteration)
         self.trainer.quantize(iteration)
