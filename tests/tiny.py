@@ -41,6 +41,7 @@ _CONFIGS: dict[str, dict] = {
     "gemma": _GROUPED,
     "gemma2": {**_GROUPED, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, "sliding_window": 64},
     "gpt_neox": _SMALL,
+    "phi": _SMALL,  # its output layer has a bias
     "opt": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}
     | {"word_embed_proj_dim": 16, "init_std": 0.2},
 }

@@ -58,7 +58,8 @@ def perplexity(nll_sums: Sequence[float], token_counts: Sequence[int]) -> tuple[
     """
     counts = np.asarray(token_counts)
     filled = counts > 0
-    values = np.exp(np.asarray(nll_sums, dtype=float)[filled] / counts[filled])
+    with np.errstate(over="ignore"):  # Infinite, and so dropped.
+        values = np.exp(np.asarray(nll_sums, dtype=float)[filled] / counts[filled])
     kept = values[values < MAX_PERPLEXITY]
     left_out = {"empty": int((~filled).sum()), "dropped": int(len(values) - len(kept))}
     return _mean(kept), left_out

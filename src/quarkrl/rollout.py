@@ -53,15 +53,15 @@ class Rollout:
 
 
 def prompt_schedule(
-    prompt_ids: Sequence[Sequence[int]], iteration: int, count: int, samples_per_prompt: int, seed: int
+    prompt_ids: Sequence[Sequence[int]], iteration: int, count: int | None, samples_per_prompt: int, seed: int
 ) -> list[int]:
     """The rows of the prompts that an iteration explores, each `samples_per_prompt` times.
 
-    Iterations take `count` prompts each, in turn through shuffled passes over all. Within an iteration they go by
+    Iterations take `count` prompts each (None: all), in turn through shuffled passes over all. Within an iteration they go by
     length, so that a batch needs little padding. A pure function of its arguments: a resumed run explores the same.
     """
     total = len(prompt_ids)
-    count = min(count, total)
+    count = min(count or total, total)
     first, last = iteration * count, (iteration + 1) * count
     passes = range(first // total, (last - 1) // total + 1)
     shuffled = np.concatenate([np.random.default_rng((seed, number)).permutation(total) for number in passes])

@@ -10,11 +10,11 @@ An iteration is an epoch of `transformers.Trainer`; `on_epoch_begin` explores an
 
 The policy sees r_k, the reference does not. `loss.py` says over which vocabulary each term is taken.
 
-Deviations from the paper, each an option (docs/algorithm.md has the whole list with sources):
-- KL(p_θ || p_0), not KL(p_0 || p_θ), and the entropy bonus: the official code does so and made the published figures.
-- Draws are uniform over samples, not over quantiles: the same without ties, and without harm with them.
-From the official code: completions stay token ids from sampling to training, EOS is trained, reward tokens are never
-sampled, exactly K are added, equal rewards share a quantile, dropout is on while learning.
+Deviations (docs/algorithm.md lists them all, with sources). From the paper, each an option: KL(p_θ || p_0), not
+KL(p_0 || p_θ), and the entropy bonus, as in the code that made the published figures; draws uniform over samples, not
+over quantiles, the same where rewards do not tie. From the official code: completions stay token ids from sampling to
+training, EOS is trained, reward tokens are never sampled, exactly K are added, equal rewards share a quantile, dropout
+is on while learning.
 """
 
 import copy
@@ -99,8 +99,6 @@ class QuarkTrainer(Trainer):
         self.reference_identity = model_identity(ref_model or model)
         self.plain_tokenizer = tokenizer
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
-        if train_dataset is None:
-            raise UserError("train_dataset is missing: want prompts to explore")
         self.prompts = self._encoded(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
         explored = min(args.prompts_per_iteration or len(self.prompts), len(self.prompts)) * args.samples_per_prompt
@@ -157,8 +155,9 @@ class QuarkTrainer(Trainer):
         """
         args = self.args
         sampling = Sampling(args.max_completion_length, args.min_completion_length, args.temperature, args.top_p)
-        count = args.prompts_per_iteration or len(self.prompts)
-        rows = prompt_schedule(self.prompts.ids, iteration, count, args.samples_per_prompt, args.seed)
+        rows = prompt_schedule(
+            self.prompts.ids, iteration, args.prompts_per_iteration, args.samples_per_prompt, args.seed
+        )
         with self.progress.exploring(iteration, len(rows)):
             found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size)
         scored = found.scored
@@ -379,7 +378,9 @@ class QuarkTrainer(Trainer):
             "config": {name: getattr(args, name) for name in (*args.__annotations__, "seed", "bf16", "fp16")},
         }
 
-    def _encoded(self, source: PromptSource) -> Prompts:
+    def _encoded(self, source: PromptSource | None) -> Prompts:
+        if source is None:
+            raise UserError("train_dataset is missing: want prompts to explore")
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
         return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)

@@ -1,0 +1,41 @@
+# Everything works from nothing but Python >= 3.10, pip and make; .venv is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What is installed is what the constraints file pins; the stamp notices when either file changes.
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-all check format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## / - /'
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## make .venv with everything in it
+
+demo: install  ## unlearn toxicity on the built-in model: minutes on a laptop
+	$(BIN)/quarkrl demo
+
+test: install  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: install  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: install  ## what CI runs beside the tests: lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
