@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
+from tiny import ARCHITECTURES, BOS, CHAT_TEMPLATE, EOS, SHARED, needs_shared, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 
 from quarkrl.conditioning import FACTS_FILE, Conditioning, load_facts, reward_token
 from quarkrl.errors import UserError
-from tiny import ARCHITECTURES, BOS, CHAT_TEMPLATE, EOS, SHARED, needs_shared, tiny_model, tiny_tokenizer
 
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -65,7 +66,7 @@ def test_a_reward_token_in_a_text_is_one_token_and_is_no_part_of_what_people_rea
 
 
 def test_a_model_that_has_reward_tokens_is_refused_before_anything_changes():
-    conditioning, extended, model = conditioned()
+    _, extended, model = conditioned()
     with pytest.raises(UserError, match=r"already has the reward token <\|reward_0\|>.*start from the model"):
         Conditioning.add_to(extended, model, 3)
     with pytest.raises(UserError, match=r"reward_2"):  # even if only some are there
@@ -149,6 +150,20 @@ def test_a_model_with_new_rows_is_saved_and_loaded_as_it_is(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+@TIED
+def test_an_adapter_trains_the_rows_of_the_reward_tokens_and_no_other(tied):
+    conditioning, _, model = conditioned(architecture="llama", tied=tied)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    adapted = conditioning.with_adapter(model, config)
+    assert config.trainable_token_indices is None  # the user's own stays as it was
+    before = adapted.get_input_embeddings()(torch.arange(260)).detach().clone()
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
+    adapted(input_ids=torch.tensor([[258, 64, 65]]), labels=torch.tensor([[258, 64, 65]])).loss.backward()
+    optimizer.step()
+    moved = (adapted.get_input_embeddings()(torch.arange(260)) != before).any(1).nonzero().flatten().tolist()
+    assert 258 in moved and set(moved) <= {257, 258, 259}
 
 
 def spread(weight: torch.Tensor, rows: int) -> None:
@@ -246,7 +261,9 @@ def test_a_steered_tokenizer_puts_the_best_token_first_also_when_loaded(make, ex
     for tokenizer in (steered, AutoTokenizer.from_pretrained(tmp_path)):
         assert tokenizer("ab")["input_ids"] == expected
         assert tokenizer(["ab", "ab"])["input_ids"] == [expected, expected]
-        assert tokenizer("ab", add_special_tokens=False)["input_ids"] == extended("ab", add_special_tokens=False).input_ids
+        assert (
+            tokenizer("ab", add_special_tokens=False)["input_ids"] == extended("ab", add_special_tokens=False).input_ids
+        )
         assert conditioning.strip(tokenizer("ab")["input_ids"]) == extended("ab")["input_ids"]
         assert tokenizer.decode(expected, skip_special_tokens=True) == "ab"
         assert len(tokenizer) == len(extended)
@@ -351,7 +368,7 @@ def test_a_steered_template_renders_as_before_with_the_token_in_front(template, 
 def test_a_template_by_hand():
     conditioning, extended, _ = conditioned(tiny_tokenizer(bos=True, chat_template=True))
     rendered = conditioning.steered(extended).apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
-    assert rendered == f"{BOS}<|reward_2|>[sys]be kind[/sys]\n[user] hello\nthere{EOS}\n[assistant]"
+    assert rendered == f"{BOS}<|reward_2|>[sys]be kind[/sys][user] hello\nthere{EOS}[assistant]"
 
 
 def test_a_template_survives_saving(tmp_path):

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from quarkrl.batches import padded
-from quarkrl.loss import completion_logits, output_layer, quark_loss, quark_loss_plain
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from quarkrl.loss import Coefficients, completion_logits, output_layer, quark_loss, quark_loss_plain
 
 BOTH = pytest.mark.parametrize("loss", [quark_loss, quark_loss_plain])
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
@@ -79,9 +79,7 @@ def test_a_reward_token_counts_in_the_nll_and_nowhere_else(loss, direction):
 @BOTH
 def test_means_are_over_tokens(loss):
     # NLLs log 2 and log 4; KLs to a uniform reference over two words: 0 and 3/4 log 3/2 - 1/4 log 2.
-    found = loss(
-        logits_of([1, 1], [3, 1]), logits_of([1, 1], [1, 1]), torch.tensor([0, 1]), kl_coef=0, entropy_coef=0
-    )
+    found = loss(logits_of([1, 1], [3, 1]), logits_of([1, 1], [1, 1]), torch.tensor([0, 1]), kl_coef=0, entropy_coef=0)
     assert found.nll.item() == pytest.approx((log(2) + log(4)) / 2)
     assert found.kl.item() == pytest.approx((0.75 * log(1.5) - 0.25 * log(2)) / 2)
 
@@ -171,7 +169,7 @@ def test_shapes_that_do_not_agree_are_refused(loss, policy, ref, targets):
 
 @BOTH
 def test_an_unknown_direction_is_refused_by_name(loss):
-    with pytest.raises(ValueError, match="'forward'.*policy_ref.*ref_policy"):
+    with pytest.raises(ValueError, match=r"'forward'.*policy_ref.*ref_policy"):
         loss(torch.zeros(1, 2), None, torch.tensor([0]), kl_coef=1, entropy_coef=1, kl_direction="forward")
 
 
@@ -282,6 +280,33 @@ def test_kl_of_nearly_equal_distributions_is_not_negative_in_single_precision(di
     for row in range(20):
         case = (policy[row : row + 1], ref[row : row + 1], torch.tensor([0]))
         assert 0 <= quark_loss(*case, kl_coef=1, entropy_coef=0, kl_direction=direction).kl < 1e-5
+
+
+# Coefficients that adapt: 1 ± clip(measured / target - 1, ±0.2) * samples / horizon
+
+
+@pytest.mark.parametrize(
+    ("kl", "entropy", "expected"),
+    [
+        (3.3, 40, (0.1 * (1 + 0.1 * 0.05), 0.06)),  # a tenth above the KL's target: β grows
+        (2.7, 40, (0.1 * (1 - 0.1 * 0.05), 0.06)),
+        (99, 40, (0.1 * (1 + 0.2 * 0.05), 0.06)),  # clipped
+        (0, 40, (0.1 * (1 - 0.2 * 0.05), 0.06)),
+        (3, 44, (0.1, 0.06 * (1 - 0.1 * 0.05))),  # a tenth above the entropy's target: α shrinks
+        (3, 0, (0.1, 0.06 * (1 + 0.2 * 0.05))),
+    ],
+)
+def test_coefficients_move_towards_their_targets(kl, entropy, expected):
+    coefficients = Coefficients(0.1, 0.06, kl_target=3, entropy_target=40, horizon=2000)
+    coefficients.adapt(kl, entropy, samples=100)  # 100 / 2000 = 0.05
+    assert coefficients.adaptive
+    assert (coefficients.kl_coef, coefficients.entropy_coef) == pytest.approx(expected)
+
+
+def test_coefficients_without_targets_stay():
+    coefficients = Coefficients(0.1, 0.06)
+    coefficients.adapt(99, 99, samples=100)
+    assert not coefficients.adaptive and (coefficients.kl_coef, coefficients.entropy_coef) == (0.1, 0.06)
 
 
 # Logits of completions

@@ -117,7 +117,7 @@ def test_a_sample_moves_down_as_better_ones_arrive():
 def test_fewer_samples_than_quantiles_are_refused_with_the_remedy():
     pool = DataPool(5)
     pool.add([[1]] * 4, [[2]] * 4, [1, 2, 3, 4], iteration=0)
-    with pytest.raises(UserError, match="4 scored samples for 5 quantiles.*--num_quantiles"):
+    with pytest.raises(UserError, match=r"4 scored samples for 5 quantiles.*--num_quantiles"):
         pool.quantize()
 
 

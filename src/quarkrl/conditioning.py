@@ -153,12 +153,14 @@ class Conditioning:
             steered.chat_template = _steered_template(steered.chat_template, text, steered.bos_token)
         return steered
 
-    def trained_by(self, peft_config: Any) -> Any:
-        """A copy of an adapter's config by which the rows of the reward tokens are trained too."""
+    def with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
+        """The model with an adapter of `peft`, whose reward-token rows are trained too."""
+        from peft import get_peft_model
+
         peft_config = copy.deepcopy(peft_config)
         if getattr(peft_config, "trainable_token_indices", False) is None and not peft_config.modules_to_save:
             peft_config.trainable_token_indices = [i for row in self.token_ids for i in row]
-        return peft_config
+        return get_peft_model(model, peft_config)
 
     def save(self, directory: str | os.PathLike, **facts: Any) -> None:
         """Write `quark.json`: the conditioning, and whatever facts of the run belong with the model."""
@@ -183,7 +185,9 @@ class Conditioning:
             found = facts["conditioning"]
             return cls(
                 attributes=tuple(found["attributes"]),
-                token_ids=tuple(tuple(map(int, row)) for row in found["token_ids"]),
+                token_ids=tuple(
+                    tuple(map(int, row)) for _, row in zip(found["attributes"], found["token_ids"], strict=True)
+                ),
                 bos_id=found["bos_id"],
                 vocab_size=int(found["vocab_size"]),
             )

@@ -270,13 +270,18 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         UserError: there is none; in one line.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         # transformers fails here in a dozen ways (OSError, ValueError, TypeError, the tokenizers library's bare
         # Exception); whichever it was, the model has no tokenizer that can be used.
         raise UserError(
             f"model {str(path)!r} has no tokenizer that can be loaded ({first_line(error)}); save one beside it"
         ) from error
+    # Where a directory holds none, transformers makes an empty one of the model's kind.
+    files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in files):
+        raise UserError(f"model {str(path)!r} has no tokenizer ({', '.join(files)}); save one beside it")
+    return tokenizer
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ autograd, for reading and for the tests that hold the two together.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,11 @@ class Coefficients:
     kl_target: float | None = None
     entropy_target: float | None = None
     horizon: int = 2500
+
+    @classmethod
+    def of(cls, args: Any) -> "Coefficients":
+        """What a `QuarkConfig` says of them."""
+        return cls(args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon)
 
     @property
     def adaptive(self) -> bool:

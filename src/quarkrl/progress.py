@@ -47,24 +47,16 @@ class Progress(TrainerCallback):
         self._rewards: list[float] = []
 
     @contextmanager
-    def exploring(self, iteration: int, total: int) -> Iterator[None]:
+    def sampling(self, title: str, total: int) -> Iterator[None]:
         """Bars for sampling and scoring `total` completions."""
-        with self._sampling(f"iteration {iteration}", total):
-            yield
-
-    @contextmanager
-    def evaluating(self, total: int) -> Iterator[None]:
-        """Bars for sampling and scoring `total` held-out completions."""
-        with self._sampling("evaluation", total):
-            yield
-
-    @contextmanager
-    def _sampling(self, title: str, total: int) -> Iterator[None]:
         self._rewards = []
-        with self._new_bars() as bars:
-            self._explore = bars.add_task(f"{title}  explore", total=total, figures="")
-            self._score = bars.add_task(f"{title}  score", total=total, figures="")
+        bars = self._open()
+        self._explore = bars.add_task(f"{title}  explore", total=total, figures="")
+        self._score = bars.add_task(f"{title}  score", total=total, figures="")
+        try:
             yield
+        finally:
+            self.close()
 
     def sampled(self, count: int) -> None:
         """So many more completions are sampled."""
@@ -78,21 +70,22 @@ class Progress(TrainerCallback):
             mean = np.mean(self._rewards) if self._rewards else np.nan
             self._bars.update(self._score, advance=len(rewards), figures=f"reward {mean:.3f}")
 
-    @contextmanager
-    def _new_bars(self) -> Iterator[Bars]:
+    def _open(self) -> Bars:
         self._bars = new_bars(self.console, enabled=self.enabled)
-        try:
-            with self._bars:
-                yield self._bars
-        finally:
+        self._bars.start()
+        return self._bars
+
+    def close(self) -> None:
+        """Take away the bars that are open, if any: at the end of a phase, or when an error ends the run."""
+        if self._bars:
+            self._bars.stop()
             self._bars = None
 
     # Learning: the epoch is the iteration.
 
     def on_step_begin(self, args, state, control, **_):
-        if self._bars is None and self.enabled and state.is_world_process_zero:
-            self._learning = self._new_bars()
-            bars = self._learning.__enter__()
+        if self._bars is None and state.is_world_process_zero:
+            bars = self._open()
             number = state.global_step // args.steps_per_iteration
             self._learn = bars.add_task(f"iteration {number}  learn", total=args.steps_per_iteration, figures="")
             bars.advance(self._learn, state.global_step % args.steps_per_iteration)
@@ -114,8 +107,7 @@ class Progress(TrainerCallback):
             self.console.print(f"  held out        {figures}")
 
     def on_epoch_end(self, args, state, control, **_):
-        if self._bars:
-            self._learning.__exit__(None, None, None)
+        self.close()
         if not self.enabled or not state.is_world_process_zero:
             return
         shown = {n: v for n, v in self._explored.items() if n not in _NOT_IN_THE_LINE}

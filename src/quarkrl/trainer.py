@@ -103,10 +103,7 @@ class QuarkTrainer(Trainer):
         self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
         explored = min(args.prompts_per_iteration or len(self.prompts), len(self.prompts)) * args.samples_per_prompt
         if explored < args.num_quantiles:
-            raise UserError(
-                f"num_quantiles {args.num_quantiles}: more than the {explored} samples of the first iteration; "
-                "lower it or give more prompts"
-            )
+            raise UserError(f"num_quantiles {args.num_quantiles}: an iteration has {explored} samples; explore more")
 
         # The reference is p_0 as given; the policy is p_0 with reward tokens.
         self.ref_model = ref_model
@@ -116,15 +113,11 @@ class QuarkTrainer(Trainer):
             tokenizer, model, args.num_quantiles, self.scorer.attributes, seed=args.seed
         )
         if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, self.conditioning.trained_by(peft_config))
+            model = self.conditioning.with_adapter(model, peft_config)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.coefs = Coefficients(
-            args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
-        )
+        self.coefs = Coefficients.of(args)
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm)
 
@@ -145,6 +138,13 @@ class QuarkTrainer(Trainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
+
     # Explore.
 
     def explore(self, iteration: int) -> None:
@@ -158,7 +158,7 @@ class QuarkTrainer(Trainer):
         rows = prompt_schedule(
             self.prompts.ids, iteration, args.prompts_per_iteration, args.samples_per_prompt, args.seed
         )
-        with self.progress.exploring(iteration, len(rows)):
+        with self.progress.sampling(f"iteration {iteration}", len(rows)):
             found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size)
         scored = found.scored
         unscored = len(rows) - len(scored)
@@ -331,7 +331,7 @@ class QuarkTrainer(Trainer):
         args = self.args
         sampling = Sampling(args.max_completion_length, args.min_completion_length, top_p=args.eval_top_p)
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
-        with self.progress.evaluating(len(rows)):
+        with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
         figures = found.figures(self.scorer.attributes, self.end_ids)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -393,14 +393,13 @@ class _Iterations(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **_):
-        iteration = state.global_step // args.steps_per_iteration
-        if iteration and not len(self.trainer.pool):  # Resumed: what the checkpoint had seen, and not what came after.
-            self.trainer.pool = DataPool.load(
-                self.trainer.pool_directory, args.num_quantiles, self.trainer.scorer.attributes, before=iteration + 1
-            )
-        if not (self.trainer.pool.iterations == iteration).any():
-            self.trainer.explore(iteration)
-        self.trainer.quantize(iteration)
+        trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration
+        if iteration and not len(trainer.pool):  # Resumed: what the checkpoint had seen, and not what came after.
+            pool = trainer.pool
+            trainer.pool = pool.load(trainer.pool_directory, pool.num_quantiles, pool.attributes, iteration + 1)
+        if not (trainer.pool.iterations == iteration).any():
+            trainer.explore(iteration)
+        trainer.quantize(iteration)
 
     def on_step_end(self, args, state, control, **_):
         self.trainer.adapt()
