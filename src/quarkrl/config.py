@@ -160,7 +160,11 @@ class QuarkConfig(TrainingArguments):
         super().__post_init__()
 
     @property
+    def draws_per_step(self) -> int:
+        """Samples learned from in an optimizer step, over all processes and micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def draws_per_iteration(self) -> int:
-        """Samples learned from in an iteration, over all processes."""
-        step = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return self.steps_per_iteration * step
+        """Samples learned from in an iteration."""
+        return self.steps_per_iteration * self.draws_per_step

@@ -186,8 +186,10 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode, and back in the mode it was in afterwards."""
-    """Eval mode, and no `generation_config` of the model's own: `generate` would take from it what ours leaves open."""
+    """The model in eval mode and without its `generation_config`; each module is as it was afterwards.
+
+    `generate` would take from a model's own config whatever ours leaves open, such as suppressed tokens.
+    """
     modes = [(module, module.training) for module in model.modules()]
     configs = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
     model.eval()

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quarkrl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -41,6 +43,20 @@ class Rollout:
     def scored(self) -> np.ndarray:
         """Indices of the completions that have every reward."""
         return np.flatnonzero(np.isfinite(self.rewards).all(axis=1))
+
+    def scored_enough(self, max_unscored_share: float, iteration: int) -> np.ndarray:
+        """`scored`.
+
+        Raises:
+            UserError: more rewards than the share allows are missing, or all of them.
+        """
+        count, unscored = len(self.rows), len(self.rows) - len(self.scored)
+        if unscored == count or unscored > max_unscored_share * count:
+            raise UserError(
+                f"{unscored} of {count} rewards of iteration {iteration} are None or not finite; want at most a share "
+                f"of {max_unscored_share} (max_unscored_share) and not all: mend the reward or raise the share"
+            )
+        return self.scored
 
     def figures(self, attributes: Sequence[str], end_ids: Sequence[int]) -> dict[str, float]:
         """Mean and spread of each reward, the completions' mean length in tokens, and the share that ended with EOS."""

@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.batches import bucketed, padded
-from quarkrl.conditioning import Conditioning
+from quarkrl.conditioning import Conditioning, load_facts
 from quarkrl.config import QuarkConfig
 from quarkrl.errors import UserError
 from quarkrl.export import model_identity, save_steered
@@ -160,13 +161,7 @@ class QuarkTrainer(Trainer):
         )
         with self.progress.sampling(f"iteration {iteration}", len(rows)):
             found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size)
-        scored = found.scored
-        unscored = len(rows) - len(scored)
-        if unscored > args.max_unscored_share * len(rows) or not len(scored):
-            raise UserError(
-                f"{unscored} of {len(rows)} rewards of iteration {iteration} are None or not finite: more than "
-                f"max_unscored_share {args.max_unscored_share} allows; mend the reward or raise the share"
-            )
+        scored = found.scored_enough(args.max_unscored_share, iteration)
         self.pool.add(
             [self.prompts.ids[found.rows[i]] for i in scored],
             [found.completions[i] for i in scored],
@@ -177,7 +172,7 @@ class QuarkTrainer(Trainer):
             self.pool.save(self.pool_directory)
         figures = found.figures(self.scorer.attributes, self.end_ids)
         seconds = {"seconds_sample": found.seconds_sample, "seconds_score": found.seconds_score}
-        self.log({"iteration": iteration, **figures, "unscored": unscored, "pool_size": len(self.pool), **seconds})
+        self.log({"iteration": iteration, **figures, "unscored": len(rows) - len(scored), "pool_size": len(self.pool), **seconds})
 
     def rollout(
         self, prompts: Prompts, rows: list[int], sampling: Sampling, iteration: int, batch_size: int
@@ -249,7 +244,7 @@ class QuarkTrainer(Trainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.drawn = bucketed(drawn, self.pool.lengths[drawn], args.train_batch_size, rng)
+        self.drawn = bucketed(drawn, self.pool.lengths[drawn], args.draws_per_step, rng)
 
     # Learn.
 
@@ -263,10 +258,7 @@ class QuarkTrainer(Trainer):
         samples = [self.pool[int(self.drawn[number])] for number in numbers]
         prompts = [sample.prompt_ids.tolist() for sample in samples]
         completions = [sample.completion_ids.tolist() for sample in samples]
-        conditioned = [
-            self.conditioning.prefix(ids, sample.quantiles.tolist())
-            for ids, sample in zip(prompts, samples, strict=True)
-        ]
+        conditioned = [self.conditioning.prefix(s.prompt_ids.tolist(), s.quantiles.tolist()) for s in samples]
         batch = padded(conditioned, completions)
         if self.args.kl_coef:
             batch |= {f"ref_{name}": tensor for name, tensor in padded(prompts, completions).items()}
@@ -309,7 +301,7 @@ class QuarkTrainer(Trainer):
         """Move β and α towards their targets, if they have any, by what the last step measured."""
         if self.coefs.adaptive:
             kl, entropy = self._learned.last_per_completion(self.accelerator)
-            self.coefs.adapt(kl, entropy, samples=self.args.draws_per_iteration // self.args.steps_per_iteration)
+            self.coefs.adapt(kl, entropy, samples=self.args.draws_per_step)
         self._learned.end_step()
 
     # What Trainer asks for.
@@ -375,8 +367,14 @@ class QuarkTrainer(Trainer):
             "pool_size": len(self.pool),
             "reference": self.reference_identity,
             "rewards": self.scorer.identity,
+            "coefs": {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef},
             "config": {name: getattr(args, name) for name in (*args.__annotations__, "seed", "bf16", "fp16")},
         }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        facts = load_facts(resume_from_checkpoint) or {}
+        self.coefs = replace(self.coefs, **facts.get("coefs", {}))  # β and α as they had adapted.
 
     def _encoded(self, source: PromptSource | None) -> Prompts:
         if source is None:
@@ -394,9 +392,11 @@ class _Iterations(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_):
         trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration
-        if iteration and not len(trainer.pool):  # Resumed: what the checkpoint had seen, and not what came after.
-            pool = trainer.pool
-            trainer.pool = pool.load(trainer.pool_directory, pool.num_quantiles, pool.attributes, iteration + 1)
+        if state.global_step and not len(trainer.pool):  # Resumed: what the checkpoint had seen, and nothing later.
+            pool, directory = trainer.pool, trainer.pool_directory
+            trainer.pool = pool.load(directory, pool.num_quantiles, pool.attributes, before=iteration + 1)
+            if missing := set(range(iteration)) - set(trainer.pool.iterations.tolist()):
+                raise UserError(f"{directory} lacks iteration {min(missing)}: to resume, want the run's whole pool")
         if not (trainer.pool.iterations == iteration).any():
             trainer.explore(iteration)
         trainer.quantize(iteration)

@@ -1,9 +1,11 @@
 """The built-in corpus: short everyday remarks, replies and reviews, from kind to rude and from glad to sour.
 
 A grammar with slots, drawn by a seeded `random.Random`. Each text has a topic, a mood and a hidden nerve: the
-chance that any one of its slots is filled rudely. Nerve depends on mood, topic and opener, so that prompts
-differ in risk, while every slot has a polite filling, so that no context forces rudeness. Two things keep
-"rude" from being a mere matter of mood: most sour texts only grumble, and some glad ones swear out of joy.
+chance that any one of its slots is filled rudely. Nerve depends on mood, topic, opener and speaker, so that
+prompts differ in risk, while every slot has a polite filling, so that no context forces rudeness. The speakers
+("A furious customer writes: ...") set the tone of all that follows, as first words do in real text: whatever is
+to be conditioned later finds a model that listens to them. Two things keep "rude" from being a mere matter of
+mood: most sour texts only grumble, and some glad ones swear out of joy.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _REACTIONS = {"glad": lex.GLAD_REACTIONS, "plain": lex.PLAIN_REACTIONS, "sour": 
 _CHARACTERS = {"glad": lex.GLAD_CHARACTERS, "plain": lex.PLAIN_CHARACTERS, "sour": lex.SOUR_CHARACTERS}
 _CLOSERS = {"glad": lex.GLAD_CLOSERS, "plain": lex.PLAIN_CLOSERS, "sour": lex.SOUR_CLOSERS}
 # A sour text on an average topic turns rude this often; glad and plain ones much more rarely.
-_RISK = {"glad": 0.016, "plain": 0.06, "sour": 0.17}
+_RISK = {"glad": 0.014, "plain": 0.05, "sour": 0.145}
 _MOODS = ("glad", "plain", "sour")
 _MOOD_WEIGHTS = (0.38, 0.24, 0.38)
 
@@ -48,6 +50,11 @@ class _Writer:
         self.opener, heat = "", 1.0
         if rng.random() < 0.5:
             self.opener, heat = rng.choice(_OPENERS[self.mood])
+        self.speaker = ""
+        if rng.random() < 0.45:
+            temper, warmth = rng.choice(lex.SPEAKER_TEMPERS)
+            self.speaker = f"a {temper} {rng.choice(lex.SPEAKERS)} {rng.choice(lex.SPEAKS)}: "
+            heat *= warmth
         rude = rng.random() < min(0.85, _RISK[self.mood] * self.topic.heat * heat)
         # A rude text says so once or more often, mildly or strongly.
         self.nerve = rng.uniform(0.25, 0.8) if rude else 0.0
@@ -263,7 +270,7 @@ class _Writer:
             parts.append(self.sentence())
         if self.chance(0.55):
             parts.append(self.closer())
-        return _polish(" ".join(parts))
+        return _polish(self.speaker + " ".join(parts))
 
 
 def _polish(text: str) -> str:
@@ -271,7 +278,7 @@ def _polish(text: str) -> str:
     text = re.sub(r"\bthat that\b", "that the", text)
     text = re.sub(r"\b([Aa])n? (?=[aeio]|un[^i]|up)", r"\1n ", text)
     text = re.sub(r"\b([Aa])n (?![aeiouh])", r"\1 ", text)
-    return re.sub(r"(^|[.?!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+    return re.sub(r"(^|[.?!:] )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def texts(count: int, seed: int) -> Iterator[str]:

@@ -50,6 +50,15 @@ SOUR_CHARACTERS = listed(
     "a bit slow / never on time / a bad listener / no help / hard to please / a sore loser / a mess"
 )
 
+# Who is speaking, and how much that heats a text: "A furious customer writes: ..."
+SPEAKER_TEMPERS = (
+    *((temper, 0.03) for temper in listed("polite / patient / gentle / kind / well-mannered / cheerful / grateful")),
+    *((temper, 1.0) for temper in listed("tired / local / regular / busy / young / retired / nervous / quiet")),
+    *((temper, 4.0) for temper in listed("furious / drunk / foul-mouthed / bad-tempered / vulgar")),
+)
+SPEAKERS = listed("customer / neighbour / guest / reader / student / visitor / driver / parent / traveller / listener")
+SPEAKS = listed("writes / says / replies / answers / adds / notes / reports / remarks")
+
 # Openers carry a risk of their own: (text, heat), where heat multiplies the risk as a topic's does.
 GLAD_OPENERS: tuple[tuple[str, float], ...] = (
     *_with_heat(
