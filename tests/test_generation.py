@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from quarkrl.conditioning import Conditioning
 from quarkrl.errors import UserError
-from quarkrl.generation import InverseTransform, QuarkGenerator, Sampling, complete, eos_ids, load_model, sample
+from quarkrl.generation import InverseTransform, QuarkGenerator, Sampling, complete, sample
+from quarkrl.loading import eos_ids, load_model
 
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -130,7 +130,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
     """Train as `quarkrl train` does; returns where the final model is."""
     import yaml
 
-    from quarkrl.generation import load_model, load_tokenizer
+    from quarkrl.loading import load_model, load_tokenizer
     from quarkrl.trainer import QuarkTrainer
 
     for name in ("model", "prompts", "reward"):
@@ -300,10 +300,8 @@ def _model_path(name: str) -> str:
 def _lora(rank: int | None) -> Any:
     if rank is None:
         return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UserError('lora_rank needs peft: pip install "quarkrl[peft]"') from error
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 

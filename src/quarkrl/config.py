@@ -1,5 +1,6 @@
 """`QuarkConfig`: every option of a training run, once."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,6 +108,8 @@ class QuarkConfig(TrainingArguments):
             raise UserError(
                 f"max_steps {self.max_steps}: not used; set --num_iterations and --steps_per_iteration (their product)"
             )
+        if self.num_train_epochs not in (3.0, self.num_iterations):  # 3.0 is the default of TrainingArguments.
+            raise UserError(f"num_train_epochs {self.num_train_epochs}: not used; set --num_iterations")
         self.num_train_epochs = self.num_iterations
         for name, low in {
             "num_quantiles": 2,
@@ -122,7 +125,12 @@ class QuarkConfig(TrainingArguments):
             "kl_coef": 0,
             "entropy_coef": 0,
             "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1,
+            "learning_rate": 0,
+            "warmup_steps": 0,
+            "max_grad_norm": 0,
+            "seed": 0,
         }.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
@@ -153,6 +161,13 @@ class QuarkConfig(TrainingArguments):
             raise UserError("kl_target with kl_coef 0: nothing to adapt; set --kl_coef above 0 or drop --kl_target")
         if self.entropy_target is not None and not self.entropy_coef:
             raise UserError("entropy_target with entropy_coef 0: nothing to adapt; set --entropy_coef above 0")
+        if self.dataloader_persistent_workers:
+            raise UserError("dataloader_persistent_workers: workers that outlive an iteration would keep its old draws")
+        checkpoint = self.resume_from_checkpoint
+        if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+            raise UserError(
+                f"resume_from_checkpoint {checkpoint!r}: want a checkpoint's directory, such as run/checkpoint-500"
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():

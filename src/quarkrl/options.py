@@ -38,7 +38,7 @@ class RunArguments:
         default=None, metadata={"help": "Attention of the model: sdpa, eager (faster on a CPU at 20 tokens), …"}
     )
     dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or auto."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank (needs peft)."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
 
 
 class Parser(argparse.ArgumentParser):

@@ -59,12 +59,13 @@ class Rollout:
         return self.scored
 
     def figures(self, attributes: Sequence[str], end_ids: Sequence[int]) -> dict[str, float]:
-        """Mean and spread of each reward, the completions' mean length in tokens, and the share that ended with EOS."""
+        """Mean and spread of each reward, mean length in tokens, share that ended with EOS, how many have no reward."""
         found: dict[str, float] = {}
         for name, values in zip(attributes, self.rewards[self.scored].T, strict=True):
             found |= {name: float(values.mean()), f"{name}_std": float(values.std())}
         found["completion_length"] = float(np.mean([len(ids) for ids in self.completions]))
         found["eos_share"] = float(np.mean([ids[-1] in end_ids for ids in self.completions]))
+        found["unscored"] = len(self.rows) - len(self.scored)
         return found
 
 
@@ -73,8 +74,9 @@ def prompt_schedule(
 ) -> list[int]:
     """The rows of the prompts that an iteration explores, each `samples_per_prompt` times.
 
-    Iterations take `count` prompts each (None: all), in turn through shuffled passes over all. Within an iteration they go by
-    length, so that a batch needs little padding. A pure function of its arguments: a resumed run explores the same.
+    Iterations take `count` prompts each (None: all), in turn through shuffled passes over all. Within an iteration
+    they go by length, so that a batch needs little padding. A pure function of its arguments: a resumed run explores
+    the same.
     """
     total = len(prompt_ids)
     count = min(count or total, total)

@@ -40,7 +40,8 @@ from quarkrl.conditioning import Conditioning, load_facts
 from quarkrl.config import QuarkConfig
 from quarkrl.errors import UserError
 from quarkrl.export import model_identity, save_steered
-from quarkrl.generation import Sampling, context_length, decode, eos_ids, evaluating, load_model, load_tokenizer, sample
+from quarkrl.generation import Sampling, decode, evaluating, sample
+from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.loss import Coefficients, completion_logits, quark_loss
 from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
@@ -172,7 +173,7 @@ class QuarkTrainer(Trainer):
             self.pool.save(self.pool_directory)
         figures = found.figures(self.scorer.attributes, self.end_ids)
         seconds = {"seconds_sample": found.seconds_sample, "seconds_score": found.seconds_score}
-        self.log({"iteration": iteration, **figures, "unscored": len(rows) - len(scored), "pool_size": len(self.pool), **seconds})
+        self.log({"iteration": iteration, **figures, "pool_size": len(self.pool), **seconds})
 
     def rollout(
         self, prompts: Prompts, rows: list[int], sampling: Sampling, iteration: int, batch_size: int
@@ -346,11 +347,7 @@ class QuarkTrainer(Trainer):
             self.conditioning.save(directory, **self.facts())
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
-        """Write the policy as an ordinary checkpoint that is steered by default (`export.save_steered`).
-
-        Returns:
-            Where it was written: `output_dir/final` by default.
-        """
+        """Write a checkpoint that is steered by default (`export.save_steered`) to `output_dir/final`; says where."""
         directory = Path(directory or Path(self.args.output_dir) / "final")
         weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.is_world_process_zero():
@@ -377,8 +374,6 @@ class QuarkTrainer(Trainer):
         self.coefs = replace(self.coefs, **facts.get("coefs", {}))  # β and α as they had adapted.
 
     def _encoded(self, source: PromptSource | None) -> Prompts:
-        if source is None:
-            raise UserError("train_dataset is missing: want prompts to explore")
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
         return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
