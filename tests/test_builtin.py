@@ -110,14 +110,14 @@ def test_tokenizer_training_is_deterministic():
     assert first == second
 
 
-def test_packed_rows_begin_with_a_text_and_hold_eos_between_texts(tokenizer):
+def test_every_text_is_a_row_of_its_own_ended_by_eos(tokenizer):
     texts = list(corpus.texts(60, seed=3))
-    rows = build.pack(texts, tokenizer)  # (rows, 128)
-    assert rows.shape[1] == 128
-    starts = {tokenizer(text)["input_ids"][0] for text in texts}
-    for row in rows:
-        assert row[0].item() in starts
-        assert tokenizer.eos_token_id in row
+    batches = build.batched(texts, tokenizer)  # (32, length), (28, length)
+    assert [len(batch) for batch in batches] == [32, 28]
+    rows = [row for batch in batches for row in batch.tolist()]
+    end = tokenizer.eos_token_id
+    assert {tokenizer.decode(row[: row.index(end)]) for row in rows} == set(texts)
+    assert all(set(row[row.index(end) :]) == {end} for row in rows)
 
 
 def test_model_writes_texts_that_end(model, tokenizer):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quarkrl import __version__
 from quarkrl.errors import UserError
-from quarkrl.options import Parser, RunArguments, parse_train, preset_names
+from quarkrl.options import Parser, RunArguments, natural, parse_train, positive, preset_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             arguments = _parser().parse_args(argv)
             arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever read our output has gone; nothing is left to say, and the interpreter must not try at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UserError, OSError) as error:  # OSError: a directory that cannot be written, a full disk.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -71,7 +71,7 @@ def _parser() -> Parser:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
     source.add_argument("--prompts", metavar="FILE", help="prompts: a file or a data set")
     generate.add_argument("--quantile", default="best", help="best, worst, or 0 (worst) to K-1 (default: %(default)s)")
-    generate.add_argument("--num_return_sequences", type=_count, default=1, metavar="N", help="for each prompt")
+    generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="for each prompt")
     generate.add_argument("--json", action="store_true", help="a JSON object a line: prompt, completions")
     _add_sampling(generate)
     generate.set_defaults(run=_generate)
@@ -82,8 +82,8 @@ def _parser() -> Parser:
     _add_reward(evaluate)
     evaluate.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
     evaluate.add_argument("--quantiles", nargs="+", default=["best", "worst"], help="which, a row each")
-    evaluate.add_argument("--samples", type=_count, default=25, help="completions for each prompt (default: 25)")
-    evaluate.add_argument("--limit", type=_count, help="use the first so many prompts only")
+    evaluate.add_argument("--samples", type=positive, default=25, help="completions for each prompt (default: 25)")
+    evaluate.add_argument("--limit", type=positive, help="use the first so many prompts only")
     evaluate.add_argument("--output", metavar="FILE", help="write figures, protocol and completions as JSON")
     _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -103,8 +103,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="(default: 1.0)")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus (default: 0.9)")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
-    parser.add_argument("--batch_size", type=_count, default=128, help="completions at a time (default: 128)")
+    parser.add_argument("--seed", type=natural, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--batch_size", type=positive, default=128, help="completions at a time (default: 128)")
 
 
 def _add_reward(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +114,6 @@ def _add_reward(parser: argparse.ArgumentParser) -> None:
 
 def _reward_help() -> str:
     return RunArguments.__dataclass_fields__["reward"].metadata["help"]
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: want at least 1")
-    return value
 
 
 # Commands.
@@ -142,15 +135,15 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
         raise UserError(f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir")
     scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on)
     path = _model_path(run.model or "")
-    tokenizer = load_tokenizer(path)
+    model = load_model(path, dtype=run.dtype, attn_implementation=run.attn_implementation)
     trainer = QuarkTrainer(
-        load_model(path, dtype=run.dtype, attn_implementation=run.attn_implementation),
+        model,
         scorer,
         config,
         train_dataset=_prompts(run, run.prompts or "", config.skip_bad_prompts),
         eval_dataset=_prompts(run, run.eval_prompts, config.skip_bad_prompts, "eval") if run.eval_prompts else None,
-        processing_class=tokenizer,
-        ref_model=load_model(run.ref_model) if run.ref_model else None,
+        processing_class=load_tokenizer(path),
+        ref_model=load_model(_model_path(run.ref_model)) if run.ref_model else None,
         peft_config=_lora(run.lora_rank),
     )
     skipped = trainer.prompts.skipped
@@ -171,8 +164,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     _quiet()
     sampling = _sampling(arguments)
     source = arguments.prompt if arguments.prompt else arguments.prompts
-    prompts = load_prompts(source).prompts
+    loaded = load_prompts(source)
     generator = QuarkGenerator.from_pretrained(_model_path(arguments.model))
+    loaded.encode(generator.tokenizer, max_length=generator.context_length - sampling.max_new_tokens)  # Or an error.
+    prompts = loaded.prompts
     completions = generator.generate(
         prompts,
         quantile=arguments.quantile,
@@ -192,6 +187,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from quarkrl.prompts import load_prompts
 
     _quiet()
+    if arguments.output and os.path.isdir(arguments.output):
+        raise UserError(f"output {arguments.output!r} is a directory: want the name of a file")
     scorer = _scorer(arguments.reward, arguments.reward_label)
     source = _builtin_prompts("eval") if arguments.prompts == BUILTIN else arguments.prompts
     prompts = load_prompts(source)
@@ -220,9 +217,7 @@ def _score(arguments: argparse.Namespace) -> None:
     from quarkrl.prompts import load_prompts
 
     scorer = _scorer(arguments.reward, arguments.reward_label)
-    source: Any = arguments.file
-    if source == "-":
-        source = [line.rstrip("\n") for line in sys.stdin]
+    source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
     columns = [arguments.column] if arguments.column else ["completion", "text", "prompt"]
     for column in columns:
         try:
@@ -329,15 +324,19 @@ def _evaluated(*args: Any, **kwargs: Any) -> "Evaluation":
 def _bars() -> Iterator[Any]:
     from quarkrl.progress import new_bars
 
-    with new_bars(_console()) as bars:
-        tasks: dict[str, Any] = {}
+    bars, tasks = new_bars(_console()), {}
 
-        def notify(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(f"evaluate  {name}", total=total, figures="")
-            bars.update(tasks[name], completed=done)
+    def notify(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            bars.start()  # Not before: bars that show nothing leave an empty line, beside an error too.
+            tasks[name] = bars.add_task(f"evaluate  {name}", total=total, figures="")
+        bars.update(tasks[name], completed=done)
 
+    try:
         yield notify
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _print_table(evaluation: "Evaluation") -> None:

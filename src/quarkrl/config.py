@@ -35,6 +35,8 @@ class QuarkConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: Quark makes its own batches."})
 
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Not used: num_iterations sets it."})
+
     # The pool and its quantiles.
     num_quantiles: int = field(default=5, metadata={"help": "K: quantiles, and reward tokens, per attribute."})
     draw: Literal["uniform", "balanced"] = field(

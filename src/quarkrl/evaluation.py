@@ -57,7 +57,9 @@ class Evaluation:
         """Write figures, protocol and completions as JSON; the file appears whole or not at all."""
         document = {
             "protocol": self.protocol,
-            "results": [{"name": row.name, "figures": row.figures, "left_out": row.left_out} for row in self.rows],
+            "results": [
+                {"name": row.name, "figures": _without_nan(row.figures), "left_out": row.left_out} for row in self.rows
+            ],
             "completions": [
                 {"prompt": prompt, **{row.name: row.completions[i] for row in self.rows}}
                 for i, prompt in enumerate(self.prompts.prompts)
@@ -114,6 +116,8 @@ def evaluate(
         encoded.ids = [policy.conditioning.strip(ids) for ids in encoded.ids]
     asked: list[tuple[str, QuarkGenerator, str | int]] = [("reference", base, "best")] if base else []
     asked += [(str(q), policy, q) for q in quantiles] if policy.conditioning else [("model", policy, "best")]
+    for _, generator, quantile in asked:
+        generator.condition([], quantile)  # One that does not exist stops here, before any sampling.
 
     rows = []
     for name, generator, quantile in asked:
@@ -198,14 +202,17 @@ def _measure(
     grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
     by_prompt = rewards.reshape(-1, samples)
 
-    figures = {"reward": float(np.nanmean(rewards))}
+    scored = rewards[~np.isnan(rewards)]
+    if not len(scored):
+        raise UserError(f"none of the {len(rewards)} completions of {name!r} has a reward: nothing to evaluate")
+    figures = {"reward": float(scored.mean())}
     if scorer.unwanted:
         scores = 1 - by_prompt
         figures |= {
-            scorer.unwanted: float(np.nanmean(scores)),
+            scorer.unwanted: float(1 - scored.mean()),
             f"average maximum {scorer.unwanted}": metrics.average_maximum(scores),
             f"{scorer.unwanted} probability": metrics.probability(scores),
-            f"{scorer.unwanted} share": float(np.mean(scores[~np.isnan(scores)] >= metrics.THRESHOLD)),
+            f"{scorer.unwanted} share": float(np.mean(1 - scored >= metrics.THRESHOLD)),
         }
     ends = set(generator.end_ids)
     words = [row[:-1] if row and row[-1] in ends else row for row in ids]
@@ -217,6 +224,11 @@ def _measure(
     figures["completion length"] = float(np.mean([len(row) for row in ids]))
     left_out = {"unscored": int(np.isnan(rewards).sum()), **{f"perplexity_{k}": v for k, v in left_out.items()}}
     return Row(name, figures, left_out, grouped, by_prompt)
+
+
+def _without_nan(figures: dict[str, float]) -> dict[str, float | None]:
+    """The figures with None, null in JSON, where there was nothing to take a mean of."""
+    return {name: None if np.isnan(value) else value for name, value in figures.items()}
 
 
 def _load_reference(reference: str | os.PathLike, model: str | os.PathLike) -> QuarkGenerator:

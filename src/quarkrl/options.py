@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from quarkrl.errors import UserError
 
@@ -37,8 +37,14 @@ class RunArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the model: sdpa, eager (faster on a CPU at 20 tokens), …"}
     )
-    dtype: str = field(default="float32", metadata={"help": "Type of the weights: float32, bfloat16 or auto."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights; auto: as the model was saved."}
+    )
     lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(f"lora_rank {self.lora_rank}: want at least 1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +52,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A flag's whole number, not below `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number, at least {least}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A flag's whole number, at least 1."""
+    return natural(text, least=1)
 
 
 def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[str, Any]]:
@@ -69,15 +87,17 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="PRESET|FILE", help=f"a YAML file, or one of {', '.join(preset_names())}")
-    known = {action.dest: action for action in parser._actions}
+    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    defaults = {action.dest: action.default for action in parser._actions}
     pre = Parser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     config_name = pre.parse_known_args(argv)[0].config
-    entries = load_config(config_name, list(known)) if config_name else {}
+    entries = load_config(config_name, known) if config_name else {}
+    parser.set_defaults(**{key: None for key, value in entries.items() if value is None})
     found, unknown = parser.parse_known_args([*_as_flags(entries), *argv])
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), list(known), '--')}")
+        raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), known, '--')}")
     values = vars(found)
     values.pop("config")
     parts = []
@@ -89,7 +109,8 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
             raise
         except (ValueError, TypeError, ImportError) as error:
             raise UserError(str(error)) from error
-    defaults = {a.dest: a.default for a in parser._actions}
+    if values["eval_strategy"] != "no" and not values["eval_prompts"]:
+        raise UserError(f"eval_strategy {values['eval_strategy']} without eval_prompts: give --eval_prompts")
     given = {name: value for name, value in values.items() if value != defaults[name]}
     return parts[0], parts[1], given  # type: ignore[return-value]
 

@@ -91,15 +91,13 @@ class QuarkTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        if not isinstance(model, PreTrainedModel):
-            model = load_model(model)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        model = model if isinstance(model, PreTrainedModel) else load_model(model)
+        self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
             reward_funcs = Scorer(reward_funcs, weights=args.reward_weights, condition_on=args.condition_on)
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
-        self.plain_tokenizer = tokenizer
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
         self.prompts = self._encoded(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
@@ -114,7 +112,10 @@ class QuarkTrainer(Trainer):
         self.conditioning, extended = Conditioning.add_to(
             tokenizer, model, args.num_quantiles, self.scorer.attributes, seed=args.seed
         )
+        if ref_model is not None and ref_model.get_input_embeddings().weight.shape[0] < self.conditioning.vocab_size:
+            raise UserError("ref_model has fewer tokens than model: want one of the same tokenizer")
         if peft_config is not None:
+            torch.manual_seed(args.seed)  # The adapter's first weights are random.
             model = self.conditioning.with_adapter(model, peft_config)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
@@ -357,15 +358,14 @@ class QuarkTrainer(Trainer):
 
     def facts(self) -> dict[str, Any]:
         """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-        args = self.args
         return {
             "quantile_edges": self.pool.edges.tolist(),
-            "iterations": self.state.global_step / args.steps_per_iteration,
+            "iterations": self.state.global_step / self.args.steps_per_iteration,
             "pool_size": len(self.pool),
             "reference": self.reference_identity,
             "rewards": self.scorer.identity,
             "coefs": {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef},
-            "config": {name: getattr(args, name) for name in (*args.__annotations__, "seed", "bf16", "fp16")},
+            "config": {name: getattr(self.args, name) for name in (*self.args.__annotations__, "seed", "bf16", "fp16")},
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

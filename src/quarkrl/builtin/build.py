@@ -47,7 +47,7 @@ TRAIN_SEED, HELD_OUT_SEED = 20220526, 31415926
 NUM_TRAIN_TEXTS, NUM_HELD_OUT_TEXTS = 100_000, 2_000
 NUM_TRAIN_PROMPTS, NUM_EVAL_PROMPTS = 4_000, 300
 VOCAB_SIZE, CONTEXT_TOKENS = 2_048, 128
-BATCH_ROWS, PEAK_LEARNING_RATE, WARMUP_STEPS = 8, 3e-3, 100
+BATCH_ROWS, PEAK_LEARNING_RATE, WARMUP_STEPS = 32, 3e-3, 100
 
 _INSULTING = (*lex.INSULTS_MILD, *lex.INSULTS_STRONG, *lex.SLIGHTS_MILD, *lex.SLIGHTS_STRONG)
 _CRUDE = {word for entry in _INSULTING for word in entry.split()} - {"of", "a", "piece", "son"}
@@ -138,19 +138,22 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def pack(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Pack texts, each followed by EOS, into rows of one context.  # (rows, CONTEXT_TOKENS)
+def batched(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
+    """Batches of texts of like length, each text a row of its own, ended by EOS and padded with it.
 
-    Every row begins with a text's first word, because prompts do: they come without BOS, as for GPT-2.
+    Every row begins with a text's first word, because prompts do: they come without BOS, as for GPT-2. Texts packed
+    behind one another would teach the model not to look back to a row's first tokens, where Quark puts its own.
     """
-    rows: list[list[int]] = []
-    row: list[int] = []
-    for ids in tokenizer(list(corpus))["input_ids"]:
-        row += [*ids, tokenizer.eos_token_id]
-        if len(row) >= CONTEXT_TOKENS:
-            rows.append(row[:CONTEXT_TOKENS])
-            row = []
-    return torch.tensor(rows)
+    rows = [[*ids, tokenizer.eos_token_id][:CONTEXT_TOKENS] for ids in tokenizer(list(corpus))["input_ids"]]
+    rows.sort(key=len)
+    return [
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows[start : start + BATCH_ROWS]],
+            batch_first=True,
+            padding_value=tokenizer.eos_token_id,
+        )
+        for start in range(0, len(rows), BATCH_ROWS)
+    ]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
@@ -172,8 +175,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     )
 
 
-def train_model(rows: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """Train by maximum likelihood, one pass over the rows in shuffled order."""
+def train_model(batches: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """Train by maximum likelihood, one pass over the batches in shuffled order."""
     torch.manual_seed(TRAIN_SEED)
     torch.use_deterministic_algorithms(True)
     model = new_model(tokenizer).train()
@@ -181,12 +184,15 @@ def train_model(rows: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> GPT2L
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
-    batches = torch.randperm(len(rows)).split(BATCH_ROWS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1 - step / len(batches))
     )
-    for batch in batches:
-        loss = model(input_ids=rows[batch], labels=rows[batch]).loss
+    for number in torch.randperm(len(batches)).tolist():
+        batch = batches[number]
+        labels = batch.clone()
+        # The first EOS ends the text and is learned; those after it pad.
+        labels[(batch == tokenizer.eos_token_id).cumsum(1) > 1] = -100
+        loss = model(input_ids=batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -246,7 +252,7 @@ def build(output: Path) -> Corpus:
     torch.set_num_threads(1)  # The order of sums, and so every bit, depends on the number of threads.
     corpus = make_corpus()
     tokenizer = train_tokenizer(corpus.train)
-    model = train_model(pack(corpus.train, tokenizer), tokenizer)
+    model = train_model(batched(corpus.train, tokenizer), tokenizer)
     model.save_pretrained(output / "model")
     (output / "model" / "model.safetensors").chmod(0o644)  # Written as 0600, which a wheel would keep.
     tokenizer.save_pretrained(output / "model")

@@ -33,7 +33,7 @@ _REACTIONS = {"glad": lex.GLAD_REACTIONS, "plain": lex.PLAIN_REACTIONS, "sour": 
 _CHARACTERS = {"glad": lex.GLAD_CHARACTERS, "plain": lex.PLAIN_CHARACTERS, "sour": lex.SOUR_CHARACTERS}
 _CLOSERS = {"glad": lex.GLAD_CLOSERS, "plain": lex.PLAIN_CLOSERS, "sour": lex.SOUR_CLOSERS}
 # A sour text on an average topic turns rude this often; glad and plain ones much more rarely.
-_RISK = {"glad": 0.014, "plain": 0.05, "sour": 0.145}
+_RISK = {"glad": 0.011, "plain": 0.04, "sour": 0.115}
 _MOODS = ("glad", "plain", "sour")
 _MOOD_WEIGHTS = (0.38, 0.24, 0.38)
 

@@ -1,0 +1,334 @@
+"""The command as its users type it: what it does, and one line for each of their mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quarkrl
+from quarkrl.cli import main
+
+TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
+REWARDS = """
+def few_a(completions, **_):
+    return [-text.split().count("a") for text in completions]
+
+def broken(completions, **_):
+    raise RuntimeError("no\\nway")
+
+def too_few(completions, **_):
+    return [1.0]
+
+def words(completions, **_):
+    return [None if not text.strip() else float(len(text.split())) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A directory with a model, prompts, rewards and options."""
+    directory = tmp_path_factory.mktemp("home")
+    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "model")
+    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "no_tokenizer")
+    TOKENIZER.save_pretrained(directory / "model")
+    (directory / "prompts.txt").write_text("a b\nc\nd e f\nh g\n", encoding="utf-8")
+    (directory / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b c"}\n', encoding="utf-8")
+    (directory / "long.txt").write_text("a b\n" + "a " * 200 + "\nc\nd\n", encoding="utf-8")
+    (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    (directory / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": str(directory / "model"),
+                "prompts": str(directory / "prompts.txt"),
+                "reward": str(directory / "rewards.py:few_a"),
+                "num_quantiles": 2,
+                "num_iterations": 1,
+                "steps_per_iteration": 2,
+                "per_device_train_batch_size": 4,
+                "max_completion_length": 5,
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "cosine",
+                "save_strategy": "no",
+                "save_total_limit": None,
+                "disable_tqdm": True,
+                "use_cpu": True,
+            }
+        ),
+        encoding="utf-8",
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(home) -> Path:
+    """A finished run."""
+    output_dir = home / "run"
+    options = [
+        "--output_dir",
+        str(output_dir),
+        "--steps_per_iteration=3",
+        "--entropy_coef",
+        "0",
+        "--num_iterations",
+        "2",
+    ]
+    assert main(["train", "--config", str(home / "run.yaml"), *options]) == 0
+    return output_dir
+
+
+def command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "quarkrl.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        **options,
+    )
+
+
+def said(capsys, *arguments: str | Path) -> str:
+    """What a command that succeeds writes to standard output."""
+    capsys.readouterr()
+    code = main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+# What it does
+
+
+def test_training_leaves_a_whole_run(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "pool", "metrics.jsonl", "final"}
+    assert {path.name for path in (run / "pool").iterdir()} == {f"iteration-{i:06d}.parquet" for i in range(2)}
+    assert AutoTokenizer.from_pretrained(run / "final")("a b")["input_ids"] == [11, 0, 1]
+    assert AutoModelForCausalLM.from_pretrained(run / "final").config.vocab_size == 12
+
+
+def test_a_flag_beats_the_file_and_what_was_given_is_kept(run, home):
+    kept = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    given = yaml.safe_load((home / "run.yaml").read_text(encoding="utf-8"))
+    expected = {**given, "steps_per_iteration": 3, "entropy_coef": 0, "num_iterations": 2, "output_dir": str(run)}
+    expected["reward"] = [given["reward"]]
+    assert {name: kept.get(name) for name in expected} == expected
+    facts = json.loads((run / "final" / "quark.json").read_text(encoding="utf-8"))
+    assert (facts["config"]["steps_per_iteration"], facts["config"]["max_completion_length"]) == (3, 5)
+    assert facts["config"]["save_total_limit"] is None
+
+
+def test_a_runs_config_repeats_it(run, home, tmp_path):
+    assert main(["train", "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    for name in ("final/model.safetensors", "pool/iteration-000001.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_generate_writes_prompt_and_completion(run, home, capsys):
+    final = run / "final"
+    out = said(
+        capsys, "generate", final, "--prompt", "a b", "--prompt", "c", "--num_return_sequences", "2", "--seed", "1"
+    )
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert [line.startswith(prompt) for line, prompt in zip(lines, ["a b", "a b", "c", "c"], strict=True)] == [True] * 4
+    generate = ["generate", final, "--prompts", home / "prompts.txt", "--json", "--max_new_tokens", "4", "--quantile"]
+    for quantile in ("worst", "best", "0"):
+        rows = [json.loads(line) for line in said(capsys, *generate, quantile).splitlines()]
+        assert [row["prompt"] for row in rows] == ["a b", "c", "d e f", "h g"]
+        assert all(len(row["completions"]) == 1 and len(row["completions"][0].split()) <= 4 for row in rows)
+    assert said(capsys, *generate, "0") == said(capsys, *generate, "worst") != said(capsys, *generate, "best")
+    greedy = said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "1")
+    assert greedy == said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "2")
+
+
+def test_evaluate_prints_a_table_and_writes_json(run, home, capsys, tmp_path):
+    evaluate = ["evaluate", run / "final", "--prompts", home / "prompts.txt", "--reward", home / "rewards.py:few_a"]
+    out = said(capsys, *evaluate, "--samples", "3", "--limit", "2", "--output", tmp_path / "results.json")
+    header, *rows = out.splitlines()
+    assert [word for word in header.split() if word != "token"] == ["reference", "best", "worst"]
+    assert any(row.startswith("reward") for row in rows) and any(row.startswith("perplexity") for row in rows)
+    assert "2 prompts, 3 samples each" in rows[-1]
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(results["completions"]) == 2 and results["protocol"]["samples_per_prompt"] == 3
+    out = said(capsys, *evaluate, "--samples", "2", "--reference", "none", "--quantiles", "1", "0")
+    assert [word for word in out.splitlines()[0].split() if word != "token"] == ["1", "0"]
+
+
+def test_score_reads_files_and_standard_input(home, capsys, monkeypatch, tmp_path):
+    reward = ["--reward", home / "rewards.py:few_a"]
+    assert said(capsys, "score", home / "prompts.txt", *reward).splitlines()[0] == "-1.0000\ta b"
+    rows = [json.loads(line) for line in said(capsys, "score", home / "prompts.txt", *reward, "--json").splitlines()]
+    assert rows[0] == {"text": "a b", "reward": -1.0} and len(rows) == 4
+    (tmp_path / "texts.csv").write_text("completion,other\na a,b\nc,d\n", encoding="utf-8")
+    assert said(capsys, "score", tmp_path / "texts.csv", *reward).splitlines() == ["-2.0000\ta a", "0.0000\tc"]
+    assert said(capsys, "score", tmp_path / "texts.csv", "--column", "other", *reward).startswith("0.0000\tb")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a a a\nb\n"))
+    assert said(capsys, "score", "-", *reward).splitlines() == ["-3.0000\ta a a", "0.0000\tb"]
+    assert main(["score", str(home / "prompts.txt"), *map(str, reward)]) == 0
+    assert "4 texts, 0 unscored; reward mean -0.2500" in capsys.readouterr().err
+
+
+def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):
+    train = ["train", "--config", home / "run.yaml", "--prompts", home / "bad.jsonl", "--output_dir", tmp_path / "run"]
+    said(capsys, *train, "--skip_bad_prompts", "true")
+    assert main([*map(str, train[:-1]), str(tmp_path / "other"), "--skip_bad_prompts"]) == 0
+    assert "prompts left out: 1 " in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_its_checkpoint(home, capsys, tmp_path):
+    train = ["train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--save_strategy", "epoch"]
+    said(capsys, *train)
+    said(capsys, *train, "--num_iterations", "2", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2")
+    facts = json.loads((tmp_path / "run" / "final" / "quark.json").read_text(encoding="utf-8"))
+    assert facts["iterations"] == 2 and facts["pool_size"] == 8
+
+
+def test_training_an_adapter(home, capsys, tmp_path):
+    said(capsys, "train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--lora_rank", "2")
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+# Mistakes
+
+TRAIN = ("train", "--config", "{home}/run.yaml", "--output_dir", "{new}")
+GENERATE = ("generate", "{run}/final", "--prompt", "a")
+EVALUATE = ("evaluate", "{run}/final", "--prompts", "{home}/prompts.txt", "--reward", "{home}/rewards.py:few_a")
+MISTAKES = {
+    "no command": ((), "the following arguments are required: COMMAND"),
+    "unknown command": (("tran",), "invalid choice: 'tran'"),
+    "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "already holds a run"),
+    "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
+    "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff; did you mean --kl_coef?"),
+    "unknown flag with value": ((*TRAIN, "--num_itrations=1"), "unknown option --num_itrations; did you mean --num_it"),
+    "abbreviated flag": ((*TRAIN, "--kl_c", "1"), "unknown option --kl_c"),
+    "wrong type": ((*TRAIN, "--num_quantiles", "many"), "num-quantiles: invalid int value: 'many'"),
+    "not a choice": ((*TRAIN, "--draw", "best"), "draw"),
+    "impossible value": ((*TRAIN, "--num_quantiles", "1"), "num_quantiles 1: want at least 2"),
+    "impossible top_p": ((*TRAIN, "--top_p", "1.5"), "top_p 1.5: want more than 0 and at most 1"),
+    "impossible learning rate": ((*TRAIN, "--learning_rate", "-1"), "learning_rate -1.0: want at least 0"),
+    "impossible lora_rank": ((*TRAIN, "--lora_rank", "0"), "lora_rank 0: want at least 1"),
+    "impossible dtype": ((*TRAIN, "--dtype", "float33"), "float33"),
+    "impossible attention": ((*TRAIN, "--attn_implementation", "fast"), "fast"),
+    "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
+    "option of TrainingArguments that does nothing": ((*TRAIN, "--num_train_epochs", "4"), "num_train_epochs 4.0: not"),
+    "inconsistent TrainingArguments": ((*TRAIN, "--load_best_model_at_end=1", "--save_strategy=epoch"), "strateg"),
+    "no checkpoint": ((*TRAIN, "--resume_from_checkpoint", "{new}/checkpoint-9"), "resume_from_checkpoint"),
+    "no such config": (("train", "--config", "toxcity"), "no such file or preset; did you mean toxicity?"),
+    "unknown key": (
+        ("train", "--config", "{home}/typo.yaml"),
+        "typo.yaml: unknown key 'kl_coeff'; did you mean kl_coef?",
+    ),
+    "config of a config": (("train", "--config", "{home}/nested.yaml"), "nested.yaml: unknown key 'config'"),
+    "not YAML": (("train", "--config", "{home}/broken.yaml"), "broken.yaml: no valid YAML"),
+    "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml: want a mapping"),
+    "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num-iterations: invalid int value: 'often'"),
+    "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
+    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere' cannot be loaded"),
+    "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
+    "trained before": ((*TRAIN, "--model", "{run}/final"), "trained by Quark before"),
+    "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),
+    "no such column": ((*TRAIN, "--prompts", "{home}/bad.jsonl", "--prompt_column", "promt"), "promt"),
+    "bad prompt": ((*TRAIN, "--prompts", "{home}/bad.jsonl"), "bad.jsonl:2"),
+    "long prompt": ((*TRAIN, "--prompts", "{home}/long.txt"), "long.txt:2"),
+    "too few prompts": ((*TRAIN, "--num_quantiles", "9"), "num_quantiles 9"),
+    "no such reward": ((*TRAIN, "--reward", "profanty"), "did you mean 'profanity'"),
+    "no such reward file": ((*TRAIN, "--reward", "{home}/nowhere.py:few_a"), "nowhere.py"),
+    "no such reward function": ((*TRAIN, "--reward", "{home}/rewards.py:few_b"), "few_b"),
+    "reward that raises": (
+        (*TRAIN, "--reward", "{home}/rewards.py:broken"),
+        "reward 'broken' raised RuntimeError: no way",
+    ),
+    "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
+    "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "leave label out"),
+    "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "2 weights are given for 1 rewards"),
+    "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': want best, worst or a number from 0"),
+    "quantile of a plain model": (("generate", "{home}/model", "--prompt", "a", "--quantile", "0"), "has no quantiles"),
+    "no prompt": (("generate", "{run}/final"), "--prompt"),
+    "empty prompt": (("generate", "{run}/final", "--prompt", ""), "prompt"),
+    "prompt over the context": (("generate", "{run}/final", "--prompts", "{home}/long.txt"), "tokens"),
+    "no such model to generate": (("generate", "{home}/nowhere", "--prompt", "a"), "nowhere"),
+    "impossible temperature": ((*GENERATE, "--temperature", "0"), "temperature 0.0: want more than 0"),
+    "impossible length": ((*GENERATE, "--max_new_tokens", "0"), "max_new_tokens 0: want at least 1"),
+    "impossible seed": ((*GENERATE, "--seed", "-1"), "--seed: '-1': want a whole number, at least 0"),
+    "impossible count": ((*GENERATE, "--num_return_sequences", "0"), "'0': want a whole number, at least 1"),
+    "no number": ((*GENERATE, "--num_return_sequences", "two"), "'two': want a whole number, at least 1"),
+    "no such reference": ((*EVALUATE, "--reference", "{home}/nowhere"), "give --reference PATH"),
+    "unknown quantile to evaluate": ((*EVALUATE, "--quantiles", "best", "top"), "quantile 'top'"),
+    "no prompts to evaluate": (("evaluate", "{run}/final", "--reward", "vader"), "--prompts"),
+    "output in a directory": ((*EVALUATE, "--output", "{home}"), "home0' is a directory"),
+    "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "give --eval_prompts"),
+    "no texts": (("score", "{home}/nowhere.txt", "--reward", "vader"), "nowhere.txt"),
+    "no reward": (("score", "{home}/prompts.txt"), "--reward"),
+    "no such column to score": (("score", "{home}/bad.jsonl", "--column", "text", "--reward", "vader"), "text"),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(home) -> None:
+    (home / "typo.yaml").write_text("kl_coeff: 1\n", encoding="utf-8")
+    (home / "nested.yaml").write_text("config: toxicity\n", encoding="utf-8")
+    (home / "broken.yaml").write_text("a: [1\nb: 2\n", encoding="utf-8")
+    (home / "list.yaml").write_text("- a\n", encoding="utf-8")
+    (home / "type.yaml").write_text("num_iterations: often\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, home, run, configs, tmp_path, capsys):
+    arguments, message = MISTAKES[mistake]
+    places = {"home": home, "run": run, "new": tmp_path / "new"}
+    capsys.readouterr()
+    code = main([argument.format(**places) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and message.format(**places) in line
+
+
+def test_a_process_ends_as_main_does(home):
+    """Three real ones: no traceback, no warning of a library beside the line."""
+    for arguments, message in (
+        (["train", "--config", home / "run.yaml", "--kl_coeff", "1"], "unknown option --kl_coeff"),
+        (["generate", home / "nowhere", "--prompt", "a"], "cannot be loaded"),
+    ):
+        done = command(*arguments, cwd=home)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and message in line
+
+
+def test_training_as_a_process_shows_no_warnings(home, tmp_path):
+    done = command("train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--disable_tqdm", "false")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert "iteration 0/0" in done.stderr and "reward" in done.stderr
+    assert "final" in done.stderr.splitlines()[-1]
+
+
+def test_help_and_version_do_not_load_torch():
+    code = "import sys\nfrom quarkrl.cli import main\ntry:\n    main([sys.argv[1]])\nexcept SystemExit as end:\n    "
+    code += "assert not end.code\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'slow'\n"
+    for flag, text in (("--help", "evaluate"), ("--version", f"quarkrl {quarkrl.__version__}")):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+
+
+def test_train_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("--config", "--reward", "--lora_rank", "--num_quantiles", "--kl_coef", "--bf16", "--report_to"):
+        assert option in out
