@@ -131,7 +131,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
             raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
     output_dir = Path(config.output_dir)
     resuming = config.resume_from_checkpoint is not None
-    if not resuming and any((output_dir / name).exists() for name in ("pool", "final", "config.yaml")):
+    if not resuming and any((output_dir / name).exists() for name in ("pool", "final")):
         raise UserError(f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir")
     scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on)
     path = _model_path(run.model or "")
@@ -166,7 +166,6 @@ def _generate(arguments: argparse.Namespace) -> None:
     source = arguments.prompt if arguments.prompt else arguments.prompts
     loaded = load_prompts(source)
     generator = QuarkGenerator.from_pretrained(_model_path(arguments.model))
-    loaded.encode(generator.tokenizer, max_length=generator.context_length - sampling.max_new_tokens)  # Or an error.
     prompts = loaded.prompts
     completions = generator.generate(
         prompts,

@@ -299,6 +299,9 @@ class QuarkGenerator:
         sampling = Sampling(**generate_kwargs)
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = [row for row in self.encode(texts, quantile) for _ in range(num_return_sequences)]
+        longest, room = max(map(len, ids), default=0), self.context_length - sampling.max_new_tokens
+        if longest > room:
+            raise UserError(f"a prompt has {longest} tokens, the model has room for {room} beside the completion")
         done = complete(self.model, ids, sampling, end_ids=self.end_ids, vocab_size=self.vocab_size, seed=seed)
         completions = self.decode(done)
         return [completions[i : i + num_return_sequences] for i in range(0, len(completions), num_return_sequences)]

@@ -94,12 +94,15 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     config_name = pre.parse_known_args(argv)[0].config
     entries = load_config(config_name, known) if config_name else {}
     parser.set_defaults(**{key: None for key, value in entries.items() if value is None})
-    found, unknown = parser.parse_known_args([*_as_flags(entries), *argv])
+    flags = [*_as_flags(entries), *argv]
+    found, unknown = parser.parse_known_args(flags)
     if unknown:
         flag = unknown[0].split("=")[0]
         raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), known, '--')}")
     values = vars(found)
     values.pop("config")
+    if values["eval_prompts"] and not any(name.split("=")[0] == "--eval_strategy" for name in flags):
+        values["eval_strategy"] = "epoch"  # Held-out prompts are there to be used: after each iteration.
     parts = []
     for kind in (RunArguments, QuarkConfig):
         names = {f.name for f in dataclasses.fields(kind) if f.init}

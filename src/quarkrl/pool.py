@@ -5,6 +5,7 @@ anew, so an old sample's quantile can drop as better ones arrive. Quantile 0 is 
 official code counts the other way).
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarkrl.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ class DataPool:
                 self.edges[a, -1] = ceiling
                 self.edges[a, :-1] = _edges(below, self.num_quantiles - 1) if len(below) else ceiling
             self._quantiles[:, a] = np.searchsorted(self.edges[a], rewards, side="right")
+            if empty := sorted(set(range(self.num_quantiles)) - set(self._quantiles[:, a].tolist())):
+                logger.warning(
+                    f"{self.attributes[a]}: many rewards are equal, so no sample is in quantile "
+                    f"{', '.join(map(str, empty))}: what their tokens ask for is not learned; "
+                    "give a finer reward, or fewer quantiles"
+                )
 
     def draw(self, n: int, rng: np.random.Generator, *, balanced: bool = False) -> np.ndarray:
         """Indices of n samples, with replacement.

@@ -33,7 +33,7 @@ _REACTIONS = {"glad": lex.GLAD_REACTIONS, "plain": lex.PLAIN_REACTIONS, "sour": 
 _CHARACTERS = {"glad": lex.GLAD_CHARACTERS, "plain": lex.PLAIN_CHARACTERS, "sour": lex.SOUR_CHARACTERS}
 _CLOSERS = {"glad": lex.GLAD_CLOSERS, "plain": lex.PLAIN_CLOSERS, "sour": lex.SOUR_CLOSERS}
 # A sour text on an average topic turns rude this often; glad and plain ones much more rarely.
-_RISK = {"glad": 0.011, "plain": 0.04, "sour": 0.115}
+_RISK = {"glad": 0.02, "plain": 0.07, "sour": 0.2}
 _MOODS = ("glad", "plain", "sour")
 _MOOD_WEIGHTS = (0.38, 0.24, 0.38)
 
@@ -68,7 +68,12 @@ class _Writer:
         return self.rng.random() < probability
 
     def rude(self) -> bool:
+        """Whether a remark, a reaction or an address is rude."""
         return self.chance(self.nerve)
+
+    def crude(self) -> bool:
+        """Whether a word in passing is: rarer, since who is rude mostly says so in as many words."""
+        return self.chance(self.nerve * 0.06)
 
     def insult(self) -> str:
         return self.one(lex.INSULTS_STRONG if self.strong and self.chance(0.8) else lex.INSULTS_MILD)
@@ -114,7 +119,7 @@ class _Writer:
         self.pronoun = "she" if _FEMALE.search(role) else "he"
         if self.pronoun == "he" and not _MALE.search(role) and self.chance(0.4):
             self.pronoun = "she"
-        if self.rude():
+        if self.crude():
             insult, slight = self.insult(), self.slight()
             forms = [f"that {insult} of a {role}", f"that {insult} {self.name()}", f"the {insult} {place}"]
             forms += [
@@ -142,13 +147,13 @@ class _Writer:
     def thing(self) -> str:
         thing = self.one(self.topic.things)
         determiner = self.one(("the", "the", "the", "this", "their", "that", "the whole"))
-        if self.rude():
+        if self.crude():
             return f"{determiner} {self.slight()} {thing}"
         return f"{determiner} {thing}"
 
     def quality(self) -> str:
         """An adjective phrase after "was", in the text's mood."""
-        rude, word = self.rude(), self.one(self.topic.praise if self.mood == "glad" else self.topic.blame)
+        rude, word = self.crude(), self.one(self.topic.praise if self.mood == "glad" else self.topic.blame)
         if rude:
             return self.one((f"so damn {word}", f"{word} as hell", f"{word} and stupid", f"goddamn {word}"))
         if self.swears_kindly and self.chance(0.5):
@@ -163,14 +168,14 @@ class _Writer:
         return self.agree(self.one(deeds), pronoun)
 
     def thing_did(self) -> str:
-        if self.mood == "sour" and self.rude():
+        if self.mood == "sour" and self.crude():
             return self.one(lex.RUDE_VERDICTS_STRONG if self.strong else lex.RUDE_VERDICTS_MILD)
         if self.mood == "plain":
             return f"was {self.quality()}"
         return self.one(self.topic.thing_did_well if self.mood == "glad" else self.topic.thing_did_badly)
 
     def character(self) -> str:
-        if self.rude():
+        if self.crude():
             return f"{self.one(('a', 'a complete', 'as dumb as a brick, a real'))} {self.insult()}"
         return self.one(_CHARACTERS[self.mood])
 
@@ -260,7 +265,7 @@ class _Writer:
         if draw < 0.5:
             return f"{first}, {self.one(('and', 'while', 'and then'))} {self.clause()}."
         if draw < 0.6:
-            aside = "damn it" if self.rude() else self.one(lex.ASIDES)
+            aside = "damn it" if self.crude() else self.one(lex.ASIDES)
             return f"{first}, {aside}, {self.reaction()}."
         return f"{self.dated(first)}." if self.chance(0.5) else f"{first}."
 
