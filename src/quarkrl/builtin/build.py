@@ -2,7 +2,7 @@
 
     python -m quarkrl.builtin.build [--output DIR]
 
-takes 5 to 6 minutes on one core of a 2023 server and writes, by default over the files of this package,
+takes 6 to 7 minutes on one core of a 2023 server and writes, by default over the files of this package,
 
     DIR/model/                  GPT-2 (1.1M parameters), config, generation config, byte-level BPE tokenizer
     DIR/prompts.train.jsonl     4,000 prompts: the first 4 to 8 words of texts, cut before anything rude
