@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Libraries' own warnings, about what the user did not write and cannot change.
+    warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|is_gradient_checkpointing|find_unused).*")
     try:
         argv = sys.argv[1:] if argv is None else list(argv)
         if argv[:1] == ["train"]:  # It has a parser of its own, made from the options' dataclasses.

@@ -170,6 +170,8 @@ class QuarkConfig(TrainingArguments):
             raise UserError(
                 f"resume_from_checkpoint {checkpoint!r}: want a checkpoint's directory, such as run/checkpoint-500"
             )
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False  # TrainingArguments would tie it to the verbosity of transformers' log.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():
