@@ -37,6 +37,8 @@ class QuarkConfig(TrainingArguments):
 
     num_train_epochs: float = field(default=3.0, metadata={"help": "Not used: num_iterations sets it."})
 
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "Show no progress."})
+
     # The pool and its quantiles.
     num_quantiles: int = field(default=5, metadata={"help": "K: quantiles, and reward tokens, per attribute."})
     draw: Literal["uniform", "balanced"] = field(
@@ -170,8 +172,6 @@ class QuarkConfig(TrainingArguments):
             raise UserError(
                 f"resume_from_checkpoint {checkpoint!r}: want a checkpoint's directory, such as run/checkpoint-500"
             )
-        if self.disable_tqdm is None:
-            self.disable_tqdm = False  # TrainingArguments would tie it to the verbosity of transformers' log.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():

@@ -27,7 +27,8 @@ def new_bars(console: Console, enabled: bool = True) -> Bars:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    return Bars(*columns, console=console, transient=True, disable=not enabled)
+    # Where nobody watches, a bar that vanishes leaves only empty lines.
+    return Bars(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
 
 
 class Progress(TrainerCallback):
@@ -103,8 +104,7 @@ class Progress(TrainerCallback):
             if self._bars:
                 self._bars.update(self._learn, figures=f"nll {logs['nll']:.3f}  kl {logs['kl']:.3f}")
         elif any(name.startswith("eval_") for name in logs) and self.enabled and state.is_world_process_zero:
-            figures = "  ".join(f"{n} {v:.3f}" for n, v in logs.items() if n.startswith("eval_"))
-            self.console.print(f"  held out        {figures}")
+            self._print("  held out", {n: v for n, v in logs.items() if "reward" in n})
 
     def on_epoch_end(self, args, state, control, **_):
         self.close()
@@ -113,8 +113,11 @@ class Progress(TrainerCallback):
         shown = {n: v for n, v in self._explored.items() if n not in _NOT_IN_THE_LINE}
         shown |= {n: self._learned[n] for n in ("nll", "kl") if n in self._learned}
         number, last = (state.global_step - 1) // args.steps_per_iteration, args.num_iterations - 1
-        figures = "  ".join(f"{name} {_short(value)}" for name, value in shown.items())
-        self.console.print(f"iteration {number}/{last}  {figures}")
+        self._print(f"iteration {number}/{last}", shown)
+
+    def _print(self, title: str, figures: dict[str, Any]) -> None:
+        text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+        self.console.print(f"{title}  {text}", soft_wrap=True)
 
 
 _NOT_IN_THE_LINE = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")
