@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quarkrl.builtin import build, corpus, model_path, prompts_path
 
 MIB = 2**20
+
+# The shipped prompts were sieved by this version's scores; another version scores a little differently.
+same_scorer = pytest.mark.skipif(
+    version("alt-profanity-check") != "1.9.1", reason="the prompts were sieved by alt-profanity-check 1.9.1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,7 @@ def test_corpus_has_rude_texts_and_mostly_polite_ones():
     assert 0.05 < sum(score >= 0.5 for score in scores) / len(scores) < 0.2
 
 
+@same_scorer
 def test_prompts_are_clean_distinct_and_disjoint():
     pytest.importorskip("profanity_check")
     train, evaluation = read_prompts("train"), read_prompts("eval")
@@ -98,6 +105,7 @@ def test_too_few_texts_for_the_prompts_is_an_error():
         build.cut_prompts(list(corpus.texts(5, seed=0)), 10, seed=0)
 
 
+@same_scorer
 def test_shipped_prompts_are_what_the_build_makes_and_are_held_out(made):
     assert made.train_prompts == read_prompts("train")
     assert made.eval_prompts == read_prompts("eval")
@@ -139,6 +147,7 @@ def test_model_is_sometimes_rude_on_clean_prompts(model, tokenizer):
     assert 0.02 < share < 0.08
 
 
+@same_scorer
 @pytest.mark.slow
 def test_rebuild_gives_the_shipped_files(tmp_path, made, tokenizer, model):
     build.build(tmp_path)
