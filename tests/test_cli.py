@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
-from quarkrl.cli import main
+from quarkrl.cli import free_directory, main
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
@@ -332,3 +332,12 @@ def test_train_help_lists_every_option(capsys):
     out = capsys.readouterr().out
     for option in ("--config", "--reward", "--lora_rank", "--num_quantiles", "--kl_coef", "--bf16", "--report_to"):
         assert option in out
+
+
+def test_a_second_demo_takes_the_next_free_directory(tmp_path):
+    wanted = str(tmp_path / "demo")
+    assert free_directory(wanted) == wanted
+    (tmp_path / "demo" / "pool").mkdir(parents=True)
+    (tmp_path / "demo-2" / "final").mkdir(parents=True)
+    (tmp_path / "demo-3").mkdir()  # Empty: it holds no run.
+    assert free_directory(wanted) == f"{wanted}-3"

@@ -6,6 +6,7 @@ for goes to standard output; progress and notes go to standard error.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -63,7 +64,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="unlearn toxicity on the built-in model; minutes on a laptop")
-    demo.add_argument("--output_dir", default="runs/demo", help="where the run goes (default: %(default)s)")
+    demo.add_argument("--output_dir", help="where the run goes (default: runs/demo, or runs/demo-2, … if taken)")
     demo.set_defaults(run=_demo)
 
     commands.add_parser("train", help="train a model with Quark (quarkrl train --help lists its options)")
@@ -133,9 +134,11 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
         if getattr(run, name) is None:
             raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
     output_dir = Path(config.output_dir)
-    resuming = config.resume_from_checkpoint is not None
-    if not resuming and any((output_dir / name).exists() for name in ("pool", "final")):
-        raise UserError(f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir")
+    if config.resume_from_checkpoint is None and _holds_run(output_dir):
+        raise UserError(
+            f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
+            "or go on with --resume_from_checkpoint and one of its checkpoints"
+        )
     scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on)
     path = _model_path(run.model or "")
     model = load_model(path, dtype=run.dtype, attn_implementation=run.attn_implementation)
@@ -187,6 +190,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from quarkrl.prompts import load_prompts
+    from quarkrl.tables import print_table
 
     _quiet()
     if arguments.output and os.path.isdir(arguments.output):
@@ -207,7 +211,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
     )
-    _print_table(evaluation)
+    print_table(evaluation, _console(stderr=False))
     if arguments.output:
         evaluation.save(arguments.output)
         _note(f"figures, protocol and completions: {arguments.output}")
@@ -248,23 +252,35 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from quarkrl.prompts import load_prompts
+    from quarkrl.tables import print_side_by_side, print_table
 
-    run, config, given = parse_train(["--config", "tiny-toxicity", "--output_dir", arguments.output_dir])
+    output_dir = arguments.output_dir or free_directory("runs/demo")
+    run, config, given = parse_train(["--config", "tiny-toxicity", "--output_dir", output_dir])
     _note("Unlearning toxicity on the built-in 1M-parameter model: explore, quantize, learn.")
     final = train(run, config, given)
     _quiet()
     prompts = load_prompts(_builtin_prompts("eval"))
     scorer = _scorer(run.reward or [], run.reward_label)
     evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN))
-    results = Path(arguments.output_dir) / "results.json"
+    results = Path(output_dir) / "results.json"
     evaluation.save(results)
-    _print_table(evaluation)
-    _print_side_by_side(evaluation, count=3)
+    print_table(evaluation, _console(stderr=False))
+    print_side_by_side(evaluation, 3, _console(stderr=False))
     _note(f"model: {final}   samples: {config.output_dir}/pool   results: {results}")
     _note(f'try it: quarkrl generate {final} --prompt "You are" --quantile worst')
 
 
 # What the commands share.
+
+
+def free_directory(name: str) -> str:
+    """`name`, or the first of `name-2`, `name-3`, … that holds no run."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if not _holds_run(Path(candidate)))
+
+
+def _holds_run(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("pool", "final"))
 
 
 def _scorer(
@@ -339,44 +355,6 @@ def _bars() -> Iterator[Any]:
     finally:
         if tasks:
             bars.stop()
-
-
-def _print_table(evaluation: "Evaluation") -> None:
-    """Metrics down, models across."""
-    from rich.table import Table
-
-    rows = evaluation.rows
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for row in rows:
-        table.add_column(row.name if row.name in ("reference", "model") else f"{row.name} token", justify="right")
-    for metric in rows[0].figures:
-        values = [row.figures[metric] for row in rows]
-        table.add_row(metric, *(f"{value:.1f}" if metric == "perplexity" else f"{value:.3f}" for value in values))
-    _console(stderr=False).print(table)
-    protocol = evaluation.protocol
-    print(
-        f"{protocol['prompts']['count']} prompts, {protocol['samples_per_prompt']} samples each, "
-        f"top-p {protocol['sampling']['top_p']}, {protocol['sampling']['max_new_tokens']} tokens; "
-        f"perplexity under {protocol['perplexity_model']}"
-    )
-
-
-def _print_side_by_side(evaluation: "Evaluation", count: int) -> None:
-    from rich.table import Table
-
-    table = Table(show_lines=True)
-    table.add_column("prompt", ratio=2)
-    for row in evaluation.rows:
-        table.add_column(row.name if row.name == "reference" else f"{row.name} token", ratio=3)
-    # Where the reference is at its worst there is most to see; its worst completion stands beside the same draw of
-    # the others.
-    worst = evaluation.rows[0].rewards
-    order = worst.min(axis=1).argsort(kind="stable")
-    for i in order[:count]:
-        sample = int(worst[i].argmin())
-        table.add_row(str(evaluation.prompts.prompts[i]), *(row.completions[i][sample] for row in evaluation.rows))
-    _console(stderr=False).print(table)
 
 
 def _console(stderr: bool = True) -> "Console":

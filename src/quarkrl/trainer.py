@@ -158,9 +158,8 @@ class QuarkTrainer(Trainer):
         """
         args = self.args
         sampling = Sampling(args.max_completion_length, args.min_completion_length, args.temperature, args.top_p)
-        rows = prompt_schedule(
-            self.prompts.ids, iteration, args.prompts_per_iteration, args.samples_per_prompt, args.seed
-        )
+        each = args.samples_per_prompt
+        rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
         with self.progress.sampling(f"iteration {iteration}", len(rows)):
             found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size)
         scored = found.scored_enough(args.max_unscored_share, iteration)
@@ -260,7 +259,8 @@ class QuarkTrainer(Trainer):
         samples = [self.pool[int(self.drawn[number])] for number in numbers]
         prompts = [sample.prompt_ids.tolist() for sample in samples]
         completions = [sample.completion_ids.tolist() for sample in samples]
-        conditioned = [self.conditioning.prefix(s.prompt_ids.tolist(), s.quantiles.tolist()) for s in samples]
+        asked = [sample.quantiles.tolist() for sample in samples]
+        conditioned = [self.conditioning.prefix(ids, quantiles) for ids, quantiles in zip(prompts, asked, strict=True)]
         batch = padded(conditioned, completions)
         if self.args.kl_coef:
             batch |= {f"ref_{name}": tensor for name, tensor in padded(prompts, completions).items()}
