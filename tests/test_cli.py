@@ -160,7 +160,7 @@ def test_evaluate_prints_a_table_and_writes_json(run, home, capsys, tmp_path):
     assert any(row.startswith("reward") for row in rows) and any(row.startswith("perplexity") for row in rows)
     assert "2 prompts, 3 samples each" in rows[-1]
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len(results["completions"]) == 2 and results["protocol"]["samples_per_prompt"] == 3
+    assert results["completions"] == "results.parquet" and results["protocol"]["samples_per_prompt"] == 3
     out = said(capsys, *evaluate, "--samples", "2", "--reference", "none", "--quantiles", "1", "0")
     assert [word for word in out.splitlines()[0].split() if word != "token"] == ["1", "0"]
 
@@ -222,7 +222,10 @@ MISTAKES = {
     "impossible attention": ((*TRAIN, "--attn_implementation", "fast"), "fast"),
     "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
     "option of TrainingArguments that does nothing": ((*TRAIN, "--num_train_epochs", "4"), "num_train_epochs 4.0: not"),
-    "inconsistent TrainingArguments": ((*TRAIN, "--load_best_model_at_end=1", "--save_strategy=epoch"), "strateg"),
+    "inconsistent TrainingArguments": (
+        (*TRAIN, "--load_best_model_at_end=1", "--save_strategy=steps", "--eval_prompts={home}/prompts.txt"),
+        "strateg",
+    ),
     "no checkpoint": ((*TRAIN, "--resume_from_checkpoint", "{new}/checkpoint-9"), "resume_from_checkpoint"),
     "no such config": (("train", "--config", "toxcity"), "no such file or preset; did you mean toxicity?"),
     "unknown key": (

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 import quarkrl
 from quarkrl import QuarkConfig
 from quarkrl.errors import UserError
+from quarkrl.options import parse_train
 
 SOURCE = Path(quarkrl.__file__).parent
 OWN = sorted({f.name for f in fields(QuarkConfig)} - {f.name for f in fields(TrainingArguments)})
@@ -94,6 +95,16 @@ IMPOSSIBLE = [
     ({"warmup_steps": -1}, "warmup_steps -1: want at least 0"),
     ({"max_grad_norm": -1.0}, "max_grad_norm -1.0: want at least 0"),
     ({"seed": -1}, "seed -1: want at least 0"),
+    ({"eval_temperature": 0.0}, "eval_temperature 0.0: want more than 0"),
+    ({"do_sample": False, "samples_per_prompt": 2}, "samples_per_prompt 2: with do_sample False all are the same"),
+    ({"eval_do_sample": False, "eval_samples_per_prompt": 4}, "eval_samples_per_prompt 4: with eval_do_sample False"),
+    ({"explore_guidance_scale": -1.0}, "explore_guidance_scale -1.0: want a number from 0"),
+    ({"explore_guidance_scale": [1.0, float("nan")]}, "explore_guidance_scale nan: want a number from 0"),
+    ({"explore_guidance_scale": []}, "explore_guidance_scale is empty: want a number, or one for each iteration"),
+    ({"eval_guidance_scale": float("inf")}, "eval_guidance_scale inf: want a number from 0"),
+    ({"eval_guidance_scale": 2.0, "guidance_from": "best"}, "guidance_from 'best': want worst, reference or a number"),
+    ({"eval_guidance_scale": 2.0, "guidance_from": "4"}, "guidance_from '4': want worst, reference or a number to 3"),
+    ({"guidance_from": "reference"}, "guidance_from 'reference' without guidance: set explore_guidance_scale"),
     # Options of TrainingArguments that would do nothing here, or harm.
     ({"max_steps": 10}, "max_steps 10: not used; set --num_iterations"),
     ({"num_train_epochs": 4}, "num_train_epochs 4: not used; set --num_iterations"),
@@ -111,3 +122,24 @@ def test_an_impossible_value_is_one_error_with_name_value_and_limit(options, mes
 
 def test_a_bf16_run_on_a_cpu_is_possible(tmp_path):
     assert QuarkConfig(output_dir=str(tmp_path), bf16=True).bf16
+
+
+def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):
+    def scales(value):
+        return QuarkConfig(output_dir=str(tmp_path), explore_guidance_scale=value).explore_guidance_scale
+
+    assert QuarkConfig(output_dir=str(tmp_path)).explore_guidance_scale == [1.0]
+    assert scales(2) == [2.0] and scales([1, 1.5, 2]) == [1, 1.5, 2]
+    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
+    assert config.explore_guidance_scale == [1.0, 1.0, 2.5]
+    (tmp_path / "run.yaml").write_text("explore_guidance_scale: 3\nguidance_from: 1\ndo_sample: false\n")
+    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
+    assert (config.explore_guidance_scale, config.guidance_from, config.do_sample) == ([3.0], "1", False)
+
+
+def test_the_best_is_judged_by_the_reward_unless_told_otherwise(tmp_path):
+    options = {"output_dir": str(tmp_path), "eval_strategy": "epoch", "load_best_model_at_end": True}
+    config = QuarkConfig(**options)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("reward", True)
+    assert QuarkConfig(**options, metric_for_best_model="eos_share").metric_for_best_model == "eos_share"
+    assert QuarkConfig(output_dir=str(tmp_path)).metric_for_best_model is None

@@ -10,8 +10,9 @@ from tiny import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from quarkrl.conditioning import Conditioning
+from quarkrl.decoding import InverseTransform, Sampling
 from quarkrl.errors import UserError
-from quarkrl.generation import InverseTransform, QuarkGenerator, Sampling, complete, sample
+from quarkrl.generation import QuarkGenerator, complete, sample
 from quarkrl.loading import eos_ids, load_model
 
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)

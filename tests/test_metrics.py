@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from math import exp, isnan, log
+from math import exp, inf, isnan, log
 
 import numpy as np
 import pytest
 
-from quarkrl.metrics import average_maximum, distinct, perplexity, probability
+from quarkrl.metrics import (
+    average_maximum,
+    distinct,
+    distinct_shares,
+    last_seen,
+    maxima,
+    perplexities,
+    perplexity,
+    probability,
+    reached,
+    share,
+    shares,
+)
 
 NAN = float("nan")
 NOTHING = [np.empty((0, 25)), np.full((2, 3), NAN)]
@@ -42,9 +54,23 @@ def test_probability_leaves_out_what_has_no_score():
     assert probability(np.array([[NAN, 0.6], [NAN, NAN], [0.1, NAN]])) == 1 / 2
 
 
+def test_share_is_of_completions_and_its_mean_over_prompts():
+    """% positive: the second prompt weighs as much as the first, though only one of its completions is scored."""
+    scores = np.array([[0.5, 0.4999, 0.9, 0.1], [0.7, NAN, NAN, NAN], [NAN, NAN, NAN, NAN]])
+    assert shares(scores)[:2].tolist() == [2 / 4, 1] and isnan(shares(scores)[2])
+    assert share(scores) == (2 / 4 + 1) / 2
+    assert share(scores, threshold=0.8) == (1 / 4 + 0) / 2
+
+
 @pytest.mark.parametrize("scores", NOTHING, ids=["no prompts", "no scores"])
 def test_without_scores_there_is_no_number(scores):
-    assert isnan(average_maximum(scores)) and isnan(probability(scores))
+    assert isnan(average_maximum(scores)) and isnan(probability(scores)) and isnan(share(scores))
+
+
+def test_by_prompt_what_has_no_score_stays_without():
+    scores = np.array([[0.1, NAN, -0.7], [NAN, NAN, NAN]])
+    assert maxima(scores)[0] == 0.1 and isnan(maxima(scores)[1])
+    assert reached(np.array([0.5, 0.2]), 0.5).tolist() == [1, 0] and isnan(reached(np.array([NAN]), 0.5)[0])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +89,11 @@ def test_without_scores_there_is_no_number(scores):
 )
 def test_distinct_by_hand(completions, n, expected):
     assert distinct(completions, n) == pytest.approx(expected)
+
+
+def test_distinct_by_prompt_leaves_out_the_one_without_words():
+    found = distinct_shares([["a b a"], [""], ["a b"]], 1)
+    assert found[0] == pytest.approx(2 / 3) and isnan(found[1]) and found[2] == 1
 
 
 @pytest.mark.parametrize("completions", [[], [[]], [["", " "]]], ids=str)
@@ -105,3 +136,22 @@ def test_an_impossible_completion_is_dropped():
 def test_perplexity_of_nothing_is_no_number(sums, counts, left_out):
     value, found = perplexity(sums, counts)
     assert isnan(value) and found == left_out
+
+
+def test_perplexities_keep_their_places():
+    values, left_out = perplexities([log(16), 0.0, 20.0], [2, 0, 1])
+    assert values[0] == pytest.approx(4) and isnan(values[1]) and isnan(values[2])
+    assert left_out == {"empty": 1, "dropped": 1}
+
+
+def test_how_far_back_a_prediction_was_last_seen():
+    # Text 5 7 5 9 7; predicted for its second to last place, each from what stands before.
+    assert last_seen([5, 7, 5, 9, 7], [5, 5, 7, 8]).tolist() == [
+        1,  # 5, just before
+        2,  # 5, at place 0; that place 2 will be 5 too is not known yet
+        2,  # 7, at place 1
+        inf,  # 8, nowhere
+    ]
+    assert last_seen([5, 5, 5], [5, 5]).tolist() == [1, 1]  # the last of several
+    assert last_seen([5, 7], [7]).tolist() == [inf]  # the token to predict is not yet there
+    assert last_seen([5], []).tolist() == []

@@ -331,6 +331,34 @@ def test_a_pool_file_is_plain_parquet(tmp_path):
     }
 
 
+def test_the_terms_of_a_sum_are_kept_with_the_samples(tmp_path):
+    pool = DataPool(2)
+    pool.add([[1], [2]], [[3], [4]], [0.5, 0.7], iteration=0, terms={"kind": [0.1, 0.3], "brief": np.array([4, 1 / 3])})
+    pool.add([[5]], [[6]], [0.2], iteration=1, terms={"kind": [0.6], "new": [1]})  # Resumed with other rewards.
+    pool.add([[7]], [[8]], [0.1], iteration=2)
+    nan = float("nan")
+    expected = {"kind": [0.1, 0.3, 0.6, nan], "brief": [4, 1 / 3, nan, nan], "new": [nan, nan, 1, nan]}
+    pool.save(tmp_path)
+    for each in (pool, DataPool.load(tmp_path, 2, ("reward",))):
+        assert list(each.terms) == ["kind", "brief", "new"]
+        for name, values in expected.items():
+            np.testing.assert_array_equal(each.terms[name], values)
+    table = pq.read_table(tmp_path / "iteration-000000.parquet")
+    assert table.column_names == ["prompt_ids", "completion_ids", "reward", "score.kind", "score.brief", "score.new"]
+    assert table["score.brief"].to_pylist() == [4, 1 / 3]
+    with pytest.raises(ValueError, match=r"terms 'kind' \(2,\): want \(1,\)"):
+        pool.add([[1]], [[2]], [0.5], iteration=3, terms={"kind": [0.1, 0.2]})
+    assert len(pool) == 4 == len(pool.terms["kind"])
+
+
+def test_one_reward_takes_at_most_32_bytes_a_sample_beside_its_tokens():
+    pool = DataPool(2)
+    pool.add([[]] * 4096, [[]] * 4096, np.arange(4096), iteration=0, terms={})
+    pool.quantize()
+    arrays = [pool._ends, pool._rewards, pool._iterations, *pool._terms.values()]
+    assert (sum(array.view.nbytes for array in arrays) + pool.quantiles.nbytes) / len(pool) == 16 + 8 + 4 + 2
+
+
 def test_an_attribute_may_be_left_out_when_loading(tmp_path):
     two_iterations().save(tmp_path)
     assert DataPool.load(tmp_path, 2, ("brief",)).rewards.tolist() == [[-1e300], [5e-324], [0.0]]
@@ -388,6 +416,7 @@ FOREIGN = {
     "null reward": pa.table({"prompt_ids": [[1]], "completion_ids": [[2]], "reward": pa.array([None], pa.float64())}),
     "text reward": table(reward=["good"]),
     "NaN reward": table(reward=[float("nan")]),
+    "a text for a term": pa.table({"prompt_ids": [[1]], "completion_ids": [[2]], "reward": [1.0], "score.x": ["good"]}),
 }
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -122,6 +123,26 @@ def test_a_sum_is_weighted_and_components_are_not():
     scores = score(length, ones, weights=[0.5, -2])
     assert scores.components.tolist() == [[1, 1], [2, 1], [0, 1], [4, 1]]
     assert scores.rewards.tolist() == [[-1.5], [-1.0], [-2.0], [0.0]]  # 0.5 · length - 2
+
+
+def test_the_terms_of_a_sum_go_by_name_where_there_are_several():
+    scores = score(length, length, weights=[1, 3])
+    assert {name: values.tolist() for name, values in scores.terms.items()} == {
+        "length": [1, 2, 0, 4],
+        "length-2": [1, 2, 0, 4],
+    }
+    assert score(length).terms == score(length, length, condition_on="each").terms == {}
+
+
+def test_eos_is_told_to_a_reward_that_asks_for_it_and_to_no_other():
+    def of_eos(completion_ids, end_ids):
+        return [sum(i in end_ids for i in ids) for ids in completion_ids]
+
+    def of_all(**given):
+        return [len(given)] * 4
+
+    scores = Scorer([of_eos, of_all])(PROMPTS, TEXTS, IDS, {"topic": [0] * 4}, end_ids=[4, 1])
+    assert scores.components.tolist() == [[1, 4], [0, 4], [0, 4], [4, 4]]
 
 
 def test_each_keeps_every_reward_as_an_attribute_of_its_own():
@@ -298,6 +319,29 @@ def test_an_error_in_an_async_reward_is_told_alike_and_stops_the_others():
     assert stopped == [True] and time.perf_counter() - start < 10
 
 
+def test_a_call_in_another_thread_can_be_ended_and_the_next_one_works():
+    class Slow:
+        seconds = 60.0
+
+        async def __call__(self, completions):
+            await asyncio.sleep(self.seconds)
+            return [1.0] * len(completions)
+
+    reward = Slow()
+    scorer = Scorer(reward)
+    scorer.stop()  # Nothing runs: nothing is ended, now or later.
+    for _ in range(2):
+        reward.seconds = 60.0
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(scorer, PROMPTS, TEXTS, IDS)
+            while not future.done():
+                time.sleep(0.02)
+                scorer.stop()
+        assert future.exception() is not None
+        reward.seconds = 0.0
+        assert scorer(PROMPTS, TEXTS, IDS).rewards[:, 0].tolist() == [1, 1, 1, 1]
+
+
 # Names, files, modules --------------------------------------------------------------------------------------
 
 
@@ -350,7 +394,7 @@ def test_what_cannot_be_loaded(here):
         "wrong.py:f": "cannot import wrong.py: SyntaxError: ",
         "leaves.py:f": "cannot import leaves.py: SystemExit: 3",
         "absent_module.part:f": "there is no module 'absent_module'",
-        "profnity": "did you mean 'profanity'? (known: profanity, vader, vader-negative)",
+        "profnity": "did you mean 'profanity'? (known: ",
         "Vader": "did you mean 'vader'?",
         "vader_negative": "did you mean 'vader-negative'?",
         "./no/such/model": "there is no such directory",
@@ -716,6 +760,82 @@ def test_a_cached_model_is_used_when_the_hub_is_away(bert, tmp_path, monkeypatch
     assert classifier(["p"], ["w1"]) == pytest.approx([0.75])
     assert classifier.identity["revision"] == revision and classifier.name == "classifier-bad"
     assert classifier.identity["sha256"] == Classifier(bert, "bad").identity["sha256"]
+
+
+def test_logits_become_what_is_asked_for_whatever_the_config_says(bert, tmp_path):
+    """P(bad) is 3/4 by softmax of (log 3, 0); each logit's sigmoid is 3/4 and 1/2."""
+    for function, bad, good in (("softmax", 0.75, 0.25), ("sigmoid", 0.75, 0.5), ("none", math.log(3), 0.0)):
+        for label, expected in (("bad", bad), ("good", good)):
+            assert Classifier(bert, label, function_to_apply=function)(["p"], ["w1"]) == pytest.approx([expected])
+    assert Scorer(f"{bert}?label=good&function_to_apply=sigmoid").identity[0]["function"] == "sigmoid"
+    make_bert(tmp_path, bias=[math.log(3)], labels=("LABEL_0",))
+    assert Classifier(tmp_path, function_to_apply="sigmoid")(["p"], ["w1"]) == pytest.approx([0.75])
+    assert "whose softmax is 1" in error_of(lambda: Classifier(tmp_path, function_to_apply="softmax"))
+    assert "'softmax', 'sigmoid' or 'none'" in error_of(lambda: Classifier(bert, "bad", function_to_apply="tanh"))
+
+
+def test_auto_computes_in_float32_on_a_cpu_and_bfloat16_is_near_it(lively):
+    texts = texts_of_many_lengths()
+    auto, exact, brief = (Classifier(lively, "good", device="cpu", dtype=d) for d in ("auto", "float32", "bfloat16"))
+    assert auto.identity["dtype"] == "float32" and brief.identity["dtype"] == "bfloat16"
+    assert auto(texts, texts) == exact(texts, texts)
+    np.testing.assert_allclose(brief(texts, texts), exact(texts, texts), atol=0.05)
+    assert "or 'auto' is wanted" in error_of(lambda: Classifier(lively, "good", dtype="half"))
+
+
+def test_a_chat_is_read_through_the_models_template(lively, tmp_path):
+    chat = [{"role": "user", "content": "w1 w2"}]
+    both = Classifier(lively, "good", text="both", name="kind")
+    assert "'kind' cannot read chats" in error_of(lambda: both([chat], ["w3"]))
+    shutil.copytree(lively, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }} {% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text("[CLS]" + template + "[SEP]")
+    both = Classifier(tmp_path / "model", "good", text="both")
+    alone = Classifier(lively, "good")
+    found = both([chat, "w1"], ["w3", " w2"])
+    assert found == pytest.approx(alone(["x"] * 2, ["u: w1 w2 a: w3", "w1 w2"]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "reward", "unwanted", "wanted"),
+    [
+        ("toxicity?", "toxicity", 0.25, "toxicity", None),
+        ("toxicity?label=safe&", "toxicity-safe", 0.25, None, "safe"),
+        ("toxicity?label=not 0&name=tox&", "tox", 0.75, "safe", None),
+        ("sentiment?label=toxic&", "sentiment-toxic", 0.75, None, "toxic"),
+    ],
+)
+def test_shortcuts_are_classifiers_with_another_model_if_given(tmp_path, spec, name, reward, unwanted, wanted):
+    make_bert(tmp_path, bias=[0.0, math.log(3)], labels=("safe", "toxic"))
+    scorer = Scorer(f"{spec}model={tmp_path}&batch_size=2")
+    assert scorer.names == (name,) and (scorer.unwanted, scorer.wanted) == (unwanted, wanted)
+    assert scorer(["p"], ["w1"], [[]]).rewards[0, 0] == pytest.approx(reward)
+
+
+def test_shortcuts_ask_the_hub_for_the_models_people_use(monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        raise OSError("no network here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for spec in ("toxicity", "sentiment?revision=main"):
+        error_of(lambda spec=spec: resolve(spec))
+    sst2 = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
+    assert asked == [("s-nlp/roberta_toxicity_classifier", None), (sst2, "main")]
+
+
+@needs_models
+def test_sentiment_steers_either_way():
+    texts = ["a wonderful, moving film", "a dull and stupid mess"]
+    positive = Scorer(f"sentiment?model={SENTIMENT}")
+    negative = Scorer(f"sentiment?model={SENTIMENT}&label=NEGATIVE")
+    found = [scorer(texts, texts, texts).rewards[:, 0] for scorer in (positive, negative)]
+    np.testing.assert_allclose(found[0] + found[1], 1, atol=1e-6)
+    assert found[0][0] > 0.7 and found[1][1] > 0.7
+    assert (positive.names, negative.names) == (("sentiment",), ("sentiment-NEGATIVE",))
+    assert (positive.wanted, negative.wanted) == ("positive", "negative")
 
 
 @needs_models

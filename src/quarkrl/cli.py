@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl import __version__
+from quarkrl import __version__, evaluate_command
 from quarkrl.errors import UserError
 from quarkrl.options import Parser, RunArguments, natural, parse_train, positive, preset_names
 
@@ -78,17 +78,13 @@ def _parser() -> Parser:
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="for each prompt")
     generate.add_argument("--json", action="store_true", help="a JSON object a line: prompt, completions")
     _add_sampling(generate)
+    generate.add_argument("--guidance_scale", type=float, default=1.0, help="1 (default) is plain, more goes further")
+    generate.add_argument("--guidance_from", default="worst", help="a quantile, or reference (default: worst)")
     generate.set_defaults(run=_generate)
 
     evaluate = commands.add_parser("evaluate", help="measure a model beside its reference")
-    evaluate.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
-    evaluate.add_argument("--prompts", required=True, metavar="FILE", help="prompts: a file or a data set")
+    evaluate_command.add_options(evaluate)
     _add_reward(evaluate)
-    evaluate.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
-    evaluate.add_argument("--quantiles", nargs="+", default=["best", "worst"], help="which, a row each")
-    evaluate.add_argument("--samples", type=positive, default=25, help="completions for each prompt (default: 25)")
-    evaluate.add_argument("--limit", type=positive, help="use the first so many prompts only")
-    evaluate.add_argument("--output", metavar="FILE", help="write figures, protocol and completions as JSON")
     _add_sampling(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -114,6 +110,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _add_reward(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", nargs="+", required=True, metavar="REWARD", help=_reward_help())
     parser.add_argument("--reward_label", help="label of a classifier, or 'not LABEL'")
+    parser.add_argument("--score_cache", metavar="FILE", help="keeps scores, so that no text is scored twice")
 
 
 def _reward_help() -> str:
@@ -126,7 +123,9 @@ def _reward_help() -> str:
 def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Path:
     """Train as `quarkrl train` does; returns where the final model is."""
     import yaml
+    from transformers import EarlyStoppingCallback
 
+    from quarkrl.guards import check_metric
     from quarkrl.loading import load_model, load_tokenizer
     from quarkrl.trainer import QuarkTrainer
 
@@ -139,7 +138,8 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
             f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
             "or go on with --resume_from_checkpoint and one of its checkpoints"
         )
-    scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on)
+    scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on, config.score_cache)
+    check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
     path = _model_path(run.model or "")
     model = load_model(path, dtype=run.dtype, attn_implementation=run.attn_implementation)
     trainer = QuarkTrainer(
@@ -151,6 +151,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
         processing_class=load_tokenizer(path),
         ref_model=load_model(_model_path(run.ref_model)) if run.ref_model else None,
         peft_config=_lora(run.lora_rank),
+        callbacks=[EarlyStoppingCallback(run.early_stopping_patience)] if run.early_stopping_patience else None,
     )
     skipped = trainer.prompts.skipped
     if skipped:
@@ -178,6 +179,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         quantile=arguments.quantile,
         num_return_sequences=arguments.num_return_sequences,
         seed=arguments.seed,
+        guidance_scale=arguments.guidance_scale,
+        guidance_from=arguments.guidance_from,
+        batch_size=arguments.batch_size,
         **dataclasses.asdict(sampling),
     )
     for prompt, texts in zip(prompts, completions, strict=True):
@@ -189,32 +193,17 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from quarkrl.prompts import load_prompts
-    from quarkrl.tables import print_table
-
     _quiet()
-    if arguments.output and os.path.isdir(arguments.output):
-        raise UserError(f"output {arguments.output!r} is a directory: want the name of a file")
-    scorer = _scorer(arguments.reward, arguments.reward_label)
-    source = _builtin_prompts("eval") if arguments.prompts == BUILTIN else arguments.prompts
-    prompts = load_prompts(source)
-    if arguments.limit:
-        prompts = prompts.first(arguments.limit)
-    evaluation = _evaluated(
-        _model_path(arguments.model),
-        prompts,
-        scorer,
-        reference=arguments.reference,
-        quantiles=arguments.quantiles,
+    evaluate_command.run(
+        arguments,
+        scorer=_scorer(arguments.reward, arguments.reward_label, cache=arguments.score_cache),
         sampling=_sampling(arguments),
-        samples=arguments.samples,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
+        model_path=_model_path,
+        prompts_path=lambda name: _builtin_prompts("eval") if name == BUILTIN else name,
+        evaluate=_evaluated,
+        console=_console(stderr=False),
+        note=_note,
     )
-    print_table(evaluation, _console(stderr=False))
-    if arguments.output:
-        evaluation.save(arguments.output)
-        _note(f"figures, protocol and completions: {arguments.output}")
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -222,7 +211,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
     from quarkrl.prompts import load_prompts
 
-    scorer = _scorer(arguments.reward, arguments.reward_label)
+    scorer = _scorer(arguments.reward, arguments.reward_label, cache=arguments.score_cache)
     source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
     columns = [arguments.column] if arguments.column else ["completion", "text", "prompt"]
     for column in columns:
@@ -233,21 +222,27 @@ def _score(arguments: argparse.Namespace) -> None:
             if column == columns[-1]:
                 raise
     texts = [str(text) for text in loaded.prompts]
-    ids: list[list[int]] = [[] for _ in texts]
-    rewards = scorer(["" for _ in texts], texts, ids, loaded.columns).rewards.mean(axis=1)
-    for text, reward in zip(texts, rewards, strict=True):
-        value = None if np.isnan(reward) else round(float(reward), 6)
-        if arguments.json:
-            print(json.dumps({"text": text, "reward": value}, ensure_ascii=False))
-        else:
-            print(f"{'-' if value is None else format(value, '.4f')}\t{text}")
+    asked = [prompt or "" for prompt in loaded.columns.get("prompt", [""] * len(texts))]
+    scores = scorer(asked, texts, [[] for _ in texts], loaded.columns)
+    rewards = scores.rewards[:, 0]
+    for i, text in enumerate(texts):
+        row: dict[str, Any] = {"text": text, "reward": _rounded(rewards[i])}
+        if scores.terms:
+            row["scores"] = {name: _rounded(values[i]) for name, values in scores.terms.items()}
+        shown = "-" if np.isnan(rewards[i]) else format(rewards[i], ".4f")
+        print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{shown}\t{text}")
     found = rewards[~np.isnan(rewards)]
+    cached = f", {scorer.hits} from cache" if arguments.score_cache else ""
     if len(found):
         low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
         _note(
-            f"{len(texts)} texts, {len(texts) - len(found)} unscored; reward mean {found.mean():.4f}, "
+            f"{len(texts)} texts, {len(texts) - len(found)} unscored{cached}; reward mean {found.mean():.4f}, "
             f"10 % below {low:.4f}, median {middle:.4f}, 10 % above {high:.4f}"
         )
+
+
+def _rounded(value: float) -> float | None:
+    return round(float(value), 6) if value == value else None
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -284,11 +279,15 @@ def _holds_run(directory: Path) -> bool:
 
 
 def _scorer(
-    rewards: Sequence[str], label: str | None, weights: list[float] | None = None, condition_on: str = "sum"
+    rewards: Sequence[str],
+    label: str | None,
+    weights: list[float] | None = None,
+    condition_on: str = "sum",
+    cache: str | None = None,
 ) -> "Scorer":
     from quarkrl.rewards import Scorer, resolve
 
-    return Scorer([resolve(name, label=label) for name in rewards], weights=weights, condition_on=condition_on)
+    return Scorer([resolve(name, label=label) for name in rewards], weights, condition_on, cache)
 
 
 def _prompts(run: RunArguments, source: str, skip_bad: bool, split: str = "train") -> "Prompts":

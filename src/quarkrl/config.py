@@ -1,6 +1,7 @@
 """`QuarkConfig`: every option of a training run, once."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from quarkrl.errors import UserError
+from quarkrl.guidance import checked_scale
 
 
 @dataclass
@@ -33,6 +35,10 @@ class QuarkConfig(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save; an epoch is an iteration."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep so many checkpoints."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    metric_for_best_model: str | None = field(
+        default=None,
+        metadata={"help": "Held-out figure that load_best_model_at_end goes by; reward if left out."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: Quark makes its own batches."})
 
     num_train_epochs: float = field(default=3.0, metadata={"help": "Not used: num_iterations sets it."})
@@ -74,10 +80,26 @@ class QuarkConfig(TrainingArguments):
     samples_per_prompt: int = field(default=1, metadata={"help": "Completions sampled for each prompt explored."})
     max_completion_length: int = field(default=20, metadata={"help": "Tokens of a completion, EOS included."})
     min_completion_length: int = field(
-        default=3, metadata={"help": "EOS is not among the first so many tokens (official code: 3)."}
+        default=3,
+        metadata={
+            "help": "EOS is not among the first so many tokens (official code: 3); "
+            "max_completion_length suppresses it altogether."
+        },
     )
+    do_sample: bool = field(default=True, metadata={"help": "Explore by chance; False explores greedily."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature of exploring."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of exploring; 1 keeps all."})
+    explore_guidance_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "γ: explore with guidance (see docs/guide.md); 1 is without. Several are one for each iteration, "
+            "the last for all that follow; iteration 0 samples the reference, unguided."
+        },
+    )
+    guidance_from: str = field(
+        default="worst",
+        metadata={"help": "What guidance goes away from: worst, another quantile's number, or reference."},
+    )
     generation_batch_size: int = field(default=128, metadata={"help": "Completions sampled at a time."})
     max_unscored_share: float = field(
         default=0.5,
@@ -102,9 +124,15 @@ class QuarkConfig(TrainingArguments):
             "so that the best quantile keeps all of it (see docs/algorithm.md)."
         },
     )
+    score_cache: str | None = field(
+        default=None, metadata={"help": "A file that keeps scores, so that no text is scored twice, in any run."}
+    )
 
     # Evaluating while training.
+    eval_do_sample: bool = field(default=True, metadata={"help": "Evaluate by chance; False evaluates greedily."})
+    eval_temperature: float = field(default=1.0, metadata={"help": "Temperature of evaluating."})
     eval_top_p: float = field(default=0.9, metadata={"help": "Nucleus of evaluating (paper: 0.9)."})
+    eval_guidance_scale: float = field(default=1.0, metadata={"help": "γ: evaluate with guidance; 1 is without."})
     eval_samples_per_prompt: int = field(default=1, metadata={"help": "Completions for each evaluation prompt."})
 
     def __post_init__(self) -> None:
@@ -139,7 +167,7 @@ class QuarkConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise UserError(f"{name} {value}: want at least {low}")
-        for name in ("temperature", "kl_target", "entropy_target"):
+        for name in ("temperature", "eval_temperature", "kl_target", "entropy_target"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} {value}: want more than 0")
@@ -153,6 +181,10 @@ class QuarkConfig(TrainingArguments):
                 f"min_completion_length {self.min_completion_length}: want at most max_completion_length, "
                 f"{self.max_completion_length}"
             )
+        for greedy, count in (("do_sample", "samples_per_prompt"), ("eval_do_sample", "eval_samples_per_prompt")):
+            if not getattr(self, greedy) and getattr(self, count) > 1:
+                raise UserError(f"{count} {getattr(self, count)}: with {greedy} False all are the same; want 1")
+        self._check_guidance()
         choices = {
             "draw": ("uniform", "balanced"),
             "kl_direction": ("policy_ref", "ref_policy"),
@@ -172,11 +204,30 @@ class QuarkConfig(TrainingArguments):
             raise UserError(
                 f"resume_from_checkpoint {checkpoint!r}: want a checkpoint's directory, such as run/checkpoint-500"
             )
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"  # TrainingArguments would take the loss, which is not evaluated.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
         super().__post_init__()
+
+    def _check_guidance(self) -> None:
+        if not isinstance(self.explore_guidance_scale, Sequence):
+            self.explore_guidance_scale = [float(self.explore_guidance_scale)]
+        if not self.explore_guidance_scale:
+            raise UserError("explore_guidance_scale is empty: want a number, or one for each iteration")
+        for scale in self.explore_guidance_scale:
+            checked_scale(scale, "explore_guidance_scale")
+        checked_scale(self.eval_guidance_scale, "eval_guidance_scale")
+        numbers = [str(number) for number in range(self.num_quantiles - 1)]  # Not the best, which is wanted.
+        if str(self.guidance_from) not in ("worst", "reference", *numbers):
+            raise UserError(f"guidance_from {self.guidance_from!r}: want worst, reference or a number to {numbers[-1]}")
+        if self.guidance_from != "worst" and {self.eval_guidance_scale, *self.explore_guidance_scale} == {1}:
+            raise UserError(
+                f"guidance_from {self.guidance_from!r} without guidance: set explore_guidance_scale or "
+                "eval_guidance_scale, or leave it out"
+            )
 
     @property
     def draws_per_step(self) -> int:

@@ -1,41 +1,48 @@
 """Evaluation: sample, score, measure; and the protocol beside the numbers, without which they mean nothing."""
 
-import datetime
-import json
 import os
-import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 
-from quarkrl import metrics
-from quarkrl.batches import padded
+from quarkrl import metrics, results
+from quarkrl.bootstrap import LEVEL, RESAMPLES, Interval
 from quarkrl.conditioning import load_facts
+from quarkrl.corpus_metrics import CorpusRow, corpus_row
+from quarkrl.decoding import Sampling
 from quarkrl.errors import UserError
-from quarkrl.generation import QuarkGenerator, Sampling, complete
-from quarkrl.loss import completion_logits
+from quarkrl.fluency import Fluency, completion_nll, shares_tokens
+from quarkrl.generation import QuarkGenerator, complete
+from quarkrl.guidance import checked_scale
+from quarkrl.likeness import load_mauve
+from quarkrl.measures import Panel, human_texts
 from quarkrl.prompts import Prompts
+from quarkrl.protocol import model_identity, surroundings
 from quarkrl.rewards import Scorer
+
+__all__ = ["Evaluation", "Row", "completion_nll", "evaluate"]
 
 Notify = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of an evaluation: a model, asked for one quantile.
+    """One line of an evaluation: a model, asked for one quantile, on one set of prompts.
 
     Attributes:
-        name: "reference", or the quantile asked for.
-        figures: metric name → value.
+        name: "reference", "model", the quantile asked for, or "best γ=2" with guidance.
+        figures: metric name → value; NaN where there is nothing to measure.
         left_out: why completions did not count → how many.
         completions: for each prompt, its texts.
         rewards: `(P, S)`, NaN where there is none.
+        prompts_name: which set of prompts.
+        quantile: its number; None for a plain model.
+        guidance_scale: γ; 1 is without guidance.
+        intervals: metric name → its 95 % bootstrap interval over prompts.
+        scores: name of each scorer → `(P, S)`.
+        perplexities: `(P, S)`, NaN where there is none.
     """
 
     name: str
@@ -43,199 +50,304 @@ class Row:
     left_out: dict[str, int]
     completions: list[list[str]]
     rewards: np.ndarray
+    prompts_name: str
+    quantile: int | None
+    guidance_scale: float
+    intervals: dict[str, Interval]
+    scores: dict[str, np.ndarray]
+    perplexities: np.ndarray
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows to compare, and the protocol that produced them."""
+    """Rows to compare, and the protocol that produced them.
+
+    Attributes:
+        rows: for each set of prompts, the reference and what the model was asked for.
+        protocol: all that the figures depend on.
+        prompt_sets: the prompts that were used, by the sets' names.
+        corpus: how well each model predicts the corpus, if one was given.
+    """
 
     rows: list[Row]
     protocol: dict[str, Any]
-    prompts: Prompts
+    prompt_sets: dict[str, Prompts]
+    corpus: list[CorpusRow] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the first set, in domain."""
+        return next(iter(self.prompt_sets.values()))
+
+    def of(self, prompts_name: str) -> list[Row]:
+        """The rows of one set of prompts."""
+        return [row for row in self.rows if row.prompts_name == prompts_name]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write figures, protocol and completions as JSON; the file appears whole or not at all."""
-        document = {
-            "protocol": self.protocol,
-            "results": [
-                {"name": row.name, "figures": _without_nan(row.figures), "left_out": row.left_out} for row in self.rows
-            ],
-            "completions": [
-                {"prompt": prompt, **{row.name: row.completions[i] for row in self.rows}}
-                for i, prompt in enumerate(self.prompts.prompts)
-            ],
-        }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, target)
+        """Write figures and protocol as JSON, and the completions with their scores as Parquet beside it.
+
+        Raises:
+            UserError: `path` is a directory, or ends in .parquet.
+        """
+        results.save(self, path)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Whom to ask for what: a row of each set of prompts."""
+
+    name: str
+    generator: QuarkGenerator
+    quantile: str | int
+    guidance_scale: float = 1.0
+
+    @property
+    def number(self) -> int | None:
+        conditioning = self.generator.conditioning
+        return conditioning.quantiles_of(self.quantile)[0] if conditioning else None
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How completions are drawn, the same for every row."""
+
+    sampling: Sampling
+    samples: int
+    seed: int
+    batch_size: int
+    guidance_from: str | int
+    notify: Notify
+
+    def completions(self, asked: _Asked, prompts: Prompts, title: str) -> list[list[int]]:
+        """Token ids, those of one prompt side by side."""
+        generator = asked.generator
+        plain = [ids for ids in prompts.ids for _ in range(self.samples)]
+        done = 0
+
+        def on_batch(count: int) -> None:
+            nonlocal done
+            done += count
+            self.notify(title, done, len(plain))
+
+        guidance = generator.contrast(plain, self.guidance_from) if asked.guidance_scale != 1 else {}
+        return complete(
+            generator.model,
+            [generator.condition(ids, asked.quantile) for ids in plain],
+            self.sampling,
+            end_ids=generator.end_ids,
+            vocab_size=generator.vocab_size,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            on_batch=on_batch,
+            guidance_scale=asked.guidance_scale,
+            **guidance,
+        )
 
 
 def evaluate(
     model: str | os.PathLike,
-    prompts: Prompts,
+    prompts: Prompts | Mapping[str, Prompts],
     scorer: Scorer,
     *,
     reference: str | os.PathLike | None = None,
     quantiles: Sequence[str | int] = ("best", "worst"),
+    guidance_scales: Sequence[float] = (),
+    guidance_from: str | int = "worst",
     sampling: Sampling | None = None,
     samples: int = 25,
     seed: int = 0,
     batch_size: int = 128,
+    judges: Sequence[Scorer] = (),
+    threshold: float = metrics.THRESHOLD,
+    perplexity_model: str | os.PathLike | None = None,
+    human_column: str | None = None,
+    corpus: Prompts | None = None,
+    skip_bad: bool = False,
+    dtype: str | None = None,
+    resamples: int = RESAMPLES,
     notify: Notify = lambda row, done, total: None,
 ) -> Evaluation:
     """Measure a model beside its reference on the same prompts.
 
     Args:
         model: a model that Quark trained, or any causal language model (which then has one row, "model").
-        prompts: what to continue.
+        prompts: what to continue; several sets by name, such as in domain and out of domain.
         scorer: the reward; one that is 1 - something unwanted gives that thing's metrics too.
-        reference: the model before training; it also scores perplexity. By default what `model` was trained from.
-        quantiles: which quantiles of `model` to ask for, a row each.
+        reference: the model before training. By default what `model` was trained from.
+        quantiles: which quantiles of `model` to ask for, a row each; ["all"] for every one, worst first.
+        guidance_scales: γ to try on the best quantile, a row each; 1 is without guidance.
+        guidance_from: what guidance goes away from: a quantile, or "reference".
         sampling: how to decode; nucleus 0.9 and 20 tokens by default.
-        samples: completions for each prompt, S.
+        samples: completions for each prompt, S; greedy decoding has only one to give.
         seed: the same gives the same completions.
         batch_size: completions sampled at a time.
+        judges: further scorers to report beside the reward.
+        threshold: from where on a probability counts as of its class (at least, not more than).
+        perplexity_model: what scores perplexity and finds MAUVE's features, with any tokenizer; the reference by
+            default, `model` where there is none.
+        human_column: the prompts' column with people's continuations; gives MAUVE.
+        corpus: texts that people wrote, for rep, wrep, token accuracy and perplexity.
+        skip_bad: leave out prompts that are too long, and count them, instead of raising.
+        dtype: what the models compute in, such as "bfloat16"; float32 by default.
+        resamples: of the bootstrap.
         notify: called with a row's name and how many of its completions are done.
 
     Raises:
         UserError: the reference cannot be loaded, a quantile does not exist, a prompt is too long.
     """
     sampling = sampling or Sampling()
-    policy = QuarkGenerator.from_pretrained(model)
-    facts = load_facts(model) or {}
-    if reference is None:
-        reference = facts.get("reference", {}).get("name")
-    elif str(reference) == "none":
-        reference = None
-    base = _load_reference(reference, model) if reference else None
-    fluency = base or policy  # Whose perplexity is reported.
-    encoded = prompts.encode(policy.tokenizer, max_length=policy.context_length - sampling.max_new_tokens)
-    if policy.conditioning:  # Its tokenizer puts the best reward tokens first.
-        encoded.ids = [policy.conditioning.strip(ids) for ids in encoded.ids]
-    asked: list[tuple[str, QuarkGenerator, str | int]] = [("reference", base, "best")] if base else []
-    asked += [(str(q), policy, q) for q in quantiles] if policy.conditioning else [("model", policy, "best")]
-    for _, generator, quantile in asked:
-        generator.condition([], quantile)  # One that does not exist stops here, before any sampling.
+    samples = samples if sampling.do_sample else 1
+    options = {} if dtype is None else {"dtype": dtype}
+    policy = QuarkGenerator.from_pretrained(model, **options)
+    reference = _reference(model, reference)
+    base = _load_reference(reference, model, policy, options) if reference else None
+    if perplexity_model is None or str(perplexity_model) == str(reference):
+        perplexity_model, judge = reference or model, base or policy
+    else:
+        judge = QuarkGenerator.from_pretrained(perplexity_model, **options)
+    asked = _asked(policy, base, quantiles, guidance_scales, guidance_from)
+    sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
+    sets = {name: _encoded(given, policy, sampling.max_new_tokens, skip_bad) for name, given in sets.items()}
+    read = _encoded(corpus, policy, None, skip_bad) if corpus else None
+    if human_column is not None:  # Before anything is sampled.
+        load_mauve()
+        for encoded in sets.values():
+            human_texts(encoded, human_column)
 
+    named = _named(judges)
+    fluency = Fluency(judge, policy)
+    panel = Panel(scorer, fluency, named, threshold, batch_size, resamples, human_column, sampling.max_new_tokens)
+    draw = _Draw(sampling, samples, seed, batch_size, guidance_from, notify)
     rows = []
-    for name, generator, quantile in asked:
-        conditioned = [generator.condition(ids, quantile) for ids in encoded.ids for _ in range(samples)]
-        done = 0
-
-        def on_batch(count: int, name: str = name, total: int = len(conditioned)) -> None:
-            nonlocal done
-            done += count
-            notify(name, done, total)
-
-        ids = complete(
-            generator.model,
-            conditioned,
-            sampling,
-            end_ids=generator.end_ids,
-            vocab_size=generator.vocab_size,
-            seed=seed,
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
-        rows.append(_measure(name, encoded, ids, samples, generator, fluency, scorer, batch_size))
+    for set_name, encoded in sets.items():
+        for each in asked:
+            ids = draw.completions(each, encoded, each.name if len(sets) == 1 else f"{set_name}: {each.name}")
+            rows.append(_row(each, set_name, encoded, ids, samples, panel))
+    corpus_rows = [
+        corpus_row(each.name, each.generator, read.ids, each.quantile, batch_size, resamples)
+        for each in asked
+        if read and each.guidance_scale == 1
+    ]
     protocol = {
         "model": str(model),
         "reference": None if reference is None else str(reference),
-        "prompts": {"count": len(encoded), "left_out": encoded.skipped},
+        "perplexity_model": str(perplexity_model),
+        "weights": [
+            model_identity(name, generator.model)
+            for name, generator in {str(model): policy, str(reference): base, str(perplexity_model): judge}.items()
+            if generator
+        ],
+        "prompts": {name: {"count": len(each), "left_out": each.skipped} for name, each in sets.items()},
         "samples_per_prompt": samples,
         "sampling": asdict(sampling),
         "seed": seed,
+        "guidance_from": str(guidance_from) if guidance_scales else None,
         "rewards": scorer.identity,
-        "perplexity_model": str(reference or model),
-        "perplexity": "exp(mean token NLL) per completion given its prompt, without EOS; >= 1e4 dropped; mean",
-        "threshold": metrics.THRESHOLD,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: version(name) for name in ("quarkrl", "torch", "transformers", "numpy")},
-        "python": platform.python_version(),
+        "judges": {name: each.identity for name, each in named.items()},
+        "perplexity": "exp(mean token NLL) per completion given its prompt, without EOS; >= 1e4 dropped; mean"
+        + ("" if fluency.same_tokens else "; text tokenised anew by the perplexity model"),
+        "threshold": threshold,
+        "human_column": human_column,
+        "corpus": read and {"count": len(read), "left_out": read.skipped},
+        "intervals": {"level": LEVEL, "method": "percentile bootstrap over prompts", "resamples": resamples, "seed": 0},
+        **surroundings(policy.model.device),
     }
-    return Evaluation(rows, protocol, encoded)
+    return Evaluation(rows, protocol, sets, corpus_rows)
 
 
-def completion_nll(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    batch_size: int,
-) -> list[float]:
-    """For each completion, the sum of its tokens' negative log-likelihoods given its prompt, in nats.
-
-    An empty completion gives 0.
-    """
-    sums = [0.0] * len(completion_ids)
-    order = sorted(
-        (i for i, ids in enumerate(completion_ids) if ids), key=lambda i: len(prompt_ids[i]) + len(completion_ids[i])
-    )
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = padded([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
-        input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-        with torch.inference_mode():
-            logits = completion_logits(model, input_ids, mask, labels)
-            nll = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
-        ends = np.cumsum([len(completion_ids[i]) for i in rows])
-        for i, values in zip(rows, np.split(nll.double().cpu().numpy(), ends[:-1]), strict=True):
-            sums[i] = float(values.sum())
-    return sums
+def _reference(model: str | os.PathLike, reference: str | os.PathLike | None) -> str | os.PathLike | None:
+    if reference is None:
+        return ((load_facts(model) or {}).get("reference") or {}).get("name")
+    return None if str(reference) == "none" else reference
 
 
-def _measure(
-    name: str,
-    prompts: Prompts,
-    ids: list[list[int]],
-    samples: int,
-    generator: QuarkGenerator,
-    fluency: QuarkGenerator,
-    scorer: Scorer,
-    batch_size: int,
-) -> Row:
-    texts = generator.decode(ids)
-    repeated = [prompt for prompt in prompts.prompts for _ in range(samples)]
-    columns = {key: [value for value in values for _ in range(samples)] for key, values in prompts.columns.items()}
-    rewards = scorer(repeated, texts, ids, columns).rewards.mean(axis=1)
-    grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-    by_prompt = rewards.reshape(-1, samples)
-
-    scored = rewards[~np.isnan(rewards)]
-    if not len(scored):
-        raise UserError(f"none of the {len(rewards)} completions of {name!r} has a reward: nothing to evaluate")
-    figures = {"reward": float(scored.mean())}
-    if scorer.unwanted:
-        scores = 1 - by_prompt
-        figures |= {
-            scorer.unwanted: float(1 - scored.mean()),
-            f"average maximum {scorer.unwanted}": metrics.average_maximum(scores),
-            f"{scorer.unwanted} probability": metrics.probability(scores),
-            f"{scorer.unwanted} share": float(np.mean(1 - scored >= metrics.THRESHOLD)),
-        }
-    ends = set(generator.end_ids)
-    words = [row[:-1] if row and row[-1] in ends else row for row in ids]
-    prompt_ids = [row for row in prompts.ids for _ in range(samples)]
-    nll = completion_nll(fluency.model, prompt_ids, words, batch_size)
-    figures["perplexity"], left_out = metrics.perplexity(nll, [len(row) for row in words])
-    for n in (1, 2, 3):
-        figures[f"dist-{n}"] = metrics.distinct(grouped, n)
-    figures["completion length"] = float(np.mean([len(row) for row in ids]))
-    left_out = {"unscored": int(np.isnan(rewards).sum()), **{f"perplexity_{k}": v for k, v in left_out.items()}}
-    return Row(name, figures, left_out, grouped, by_prompt)
-
-
-def _without_nan(figures: dict[str, float]) -> dict[str, float | None]:
-    """The figures with None, null in JSON, where there was nothing to take a mean of."""
-    return {name: None if np.isnan(value) else value for name, value in figures.items()}
-
-
-def _load_reference(reference: str | os.PathLike, model: str | os.PathLike) -> QuarkGenerator:
+def _load_reference(
+    reference: str | os.PathLike, model: str | os.PathLike, policy: QuarkGenerator, options: dict[str, Any]
+) -> QuarkGenerator:
     try:
-        return QuarkGenerator.from_pretrained(reference)
+        base = QuarkGenerator.from_pretrained(reference, **options)
     except UserError as error:
         raise UserError(
             f"the reference of {model} is {str(reference)!r}, which cannot be loaded ({error}); "
             "give --reference PATH, or --reference none to go without"
         ) from error
+    if not shares_tokens(base, policy):
+        raise UserError(
+            f"the reference {str(reference)!r} has other tokens than {model}: want the model before training, "
+            "or --reference none; a model with any tokenizer can be the perplexity model"
+        )
+    return base
+
+
+def _asked(
+    policy: QuarkGenerator,
+    base: QuarkGenerator | None,
+    quantiles: Sequence[str | int],
+    guidance_scales: Sequence[float],
+    guidance_from: str | int,
+) -> list[_Asked]:
+    """The rows to come; what does not exist stops here, before any sampling."""
+    asked = [_Asked("reference", base, "best")] if base else []
+    if policy.conditioning is None:
+        if any(checked_scale(scale) != 1 for scale in guidance_scales):
+            raise UserError(
+                "guidance_scales: this model was not trained by Quark and has no quantiles to guide between"
+            )
+        return [*asked, _Asked("model", policy, "best")]
+    if list(map(str, quantiles)) == ["all"]:
+        quantiles = range(policy.conditioning.num_quantiles)
+    asked += [_Asked(str(quantile), policy, quantile) for quantile in quantiles]
+    known = {(each.number, 1.0) for each in asked if each.generator is policy}
+    for scale in guidance_scales:
+        each = _Asked("best" if checked_scale(scale) == 1 else f"best γ={scale:g}", policy, "best", float(scale))
+        if (each.number, each.guidance_scale) not in known:
+            asked.append(each)
+    if guidance_scales:
+        policy.contrast([], guidance_from)
+        policy.condition([], "best" if guidance_from == "reference" else guidance_from)
+    for each in asked:
+        each.generator.condition([], each.quantile)
+    return asked
+
+
+def _encoded(prompts: Prompts, policy: QuarkGenerator, new_tokens: int | None, skip_bad: bool) -> Prompts:
+    """The prompts with their plain token ids; None for `new_tokens` sets no limit to their length."""
+    room = 2**31 if new_tokens is None else policy.context_length - new_tokens
+    encoded = prompts.encode(policy.tokenizer, max_length=room, skip_bad=skip_bad)
+    if not policy.conditioning:
+        return encoded
+    # The tokenizer of a trained model puts the best reward tokens first, and so left room for them.
+    return replace(encoded, ids=[policy.conditioning.strip(ids) for ids in encoded.ids])
+
+
+def _row(asked: _Asked, set_name: str, prompts: Prompts, ids: list[list[int]], samples: int, panel: Panel) -> Row:
+    try:
+        found = panel.measure(prompts, ids, samples, asked.generator)
+    except UserError as error:
+        raise UserError(f"{asked.name}: {error}") from error
+    return Row(
+        name=asked.name,
+        figures=found.figures,
+        left_out=found.left_out,
+        completions=found.completions,
+        rewards=found.scores["reward"],
+        prompts_name=set_name,
+        quantile=asked.number,
+        guidance_scale=asked.guidance_scale,
+        intervals=found.intervals,
+        scores=found.scores,
+        perplexities=found.perplexities,
+    )
+
+
+def _named(judges: Sequence[Scorer]) -> dict[str, Scorer]:
+    """The judges by name, a second of one name numbered."""
+    named: dict[str, Scorer] = {}
+    for judge in judges:
+        name = base = "+".join(judge.names)
+        number = 1
+        while name in named or name == "reward":
+            number += 1
+            name = f"{base}-{number}"
+        named[name] = judge
+    return named

@@ -6,112 +6,22 @@ Whatever samples here, reward tokens cannot come out: they are conditions, not w
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.conditioning import Conditioning
+from quarkrl.conditioning import Conditioning, load_facts
+from quarkrl.decoding import OriginalVocabulary, Sampling
 from quarkrl.errors import UserError
+from quarkrl.guidance import ContrastModel, Guidance, PairedGuidance, checked_scale, contrast_to
 from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
 
-
-class OriginalVocabulary(LogitsProcessor):
-    """Leaves only the first `vocab_size` token ids possible: no reward token, no row that merely pads the embedding."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.vocab_size :] = -torch.inf
-        return scores
-
-
-class InverseTransform(LogitsProcessor):
-    """Draws the next token by inverse transform sampling, and leaves only it possible.
-
-    A completion then depends on its own uniform numbers alone, not on the batch it is sampled in, and one number per
-    token is drawn where `torch.multinomial` draws one per token and vocabulary entry (a third of the time of sampling
-    from a 6M-parameter model).
-
-    Args:
-        uniforms: `(batch, steps)`, in [0, 1).
-    """
-
-    def __init__(self, uniforms: Tensor):
-        self.uniforms = uniforms
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated = scores.softmax(-1, dtype=torch.float32).cumsum(-1)  # (batch, vocab)
-        total = cumulated[:, -1:]
-        # Below the total even after rounding, so that no token of probability 0 is ever reached.
-        threshold = torch.minimum(
-            self.uniforms[:, self.step, None] * total, torch.nextafter(total, torch.zeros_like(total))
-        )
-        self.step += 1
-        chosen = torch.searchsorted(cumulated, threshold, right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn; the whole of it, a model's own `generation_config` adds nothing.
-
-    Attributes:
-        max_new_tokens: tokens of a completion, EOS included; at least 1.
-        min_new_tokens: EOS is not among the first so many.
-        temperature: divides the logits; above 0.
-        top_p: nucleus, in (0, 1]; 1 keeps all.
-        do_sample: False for greedy decoding.
-
-    Raises:
-        UserError: a value is impossible.
-    """
-
-    max_new_tokens: int = 20
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 0.9
-    do_sample: bool = True
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens {self.max_new_tokens}: want at least 1")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise UserError(f"min_new_tokens {self.min_new_tokens}: want 0 to max_new_tokens, {self.max_new_tokens}")
-        if not self.temperature > 0:
-            raise UserError(f"temperature {self.temperature}: want more than 0 (do_sample=False decodes greedily)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}: want more than 0 and at most 1")
-
-    def uniforms(self, count: int, *seed: int) -> np.ndarray | None:
-        """`(count, max_new_tokens)` random numbers for so many completions; a completion is settled by its row."""
-        if not self.do_sample:
-            return None
-        return np.random.default_rng(seed or None).random((count, self.max_new_tokens), dtype=np.float32)
-
-    def processors(self, vocab_size: int, uniforms: Tensor | None) -> LogitsProcessorList:
-        """What turns a step's logits into its choice."""
-        processors = LogitsProcessorList([OriginalVocabulary(vocab_size)])
-        if uniforms is not None:
-            if self.temperature != 1:
-                processors.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_p < 1:
-                processors.append(TopPLogitsWarper(self.top_p))
-            processors.append(InverseTransform(uniforms))
-        return processors
+Prompt: TypeAlias = str | list[dict[str, str]]
 
 
 @torch.no_grad()
@@ -123,6 +33,9 @@ def sample(
     *,
     end_ids: Sequence[int],
     vocab_size: int,
+    guidance_scale: float = 1.0,
+    contrast_ids: Sequence[Sequence[int]] | None = None,
+    contrast_model: ContrastModel | None = None,
 ) -> list[list[int]]:
     """One completion for each prompt.
 
@@ -133,21 +46,36 @@ def sample(
         uniforms: from `sampling.uniforms`, a row for each prompt.
         end_ids: EOS ids. A completion ends with the first of them, which belongs to it.
         vocab_size: ids from here on are never sampled.
+        guidance_scale: γ of `guidance`; 1 samples plainly, and costs nothing.
+        contrast_ids: the prompts as the contrast reads them, such as behind the worst reward tokens. They are read in
+            one batch with the prompts, of twice the size.
+        contrast_model: reads them in place of `model`, in forward passes of its own.
 
     Returns:
         Token ids of the completions, exactly as sampled, EOS included, padding not.
+
+    Raises:
+        UserError: guidance without a contrast, or of an impossible scale.
     """
-    width = max(map(len, prompt_ids))
-    pad_id = end_ids[0] if end_ids else 0  # Only a filler: the mask says what counts.
-    device = model.device
-    input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompt_ids], device=device)
-    attention_mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-    numbers = None if uniforms is None else torch.from_numpy(uniforms).to(device)
+    count, pad_id = len(prompt_ids), end_ids[0] if end_ids else 0  # Only a filler: the mask says what counts.
+    processors = LogitsProcessorList([OriginalVocabulary(vocab_size)])
+    choose = sampling.processors(None if uniforms is None else torch.from_numpy(uniforms).to(model.device))
+    if checked_scale(guidance_scale) == 1:
+        processors += choose
+    elif contrast_ids is None:
+        raise UserError(f"guidance_scale {guidance_scale} without contrast_ids: what to go away from is missing")
+    elif contrast_model is None:
+        prompt_ids = [*prompt_ids, *contrast_ids]
+        processors.append(PairedGuidance(guidance_scale, choose))
+    else:
+        contrast = _left_padded(contrast_ids, pad_id, model.device)
+        processors += [Guidance(guidance_scale, contrast_model, *contrast, vocab_size), *choose]
+    input_ids, attention_mask = _left_padded(prompt_ids, pad_id, model.device)
     with evaluating(model):
         output = model.generate(
             input_ids,
             attention_mask=attention_mask,
-            logits_processor=sampling.processors(vocab_size, numbers),
+            logits_processor=processors,
             # Greedy as far as `generate` knows: where there is chance, `InverseTransform` has had it.
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_new_tokens,
@@ -162,7 +90,39 @@ def sample(
             ),
         )
     ends = set(end_ids)
-    return [_until_end(row, ends) for row in output[:, width:].tolist()]
+    return [_until_end(row, ends) for row in output[:count, input_ids.shape[1] :].tolist()]
+
+
+def sample_best(
+    policy: PreTrainedModel,
+    conditioning: Conditioning,
+    guidance: tuple[float, str | int, ContrastModel],
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    uniforms: np.ndarray | None,
+    *,
+    end_ids: Sequence[int],
+) -> list[list[int]]:
+    """`sample` for plain prompts: a policy on its best tokens, with guidance (scale, from what, the reference)."""
+    guidance_scale, guidance_from, reference = guidance
+    return sample(
+        policy,
+        [conditioning.prefix(ids, conditioning.best) for ids in prompt_ids],
+        sampling,
+        uniforms,
+        end_ids=end_ids,
+        vocab_size=conditioning.vocab_size,
+        guidance_scale=guidance_scale,
+        **contrast_to(conditioning, prompt_ids, guidance_from, reference),
+    )
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`(batch, length)` ids and mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
@@ -202,6 +162,9 @@ def complete(
     seed: int | None = None,
     batch_size: int = 128,
     on_batch: Callable[[int], None] = lambda count: None,
+    guidance_scale: float = 1.0,
+    contrast_ids: Sequence[Sequence[int]] | None = None,
+    contrast_model: ContrastModel | None = None,
 ) -> list[list[int]]:
     """`sample` for any number of prompts: in batches of like length, given back in the order of the prompts.
 
@@ -209,6 +172,7 @@ def complete(
         seed: makes the result repeatable, whatever the batch size.
         batch_size: completions at a time.
         on_batch: called with the size of each batch that is done.
+        guidance_scale, contrast_ids, contrast_model: guidance, as in `sample`.
     """
     uniforms = sampling.uniforms(len(prompt_ids), *(() if seed is None else (seed,)))
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -216,8 +180,17 @@ def complete(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         numbers = None if uniforms is None else uniforms[rows]
-        batch = [prompt_ids[row] for row in rows]
-        done = sample(model, batch, sampling, numbers, end_ids=end_ids, vocab_size=vocab_size)
+        done = sample(
+            model,
+            [prompt_ids[row] for row in rows],
+            sampling,
+            numbers,
+            end_ids=end_ids,
+            vocab_size=vocab_size,
+            guidance_scale=guidance_scale,
+            contrast_ids=None if contrast_ids is None else [contrast_ids[row] for row in rows],
+            contrast_model=contrast_model,
+        )
         for row, ids in zip(rows, done, strict=True):
             completions[row] = ids
         on_batch(len(rows))
@@ -231,15 +204,23 @@ class QuarkGenerator:
         model: a causal language model.
         tokenizer: its tokenizer.
         conditioning: its reward tokens; None for a model that has none.
+        reference: the name or directory of the model it was trained from, which guidance may need.
 
     Example:
         >>> QuarkGenerator.from_pretrained("run/final").generate("You are", quantile="best")  # doctest: +SKIP
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning | None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        conditioning: Conditioning | None,
+        reference: str | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.conditioning = conditioning
+        self.reference_name = reference
         self.end_ids = eos_ids(model, tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]
         self.vocab_size = conditioning.vocab_size if conditioning else min(rows, len(tokenizer))
@@ -265,14 +246,29 @@ class QuarkGenerator:
         """
         model = load_model(path, **model_kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device).eval(), load_tokenizer(path), Conditioning.load(path))
+        reference = ((load_facts(path) or {}).get("reference") or {}).get("name")
+        return cls(model.to(device).eval(), load_tokenizer(path), Conditioning.load(path), reference)
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """The model before training, p_0, loaded when first asked for.
+
+        Raises:
+            UserError: it is not known, or cannot be loaded.
+        """
+        if self.reference_name is None:
+            raise UserError("guidance from the reference: it is not known which model this one was trained from")
+        return load_model(self.reference_name, dtype=self.model.dtype).to(self.model.device).eval()
 
     def generate(
         self,
-        prompts: str | Sequence[str | list[dict[str, str]]],
+        prompts: str | Sequence[Prompt],
         quantile: str | int = "best",
         num_return_sequences: int = 1,
         seed: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_from: str | int = "worst",
+        batch_size: int = 128,
         **generate_kwargs: Any,
     ) -> list[list[str]]:
         """Completions as text, without the prompt.
@@ -282,6 +278,9 @@ class QuarkGenerator:
             quantile: "best", "worst", or 0 (worst) to K - 1 (best); a plain model has only "best", itself.
             num_return_sequences: completions for each prompt, S.
             seed: makes the result repeatable.
+            guidance_scale: γ of `guidance`: 1 is plain, more goes further from `guidance_from`, 0 ends there.
+            guidance_from: another quantile, or "reference" for the model before training.
+            batch_size: completions at a time.
             generate_kwargs: the fields of `Sampling`: `max_new_tokens` (20), `min_new_tokens` (0),
                 `temperature` (1.0), `top_p` (0.9), `do_sample` (True).
 
@@ -289,7 +288,7 @@ class QuarkGenerator:
             A list for each prompt, of S texts.
 
         Raises:
-            UserError: no such quantile, an unknown option, an empty prompt.
+            UserError: no such quantile, an unknown option, an empty prompt, guidance from the quantile asked for.
         """
         options = [field.name for field in fields(Sampling)]
         if unknown := [name for name in generate_kwargs if name not in options]:
@@ -298,16 +297,34 @@ class QuarkGenerator:
             raise UserError(f"num_return_sequences {num_return_sequences}: want at least 1")
         sampling = Sampling(**generate_kwargs)
         texts = [prompts] if isinstance(prompts, str) else prompts
-        ids = [row for row in self.encode(texts, quantile) for _ in range(num_return_sequences)]
+        plain = [row for row in self._plain(texts) for _ in range(num_return_sequences)]
+        ids = [self.condition(row, quantile) for row in plain]
+        guidance = {} if checked_scale(guidance_scale) == 1 else self.contrast(plain, guidance_from)
+        if ids and guidance.get("contrast_ids") == ids:
+            raise UserError(f"guidance_from {guidance_from!r} is the quantile asked for: want another one")
         longest, room = max(map(len, ids), default=0), self.context_length - sampling.max_new_tokens
         if longest > room:
             raise UserError(f"a prompt has {longest} tokens, the model has room for {room} beside the completion")
-        done = complete(self.model, ids, sampling, end_ids=self.end_ids, vocab_size=self.vocab_size, seed=seed)
+        done = complete(
+            self.model,
+            ids,
+            sampling,
+            end_ids=self.end_ids,
+            vocab_size=self.vocab_size,
+            seed=seed,
+            batch_size=batch_size,
+            guidance_scale=guidance_scale,
+            **guidance,
+        )
         completions = self.decode(done)
         return [completions[i : i + num_return_sequences] for i in range(0, len(completions), num_return_sequences)]
 
-    def encode(self, prompts: Sequence[str | list[dict[str, str]]], quantile: str | int = "best") -> list[list[int]]:
+    def encode(self, prompts: Sequence[Prompt], quantile: str | int = "best") -> list[list[int]]:
         """Token ids of the prompts, with the reward tokens of `quantile` in front."""
+        return [self.condition(ids, quantile) for ids in self._plain(prompts)]
+
+    def _plain(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the prompts, without reward tokens."""
         encoded = []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -317,10 +334,9 @@ class QuarkGenerator:
                 ids = ids[:-1] if ids and added[-1] and ids[-1] == self.tokenizer.eos_token_id else ids
             else:
                 ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-            plain = self.conditioning.strip(ids) if self.conditioning else list(ids)
-            if not plain:
+            encoded.append(self.conditioning.strip(ids) if self.conditioning else list(ids))
+            if not encoded[-1]:
                 raise UserError(f"prompt {prompt!r} has no tokens: want some text to continue")
-            encoded.append(self.condition(plain, quantile))
         return encoded
 
     def condition(self, plain_ids: Sequence[int], quantile: str | int = "best") -> list[int]:
@@ -330,6 +346,17 @@ class QuarkGenerator:
         if quantile != "best":
             raise UserError(f"quantile {quantile!r}: this model was not trained by Quark and has no quantiles")
         return list(plain_ids)
+
+    def contrast(self, plain_ids: Sequence[Sequence[int]], guidance_from: str | int = "worst") -> dict[str, Any]:
+        """What `complete` wants to know for guidance beside its scale (`guidance.contrast_to`).
+
+        Raises:
+            UserError: no such quantile, no reference, or a model without reward tokens.
+        """
+        if self.conditioning is None:
+            raise UserError(f"guidance from {guidance_from!r}: this model was not trained by Quark; want one that was")
+        reference = self.reference if guidance_from == "reference" else self.model
+        return contrast_to(self.conditioning, plain_ids, guidance_from, reference)
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Texts of completions, without special tokens."""

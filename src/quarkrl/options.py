@@ -29,7 +29,10 @@ class RunArguments:
     prompt_split: str = field(default="train", metadata={"help": "Split of a data set."})
     reward: list[str] | None = field(
         default=None,
-        metadata={"help": "profanity, vader, a classifier (directory or hub name), module:function, file.py:function."},
+        metadata={
+            "help": "profanity, vader, perspective, judge, …, a classifier (directory or hub name), module:function or "
+            "file.py:function; with options as NAME?option=value&option=value (docs/rewards.md)."
+        },
     )
     reward_label: str | None = field(
         default=None, metadata={"help": "Label of a classifier whose probability is the reward, or 'not LABEL'."}
@@ -41,8 +44,17 @@ class RunArguments:
         default="float32", metadata={"help": "Type of the weights; auto: as the model was saved."}
     )
     lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better held-out reward; the best checkpoint "
+            "becomes final/."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise UserError(f"early_stopping_patience {self.early_stopping_patience}: want at least 1")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise UserError(f"lora_rank {self.lora_rank}: want at least 1")
 
@@ -103,6 +115,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     values.pop("config")
     if values["eval_prompts"] and not any(name.split("=")[0] == "--eval_strategy" for name in flags):
         values["eval_strategy"] = "epoch"  # Held-out prompts are there to be used: after each iteration.
+    _check_guards(values)
     parts = []
     for kind in (RunArguments, QuarkConfig):
         names = {f.name for f in dataclasses.fields(kind) if f.init}
@@ -116,6 +129,20 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
         raise UserError(f"eval_strategy {values['eval_strategy']} without eval_prompts: give --eval_prompts")
     given = {name: value for name, value in values.items() if value != defaults[name]}
     return parts[0], parts[1], given  # type: ignore[return-value]
+
+
+def _check_guards(values: dict[str, Any]) -> None:
+    """Options that keep the best of a run need evaluations, and checkpoints to choose from."""
+    patience = values["early_stopping_patience"] is not None
+    if patience:
+        values["load_best_model_at_end"] = True
+        values["restore_callback_states_from_checkpoint"] = True  # A resumed run goes on counting.
+    if values["load_best_model_at_end"]:
+        name = "early_stopping_patience" if patience else "load_best_model_at_end"
+        if not values["eval_prompts"]:
+            raise UserError(f"{name} without eval_prompts: give --eval_prompts, held-out prompts to judge by")
+        if values["save_strategy"] == "no":
+            raise UserError(f"{name} with save_strategy no: there is no checkpoint to keep; give --save_strategy epoch")
 
 
 def preset_names() -> list[str]:

@@ -1,13 +1,13 @@
 """The data pool: every sample ever drawn, as flat arrays of token ids with offsets, and their quantiles.
 
-A sample is a prompt, a completion and one reward per attribute. The pool only grows; `quantize` cuts all of it
-anew, so an old sample's quantile can drop as better ones arrive. Quantile 0 is the worst, K - 1 the best (the
-official code counts the other way).
+A sample is a prompt, a completion and one reward per attribute; where that is a sum, its terms may be kept too. The
+pool only grows; `quantize` cuts all of it anew, so an old sample's quantile can drop as better ones arrive. Quantile 0
+is the worst, K - 1 the best (the official code counts the other way).
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 from quarkrl.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# A term's column in a pool file is this and its name; no attribute's name has a dot.
+_TERM = "score."
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class DataPool:
         self._ends = _Growing(np.int64, width=2)  # where each sample's prompt and completion end in _tokens
         self._rewards = _Growing(np.float64, width=len(self.attributes))
         self._iterations = _Growing(np.int32)
+        self._terms: dict[str, _Growing] = {}
         self._quantiles: np.ndarray | None = None
         self.edges = np.full((len(self.attributes), num_quantiles - 1), np.nan)
 
@@ -56,6 +60,11 @@ class DataPool:
     def rewards(self) -> np.ndarray:
         """`(N, A)`: the reward of each sample under each attribute."""
         return self._rewards.view
+
+    @property
+    def terms(self) -> dict[str, np.ndarray]:
+        """By name, `(N,)`: each reward function's own scores, where several are summed; NaN where none was given."""
+        return {name: values.view for name, values in self._terms.items()}
 
     @property
     def iterations(self) -> np.ndarray:
@@ -81,6 +90,7 @@ class DataPool:
         rewards: Sequence[float] | np.ndarray,
         *,
         iteration: int,
+        terms: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     ) -> None:
         """Append n samples.
 
@@ -89,6 +99,7 @@ class DataPool:
             completion_ids: n sequences of token ids, as sampled (EOS included where it was sampled).
             rewards: `(n,)` or `(n, A)`; finite, higher is better.
             iteration: which exploration drew them.
+            terms: by name, what the rewards are summed of, n numbers each.
 
         Raises:
             ValueError: the lengths differ, or a reward is not finite.
@@ -102,11 +113,19 @@ class DataPool:
         scores = scores.reshape(shape)
         if not np.isfinite(scores).all():
             raise ValueError("a reward is not finite: leave such samples out before adding to the pool")
+        own = {name: np.asarray(values, dtype=np.float64) for name, values in (terms or {}).items()}
+        if wrong := [name for name, values in own.items() if values.shape != shape[:1]]:
+            raise ValueError(f"terms {wrong[0]!r} {own[wrong[0]].shape}: want {shape[:1]}, one for each prompt")
         ends = np.cumsum([[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         flat = [i for pair in zip(prompt_ids, completion_ids, strict=True) for ids in pair for i in ids]
         self._ends.extend(ends.reshape(-1, 2) + len(self._tokens))
         self._tokens.extend(np.array(flat, dtype=np.int32))
         self._rewards.extend(scores)
+        for name in [name for name in own if name not in self._terms]:
+            self._terms[name] = _Growing(np.float64)
+            self._terms[name].extend(np.full(len(self), np.nan))
+        for name, column in self._terms.items():
+            column.extend(own.get(name, np.full(len(prompt_ids), np.nan)))
         self._iterations.extend(np.full(len(prompt_ids), iteration, dtype=np.int32))
 
     def quantize(self, ceiling: float | None = None) -> None:
@@ -178,7 +197,8 @@ class DataPool:
     def save(self, directory: str | os.PathLike) -> None:
         """Write each iteration not yet on disk to `directory/iteration-NNNNNN.parquet`.
 
-        A file appears whole or not at all. Columns: `prompt_ids`, `completion_ids` and one column per attribute.
+        A file appears whole or not at all. Columns: `prompt_ids`, `completion_ids`, one per attribute, and
+        `score.NAME` for each term.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -218,7 +238,8 @@ class DataPool:
                 iteration = int(path.stem.rpartition("-")[2])
                 if before is not None and iteration >= before:
                     continue
-                table = pq.read_table(path, columns=["prompt_ids", "completion_ids", *pool.attributes])
+                terms = [name for name in pq.read_schema(path).names if name.startswith(_TERM)]
+                table = pq.read_table(path, columns=["prompt_ids", "completion_ids", *pool.attributes, *terms])
                 pool._extend(table, iteration)
             # pyarrow tells of damage by its own exceptions or OSError; what it reads of a foreign file fails in `add`.
             except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -234,12 +255,15 @@ class DataPool:
         lengths = {"prompt_ids": (starts, ends[:, 0]), "completion_ids": (ends[:, 0], ends[:, 1])}
         columns = {name: _lists(self._tokens.view, begin, end) for name, (begin, end) in lengths.items()}
         rewards = {name: self.rewards[first:last, a] for a, name in enumerate(self.attributes)}
-        return pa.table({**columns, **rewards})
+        terms = {_TERM + name: values[first:last] for name, values in self.terms.items()}
+        return pa.table({**columns, **rewards, **terms})
 
     def _extend(self, table: pa.Table, iteration: int) -> None:
         prompts, completions = (table[name].to_pylist() for name in ("prompt_ids", "completion_ids"))
         rewards = np.column_stack([table[name].to_numpy() for name in self.attributes])
-        self.add(prompts, completions, rewards, iteration=iteration)
+        names = [name for name in table.column_names if name.startswith(_TERM)]
+        terms = {name.removeprefix(_TERM): table[name].to_numpy() for name in names}
+        self.add(prompts, completions, rewards, iteration=iteration, terms=terms)
 
 
 def _edges(rewards: np.ndarray, parts: int) -> np.ndarray:

@@ -1,11 +1,16 @@
 """What an exploration samples: which prompts in which iteration, and the completions with their rewards."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from quarkrl.errors import UserError
+from quarkrl.prompts import Prompts
+from quarkrl.rewards import Scorer, Scores
 
 
 @dataclass(frozen=True)
@@ -16,8 +21,9 @@ class Rollout:
         rows: for each completion, the row of its prompt.
         completions: token ids, as sampled.
         rewards: `(n, A)`, NaN where there is none.
-        seconds_sample, seconds_score: what it took.
+        seconds_sample, seconds_score: what each took; they go on side by side.
         start: which of the whole rollout's completions is the first here.
+        terms: by name, `(n,)`: what the rewards are summed of, where they are.
     """
 
     rows: list[int]
@@ -26,6 +32,7 @@ class Rollout:
     seconds_sample: float
     seconds_score: float
     start: int = 0
+    terms: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
@@ -37,6 +44,7 @@ class Rollout:
             rewards=np.concatenate([part.rewards for part in parts]),
             seconds_sample=sum(part.seconds_sample for part in parts),
             seconds_score=sum(part.seconds_score for part in parts),
+            terms={name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms},
         )
 
     @property
@@ -59,14 +67,83 @@ class Rollout:
         return self.scored
 
     def figures(self, attributes: Sequence[str], end_ids: Sequence[int]) -> dict[str, float]:
-        """Mean and spread of each reward, mean length in tokens, share that ended with EOS, how many have no reward."""
+        """Mean and spread of each reward, mean of each term (`score.NAME`), mean length in tokens, share that ended
+        with EOS, how many have no reward.
+        """
         found: dict[str, float] = {}
         for name, values in zip(attributes, self.rewards[self.scored].T, strict=True):
             found |= {name: float(values.mean()), f"{name}_std": float(values.std())}
+        found |= {f"score.{name}": float(values[self.scored].mean()) for name, values in self.terms.items()}
         found["completion_length"] = float(np.mean([len(ids) for ids in self.completions]))
         found["eos_share"] = float(np.mean([ids[-1] in end_ids for ids in self.completions]))
         found["unscored"] = len(self.rows) - len(self.scored)
         return found
+
+
+def score(
+    scorer: Scorer,
+    prompts: Prompts,
+    rows: Sequence[int],
+    texts: list[str],
+    completions: list[list[int]],
+    end_ids: Sequence[int],
+) -> Scores:
+    """Scores of completions (`texts` and token ids) of the prompts in the given rows, with their other columns."""
+    columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
+    return scorer([prompts.prompts[row] for row in rows], texts, completions, columns, end_ids)
+
+
+def side_by_side(
+    sample: Callable[[slice], list[list[int]]],
+    score: Callable[[slice, list[list[int]]], Scores],
+    rows: list[int],
+    starts: Iterable[int],
+    batch_size: int,
+    stop: Callable[[], None],
+) -> list[Rollout]:
+    """Samples batch after batch, and scores them in one other thread, in the same order.
+
+    While a batch is scored the next is sampled, so that together they take about as long as the longer of the two.
+    An error of either ends both: no further batch begins, and no thread is left when it is raised.
+
+    Args:
+        sample: completes the rows of a slice; called in this thread.
+        score: scores what `sample` gave; called in the other thread, never twice at a time.
+        rows: of the prompts, for the whole rollout.
+        starts: where in `rows` the batches start that are to be sampled here.
+        batch_size: completions at a time.
+        stop: makes a `score` that is running end soon.
+
+    Returns:
+        A rollout for each batch, in order.
+    """
+
+    def timed(batch: slice, completions: list[list[int]], seconds: float) -> Rollout:
+        began = time.perf_counter()
+        scores = score(batch, completions)
+        seconds_score = time.perf_counter() - began
+        return Rollout(rows[batch], completions, scores.rewards, seconds, seconds_score, batch.start, scores.terms)
+
+    pending: list[Future[Rollout]] = []
+    # Which GPU is the current one is a thread's own matter; a reward function means this thread's.
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: none.
+    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(gpu,))
+    try:
+        for start in starts:
+            for future in pending:
+                if future.done():
+                    future.result()  # Raises what scoring raised.
+            batch = slice(start, start + batch_size)
+            began = time.perf_counter()
+            completions = sample(batch)
+            pending.append(scoring.submit(timed, batch, completions, time.perf_counter() - began))
+        return [future.result() for future in pending]
+    finally:
+        for future in pending:
+            future.cancel()  # Without effect on one that runs, or has ended.
+        while wait(pending, timeout=0.1).not_done:
+            stop()
+        scoring.shutdown()
 
 
 def prompt_schedule(

@@ -19,10 +19,10 @@ is on while learning.
 
 import copy
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -40,14 +40,15 @@ from quarkrl.conditioning import Conditioning, load_facts
 from quarkrl.config import QuarkConfig
 from quarkrl.errors import UserError
 from quarkrl.export import model_identity, save_steered
-from quarkrl.generation import Sampling, decode, evaluating, sample
+from quarkrl.generation import Sampling, decode, evaluating, sample, sample_best
+from quarkrl.guards import best_facts, held_out_metrics
 from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.loss import Coefficients, completion_logits, quark_loss
 from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
 from quarkrl.prompts import Prompts, load_prompts
-from quarkrl.rewards import Scorer
-from quarkrl.rollout import Rollout, prompt_schedule
+from quarkrl.rewards import Scorer, Scores
+from quarkrl.rollout import Rollout, prompt_schedule, score, side_by_side
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -94,7 +95,7 @@ class QuarkTrainer(Trainer):
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
         self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer(reward_funcs, weights=args.reward_weights, condition_on=args.condition_on)
+            reward_funcs = Scorer(reward_funcs, args.reward_weights, args.condition_on, args.score_cache)
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
@@ -107,7 +108,7 @@ class QuarkTrainer(Trainer):
 
         # The reference is p_0 as given; the policy is p_0 with reward tokens.
         self.ref_model = ref_model
-        if ref_model is None and peft_config is None and args.kl_coef:
+        if ref_model is None and peft_config is None and (args.kl_coef or args.guidance_from == "reference"):
             self.ref_model = copy.deepcopy(model)
         self.conditioning, extended = Conditioning.add_to(
             tokenizer, model, args.num_quantiles, self.scorer.attributes, seed=args.seed
@@ -157,7 +158,7 @@ class QuarkTrainer(Trainer):
             UserError: more rewards than `max_unscored_share` allows are missing or not finite.
         """
         args = self.args
-        sampling = Sampling(args.max_completion_length, args.min_completion_length, args.temperature, args.top_p)
+        sampling = Sampling.exploring(args)
         each = args.samples_per_prompt
         rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
         with self.progress.sampling(f"iteration {iteration}", len(rows)):
@@ -168,6 +169,7 @@ class QuarkTrainer(Trainer):
             [found.completions[i] for i in scored],
             found.rewards[scored],
             iteration=iteration,
+            terms={name: values[scored] for name, values in found.terms.items()},
         )
         if self.is_world_process_zero():
             self.pool.save(self.pool_directory)
@@ -184,43 +186,39 @@ class QuarkTrainer(Trainer):
         """
         args = self.args
         uniforms = sampling.uniforms(len(rows), args.seed, iteration)
-        parts = []
-        for start in range(args.process_index * batch_size, len(rows), args.world_size * batch_size):
-            batch = slice(start, start + batch_size)
-            began = time.perf_counter()
-            with self.sampler(iteration) as (model, prefix):
-                completions = sample(
-                    model,
-                    [prefix(prompts.ids[row]) for row in rows[batch]],
-                    sampling,
-                    None if uniforms is None else uniforms[batch],
-                    end_ids=self.end_ids,
-                    vocab_size=self.conditioning.vocab_size,
-                )
-            sampled = time.perf_counter()
+
+        def sampled(batch: slice) -> list[list[int]]:
+            with self.sampler(iteration) as complete:
+                numbers = None if uniforms is None else uniforms[batch]
+                completions = complete([prompts.ids[row] for row in rows[batch]], sampling, numbers)
             self.progress.sampled(len(completions))
+            return completions
+
+        def scored(batch: slice, completions: list[list[int]]) -> Scores:
             texts = decode(self.plain_tokenizer, completions)
-            asked = [prompts.prompts[row] for row in rows[batch]]
-            columns = {name: [values[row] for row in rows[batch]] for name, values in prompts.columns.items()}
-            rewards = self.scorer(asked, texts, completions, columns).rewards
-            self.progress.scored(rewards)
-            parts.append(
-                Rollout(rows[batch], completions, rewards, sampled - began, time.perf_counter() - sampled, start)
-            )
+            scores = score(self.scorer, prompts, rows[batch], texts, completions, self.end_ids)
+            self.progress.scored(scores.rewards)
+            return scores
+
+        starts = range(args.process_index * batch_size, len(rows), args.world_size * batch_size)
+        parts = side_by_side(sampled, scored, rows, starts, batch_size, self.scorer.stop)
         if args.world_size > 1:
             parts = gather_object(parts)
         return Rollout.join(parts)
 
     @contextmanager
-    def sampler(self, iteration: int) -> Iterator[tuple[PreTrainedModel, Callable[[list[int]], list[int]]]]:
-        """Who samples, and what it is asked for: p_0 plainly in iteration 0, then the policy on the best token."""
+    def sampler(self, iteration: int) -> Iterator[Callable[..., list[list[int]]]]:
+        """What completes plain prompts: p_0 in iteration 0, then the policy on the best token, guided if so asked."""
+        args, tokens = self.args, self.conditioning
+        scales = [args.eval_guidance_scale] if iteration == _EVALUATION else args.explore_guidance_scale
         with self.accelerator.autocast():
             if iteration == 0:
                 with self.reference() as reference:
-                    yield reference, list
+                    yield partial(sample, reference, end_ids=self.end_ids, vocab_size=tokens.vocab_size)
             else:
+                guidance = scales[: iteration + 1][-1], args.guidance_from, self.reference
                 policy = self.accelerator.unwrap_model(self.model)
-                yield policy, lambda ids: self.conditioning.prefix(ids, self.conditioning.best)
+                yield partial(sample_best, policy, tokens, guidance, end_ids=self.end_ids)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -323,12 +321,12 @@ class QuarkTrainer(Trainer):
         if prompts is None:
             raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
         args = self.args
-        sampling = Sampling(args.max_completion_length, args.min_completion_length, top_p=args.eval_top_p)
+        sampling = Sampling.evaluating(args)
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
         with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
         figures = found.figures(self.scorer.attributes, self.end_ids)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics = held_out_metrics(figures, self.scorer.attributes, metric_key_prefix)
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
@@ -366,7 +364,7 @@ class QuarkTrainer(Trainer):
             "rewards": self.scorer.identity,
             "coefs": {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef},
             "config": {name: getattr(self.args, name) for name in (*self.args.__annotations__, "seed", "bf16", "fp16")},
-        }
+        } | best_facts(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -3,6 +3,7 @@
     resolve("profanity")                              # a name of REWARDS
     resolve("my_rewards.py:kindness")                 # a function of a file, or module:function
     resolve("unitary/toxic-bert", label="not toxic")  # a sequence classifier, from the hub or a directory
+    resolve("perspective?attribute=INSULT")           # any of them with options, as in a URL
     Scorer(["vader", my_function], weights=[1, 0.5])(prompts, completions, completion_ids, columns).rewards
 
 A reward is called by keyword, `f(prompts, completions, completion_ids, **columns)`, with as much of that as
@@ -17,16 +18,40 @@ from functools import partial
 from typing import Any
 
 from quarkrl.errors import UserError
-from quarkrl.rewards.classifier import Classifier
+from quarkrl.rewards.cache import ScoreCache
+from quarkrl.rewards.classifier import Classifier, sentiment, toxicity
 from quarkrl.rewards.functions import load_function
+from quarkrl.rewards.judge import Judge
+from quarkrl.rewards.perspective import Perspective
 from quarkrl.rewards.profanity import Profanity
+from quarkrl.rewards.repetition import Repetition
 from quarkrl.rewards.scorer import Scorer, Scores
+from quarkrl.rewards.spec import missing_options, options_of, read_options, split_spec
 from quarkrl.rewards.vader import Vader
 
-__all__ = ["REWARDS", "Classifier", "Profanity", "Scorer", "Scores", "Vader", "load_function", "resolve"]
+__all__ = [
+    "REWARDS",
+    "Classifier",
+    "Judge",
+    "Perspective",
+    "Profanity",
+    "Repetition",
+    "ScoreCache",
+    "Scorer",
+    "Scores",
+    "Vader",
+    "load_function",
+    "resolve",
+]
 
-REWARDS: dict[str, Callable[[], Callable[..., Any]]] = {
+# What makes each reward; its keyword arguments are the options that a spec may give.
+REWARDS: dict[str, Callable[..., Callable[..., Any]]] = {
+    "judge": Judge,
+    "perspective": Perspective,
     "profanity": Profanity,
+    "repetition": Repetition,
+    "sentiment": sentiment,
+    "toxicity": toxicity,
     "vader": Vader,
     "vader-negative": partial(Vader, negative=True),
 }
@@ -43,29 +68,52 @@ def resolve(
 
     Args:
         spec: a callable (taken as it is), a name of `REWARDS`, `file.py:function`, `module:function`, or a
-            sequence classifier's directory or hub name.
+            sequence classifier's directory or hub name; with options of its own as `NAME?option=value&option=value`.
         label: for a classifier, the label whose probability is the reward, or "not LABEL" for 1 - P(LABEL).
         unwanted: for a classifier, the name of what 1 - reward measures, such as "toxicity".
         device: for a classifier, where it runs; the accelerator by default, if there is one.
 
+    An option in the spec goes before the argument of that name.
+
     Raises:
-        UserError: nothing usable goes by that name, or `label` or `unwanted` is given without a classifier.
+        UserError: nothing usable goes by that name, it has no such option or needs one that is not given, a value is
+            not of its option's type, or `label` or `unwanted` is given without a classifier.
     """
+    arguments = {"label": label, "unwanted": unwanted, "device": device}
+    arguments = {option: value for option, value in arguments.items() if value is not None}
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     if not isinstance(spec, str):
         reward = _checked_callable(spec)
-    elif spec in REWARDS:
-        reward = REWARDS[spec]()
-    elif not os.path.isdir(os.path.expanduser(spec)) and (":" in spec or spec.endswith(".py")):
-        reward = _checked_callable(load_function(spec), spec)
+        _refuse(arguments, spec)
+        return reward
+    name, options = split_spec(spec)
+    if name not in REWARDS and not os.path.isdir(os.path.expanduser(name)) and (":" in name or name.endswith(".py")):
+        function = _checked_callable(load_function(name), name)
+        _refuse(arguments, name)
+        return partial(function, **read_options(name, function, options)) if options else function
+    if name in REWARDS:
+        factory = REWARDS[name]
     else:
-        _refuse_misspelt(spec)
-        return Classifier(spec, label=label, unwanted=unwanted, device=device)
-    for option, value in {"label": label, "unwanted": unwanted}.items():
-        if value is not None:
-            raise UserError(f"{option} is {value!r}, but reward {spec!r} is no classifier: leave {option} out")
-    return reward
+        _refuse_misspelt(name)
+        factory = partial(Classifier, name)
+    given = read_options(name, factory, options)
+    known = options_of(factory)
+    _refuse({option: value for option, value in arguments.items() if option not in known}, name)
+    given = {option: value for option, value in arguments.items() if option in known} | given
+    if missing := missing_options(factory, given):
+        wanted = "&".join(f"{option}=…" for option in missing)
+        raise UserError(f"reward {name!r} needs {', '.join(missing)}: write '{name}?{wanted}'")
+    return factory(**given)
+
+
+def _refuse(arguments: dict[str, Any], spec: Any) -> None:
+    """`device` may be given to all alike; the others would be passed over in silence."""
+    for option in ("label", "unwanted"):
+        if option in arguments:
+            raise UserError(
+                f"{option} is {arguments[option]!r}, but reward {spec!r} is no classifier: leave {option} out"
+            )
 
 
 def _checked_callable(reward: Any, spec: str | None = None) -> Callable[..., Any]:

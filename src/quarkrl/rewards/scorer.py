@@ -4,19 +4,24 @@ import asyncio
 import inspect
 import math
 import numbers
+import os
 import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
 from quarkrl.errors import UserError
+from quarkrl.rewards.cache import ScoreCache, digest
 from quarkrl.rewards.functions import describe, identity_of, name_of
 
 Reward = str | Callable[..., Any]
+
+# Texts asked for between two commits to the score cache: what a crash can cost.
+_COMMIT_EVERY = 256
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Scores:
 
     rewards: np.ndarray  # (n, A) float64: what quantiles are cut by, one column per attribute
     components: np.ndarray  # (n, R) float64: each reward function's own scores, unweighted
+    terms: dict[str, np.ndarray] = field(default_factory=dict)  # by name, those that `rewards` sums: (n,) each
 
 
 class Scorer:
@@ -35,15 +41,22 @@ class Scorer:
         weights: one number per reward; 1 each by default.
         condition_on: "sum" makes one reward of the weighted sum, missing where any of its terms is;
             "each" keeps every reward as an attribute of its own.
+        cache: a file that keeps scores (`ScoreCache`) of the reward functions that say who they are by an attribute
+            `identity`, unless their `cached` is False. A score is found again by what the function reads: the
+            arguments that its attribute `reads` names, such as ("completions",), else all that it accepts. None is
+            kept, as a score that there is not; NaN is asked for again.
 
     Attributes:
         names: the rewards' names, made unique, of letters, digits, "_" and "-".
         attributes: ("reward",) for "sum", `names` for "each".
         identity: what scored, one JSON-able dict per reward, with its weight.
         unwanted: what 1 - reward measures, such as "toxicity", where there is one reward, a probability.
+        wanted: the class that the reward tells, such as "positive", where there is one reward of that kind.
+        wanted_from: from which reward on a text counts as of that class; None for a probability, whose reader decides.
+        asked, hits: how many scores of cached rewards were asked for, and how many were found, since the beginning.
 
     Raises:
-        UserError: a reward cannot be resolved, or the weights do not fit.
+        UserError: a reward cannot be resolved, the weights do not fit, or the cache cannot be used.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class Scorer:
         reward_funcs: Reward | Sequence[Reward],
         weights: Sequence[float] | None = None,
         condition_on: str = "sum",
+        cache: str | os.PathLike[str] | None = None,
     ):
         from quarkrl.rewards import resolve  # here, because that module imports this one
 
@@ -73,6 +87,21 @@ class Scorer:
         self.unwanted: str | None = None
         if self._weights == [1.0]:
             self.unwanted = getattr(self._functions[0], "unwanted", None)
+        self.wanted: str | None = None
+        self.wanted_from: float | None = None
+        if self._weights == [1.0] and not self.unwanted:
+            self.wanted = getattr(self._functions[0], "wanted", None)
+            self.wanted_from = getattr(self._functions[0], "wanted_from", None)
+        self.asked = self.hits = 0
+        self._cache: ScoreCache | None = None
+        if cache is not None:
+            if not any(map(_is_cached, self._functions)):
+                raise UserError(
+                    f"score_cache {os.fspath(cache)!r}: nothing of {', '.join(self.names)} is kept there, as of a "
+                    "function that has an attribute `identity` (docs/rewards.md): leave score_cache out"
+                )
+            self._cache = ScoreCache(cache)
+        self._calling = self._stopping = False
 
     def __call__(
         self,
@@ -80,8 +109,16 @@ class Scorer:
         completions: list[str],
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]] | None = None,
+        end_ids: Sequence[int] = (),
     ) -> Scores:
-        """Scores of n completions; `columns` holds the data set's other columns, n values each.
+        """Scores of n completions.
+
+        Args:
+            prompts: n texts or chats.
+            completions: n texts.
+            completion_ids: n lists of token ids, EOS included; empty lists where there are none.
+            columns: the data set's other columns, n values each.
+            end_ids: which ids are EOS; for a reward function that has a parameter of this name.
 
         Raises:
             UserError: a reward raised, or returned something other than n numbers or Nones.
@@ -90,29 +127,88 @@ class Scorer:
         given["completion_ids"] = completion_ids
         n = len(completions)
         assert all(len(values) == n for values in given.values())
+        given[_END_IDS] = list(end_ids)
         components = np.empty((n, len(self.names)))  # (n, R)
         if n:
-            for r, (name, result) in enumerate(zip(self.names, self._call_all(given), strict=True)):
-                components[:, r] = _checked_scores(name, result, n)
+            self._calling = True
+            try:
+                results = self._call_all(given)
+            finally:
+                self._calling = self._stopping = False
+            for r, (name, result) in enumerate(zip(self.names, results, strict=True)):
+                components[:, r] = [math.nan if x is None else x for x in _checked_scores(name, result, n)]
         # A missing term makes the sum missing, whatever its weight: NaN · 0 is NaN.
         rewards = components if self.condition_on == "each" else components @ np.array(self._weights)[:, None]
-        return Scores(rewards=rewards.copy(), components=components)
+        summed = self.condition_on == "sum" and len(self.names) > 1
+        terms = dict(zip(self.names, components.T, strict=True)) if summed else {}
+        return Scores(rewards.copy(), components, terms)
+
+    def stop(self) -> None:
+        """End the call that is running in another thread, if there is one: answers awaited are given up.
+
+        A reward function that is not async ends first. What was committed to the cache stays.
+        """
+        if self._calling and not self._stopping:
+            self._stopping = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._give_up)
+
+    def _give_up(self) -> None:
+        if self._stopping and self._loop is not None:  # Else the call has ended, and this is the next one's loop.
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
 
     def _call_all(self, given: dict[str, list[Any]]) -> list[Any]:
         results: list[Any] = []
         try:
             for name, function in zip(self.names, self._functions, strict=True):
-                results.append(_call(name, function, given))
+                kept = self._cache is not None and _is_cached(function)
+                results.append((self._ask_missing if kept else _call)(name, function, given))
         except BaseException:
             for result in results:
-                if inspect.iscoroutine(result):
-                    result.close()  # or Python warns that it was never awaited, after the error that matters
+                _discard(result)
             raise
         pending = {r: _named(self.names[r], x) for r, x in enumerate(results) if inspect.isawaitable(x)}
         if pending:
             for r, result in zip(pending, self._wait_for(list(pending.values())), strict=True):
                 results[r] = result
         return results
+
+    def _ask_missing(self, name: str, function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
+        """What the cache has, and answers for the rest, each distinct text once; a coroutine for an async function."""
+        assert self._cache is not None
+        cache, identity = self._cache, identity_of(function)
+        digests = _digests(name, function, given)
+        scores = cache.get(identity, set(digests))
+        self.hits += sum(key in scores for key in digests)
+        rows = {key: row for row, key in enumerate(digests) if key not in scores}
+        starts = range(0, len(rows), _COMMIT_EVERY)
+        parts = [dict(list(rows.items())[start : start + _COMMIT_EVERY]) for start in starts]
+
+        def ask(part: dict[bytes, int]) -> Any:
+            if self._stopping:
+                raise CancelledError
+            self.asked += len(part)
+            return _call(name, function, _rows(given, list(part.values())))
+
+        def keep(part: dict[bytes, int], result: Any) -> None:
+            found = dict(zip(part, _checked_scores(name, result, len(part)), strict=True))
+            scores.update(found)
+            # NaN is no answer, and no score either: next time the function is asked again.
+            cache.put(identity, {key: score for key, score in found.items() if score is None or score == score})
+
+        async def answers(first: Awaitable[Any]) -> list[float | None]:
+            keep(parts[0], await _named(name, first))
+            for part in parts[1:]:
+                keep(part, await _named(name, ask(part)))
+            return [scores[key] for key in digests]
+
+        for part in parts:
+            result = ask(part)
+            if inspect.isawaitable(result):
+                return answers(result)
+            keep(part, result)
+        return [scores[key] for key in digests]
 
     def _wait_for(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
         try:
@@ -127,6 +223,10 @@ class Scorer:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             weakref.finalize(self, self._loop.close)
+        if self._stopping:
+            for awaitable in awaitables:
+                _discard(awaitable)
+            raise CancelledError
 
         async def gather() -> list[Any]:
             return await asyncio.gather(*awaitables)
@@ -145,6 +245,36 @@ class Scorer:
             raise
 
 
+# The one argument that is not a value for each completion.
+_END_IDS = "end_ids"
+
+
+def _rows(given: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+    return {name: values if name == _END_IDS else [values[row] for row in rows] for name, values in given.items()}
+
+
+def _is_cached(function: Callable[..., Any]) -> bool:
+    """A function that does not say who it is might score otherwise tomorrow."""
+    return getattr(function, "identity", None) is not None and getattr(function, "cached", True)
+
+
+def _digests(name: str, function: Callable[..., Any], given: dict[str, list[Any]]) -> list[bytes]:
+    """For each completion, the digest of what the function reads of it."""
+    accepted = _accepted(name, function, given)
+    reads = getattr(function, "reads", None)
+    read = [argument for argument in (accepted if reads is None else reads) if argument != _END_IDS]
+    if unknown := [argument for argument in read if argument not in given]:
+        raise UserError(f"reward {name!r} reads {unknown[0]!r}; there are {', '.join(_offered(given))}")
+    try:
+        rows = zip(*(given[argument] for argument in read), strict=True)
+        return [digest(dict(zip(read, row, strict=True))) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"reward {name!r} cannot be cached by {', '.join(read)} ({error}): "
+            "let an attribute `reads` name the arguments it needs"
+        ) from error
+
+
 def _call(name: str, function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
     arguments = _accepted(name, function, given)
     try:
@@ -153,6 +283,14 @@ def _call(name: str, function: Callable[..., Any], given: dict[str, list[Any]]) 
         raise
     except Exception as error:
         raise UserError(f"reward {name!r} raised {describe(error)}") from error
+
+
+def _discard(result: Any) -> None:
+    """Close a coroutine that never began, or Python warns of that, after the error that matters."""
+    if inspect.iscoroutine(result):
+        for held in inspect.getcoroutinelocals(result).values():
+            _discard(held)
+        result.close()
 
 
 async def _named(name: str, result: Awaitable[Any]) -> Any:
@@ -165,21 +303,26 @@ async def _named(name: str, result: Awaitable[Any]) -> Any:
 
 
 def _accepted(name: str, function: Callable[..., Any], given: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """As much of `given` as the function takes: all of it, where it has **kwargs or tells nothing."""
+    """As much of `given` as the function takes: all of it, where it tells nothing or has **kwargs (**_ drops them)."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return given
+        return _offered(given)
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [p.name for p in by_name if p.default is p.empty and p.name not in given]
     if missing:
-        raise UserError(f"reward {name!r} asks for {missing[0]!r}; there are {', '.join(given)}")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return given
-    return {p.name: given[p.name] for p in by_name if p.name in given}
+        raise UserError(f"reward {name!r} asks for {missing[0]!r}; there are {', '.join(_offered(given))}")
+    named = {p.name: given[p.name] for p in by_name if p.name in given}
+    everything = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters)
+    return {**named, **_offered(given)} if everything else named
 
 
-def _checked_scores(name: str, result: Any, n: int) -> list[float]:
+def _offered(given: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """What has a value for each completion."""
+    return {name: values for name, values in given.items() if name != _END_IDS}
+
+
+def _checked_scores(name: str, result: Any, n: int) -> list[float | None]:
     listed = result.tolist() if hasattr(result, "tolist") else result  # NumPy, torch, pandas
     if not isinstance(listed, (list, tuple)):
         raise UserError(f"reward {name!r} returned {_shown(result)}: a list of {n} numbers is wanted")
@@ -188,9 +331,9 @@ def _checked_scores(name: str, result: Any, n: int) -> list[float]:
     return [_checked_score(name, index, value) for index, value in enumerate(listed)]
 
 
-def _checked_score(name: str, index: int, value: Any) -> float:
+def _checked_score(name: str, index: int, value: Any) -> float | None:
     if value is None:
-        return math.nan
+        return None
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()  # a NumPy or torch scalar
     if not isinstance(value, numbers.Real):

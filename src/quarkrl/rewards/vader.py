@@ -14,6 +14,7 @@ class Vader:
     """
 
     unwanted = None
+    wanted_from = 0.05  # Its authors' own line between neutral and positive, or negative.
 
     def __init__(self, negative: bool = False) -> None:
         try:
@@ -25,6 +26,7 @@ class Vader:
             raise UserError(f'reward "vader" needs pip install "quarkrl[offline]" ({error})') from error
         self.name = "vader-negative" if negative else "vader"
         self.identity = {"name": self.name, "vaderSentiment": version}
+        self.wanted = "negative" if negative else "positive"
         self._sign = -1.0 if negative else 1.0
         self._analyzer = SentimentIntensityAnalyzer()
 

@@ -1,0 +1,164 @@
+"""The command `quarkrl evaluate`: its options, and what it does with them."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quarkrl.errors import UserError
+from quarkrl.options import positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quarkrl.decoding import Sampling
+    from quarkrl.prompts import Prompts
+    from quarkrl.rewards import Scorer
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `quarkrl evaluate` takes beside the reward and the decoding."""
+    parser.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="in domain first, then any others")
+    parser.add_argument("--judges", nargs="+", default=[], metavar="REWARD", help="scorers to report beside the reward")
+    parser.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
+    parser.add_argument(
+        "--quantiles", nargs="+", default=["best", "worst"], metavar="Q", help="a row each; all for the control curve"
+    )
+    parser.add_argument(
+        "--guidance_scales", nargs="+", type=float, default=[], metavar="X", help="a row each, on the best token"
+    )
+    parser.add_argument("--guidance_from", default="worst", metavar="FROM", help="a quantile or reference (worst)")
+    parser.add_argument("--samples", type=positive, default=25, help="completions for each prompt (default: 25)")
+    parser.add_argument("--limit", type=positive, help="the first so many prompts of each file, and texts")
+    parser.add_argument("--skip_bad_prompts", action="store_true", help="leave bad and too long prompts out, counted")
+    parser.add_argument("--threshold", type=_share, default=0.5, help="where a class begins (default: 0.5)")
+    parser.add_argument("--perplexity_model", metavar="MODEL", help="scores perplexity (default: the reference)")
+    parser.add_argument("--human_column", metavar="COLUMN", help="people's continuations of the prompts: gives MAUVE")
+    parser.add_argument("--corpus", metavar="FILE", help="people's texts: gives rep, wrep, accuracy and perplexity")
+    parser.add_argument("--resamples", type=positive, default=10_000, help="of the bootstrap (default: 10000)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, and a little off")
+    parser.add_argument("--output", metavar="FILE", help="figures and protocol as JSON, completions as Parquet beside")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves: .png, .svg or .pdf")
+
+
+def run(
+    arguments: argparse.Namespace,
+    *,
+    scorer: "Scorer",
+    sampling: "Sampling",
+    model_path: Callable[[str], str],
+    prompts_path: Callable[[str], str],
+    evaluate: Callable[..., Any],
+    console: "Console",
+    note: Callable[[str], None],
+) -> None:
+    """Evaluate, print, save.
+
+    Args:
+        arguments: as parsed.
+        scorer: the reward.
+        sampling: how to decode.
+        model_path: what a name given for a model means.
+        prompts_path: what a name given for prompts means.
+        evaluate: `evaluation.evaluate`, with its progress shown.
+        console: where tables go.
+        note: says where files are.
+    """
+    from quarkrl.plots import check_plot, plot_curves
+    from quarkrl.results import checked_output
+    from quarkrl.tables import print_table
+
+    # All that can be found wrong now is, before hours of sampling.
+    if arguments.output:
+        checked_output(arguments.output)
+    if arguments.plot:
+        check_plot(arguments.plot)
+        if "all" not in arguments.quantiles and len(set(arguments.quantiles)) < 3 and not arguments.guidance_scales:
+            raise UserError("no curve to plot: want --quantiles all, or --guidance_scales 1 2 4")
+    evaluation = evaluate(
+        model_path(arguments.model),
+        prompt_sets(arguments.prompts, prompts_path, arguments.limit, arguments.skip_bad_prompts),
+        scorer,
+        reference=model_path(arguments.reference) if arguments.reference else None,
+        quantiles=arguments.quantiles,
+        guidance_scales=arguments.guidance_scales,
+        guidance_from=arguments.guidance_from,
+        sampling=sampling,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        judges=[_judge(name, arguments.score_cache) for name in arguments.judges],
+        threshold=arguments.threshold,
+        perplexity_model=model_path(arguments.perplexity_model) if arguments.perplexity_model else None,
+        human_column=arguments.human_column,
+        corpus=corpus(arguments.corpus, arguments.limit) if arguments.corpus else None,
+        skip_bad=arguments.skip_bad_prompts,
+        dtype="bfloat16" if arguments.bf16 else None,
+        resamples=arguments.resamples,
+    )
+    print_table(evaluation, console)
+    if arguments.output:
+        evaluation.save(arguments.output)
+        completions = checked_output(arguments.output)[1]
+        note(f"figures and protocol: {arguments.output}   completions: {completions}")
+    if arguments.plot:
+        plot_curves(evaluation, arguments.plot)
+        note(f"curves: {arguments.plot}")
+
+
+def prompt_sets(
+    sources: Sequence[str], path: Callable[[str], str], limit: int | None, skip_bad: bool
+) -> "dict[str, Prompts]":
+    """The prompts of each source, named as its file is; a second of one name is numbered.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    from quarkrl.prompts import load_prompts
+
+    sets: dict[str, Prompts] = {}
+    for source in sources:
+        stem = Path(source).stem
+        names = [name for name in sets if name == stem or name.startswith(f"{stem}-")]
+        prompts = load_prompts(path(source), skip_bad=skip_bad)
+        sets[f"{stem}-{len(names) + 1}" if stem in sets else stem] = prompts.first(limit) if limit else prompts
+    return sets
+
+
+def corpus(source: str, limit: int | None) -> "Prompts":
+    """Texts of a corpus: a file's lines, or the column `text`, `prompt` or `completion`; empty ones are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from quarkrl.prompts import load_prompts
+
+    columns = ("text", "prompt", "completion")
+    for column in columns:
+        try:
+            texts = load_prompts(source, column=column, skip_bad=True)
+            return texts.first(limit) if limit else texts
+        except UserError:
+            if column == columns[-1]:
+                raise
+    raise AssertionError  # Not reached: the last column returned or raised.
+
+
+def _judge(name: str, cache: str | None) -> "Scorer":
+    from quarkrl.rewards import Scorer, resolve
+
+    function = resolve(name)
+    # A function that does not say who it is cannot be cached, and need not: the reward is what `cache` is for.
+    known = getattr(function, "identity", None) is not None and getattr(function, "cached", True)
+    return Scorer(function, cache=cache if known else None)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: want a number from 0 to 1")
+    return value
