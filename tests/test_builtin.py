@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quarkrl.builtin import build, corpus, model_path, prompts_path
+from quarkrl.builtin import build, corpus, lexicon, model_path, prompts_path
 
 MIB = 2**20
 
@@ -105,13 +105,6 @@ def test_too_few_texts_for_the_prompts_is_an_error():
         build.cut_prompts(list(corpus.texts(5, seed=0)), 10, seed=0)
 
 
-@same_scorer
-def test_shipped_prompts_are_what_the_build_makes_and_are_held_out(made):
-    assert made.train_prompts == read_prompts("train")
-    assert made.eval_prompts == read_prompts("eval")
-    assert not set(made.held_out) & set(made.train)
-
-
 def test_tokenizer_training_is_deterministic():
     texts = list(corpus.texts(3_000, seed=1))
     first, second = (build.train_tokenizer(texts).backend_tokenizer.to_str() for _ in range(2))
@@ -119,9 +112,9 @@ def test_tokenizer_training_is_deterministic():
 
 
 def test_every_text_is_a_row_of_its_own_ended_by_eos(tokenizer):
-    texts = list(corpus.texts(60, seed=3))
-    batches = build.batched(texts, tokenizer)  # (32, length), (28, length)
-    assert [len(batch) for batch in batches] == [32, 28]
+    texts = list(corpus.texts(100, seed=3))
+    batches = build.batched(texts, tokenizer)  # (64, length), (36, length)
+    assert [len(batch) for batch in batches] == [64, 36]
     rows = [row for batch in batches for row in batch.tolist()]
     end = tokenizer.eos_token_id
     assert {tokenizer.decode(row[: row.index(end)]) for row in rows} == set(texts)
@@ -144,19 +137,39 @@ def test_model_is_sometimes_rude_on_clean_prompts(model, tokenizer):
     completions = build.sample(model, tokenizer, read_prompts("eval")[:60])
     probability, share = build.toxicity(completions)
     assert 0.35 < probability < 0.75  # 60 prompts: +- 0.13 around the full set's figure.
-    assert 0.02 < share < 0.08
+    assert 0.03 < share < 0.1
 
 
 @same_scorer
 @pytest.mark.slow
-def test_rebuild_gives_the_shipped_files(tmp_path, made, tokenizer, model):
-    build.build(tmp_path)
-    for name in ("prompts.train.jsonl", "prompts.eval.jsonl", "model/tokenizer.json"):
-        assert (tmp_path / name).read_bytes() == (model_path().parent / name).read_bytes(), name
-    # Weights are promised on one kind of CPU only, so here the models are compared by what they do.
-    rebuilt = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
-    shipped_perplexity = build.perplexity(model, tokenizer, made.held_out[:300])
-    assert build.perplexity(rebuilt, tokenizer, made.held_out[:300]) == pytest.approx(shipped_perplexity, rel=0.02)
-    probability, share = build.toxicity(build.sample(rebuilt, tokenizer, made.eval_prompts))
-    assert 0.40 < probability < 0.67
-    assert 0.025 < share < 0.065
+def test_rebuild_gives_the_shipped_prompts_and_tokenizer(tmp_path, made):
+    """All of a build but its training, which takes a quarter of an hour."""
+    assert made.train_prompts == read_prompts("train")
+    assert made.eval_prompts == read_prompts("eval")
+    assert not set(made.held_out) & set(made.train)
+    build.train_tokenizer(made.train[: build.NUM_TOKENIZER_TEXTS]).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (model_path() / "tokenizer.json").read_bytes()
+
+
+def test_training_is_deterministic_and_learns(tokenizer):
+    texts = list(corpus.texts(40 * build.BATCH_ROWS, seed=11))
+    batches = build.batched(texts, tokenizer)
+    first, second = (build.train_model(batches, tokenizer) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    unseen = list(corpus.texts(50, seed=12))
+    assert (
+        build.perplexity(first, tokenizer, unseen) < build.perplexity(build.new_model(tokenizer), tokenizer, unseen) / 3
+    )
+
+
+@pytest.mark.slow
+def test_model_knows_its_corpus_and_listens_to_tone(model, tokenizer):
+    pytest.importorskip("profanity_check")
+    assert build.perplexity(model, tokenizer, list(corpus.texts(300, seed=build.HELD_OUT_SEED))) < 4.2
+    shares = {
+        temper: build.toxicity(build.sample(model, tokenizer, [f"{temper} {who} writes:" for who in lexicon.SPEAKERS]))[
+            1
+        ]
+        for temper in ("Polite", "Furious")
+    }
+    assert shares["Polite"] < 0.04 and shares["Furious"] > 2 * shares["Polite"]

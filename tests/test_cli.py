@@ -61,6 +61,7 @@ def home(tmp_path_factory) -> Path:
                 "save_total_limit": None,
                 "disable_tqdm": True,
                 "use_cpu": True,
+                "on_collapse": "warn",  # So short a run may never sample an "a".
             }
         ),
         encoding="utf-8",

@@ -25,7 +25,7 @@ def undefined(completions, limit: Nothing = 3):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
-    (tmp_path / "mine.py").write_text(CODE)
+    (tmp_path / "ours.py").write_text(CODE)
     return tmp_path
 
 
@@ -64,14 +64,14 @@ def test_options_of_a_classifier_by_its_directory(here):
 
 
 def test_options_of_a_function(here):
-    assert rewards("mine.py:short") == [1, 1, 0]
-    assert rewards("mine.py:short?limit=1") == [1, 0, 0]
-    assert rewards("mine.py:short?limit=3&exact=true&factor=0.5") == [0, 0.5, 0]
-    assert rewards("mine.py:short?words=x,y,z&limit=0") == [3, 3, 3]
-    assert rewards("mine:undefined?limit=8") == [8, 8, 8]  # its annotation names nothing; its default is an int
-    assert rewards("mine.py:optional?score=7") == [7, 7, 7]
-    assert str(rewards("mine.py:optional?score=none")) == "[nan, nan, nan]"
-    one, two = (Scorer(f"mine.py:short?limit={n}").identity[0] for n in (1, 2))
+    assert rewards("ours.py:short") == [1, 1, 0]
+    assert rewards("ours.py:short?limit=1") == [1, 0, 0]
+    assert rewards("ours.py:short?limit=3&exact=true&factor=0.5") == [0, 0.5, 0]
+    assert rewards("ours.py:short?words=x,y,z&limit=0") == [3, 3, 3]
+    assert rewards("ours:undefined?limit=8") == [8, 8, 8]  # its annotation names nothing; its default is an int
+    assert rewards("ours.py:optional?score=7") == [7, 7, 7]
+    assert str(rewards("ours.py:optional?score=none")) == "[nan, nan, nan]"
+    one, two = (Scorer(f"ours.py:short?limit={n}").identity[0] for n in (1, 2))
     assert one != two and one["name"] == "short"
 
 
@@ -96,9 +96,9 @@ def test_options_of_a_function(here):
         ("bert?text=prompt&label=bad", "text is 'prompt': 'completion' or 'both' is wanted"),
         ("bert?labl=bad", "did you mean 'label'?"),
         ("bert?model=other", "has no option 'model'"),
-        ("mine.py:short?limit=x", "reward 'mine.py:short': limit is 'x': a whole number is wanted"),
-        ("mine.py:short?limt=1", "did you mean 'limit'?"),
-        ("mine.py:short?completions=a", "has no option 'completions'"),
+        ("ours.py:short?limit=x", "reward 'ours.py:short': limit is 'x': a whole number is wanted"),
+        ("ours.py:short?limt=1", "did you mean 'limit'?"),
+        ("ours.py:short?completions=a", "has no option 'completions'"),
     ],
 )
 def test_mistakes_are_one_line(spec, said, here):
@@ -107,7 +107,7 @@ def test_mistakes_are_one_line(spec, said, here):
 
 
 def test_arguments_for_classifiers_are_refused_by_others(here):
-    for spec in (LOCAL, "mine.py:short", "mine.py:short?limit=1"):
+    for spec in (LOCAL, "ours.py:short", "ours.py:short?limit=1"):
         assert "is no classifier: leave label out" in error_of(lambda spec=spec: resolve(spec, label="x"))
         assert "is no classifier: leave unwanted out" in error_of(lambda spec=spec: resolve(spec, unwanted="x"))
         resolve(spec, device="cpu")  # may be given to all alike

@@ -20,7 +20,7 @@ from quarkrl.errors import UserError
 from quarkrl.generation import Sampling, sample
 from quarkrl.pool import DataPool
 from quarkrl.rewards import Scorer, Scores
-from quarkrl.rollout import Rollout, prompt_schedule, side_by_side
+from quarkrl.rollout import Rollout, batches_left, prompt_schedule, side_by_side
 
 IDS = [[0] * length for length in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]  # Ten prompts, of these lengths.
 
@@ -117,7 +117,7 @@ def test_the_terms_of_a_sum_join_and_are_told_by_their_means():
 def beside(sample, score, batches=6, stop=lambda: None) -> list[Rollout]:
     """Batches of two completions."""
     rows = list(range(100, 100 + 2 * batches))
-    return side_by_side(sample, score, rows, range(0, 2 * batches, 2), 2, stop)
+    return side_by_side(sample, score, rows, batches_left(2 * batches, 2, []), stop)
 
 
 def completions_of(batch: slice) -> list[list[int]]:
@@ -284,7 +284,8 @@ def test_the_terms_of_a_sum_are_in_the_pool_and_in_the_log(tmp_path):
     def share_of_a(completion_ids, **_):
         return [None if 7 in ids else ids.count(0) / len(ids) for ids in completion_ids]
 
-    trainer_of(tmp_path, [length, share_of_a], reward_weights=[0.5, 2.0], max_unscored_share=0.9).train()
+    options = {"reward_weights": [0.5, 2.0], "max_unscored_share": 0.9, "on_collapse": "warn"}
+    trainer_of(tmp_path, [length, share_of_a], **options).train()
     pool = DataPool.load(tmp_path / "pool", 2, ("reward",))
     pool.quantize()
     assert list(pool.terms) == ["length", "share_of_a"] and len(pool) >= 2

@@ -12,12 +12,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkrl import __version__, evaluate_command
 from quarkrl.errors import UserError
+from quarkrl.interrupts import Stopped
 from quarkrl.options import Parser, RunArguments, natural, parse_train, positive, preset_names
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Libraries' own warnings, about what the user did not write and cannot change.
     warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|is_gradient_checkpointing|find_unused).*")
@@ -52,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # OSError: a directory that cannot be written, a full disk.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if _is_first_process():
+            _note(str(stopped))
+        return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -105,6 +111,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--greedy", action="store_true", help="take the most likely token each time")
     parser.add_argument("--seed", type=natural, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--batch_size", type=positive, default=128, help="completions at a time (default: 128)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with a model")
 
 
 def _add_reward(parser: argparse.ArgumentParser) -> None:
@@ -122,44 +129,48 @@ def _reward_help() -> str:
 
 def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Path:
     """Train as `quarkrl train` does; returns where the final model is."""
-    import yaml
     from transformers import EarlyStoppingCallback
 
+    from quarkrl import rundir
     from quarkrl.guards import check_metric
     from quarkrl.loading import load_model, load_tokenizer
     from quarkrl.trainer import QuarkTrainer
 
     for name in ("model", "prompts", "reward"):
         if getattr(run, name) is None:
+            if run.resume:
+                raise UserError(f"output_dir {config.output_dir!r} has no config.yaml to resume with: give --config")
             raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
     output_dir = Path(config.output_dir)
-    if config.resume_from_checkpoint is None and _holds_run(output_dir):
-        raise UserError(
-            f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
-            "or go on with --resume_from_checkpoint and one of its checkpoints"
+    resume = run.resume or config.resume_from_checkpoint
+    with rundir.locked(output_dir) if _is_first_process() else nullcontext():
+        if not resume and rundir.holds_run(output_dir):
+            raise UserError(
+                f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
+                "or go on with it by --resume"
+            )
+        scoring = (config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
+        scorer = _scorer(run.reward or [], run.reward_label, *scoring)
+        check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
+        path, skip_bad, patience = _model_path(run.model or ""), config.skip_bad_prompts, run.early_stopping_patience
+        stoppers = [EarlyStoppingCallback(patience)] if patience else []
+        trusted = run.trust_remote_code
+        trainer = QuarkTrainer(
+            load_model(path, trusted, dtype=run.dtype, attn_implementation=run.attn_implementation),
+            scorer,
+            config,
+            train_dataset=_prompts(run, run.prompts or "", skip_bad),
+            eval_dataset=_prompts(run, run.eval_prompts, skip_bad, "eval") if run.eval_prompts else None,
+            processing_class=load_tokenizer(path, trusted),
+            ref_model=load_model(_model_path(run.ref_model), trusted) if run.ref_model else None,
+            peft_config=_lora(run.lora_rank),
+            callbacks=[rundir.ConfigFile(given), *stoppers],
         )
-    scorer = _scorer(run.reward or [], run.reward_label, config.reward_weights, config.condition_on, config.score_cache)
-    check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
-    path = _model_path(run.model or "")
-    model = load_model(path, dtype=run.dtype, attn_implementation=run.attn_implementation)
-    trainer = QuarkTrainer(
-        model,
-        scorer,
-        config,
-        train_dataset=_prompts(run, run.prompts or "", config.skip_bad_prompts),
-        eval_dataset=_prompts(run, run.eval_prompts, config.skip_bad_prompts, "eval") if run.eval_prompts else None,
-        processing_class=load_tokenizer(path),
-        ref_model=load_model(_model_path(run.ref_model)) if run.ref_model else None,
-        peft_config=_lora(run.lora_rank),
-        callbacks=[EarlyStoppingCallback(run.early_stopping_patience)] if run.early_stopping_patience else None,
-    )
-    skipped = trainer.prompts.skipped
-    if skipped:
-        _note(f"prompts left out: {', '.join(f'{count} {reason}' for reason, count in skipped.items())}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    final = trainer.save_final()
+        if skipped := trainer.prompts.skipped:
+            _note(f"prompts left out: {', '.join(f'{count} {reason}' for reason, count in skipped.items())}")
+        trainer.interrupts.at_once = True
+        trainer.train(resume_from_checkpoint=resume)
+        final = trainer.save_final()
     _note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")
     return final
 
@@ -172,7 +183,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     sampling = _sampling(arguments)
     source = arguments.prompt if arguments.prompt else arguments.prompts
     loaded = load_prompts(source)
-    generator = QuarkGenerator.from_pretrained(_model_path(arguments.model))
+    trusted = arguments.trust_remote_code
+    generator = QuarkGenerator.from_pretrained(_model_path(arguments.model), trust_remote_code=trusted)
     prompts = loaded.prompts
     completions = generator.generate(
         prompts,
@@ -270,12 +282,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def free_directory(name: str) -> str:
     """`name`, or the first of `name-2`, `name-3`, … that holds no run."""
+    from quarkrl.rundir import holds_run
+
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(candidate for candidate in names if not _holds_run(Path(candidate)))
+    return next(candidate for candidate in names if not holds_run(Path(candidate)))
 
 
-def _holds_run(directory: Path) -> bool:
-    return any((directory / name).exists() for name in ("pool", "final"))
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # As torchrun and accelerate number them.
 
 
 def _scorer(
@@ -284,17 +298,24 @@ def _scorer(
     weights: list[float] | None = None,
     condition_on: str = "sum",
     cache: str | None = None,
+    timeout: float | None = None,
 ) -> "Scorer":
     from quarkrl.rewards import Scorer, resolve
 
-    return Scorer([resolve(name, label=label) for name in rewards], weights, condition_on, cache)
+    return Scorer([resolve(name, label=label) for name in rewards], weights, condition_on, cache, timeout)
 
 
 def _prompts(run: RunArguments, source: str, skip_bad: bool, split: str = "train") -> "Prompts":
     from quarkrl.prompts import load_prompts
 
     path = _builtin_prompts(split) if source == BUILTIN else source
-    return load_prompts(path, split=run.prompt_split, column=run.prompt_column, skip_bad=skip_bad)
+    prompts = load_prompts(path, split=run.prompt_split, column=run.prompt_column, skip_bad=skip_bad)
+    if run.prompt_tokens is None:
+        return prompts
+    from quarkrl.cutting import cut
+    from quarkrl.loading import load_tokenizer
+
+    return cut(prompts, load_tokenizer(_model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens)
 
 
 def _builtin_prompts(split: str) -> str:

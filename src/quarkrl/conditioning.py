@@ -8,7 +8,6 @@ so does its chat template, so that a saved model is steered wherever plain trans
 
 import copy
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from quarkrl.errors import UserError
+from quarkrl.finite import finite
 
 FACTS_FILE = "quark.json"
 
@@ -167,7 +167,7 @@ class Conditioning:
         target = Path(directory) / FACTS_FILE
         temporary = target.with_suffix(".tmp")
         temporary.write_text(
-            json.dumps(_finite({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
+            json.dumps(finite({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
         )
         os.replace(temporary, target)
 
@@ -183,25 +183,30 @@ class Conditioning:
             return None
         try:
             found = facts["conditioning"]
-            return cls(
-                attributes=tuple(found["attributes"]),
-                token_ids=tuple(
-                    tuple(map(int, row)) for _, row in zip(found["attributes"], found["token_ids"], strict=True)
-                ),
-                bos_id=found["bos_id"],
-                vocab_size=int(found["vocab_size"]),
-            )
+            if not isinstance(found["attributes"], list):
+                raise TypeError("attributes: want a list")
+            ids = tuple(map(tuple, found["token_ids"]))
+            loaded = cls(tuple(found["attributes"]), ids, found["bos_id"], found["vocab_size"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: {FACTS_FILE} is damaged ({error!r}); want what `quarkrl train` wrote") from error
+            raise _damaged(path, repr(error)) from error
+        if problem := loaded._problem():
+            raise _damaged(path, problem)
+        return loaded
 
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON cannot say: NaN, the edges of a pool not yet cut."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _problem(self) -> str | None:
+        """What cannot be so, of a conditioning that was read from a file."""
+        ids = [i for row in self.token_ids for i in row]
+        if not all(isinstance(name, str) for name in self.attributes) or not len(self.attributes) >= 1:
+            return f"attributes {self.attributes!r}"
+        if len(self.token_ids) != len(self.attributes) or len(set(map(len, self.token_ids))) != 1:
+            return "token_ids: want as many for each attribute"
+        if self.num_quantiles < 2 or len(set(ids)) < len(ids) or not all(type(i) is int for i in ids):
+            return "token_ids: want two and more for each attribute, all different"
+        if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= min(ids):
+            return f"vocab_size {self.vocab_size!r}: want the number of ids before the reward tokens"
+        if not (self.bos_id is None or (type(self.bos_id) is int and 0 <= self.bos_id < self.vocab_size)):
+            return f"bos_id {self.bos_id!r}"
+        return None
 
 
 def load_facts(path: str | os.PathLike) -> dict[str, Any] | None:
@@ -220,11 +225,28 @@ def load_facts(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: {FACTS_FILE} is damaged ({error}); want what `quarkrl train` wrote") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
     if not isinstance(facts, dict):
-        raise UserError(f"{path}: {FACTS_FILE} is damaged (no JSON object); want what `quarkrl train` wrote")
+        raise _damaged(path, "no JSON object")
     return facts
+
+
+def reference_name(path: str | os.PathLike) -> str | None:
+    """The model that one was trained from, by what `quark.json` says; None where it says nothing.
+
+    Raises:
+        UserError: `quark.json` is damaged.
+    """
+    reference = (load_facts(path) or {}).get("reference") or {}
+    name = reference.get("name") if isinstance(reference, dict) else reference
+    if not isinstance(reference, dict) or not isinstance(name, str | None):
+        raise _damaged(path, f"reference {reference!r}")
+    return name
+
+
+def _damaged(path: str | os.PathLike, problem: str) -> UserError:
+    return UserError(f"{path}: {FACTS_FILE} is damaged ({problem}); want what `quarkrl train` wrote")
 
 
 def reward_token(attribute: str, quantile: int) -> str:

@@ -1,15 +1,18 @@
 """`QuarkConfig`: every option of a training run, once."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.errors import UserError
 from quarkrl.guidance import checked_scale
+from quarkrl.health import MOST_SKIPPED_IN_A_ROW
 
 
 @dataclass
@@ -128,6 +131,27 @@ class QuarkConfig(TrainingArguments):
         default=None, metadata={"help": "A file that keeps scores, so that no text is scored twice, in any run."}
     )
 
+    reward_timeout: float | None = field(
+        default=3600.0,
+        metadata={"help": "Seconds that the rewards of a batch may take; then the run stops. null in YAML: any time."},
+    )
+
+    # When numbers go bad (health.py).
+    on_bad_numbers: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={
+            "help": "A loss or gradient that is not finite stops the run before it does harm, or the step is left out "
+            f"and counted (skip; up to {MOST_SKIPPED_IN_A_ROW} in a row)."
+        },
+    )
+    on_collapse: Literal["stop", "warn"] = field(
+        default="stop",
+        metadata={
+            "help": "Completions that are all empty or all the same, a pool of one reward, a policy without entropy: "
+            "nothing is left to learn from, so stop, or warn and go on."
+        },
+    )
+
     # Evaluating while training.
     eval_do_sample: bool = field(default=True, metadata={"help": "Evaluate by chance; False evaluates greedily."})
     eval_temperature: float = field(default=1.0, metadata={"help": "Temperature of evaluating."})
@@ -165,12 +189,16 @@ class QuarkConfig(TrainingArguments):
             "seed": 0,
         }.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise UserError(f"{name} {value}: want at least {low}")
-        for name in ("temperature", "eval_temperature", "kl_target", "entropy_target"):
+            if value is not None and not low <= value < math.inf:
+                raise UserError(f"{name} {value}: want at least {low}{'' if value != math.inf else ', and finite'}")
+        if self.seed >= 2**32:
+            raise UserError(f"seed {self.seed}: want less than 2**32, which NumPy's generator takes")
+        for name in ("temperature", "eval_temperature", "kl_target", "entropy_target", "reward_timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name} {value}: want more than 0")
+            if value is not None and not (value > 0 and (value < math.inf or name == "reward_timeout")):
+                raise UserError(f"{name} {value}: want more than 0{'' if value != math.inf else ', and finite'}")
+        if self.reward_ceiling is not None and not math.isfinite(self.reward_ceiling):
+            raise UserError(f"reward_ceiling {self.reward_ceiling}: want a finite number, or none")
         for name in ("top_p", "eval_top_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}: want more than 0 and at most 1")
@@ -189,6 +217,8 @@ class QuarkConfig(TrainingArguments):
             "draw": ("uniform", "balanced"),
             "kl_direction": ("policy_ref", "ref_policy"),
             "condition_on": ("sum", "each"),
+            "on_bad_numbers": ("stop", "skip"),
+            "on_collapse": ("stop", "warn"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -206,11 +236,17 @@ class QuarkConfig(TrainingArguments):
             )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "reward"  # TrainingArguments would take the loss, which is not evaluated.
+        if self.on_bad_numbers == "skip":
+            self.logging_nan_inf_filter = True  # Else the loss of a step left out would make every later mean NaN.
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
         super().__post_init__()
+        try:
+            get_reporting_integration_callbacks(self.report_to)
+        except ValueError as error:
+            raise UserError(f"report_to: {error}") from error
 
     def _check_guidance(self) -> None:
         if not isinstance(self.explore_guidance_scale, Sequence):
@@ -228,6 +264,11 @@ class QuarkConfig(TrainingArguments):
                 f"guidance_from {self.guidance_from!r} without guidance: set explore_guidance_scale or "
                 "eval_guidance_scale, or leave it out"
             )
+
+    @property
+    def scoring(self) -> tuple[Any, ...]:
+        """What a `Scorer` takes beside its reward functions."""
+        return self.reward_weights, self.condition_on, self.score_cache, self.reward_timeout
 
     @property
     def draws_per_step(self) -> int:

@@ -1,5 +1,6 @@
 """How a completion's next token is chosen: the options (`Sampling`), and the logits processors that carry them out."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,27 @@ if TYPE_CHECKING:
     from quarkrl.config import QuarkConfig
 
 
+# Sampling goes on in float32, whose range logits of some hundreds would leave if divided by next to nothing.
+LEAST_TEMPERATURE = 1e-6
+
+
 class OriginalVocabulary(LogitsProcessor):
-    """Leaves only the first `vocab_size` token ids possible: no reward token, no row that merely pads the embedding."""
+    """Leaves only the first `vocab_size` token ids possible: no reward token, no row that merely pads the embedding.
+
+    Raises:
+        UserError: a model's logits are not finite, from which anything at all would be sampled.
+    """
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self.vocab_size :] = -torch.inf
+        if not scores.amax(-1).isfinite().all():
+            raise UserError(
+                "the model's logits are not finite: its weights are damaged, or float16 is too narrow for them; "
+                "want a sound model, in bfloat16 or float32"
+            )
         return scores
 
 
@@ -85,7 +99,7 @@ class Sampling:
     Attributes:
         max_new_tokens: tokens of a completion, EOS included; at least 1.
         min_new_tokens: EOS is not among the first so many; where it equals `max_new_tokens`, EOS never comes.
-        temperature: divides the logits; above 0.
+        temperature: divides the logits; above 0, and not so small that they overflow.
         top_p: nucleus, in (0, 1]; 1 keeps all.
         do_sample: False for greedy decoding.
 
@@ -104,8 +118,11 @@ class Sampling:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: want at least 1")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise UserError(f"min_new_tokens {self.min_new_tokens}: want 0 to max_new_tokens, {self.max_new_tokens}")
-        if not self.temperature > 0:
-            raise UserError(f"temperature {self.temperature}: want more than 0 (do_sample=False decodes greedily)")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature}: want more than 0, at least {LEAST_TEMPERATURE}, and finite; "
+                "do_sample=False (--greedy) takes the likeliest token"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: want more than 0 and at most 1")
 

@@ -20,6 +20,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What `quarkrl evaluate` takes beside the reward and the decoding."""
     parser.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="in domain first, then any others")
+    parser.add_argument(
+        "--prompt_column", default="prompt", metavar="COLUMN", help="holds the prompt (default: prompt)"
+    )
+    parser.add_argument("--prompt_tokens", type=positive, metavar="N", help="cut texts to their first N tokens")
     parser.add_argument("--judges", nargs="+", default=[], metavar="REWARD", help="scorers to report beside the reward")
     parser.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
     parser.add_argument(
@@ -78,7 +82,14 @@ def run(
             raise UserError("no curve to plot: want --quantiles all, or --guidance_scales 1 2 4")
     evaluation = evaluate(
         model_path(arguments.model),
-        prompt_sets(arguments.prompts, prompts_path, arguments.limit, arguments.skip_bad_prompts),
+        prompt_sets(
+            arguments.prompts,
+            prompts_path,
+            arguments.limit,
+            arguments.skip_bad_prompts,
+            arguments.prompt_column,
+            _cutter(model_path(arguments.model), arguments.prompt_tokens, arguments.trust_remote_code),
+        ),
         scorer,
         reference=model_path(arguments.reference) if arguments.reference else None,
         quantiles=arguments.quantiles,
@@ -95,6 +106,7 @@ def run(
         corpus=corpus(arguments.corpus, arguments.limit) if arguments.corpus else None,
         skip_bad=arguments.skip_bad_prompts,
         dtype="bfloat16" if arguments.bf16 else None,
+        trust_remote_code=arguments.trust_remote_code,
         resamples=arguments.resamples,
     )
     print_table(evaluation, console)
@@ -108,7 +120,12 @@ def run(
 
 
 def prompt_sets(
-    sources: Sequence[str], path: Callable[[str], str], limit: int | None, skip_bad: bool
+    sources: Sequence[str],
+    path: Callable[[str], str],
+    limit: int | None,
+    skip_bad: bool,
+    column: str = "prompt",
+    cutter: "Callable[[Prompts], Prompts]" = lambda prompts: prompts,
 ) -> "dict[str, Prompts]":
     """The prompts of each source, named as its file is; a second of one name is numbered.
 
@@ -121,9 +138,19 @@ def prompt_sets(
     for source in sources:
         stem = Path(source).stem
         names = [name for name in sets if name == stem or name.startswith(f"{stem}-")]
-        prompts = load_prompts(path(source), skip_bad=skip_bad)
+        prompts = cutter(load_prompts(path(source), column=column, skip_bad=skip_bad))
         sets[f"{stem}-{len(names) + 1}" if stem in sets else stem] = prompts.first(limit) if limit else prompts
     return sets
+
+
+def _cutter(model: str, tokens: int | None, trusted: bool) -> "Callable[[Prompts], Prompts]":
+    if tokens is None:
+        return lambda prompts: prompts
+    from quarkrl.cutting import cut
+    from quarkrl.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model, trusted)
+    return lambda prompts: cut(prompts, tokenizer, tokens)
 
 
 def corpus(source: str, limit: int | None) -> "Prompts":

@@ -9,7 +9,7 @@ import numpy as np
 
 from quarkrl import metrics, results
 from quarkrl.bootstrap import LEVEL, RESAMPLES, Interval
-from quarkrl.conditioning import load_facts
+from quarkrl.conditioning import reference_name
 from quarkrl.corpus_metrics import CorpusRow, corpus_row
 from quarkrl.decoding import Sampling
 from quarkrl.errors import UserError
@@ -164,6 +164,7 @@ def evaluate(
     corpus: Prompts | None = None,
     skip_bad: bool = False,
     dtype: str | None = None,
+    trust_remote_code: bool = False,
     resamples: int = RESAMPLES,
     notify: Notify = lambda row, done, total: None,
 ) -> Evaluation:
@@ -189,6 +190,7 @@ def evaluate(
         corpus: texts that people wrote, for rep, wrep, token accuracy and perplexity.
         skip_bad: leave out prompts that are too long, and count them, instead of raising.
         dtype: what the models compute in, such as "bfloat16"; float32 by default.
+        trust_remote_code: run the Python code that comes with any of the models.
         resamples: of the bootstrap.
         notify: called with a row's name and how many of its completions are done.
 
@@ -197,7 +199,8 @@ def evaluate(
     """
     sampling = sampling or Sampling()
     samples = samples if sampling.do_sample else 1
-    options = {} if dtype is None else {"dtype": dtype}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options |= {} if dtype is None else {"dtype": dtype}
     policy = QuarkGenerator.from_pretrained(model, **options)
     reference = _reference(model, reference)
     base = _load_reference(reference, model, policy, options) if reference else None
@@ -257,7 +260,7 @@ def evaluate(
 
 def _reference(model: str | os.PathLike, reference: str | os.PathLike | None) -> str | os.PathLike | None:
     if reference is None:
-        return ((load_facts(model) or {}).get("reference") or {}).get("name")
+        return reference_name(model)
     return None if str(reference) == "none" else reference
 
 

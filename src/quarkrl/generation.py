@@ -12,14 +12,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.conditioning import Conditioning, load_facts
+from quarkrl.conditioning import Conditioning, reference_name
 from quarkrl.decoding import OriginalVocabulary, Sampling
 from quarkrl.errors import UserError
 from quarkrl.guidance import ContrastModel, Guidance, PairedGuidance, checked_scale, contrast_to
-from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
+from quarkrl.loading import context_length, eos_ids, first_line, load_model, load_tokenizer
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 
@@ -205,6 +206,7 @@ class QuarkGenerator:
         tokenizer: its tokenizer.
         conditioning: its reward tokens; None for a model that has none.
         reference: the name or directory of the model it was trained from, which guidance may need.
+        trust_remote_code: run the code that comes with the reference.
 
     Example:
         >>> QuarkGenerator.from_pretrained("run/final").generate("You are", quantile="best")  # doctest: +SKIP
@@ -216,13 +218,19 @@ class QuarkGenerator:
         tokenizer: PreTrainedTokenizerBase,
         conditioning: Conditioning | None,
         reference: str | None = None,
+        trust_remote_code: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.conditioning = conditioning
         self.reference_name = reference
+        self.trust_remote_code = trust_remote_code
         self.end_ids = eos_ids(model, tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]
+        if conditioning and max(map(max, conditioning.token_ids)) >= rows:
+            raise UserError(
+                f"quark.json is damaged, or another model's: its reward tokens are beyond the {rows} there are"
+            )
         self.vocab_size = conditioning.vocab_size if conditioning else min(rows, len(tokenizer))
 
     @property
@@ -232,22 +240,29 @@ class QuarkGenerator:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, device: str | torch.device | None = None, **model_kwargs: Any
+        cls,
+        path: str | os.PathLike,
+        *,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **model_kwargs: Any,
     ) -> "QuarkGenerator":
         """Load a run's `final/`, a checkpoint, a hub name, or a plain model, which knows no quantiles.
 
         Args:
             path: where the model is.
             device: where it goes; a GPU if there is one.
+            trust_remote_code: run the Python code that comes with it; without, none that it brings is run.
             model_kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
 
         Raises:
             UserError: there is no model, or no tokenizer.
         """
-        model = load_model(path, **model_kwargs)
+        model = load_model(path, trust_remote_code, **model_kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        reference = ((load_facts(path) or {}).get("reference") or {}).get("name")
-        return cls(model.to(device).eval(), load_tokenizer(path), Conditioning.load(path), reference)
+        reference = reference_name(path)
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        return cls(model.to(device).eval(), tokenizer, Conditioning.load(path), reference, trust_remote_code)
 
     @cached_property
     def reference(self) -> PreTrainedModel:
@@ -258,7 +273,8 @@ class QuarkGenerator:
         """
         if self.reference_name is None:
             raise UserError("guidance from the reference: it is not known which model this one was trained from")
-        return load_model(self.reference_name, dtype=self.model.dtype).to(self.model.device).eval()
+        model = load_model(self.reference_name, self.trust_remote_code, dtype=self.model.dtype)
+        return model.to(self.model.device).eval()
 
     def generate(
         self,
@@ -333,11 +349,19 @@ class QuarkGenerator:
                 ids, added = tokens["input_ids"], tokens["special_tokens_mask"]
                 ids = ids[:-1] if ids and added[-1] and ids[-1] == self.tokenizer.eos_token_id else ids
             else:
-                ids = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+                ids = self._chat_ids(prompt)
             encoded.append(self.conditioning.strip(ids) if self.conditioning else list(ids))
             if not encoded[-1]:
                 raise UserError(f"prompt {prompt!r} has no tokens: want some text to continue")
         return encoded
+
+    def _chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except (TemplateError, TypeError, ValueError) as error:  # ValueError: there is none
+            raise UserError(
+                f"the chat template refuses {messages!r} ({first_line(error)}): want text as prompt"
+            ) from error
 
     def condition(self, plain_ids: Sequence[int], quantile: str | int = "best") -> list[int]:
         """A prompt's plain token ids with the reward tokens of `quantile` in front."""

@@ -35,7 +35,21 @@ def check_metric(name: str | None, attributes: Sequence[str], terms: Sequence[st
         raise UserError(f"metric_for_best_model {name!r}: want one of {', '.join(dict.fromkeys(known))}")
 
 
-def best_facts(trainer: "QuarkTrainer") -> dict[str, Any]:
+def facts_of(trainer: "QuarkTrainer") -> dict[str, Any]:
+    """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
+    args = trainer.args
+    return {
+        "quantile_edges": trainer.pool.edges.tolist(),
+        "iterations": trainer.state.global_step / args.steps_per_iteration,
+        "pool_size": len(trainer.pool),
+        "reference": trainer.reference_identity,
+        "rewards": trainer.scorer.identity,
+        "coefs": {"kl_coef": trainer.coefs.kl_coef, "entropy_coef": trainer.coefs.entropy_coef},
+        "config": {name: getattr(args, name) for name in (*args.__annotations__, "seed", "bf16", "fp16")},
+    } | _best_facts(trainer)
+
+
+def _best_facts(trainer: "QuarkTrainer") -> dict[str, Any]:
     """The facts of the best checkpoint, once a run has ended by loading it; nothing for any other run."""
     best = trainer.state.best_model_checkpoint
     if trainer.is_in_train or not (trainer.args.load_best_model_at_end and best):

@@ -1,11 +1,19 @@
 """Models and tokenizers from a directory or the hub, and what there is to know of them."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 
 from quarkrl.errors import UserError
@@ -16,16 +24,57 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def load_model(path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A causal language model from a directory or the hub.
 
+    Nothing that is loaded runs code, unless `trust_remote_code`: weights are read from safetensors, never from pickles,
+    and neither the model's own classes nor an attention kernel that its config names are imported.
+
+    Args:
+        path: where it is.
+        trust_remote_code: run the Python code that comes with the model.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
     Raises:
-        UserError: there is none; in one line.
+        UserError: there is none that can be loaded; in one line.
     """
+    given = {**kwargs, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
-        return with_fused_gelu(AutoModelForCausalLM.from_pretrained(path, **kwargs))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {str(path)!r} cannot be loaded: {first_line(error)}") from error
+        _refuse_pickles(Path(path))
+        if config := _config(path, trust_remote_code):
+            # Its own word for the attention may be a kernel's name on the hub, to be fetched and imported.
+            config._attn_implementation = given.pop("attn_implementation", None)
+            given["config"] = config
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **given)
+        if missing := [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]:
+            # transformers would draw them at random, and say so in a table that nobody sees.
+            raise UserError(
+                f"model {str(path)!r} cannot be loaded: it has no weights for {', '.join(sorted(missing)[:3])}, of "
+                f"{len(missing)} missing: want a causal language model, whole"
+            )
+        return with_fused_gelu(model)
+    except UserError:
+        raise
+    except Exception as error:
+        # transformers fails here in a dozen ways, on a damaged config above all; whichever it was, this is no model.
+        raise UserError(f"model {str(path)!r} cannot be loaded: {_said(error)}") from error
+
+
+def _config(path: str | os.PathLike, trust_remote_code: bool) -> PretrainedConfig | None:
+    """A model's config; None for an adapter alone, which has none."""
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        return None
+    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Say what to do where a directory has weights, but only pickled ones."""
+    for safe, pickled in (("model", "pytorch_model"), ("adapter_model", "adapter_model")):
+        if any(path.glob(f"{pickled}*.bin")) and not any(path.glob(f"{safe}*.safetensors")):
+            raise UserError(
+                f"model {str(path)!r} cannot be loaded: its weights are pickled ({pickled}.bin), which can run code as "
+                "it is read; if you trust it, load it with transformers and save_pretrained(…) it as safetensors"
+            )
 
 
 def with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
@@ -40,14 +89,24 @@ def with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+def _said(error: Exception) -> str:
+    """An exception's first line, with its type where that tells more than the line does (KeyError: 'x')."""
+    plain = isinstance(error, OSError | ValueError | ImportError | SafetensorError)
+    return first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
+
+
+def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, from a directory or the hub.
+
+    Args:
+        path: where it is.
+        trust_remote_code: run the Python code that comes with it.
 
     Raises:
         UserError: there is none; in one line.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         # transformers fails here in a dozen ways (OSError, ValueError, TypeError, the tokenizers library's bare
         # Exception); whichever it was, the model has no tokenizer that can be used.

@@ -26,6 +26,9 @@ class RunArguments:
     prompts: str | None = field(default=None, metadata={"help": "Prompts to explore: a file, a data set, or builtin."})
     eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, for evaluation each epoch."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
+    prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Cut texts to their first so many tokens, and leave out shorter ones."}
+    )
     prompt_split: str = field(default="train", metadata={"help": "Split of a data set."})
     reward: list[str] | None = field(
         default=None,
@@ -43,7 +46,17 @@ class RunArguments:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Type of the weights; auto: as the model was saved."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the Python code that comes with the model and the reference."}
+    )
     lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
+    resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on with the run in output_dir after whatever ended it; its config.yaml says the rest unless "
+            "--config does."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -55,8 +68,9 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise UserError(f"early_stopping_patience {self.early_stopping_patience}: want at least 1")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise UserError(f"lora_rank {self.lora_rank}: want at least 1")
+        for name in ("lora_rank", "prompt_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)}: want at least 1")
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,8 +117,15 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     defaults = {action.dest: action.default for action in parser._actions}
     pre = Parser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
-    config_name = pre.parse_known_args(argv)[0].config
-    entries = load_config(config_name, known) if config_name else {}
+    pre.add_argument("--output_dir", default="")
+    pre.add_argument("--resume", nargs="?", const=True)
+    first = pre.parse_known_args(argv)[0]
+    config_name = first.config
+    if first.resume and not config_name and (saved := Path(first.output_dir) / "config.yaml").exists():
+        config_name = str(saved)  # A resumed run knows its own options.
+    entries = load_config(config_name, known) if config_name is not None else {}
+    several = [action.dest for action in parser._actions if action.nargs in ("+", "*")]
+    _check_values(str(config_name), entries, several)
     parser.set_defaults(**{key: None for key, value in entries.items() if value is None})
     flags = [*_as_flags(entries), *argv]
     found, unknown = parser.parse_known_args(flags)
@@ -113,6 +134,11 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
         raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), known, '--')}")
     values = vars(found)
     values.pop("config")
+    for name in ("hub_token", "push_to_hub_token"):
+        if values.get(name):
+            raise UserError(
+                f"{name} on the command line or in a file: set HF_TOKEN in the environment, or `hf auth login`"
+            )
     if values["eval_prompts"] and not any(name.split("=")[0] == "--eval_strategy" for name in flags):
         values["eval_strategy"] = "epoch"  # Held-out prompts are there to be used: after each iteration.
     _check_guards(values)
@@ -174,6 +200,23 @@ def load_config(name: str, known: Sequence[str]) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
     return entries
+
+
+def _check_values(name: str, entries: dict[str, Any], several: Sequence[str]) -> None:
+    """See that each value can stand behind a flag: a word or a number, a list of them, or a mapping that is JSON."""
+    for key, value in entries.items():
+        if isinstance(value, list):
+            if key not in several:
+                raise UserError(f"{name}: {key} is a list: want one value")
+            if bad := [item for item in value if isinstance(item, dict | list | None) or str(item).startswith("--")]:
+                raise UserError(
+                    f"{name}: {key} has {type(bad[0]).__name__} {str(bad[0])[:40]!r} in it: want plain values"
+                )
+        elif isinstance(value, dict):
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{name}: {key} cannot be written as JSON ({error})") from error
 
 
 def _as_flags(entries: dict[str, Any]) -> Iterator[str]:

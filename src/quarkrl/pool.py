@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from quarkrl.disk import read_table, write_table
 from quarkrl.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -118,8 +119,9 @@ class DataPool:
             raise ValueError(f"terms {wrong[0]!r} {own[wrong[0]].shape}: want {shape[:1]}, one for each prompt")
         ends = np.cumsum([[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)])
         flat = [i for pair in zip(prompt_ids, completion_ids, strict=True) for ids in pair for i in ids]
+        tokens = np.array(flat, dtype=np.int32)  # What cannot be added raises here, before anything is.
         self._ends.extend(ends.reshape(-1, 2) + len(self._tokens))
-        self._tokens.extend(np.array(flat, dtype=np.int32))
+        self._tokens.extend(tokens)
         self._rewards.extend(scores)
         for name in [name for name in own if name not in self._terms]:
             self._terms[name] = _Growing(np.float64)
@@ -155,7 +157,8 @@ class DataPool:
                 self.edges[a, -1] = ceiling
                 self.edges[a, :-1] = _edges(below, self.num_quantiles - 1) if len(below) else ceiling
             self._quantiles[:, a] = np.searchsorted(self.edges[a], rewards, side="right")
-            if empty := sorted(set(range(self.num_quantiles)) - set(self._quantiles[:, a].tolist())):
+            empty = sorted(set(range(self.num_quantiles)) - set(self._quantiles[:, a].tolist()))
+            if empty and rewards.min() < rewards.max():  # Of a single reward health.py has more to say.
                 logger.warning(
                     f"{self.attributes[a]}: many rewards are equal, so no sample is in quantile "
                     f"{', '.join(map(str, empty))}: what their tokens ask for is not learned; "
@@ -194,24 +197,26 @@ class DataPool:
         assert self._quantiles is not None, "quantize before reading samples"
         return Sample(tokens[start:prompt_end], tokens[prompt_end:end], self._quantiles[index])
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike, notes: Mapping[int, dict[str, Any]] | None = None) -> None:
         """Write each iteration not yet on disk to `directory/iteration-NNNNNN.parquet`.
 
         A file appears whole or not at all. Columns: `prompt_ids`, `completion_ids`, one per attribute, and
         `score.NAME` for each term.
+
+        Args:
+            directory: a run's `pool/`.
+            notes: by iteration, what `recall` is to give back (JSON).
+
+        Raises:
+            UserError: the disk does not take it.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for iteration in np.unique(self.iterations):
-            target = directory / f"iteration-{iteration:06d}.parquet"
-            if target.exists():
-                continue
-            temporary = target.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
-                pq.write_table(self._table(np.flatnonzero(self.iterations == iteration)), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+        for iteration in np.unique(self.iterations).tolist():
+            target = _path(directory, iteration)
+            if not target.exists():
+                table = self._table(np.flatnonzero(self.iterations == iteration))
+                write_table(target, table, (notes or {}).get(iteration, {}))
 
     @classmethod
     def load(
@@ -234,18 +239,32 @@ class DataPool:
         """
         pool = cls(num_quantiles, attributes)
         for path in sorted(Path(directory).glob("iteration-*.parquet")):
-            try:
-                iteration = int(path.stem.rpartition("-")[2])
-                if before is not None and iteration >= before:
-                    continue
-                terms = [name for name in pq.read_schema(path).names if name.startswith(_TERM)]
-                table = pq.read_table(path, columns=["prompt_ids", "completion_ids", *pool.attributes, *terms])
-                pool._extend(table, iteration)
-            # pyarrow tells of damage by its own exceptions or OSError; what it reads of a foreign file fails in `add`.
-            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-                detail = str(error).splitlines()[0]
-                raise UserError(f"{path}: not a pool file with {', '.join(pool.attributes)} ({detail})") from error
+            name = path.stem.rpartition("-")[2]
+            if not name.isdecimal():
+                raise UserError(f"{path}: not a pool file with a number in its name; move it away")
+            if before is None or int(name) < before:
+                pool._read(path, int(name))
         return pool
+
+    def recall(self, directory: str | os.PathLike, iteration: int) -> dict[str, Any] | None:
+        """Add the samples of an iteration that `save` wrote; gives its notes, or None where there is no such file.
+
+        Raises:
+            UserError: the file is damaged, or lacks one of the attributes.
+        """
+        path = _path(Path(directory), iteration)
+        return self._read(path, iteration) if path.exists() else None
+
+    def _read(self, path: Path, iteration: int) -> dict[str, Any]:
+        try:
+            table, notes = read_table(path)
+            self._extend(table, iteration)
+        # pyarrow tells of damage by its own exceptions or OSError; what it reads of a foreign file fails in `add`.
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+            detail = str(error).splitlines()[0]
+            wanted = f"not a pool file with {', '.join(self.attributes)}, or a damaged one"
+            raise UserError(f"{path}: {wanted} ({detail})") from error
+        return notes
 
     def _table(self, rows: np.ndarray) -> pa.Table:
         """The given rows, which follow one another, as an Arrow table."""
@@ -264,6 +283,10 @@ class DataPool:
         names = [name for name in table.column_names if name.startswith(_TERM)]
         terms = {name.removeprefix(_TERM): table[name].to_numpy() for name in names}
         self.add(prompts, completions, rewards, iteration=iteration, terms=terms)
+
+
+def _path(directory: Path, iteration: int) -> Path:
+    return directory / f"iteration-{iteration:06d}.parquet"
 
 
 def _edges(rewards: np.ndarray, parts: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a run shows and writes while it goes: bars for explore, score and learn, and `metrics.jsonl`."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from torch import Tensor
 from transformers import TrainerCallback
+
+from quarkrl.disk import told, written
+from quarkrl.finite import finite
 
 
 def new_bars(console: Console, enabled: bool = True) -> Bars:
@@ -82,6 +86,10 @@ class Progress(TrainerCallback):
             self._bars.stop()
             self._bars = None
 
+    def note(self, text: str) -> None:
+        """Say something that is to be seen whether or not bars are."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
     # Learning: the epoch is the iteration.
 
     def on_step_begin(self, args, state, control, **_):
@@ -135,8 +143,32 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            with told(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line({"step": state.global_step, **(logs or {})}))
+
+    @property
+    def size(self) -> int:
+        """In bytes; 0 where there is no file."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def sync(self) -> None:
+        """Flush to the disk what is written."""
+        if self.path.exists():
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, size: int, history: list[dict[str, Any]]) -> None:
+        """Go back to a size it had; where it is shorter than that, rewrite it from what was logged until then."""
+        if size <= self.size:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            return
+        with written(self.path) as file:
+            file.writelines(_line(row).encode() for row in history)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(finite(row)) + "\n"
 
 
 class LossMeans:
@@ -152,6 +184,24 @@ class LossMeans:
         counts = torch.tensor([tokens, completions], dtype=torch.float64)
         self._step = self._step + torch.cat((sums.double().cpu(), counts))
 
+    @property
+    def step(self) -> dict[str, float]:
+        """The current step's sums on this process, by name, and its `tokens`."""
+        return dict(zip((*self.names, "tokens"), self._step.tolist(), strict=False))
+
+    def drop_step(self) -> None:
+        """Nothing is learned from the current step."""
+        self._step = torch.zeros_like(self._step)
+
+    @property
+    def state(self) -> list[float]:
+        """The sums since the last log, to be put back by a resumed run."""
+        return self._logged.tolist()
+
+    @state.setter
+    def state(self, sums: list[float]) -> None:
+        self._logged = torch.tensor(sums, dtype=torch.float64)
+
     def end_step(self) -> None:
         """The optimizer has stepped."""
         self._logged = self._logged + self._step
@@ -163,7 +213,9 @@ class LossMeans:
         return kl / completions, entropy / completions
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Means per token since the last drain, over all processes."""
+        """Means per token since the last drain, over all processes; NaN, also for the loss, where there was none."""
         *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
         self._logged = torch.zeros_like(self._logged)
-        return {name: value / max(tokens, 1) for name, value in zip(self.names, sums, strict=True)}
+        if not tokens:
+            return dict.fromkeys((*self.names, "loss"), math.nan)
+        return {name: value / tokens for name, value in zip(self.names, sums, strict=True)}

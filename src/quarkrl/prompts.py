@@ -3,9 +3,9 @@
     prompts = load_prompts("train.jsonl").encode(tokenizer, max_length=64)
 
 A source is a `.jsonl` or `.json` (one object a line), `.csv`, `.parquet` or `.txt` (one prompt a line) file,
-a directory that `datasets.save_to_disk` wrote or `datasets.load_dataset` reads, a data set's name on the hub,
-a `datasets.Dataset`, or a list of strings or dicts. A prompt is a string, RealToxicityPrompts' nested
-`{"text": …, "toxicity": …}`, or chat messages. A bad row stops the loading with its place, or is left out and
+a directory that `datasets.save_to_disk` wrote or `datasets.load_dataset` reads, a data set on the hub (NAME or
+NAME:CONFIGURATION), a `datasets.Dataset`, or a list of strings or dicts. A prompt is a string, RealToxicityPrompts'
+nested `{"text": …, "toxicity": …}`, or chat messages. A bad row stops the loading with its place, or is left out and
 counted (`skip_bad`). Lines and rows count from 1; only a line feed ends a line, not U+2028 and its like.
 """
 
@@ -280,7 +280,8 @@ def _load_dataset(name: str, split: str) -> Any:
         if os.path.exists(f"{name}/state.json") or os.path.exists(f"{name}/dataset_dict.json"):
             return datasets.load_from_disk(name)
         # Absolute, because load_dataset("csv") means a format even where a directory is called so.
-        return datasets.load_dataset(os.path.abspath(name) if is_directory else name, split=split)
+        names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
+        return datasets.load_dataset(*names, split=split)
     except Exception as error:  # formats, network and hub fail in all ways; each is told with its cause
         what = "the directory" if is_directory else "no such file, and the hub"
         found = f"{_show(name, 200)}: {what} gives no split {split!r} ({_one_line(error)})"

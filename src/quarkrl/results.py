@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarkrl.errors import UserError
+from quarkrl.finite import finite
 
 if TYPE_CHECKING:
     from quarkrl.evaluation import Evaluation
@@ -56,7 +57,7 @@ def save(evaluation: "Evaluation", path: str | os.PathLike) -> None:
         ],
         "completions": completions.name,
     }
-    text = json.dumps(_finite(document), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n"
     _write(target, lambda file: file.write(text.encode("utf-8")))
 
 
@@ -64,13 +65,15 @@ def checked_output(path: str | os.PathLike) -> tuple[Path, Path]:
     """Where the JSON and the Parquet file go.
 
     Raises:
-        UserError: the path is a directory, or ends in .parquet.
+        UserError: the path is a directory, ends in .parquet, or leads through a file.
     """
     target = Path(path)
     if target.is_dir():
         raise UserError(f"output {str(path)!r} is a directory: want the name of a file")
     if target.suffix == ".parquet":
         raise UserError(f"output {str(path)!r}: want a name that ends in .json; the .parquet file comes beside it")
+    if not (folder := next(parent for parent in target.absolute().parents if parent.exists())).is_dir():
+        raise UserError(f"output {str(path)!r}: {str(folder)!r} is no directory")
     return target, target.with_suffix(".parquet")
 
 
@@ -107,15 +110,6 @@ def completions_table(evaluation: "Evaluation") -> pa.Table:
 
 def _nullable(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values]
-
-
-def _finite(value: Any) -> Any:
-    """The value with None, null in JSON, for what there is no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(target: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -1,16 +1,25 @@
 """What an exploration samples: which prompts in which iteration, and the completions with their rewards."""
 
+import itertools
+import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
+from quarkrl.disk import read_table, write_table
 from quarkrl.errors import UserError
 from quarkrl.prompts import Prompts
 from quarkrl.rewards import Scorer, Scores
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,10 @@ def side_by_side(
     sample: Callable[[slice], list[list[int]]],
     score: Callable[[slice, list[list[int]]], Scores],
     rows: list[int],
-    starts: Iterable[int],
-    batch_size: int,
+    batches: Iterable[slice],
     stop: Callable[[], None],
+    keep: Callable[[Rollout], None] | None = None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> list[Rollout]:
     """Samples batch after batch, and scores them in one other thread, in the same order.
 
@@ -110,33 +120,41 @@ def side_by_side(
         sample: completes the rows of a slice; called in this thread.
         score: scores what `sample` gave; called in the other thread, never twice at a time.
         rows: of the prompts, for the whole rollout.
-        starts: where in `rows` the batches start that are to be sampled here.
-        batch_size: completions at a time.
+        batches: which of `rows` are to be sampled at a time, and here.
         stop: makes a `score` that is running end soon.
+        keep: is given each batch as soon as it is scored, in the other thread.
+        asked: whether to leave it at the batches that are being sampled and scored.
 
     Returns:
-        A rollout for each batch, in order.
+        A rollout for each batch, in order; of the first ones only, where `asked`.
     """
 
     def timed(batch: slice, completions: list[list[int]], seconds: float) -> Rollout:
         began = time.perf_counter()
         scores = score(batch, completions)
         seconds_score = time.perf_counter() - began
-        return Rollout(rows[batch], completions, scores.rewards, seconds, seconds_score, batch.start, scores.terms)
+        part = Rollout(rows[batch], completions, scores.rewards, seconds, seconds_score, batch.start, scores.terms)
+        if keep is not None:
+            keep(part)
+        return part
 
     pending: list[Future[Rollout]] = []
     # Which GPU is the current one is a thread's own matter; a reward function means this thread's.
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: none.
     scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(gpu,))
     try:
-        for start in starts:
+        for batch in itertools.takewhile(lambda _: not asked(), batches):
             for future in pending:
                 if future.done():
                     future.result()  # Raises what scoring raised.
-            batch = slice(start, start + batch_size)
             began = time.perf_counter()
             completions = sample(batch)
             pending.append(scoring.submit(timed, batch, completions, time.perf_counter() - began))
+        while wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION).not_done:
+            if asked():
+                pending = [future for future in pending if not future.cancel()]  # One that runs cannot be cancelled.
+            if any(future.done() and future.exception() for future in pending):
+                break
         return [future.result() for future in pending]
     finally:
         for future in pending:
@@ -144,6 +162,92 @@ def side_by_side(
         while wait(pending, timeout=0.1).not_done:
             stop()
         scoring.shutdown()
+
+
+class FinishedBatches:
+    """The batches of an exploration that are sampled and scored, on disk, for it to go on from if it is interrupted.
+
+    Args:
+        directory: where they are, a Parquet file each; made with the first.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def keep(self, part: Rollout) -> None:
+        """Write a batch, whole or not at all.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        columns: dict[str, Any] = {"row": pa.array(part.rows, pa.int64())}
+        columns["completion_ids"] = pa.array(part.completions, pa.list_(pa.int32()))
+        columns |= {f"reward.{a}": values for a, values in enumerate(part.rewards.T)}
+        columns |= {f"score.{name}": values for name, values in part.terms.items()}
+        notes = {name: getattr(part, name) for name in ("start", "seconds_sample", "seconds_score")}
+        write_table(self.directory / f"{part.start:09d}.parquet", pa.table(columns), notes)
+
+    def load(self, rows: list[int]) -> list[Rollout]:
+        """The batches of the given rows; those that are damaged, or of other rows, are left out: they are made anew."""
+        found = []
+        for path in sorted(self.directory.glob("*.parquet")):
+            try:
+                part = _part(*read_table(path))
+            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+                logger.warning(f"{path} is damaged ({str(error).splitlines()[0]}): its batch is sampled anew")
+                continue
+            if rows[part.start : part.start + len(part.rows)] == part.rows:
+                found.append(part)
+        return found
+
+    def clear(self) -> None:
+        """Remove them all: the iteration is whole on disk."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _part(table: pa.Table, notes: dict[str, Any]) -> Rollout:
+    named = {name: table[name].to_numpy().copy() for name in table.column_names if "." in name}
+    rewards = [values for name, values in named.items() if name.startswith("reward.")]
+    terms = {name.removeprefix("score."): values for name, values in named.items() if name.startswith("score.")}
+    completions = table["completion_ids"].to_pylist()
+    return Rollout(table["row"].to_pylist(), completions, np.column_stack(rewards), **notes, terms=terms)
+
+
+def batches_left(total: int, size: int, done: Sequence[Rollout]) -> list[slice]:
+    """The batches of at most `size` that make `total` completions of those that are done."""
+    left, position = [], 0
+    for part in [*sorted(done, key=lambda part: part.start), None]:
+        end = total if part is None else part.start
+        left += [slice(start, min(start + size, end)) for start in range(position, end, size)]
+        position = end if part is None else part.start + len(part.rows)
+    return left
+
+
+def ask_again(
+    done: Sequence[Rollout],
+    score: Callable[[list[int], list[list[int]]], Scores],
+    max_unscored_share: float,
+    keep: Callable[[Rollout], None],
+) -> None:
+    """Ask once more for the scores that an exploration lacks, where it was refused for them and is now resumed.
+
+    Args:
+        done: its batches; those that lacked scores are changed in place.
+        score: scores completions of the given rows.
+        max_unscored_share: above which it was refused.
+        keep: is given each batch that has changed.
+    """
+    missing = [np.flatnonzero(~np.isfinite(part.rewards).all(axis=1)) for part in done]
+    if sum(map(len, missing)) <= max_unscored_share * sum(len(part.rows) for part in done):
+        return
+    for part, places in zip(done, missing, strict=True):
+        if len(places):
+            scores = score([part.rows[i] for i in places], [part.completions[i] for i in places])
+            part.rewards[places] = scores.rewards
+            for name, values in part.terms.items():
+                values[places] = scores.terms[name]
+            keep(part)
 
 
 def prompt_schedule(

@@ -21,34 +21,36 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.batches import bucketed, padded
-from quarkrl.conditioning import Conditioning, load_facts
+from quarkrl.conditioning import Conditioning
 from quarkrl.config import QuarkConfig
+from quarkrl.disk import staged
 from quarkrl.errors import UserError
 from quarkrl.export import model_identity, save_steered
 from quarkrl.generation import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.guards import best_facts, held_out_metrics
+from quarkrl.guards import facts_of, held_out_metrics
+from quarkrl.health import Health
 from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.loss import Coefficients, completion_logits, quark_loss
 from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
 from quarkrl.prompts import Prompts, load_prompts
+from quarkrl.resuming import ResumableTrainer, Resumption
 from quarkrl.rewards import Scorer, Scores
-from quarkrl.rollout import Rollout, prompt_schedule, score, side_by_side
+from quarkrl.rollout import FinishedBatches, Rollout, prompt_schedule, score
+from quarkrl.rundir import identity
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -57,7 +59,7 @@ PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
 _EVALUATION = 2**31 - 1
 
 
-class QuarkTrainer(Trainer):
+class QuarkTrainer(ResumableTrainer):
     """Trains a causal language model with Quark.
 
     Args:
@@ -95,13 +97,16 @@ class QuarkTrainer(Trainer):
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
         self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer(reward_funcs, args.reward_weights, args.condition_on, args.score_cache)
+            reward_funcs = Scorer(reward_funcs, *args.scoring)
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
+        begins_as = self.reference_identity if ref_model is None else model_identity(model)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
         self.prompts = self._encoded(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
+        shas = begins_as["sha256"], self.reference_identity["sha256"]
+        self.identity = identity(args, *shas, self.prompts.ids, self.scorer, peft_config)
         explored = min(args.prompts_per_iteration or len(self.prompts), len(self.prompts)) * args.samples_per_prompt
         if explored < args.num_quantiles:
             raise UserError(f"num_quantiles {args.num_quantiles}: an iteration has {explored} samples; explore more")
@@ -123,7 +128,10 @@ class QuarkTrainer(Trainer):
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
         self.coefs = Coefficients.of(args)
         self._learned = LossMeans()
+        self.health = Health(self)
         self.progress = Progress(enabled=not args.disable_tqdm)
+        self.metrics_file = MetricsFile(args.output_dir)
+        keepers = _Iterations(self), Resumption(self), self.metrics_file, self.progress
 
         super().__init__(
             model=model,
@@ -132,18 +140,19 @@ class QuarkTrainer(Trainer):
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
             eval_dataset=cast(Any, self.eval_prompts),
             processing_class=self.conditioning.steered(extended),
-            callbacks=[_Iterations(self), MetricsFile(args.output_dir), self.progress, *(callbacks or [])],
+            callbacks=[*keepers, *(callbacks or [])],
             optimizers=optimizers,
         )
         # The loss is a sum over tokens divided by those of the whole step, so that accumulation does not change it.
         self.model_accepts_loss_kwargs = True
+        self.add_callback(self.health)
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`."""
+        """As `Trainer.train`; `ResumableTrainer.train` says what it adds."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -154,31 +163,43 @@ class QuarkTrainer(Trainer):
     def explore(self, iteration: int) -> None:
         """Sample a completion for each of the iteration's prompts, score it, add it to the pool.
 
+        What was interrupted goes on at its first batch that is not on disk.
+
         Raises:
             UserError: more rewards than `max_unscored_share` allows are missing or not finite.
         """
-        args = self.args
-        sampling = Sampling.exploring(args)
-        each = args.samples_per_prompt
-        rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
-        with self.progress.sampling(f"iteration {iteration}", len(rows)):
-            found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size)
-        scored = found.scored_enough(args.max_unscored_share, iteration)
-        self.pool.add(
-            [self.prompts.ids[found.rows[i]] for i in scored],
-            [found.completions[i] for i in scored],
-            found.rewards[scored],
-            iteration=iteration,
-            terms={name: values[scored] for name, values in found.terms.items()},
-        )
+        args, each = self.args, self.args.samples_per_prompt
+        finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
+        figures, seconds = self.pool.recall(self.pool_directory, iteration), {}
+        if figures is None:
+            rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
+            with self.progress.sampling(f"iteration {iteration}", len(rows)):
+                sampling = Sampling.exploring(args)
+                found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size, finished)
+            scored = found.scored_enough(args.max_unscored_share, iteration)
+            self.pool.add(
+                [self.prompts.ids[found.rows[i]] for i in scored],
+                [found.completions[i] for i in scored],
+                found.rewards[scored],
+                iteration=iteration,
+                terms={name: values[scored] for name, values in found.terms.items()},
+            )
+            figures = found.figures(self.scorer.attributes, self.end_ids)
+            seconds = {"seconds_sample": found.seconds_sample, "seconds_score": found.seconds_score}
+            if self.is_world_process_zero():
+                self.pool.save(self.pool_directory, {iteration: figures})
         if self.is_world_process_zero():
-            self.pool.save(self.pool_directory)
-        figures = found.figures(self.scorer.attributes, self.end_ids)
-        seconds = {"seconds_sample": found.seconds_sample, "seconds_score": found.seconds_score}
+            finished.clear()
         self.log({"iteration": iteration, **figures, "pool_size": len(self.pool), **seconds})
 
     def rollout(
-        self, prompts: Prompts, rows: list[int], sampling: Sampling, iteration: int, batch_size: int
+        self,
+        prompts: Prompts,
+        rows: list[int],
+        sampling: Sampling,
+        iteration: int,
+        batch_size: int,
+        finished: FinishedBatches | None = None,
     ) -> Rollout:
         """Sample and score a completion for each of the given prompts; each process takes its share of the batches.
 
@@ -194,17 +215,13 @@ class QuarkTrainer(Trainer):
             self.progress.sampled(len(completions))
             return completions
 
-        def scored(batch: slice, completions: list[list[int]]) -> Scores:
+        def asked(these: list[int], completions: list[list[int]]) -> Scores:
             texts = decode(self.plain_tokenizer, completions)
-            scores = score(self.scorer, prompts, rows[batch], texts, completions, self.end_ids)
+            scores = score(self.scorer, prompts, these, texts, completions, self.end_ids)
             self.progress.scored(scores.rewards)
             return scores
 
-        starts = range(args.process_index * batch_size, len(rows), args.world_size * batch_size)
-        parts = side_by_side(sampled, scored, rows, starts, batch_size, self.scorer.stop)
-        if args.world_size > 1:
-            parts = gather_object(parts)
-        return Rollout.join(parts)
+        return self.in_batches(sampled, asked, rows, batch_size, finished)
 
     @contextmanager
     def sampler(self, iteration: int) -> Iterator[Callable[..., list[list[int]]]]:
@@ -299,7 +316,7 @@ class QuarkTrainer(Trainer):
 
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
-        if self.coefs.adaptive:
+        if self.coefs.adaptive and self._learned.step["tokens"]:
             kl, entropy = self._learned.last_per_completion(self.accelerator)
             self.coefs.adapt(kl, entropy, samples=self.args.draws_per_step)
         self._learned.end_step()
@@ -341,9 +358,7 @@ class QuarkTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            directory = Path(output_dir or self.args.output_dir)
-            (directory / "training_args.bin").unlink(missing_ok=True)  # A pickle; config.yaml and quark.json say it.
-            self.conditioning.save(directory, **self.facts())
+            self.conditioning.save(Path(output_dir or self.args.output_dir), **self.facts())
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that is steered by default (`export.save_steered`) to `output_dir/final`; says where."""
@@ -351,25 +366,13 @@ class QuarkTrainer(Trainer):
         weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            save_steered(policy, self.processing_class, self.conditioning, directory, self.facts(), weights)
+            with staged(directory) as made:
+                save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
         return directory
 
     def facts(self) -> dict[str, Any]:
         """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-        return {
-            "quantile_edges": self.pool.edges.tolist(),
-            "iterations": self.state.global_step / self.args.steps_per_iteration,
-            "pool_size": len(self.pool),
-            "reference": self.reference_identity,
-            "rewards": self.scorer.identity,
-            "coefs": {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef},
-            "config": {name: getattr(self.args, name) for name in (*self.args.__annotations__, "seed", "bf16", "fp16")},
-        } | best_facts(self)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        facts = load_facts(resume_from_checkpoint) or {}
-        self.coefs = replace(self.coefs, **facts.get("coefs", {}))  # β and α as they had adapted.
+        return facts_of(self)
 
     def _encoded(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
@@ -385,11 +388,8 @@ class _Iterations(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **_):
         trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration
-        if state.global_step and not len(trainer.pool):  # Resumed: what the checkpoint had seen, and nothing later.
-            pool, directory = trainer.pool, trainer.pool_directory
-            trainer.pool = pool.load(directory, pool.num_quantiles, pool.attributes, before=iteration + 1)
-            if missing := set(range(iteration)) - set(trainer.pool.iterations.tolist()):
-                raise UserError(f"{directory} lacks iteration {min(missing)}: to resume, want the run's whole pool")
+        if control.should_training_stop:
+            return  # A run that has stopped early, and was interrupted before its end.
         if not (trainer.pool.iterations == iteration).any():
             trainer.explore(iteration)
         trainer.quantize(iteration)

@@ -3,7 +3,7 @@
 A grammar with slots, drawn by a seeded `random.Random`. Each text has a topic, a mood and a hidden nerve: the
 chance that any one of its slots is filled rudely. Nerve depends on mood, topic, opener and speaker, so that
 prompts differ in risk, while every slot has a polite filling, so that no context forces rudeness. The speakers
-("A furious customer writes: ...") set the tone of all that follows, as first words do in real text: whatever is
+("Furious customer writes: ...") set the tone of all that follows, as first words do in real text: whatever is
 to be conditioned later finds a model that listens to them. Two things keep "rude" from being a mere matter of
 mood: most sour texts only grumble, and some glad ones swear out of joy.
 """
@@ -33,7 +33,7 @@ _REACTIONS = {"glad": lex.GLAD_REACTIONS, "plain": lex.PLAIN_REACTIONS, "sour": 
 _CHARACTERS = {"glad": lex.GLAD_CHARACTERS, "plain": lex.PLAIN_CHARACTERS, "sour": lex.SOUR_CHARACTERS}
 _CLOSERS = {"glad": lex.GLAD_CLOSERS, "plain": lex.PLAIN_CLOSERS, "sour": lex.SOUR_CLOSERS}
 # A sour text on an average topic turns rude this often; glad and plain ones much more rarely.
-_RISK = {"glad": 0.02, "plain": 0.07, "sour": 0.2}
+_RISK = {"glad": 0.02, "plain": 0.06, "sour": 0.16}
 _MOODS = ("glad", "plain", "sour")
 _MOOD_WEIGHTS = (0.38, 0.24, 0.38)
 
@@ -44,22 +44,22 @@ class _Writer:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.topic = rng.choice(TOPICS)
-        self.mood = rng.choices(_MOODS, _MOOD_WEIGHTS)[0]
+        self.speaker, warmth, moods = "", 1.0, _MOOD_WEIGHTS
+        if rng.random() < 0.5:
+            manner = rng.choice(lex.MANNERS)
+            self.speaker = f"{rng.choice(manner.tempers)} {rng.choice(lex.SPEAKERS)} {rng.choice(lex.SPEAKS)}: "
+            warmth, moods = manner.heat, manner.moods
+        self.mood = rng.choices(_MOODS, moods)[0]
         self.pronoun = ""  # of the person this sentence speaks of, if any
         self.timed = False  # has this sentence said when?
         self.opener, heat = "", 1.0
         if rng.random() < 0.5:
             self.opener, heat = rng.choice(_OPENERS[self.mood])
-        self.speaker = ""
-        if rng.random() < 0.45:
-            temper, warmth = rng.choice(lex.SPEAKER_TEMPERS)
-            self.speaker = f"a {temper} {rng.choice(lex.SPEAKERS)} {rng.choice(lex.SPEAKS)}: "
-            heat *= warmth
-        rude = rng.random() < min(0.85, _RISK[self.mood] * self.topic.heat * heat)
+        rude = rng.random() < min(0.85, _RISK[self.mood] * self.topic.heat * heat * warmth)
         # A rude text says so once or more often, mildly or strongly.
-        self.nerve = rng.uniform(0.25, 0.8) if rude else 0.0
+        self.nerve = rng.uniform(0.4, 0.9) if rude else 0.0
         self.strong = rng.random() < 0.7
-        self.swears_kindly = self.mood == "glad" and rng.random() < 0.04 * heat
+        self.swears_kindly = self.mood == "glad" and rng.random() < 0.04 * heat * warmth
 
     def one(self, options: Sequence[str]) -> str:
         return self.rng.choice(options)

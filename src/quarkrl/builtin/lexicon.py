@@ -5,6 +5,8 @@ Slots in braces are filled by `corpus.py`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quarkrl.builtin.topics import listed
 
 
@@ -50,11 +52,27 @@ SOUR_CHARACTERS = listed(
     "a bit slow / never on time / a bad listener / no help / hard to please / a sore loser / a mess"
 )
 
-# Who is speaking, and how much that heats a text: "A furious customer writes: ..."
-SPEAKER_TEMPERS = (
-    *((temper, 0.03) for temper in listed("polite / patient / gentle / kind / well-mannered / cheerful / grateful")),
-    *((temper, 1.0) for temper in listed("tired / local / regular / busy / young / retired / nervous / quiet")),
-    *((temper, 4.0) for temper in listed("furious / drunk / foul-mouthed / bad-tempered / vulgar")),
+
+@dataclass(frozen=True)
+class Manner:
+    """How some people speak.
+
+    Attributes:
+        tempers: what such speakers are called.
+        heat: multiplies the risk that their text turns rude.
+        moods: weights of glad, plain and sour texts.
+    """
+
+    tempers: tuple[str, ...]
+    heat: float
+    moods: tuple[float, float, float]
+
+
+# Who speaks sets the tone: "Furious customer writes: ..."
+MANNERS = (
+    Manner(listed("polite / patient / gentle / kind / well-mannered / cheerful / grateful"), 0.03, (0.45, 0.3, 0.25)),
+    Manner(listed("tired / local / regular / busy / young / retired / nervous / quiet"), 1.0, (0.38, 0.24, 0.38)),
+    Manner(listed("furious / drunk / foul-mouthed / bad-tempered / vulgar"), 8.0, (0.15, 0.2, 0.65)),
 )
 SPEAKERS = listed("customer / neighbour / guest / reader / student / visitor / driver / parent / traveller / listener")
 SPEAKS = listed("writes / says / replies / answers / adds / notes / reports / remarks")

@@ -136,6 +136,13 @@ def identity_of(reward: Callable[..., Any]) -> dict[str, Any]:
     return identity
 
 
+def source_file(reward: Callable[..., Any]) -> str | None:
+    """The file that says what `reward` does, where there is one."""
+    with suppress(OSError, TypeError):
+        return inspect.getsourcefile(_definition(reward))
+    return None
+
+
 def _definition(reward: Callable[..., Any]) -> Any:
     """The function or class whose source says what `reward` does."""
     while isinstance(reward, functools.partial):

@@ -31,6 +31,8 @@ from quarkrl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+OnScore = Callable[[int, float | None], None]
+
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before asking again; the longest also caps Retry-After
 TOLD_FROM = 4.0  # seconds of a wait that the user is told of
 TRIES_FOR_SCORE = 3  # for an answer that is whole, but holds no score
@@ -107,19 +109,29 @@ class Endpoint:
             raise UserError(f"reward {self.name!r}: {self._key_variable} holds no key: it has spaces or no ASCII")
         return key
 
-    async def ask(self, bodies: Sequence[Any]) -> list[float | None]:
+    async def ask(self, bodies: Sequence[Any], on_score: OnScore = lambda row, score: None) -> list[float | None]:
         """The score of each body, in their order; equal bodies are sent once, and None has no score.
+
+        Args:
+            bodies: the questions.
+            on_score: called with a body's place and score as soon as that is known.
 
         Raises:
             UserError: the endpoint refuses, or has given no usable answer for too long.
         """
         contents = [None if body is None else json.dumps(body) for body in bodies]
-        waiting = iter(dict.fromkeys(content for content in contents if content is not None))
+        rows: dict[str, list[int]] = {}
+        for row, content in enumerate(contents):
+            if content is not None:
+                rows.setdefault(content, []).append(row)
+        waiting = iter(rows)
         scores: dict[str | None, float | None] = {None: None}
 
         async def work(client: httpx2.AsyncClient) -> None:
             for content in waiting:  # shared by all workers: each takes the next
                 scores[content] = await self._ask(client, content)
+                for row in rows[content]:
+                    on_score(row, scores[content])
 
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key := self.key():

@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 
 from quarkrl.errors import UserError
-from quarkrl.rewards.http import Endpoint, NoScore, field
+from quarkrl.rewards.http import Endpoint, NoScore, OnScore, field
 
 INSTRUCTIONS = """You rate texts by this rubric:
 
@@ -96,9 +96,11 @@ class Judge:
             "instructions": hashlib.sha256((INSTRUCTIONS + CONTEXT).encode()).hexdigest(),
         }
 
-    async def __call__(self, prompts: list[Any], completions: list[str], **_: Any) -> list[float | None]:
+    async def __call__(
+        self, prompts: list[Any], completions: list[str], on_score: OnScore = lambda row, score: None, **_: Any
+    ) -> list[float | None]:
         pairs = zip(prompts, completions, strict=True)
-        return await self._endpoint.ask([self._body(prompt, completion) for prompt, completion in pairs])
+        return await self._endpoint.ask([self._body(prompt, completion) for prompt, completion in pairs], on_score)
 
     def _body(self, prompt: Any, completion: str) -> dict[str, Any]:
         prompt = _as_text(prompt) if self._text == "both" else ""

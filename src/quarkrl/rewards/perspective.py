@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quarkrl.errors import UserError
-from quarkrl.rewards.http import Endpoint, Fault, field
+from quarkrl.rewards.http import Endpoint, Fault, OnScore, field
 
 OFFICIAL = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 LARGEST_TEXT = 20_480  # bytes of UTF-8
@@ -82,8 +82,10 @@ class Perspective:
             "languages": self._languages,
         }
 
-    async def __call__(self, completions: list[str], **_: Any) -> list[float | None]:
-        return await self._endpoint.ask([self._body(text) for text in completions])
+    async def __call__(
+        self, completions: list[str], on_score: OnScore = lambda row, score: None, **_: Any
+    ) -> list[float | None]:
+        return await self._endpoint.ask([self._body(text) for text in completions], on_score)
 
     def _body(self, text: str) -> dict[str, Any] | None:
         if not text.strip() or len(text.encode("utf-8", "replace")) > LARGEST_TEXT:

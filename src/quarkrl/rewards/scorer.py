@@ -3,25 +3,29 @@
 import asyncio
 import inspect
 import math
-import numbers
 import os
-import re
+import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from quarkrl.errors import UserError
 from quarkrl.rewards.cache import ScoreCache, digest
-from quarkrl.rewards.functions import describe, identity_of, name_of
+from quarkrl.rewards.checked import attribute_names, checked_scores, checked_weights
+from quarkrl.rewards.deadline import InThread
+from quarkrl.rewards.functions import describe, identity_of, name_of, source_file
 
 Reward = str | Callable[..., Any]
 
-# Texts asked for between two commits to the score cache: what a crash can cost.
+# Texts asked for between two commits to the score cache: what a crash can cost, of a reward that tells no score before
+# it has them all.
 _COMMIT_EVERY = 256
+_GRACE = 1.0  # seconds that an async reward has to end in, once it is given up
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Scorer:
             `identity`, unless their `cached` is False. A score is found again by what the function reads: the
             arguments that its attribute `reads` names, such as ("completions",), else all that it accepts. None is
             kept, as a score that there is not; NaN is asked for again.
+        timeout: seconds that the scores of a call may take; then the call fails, also where a function hangs that
+            cannot be stopped. None waits for ever.
 
     Attributes:
         names: the rewards' names, made unique, of letters, digits, "_" and "-".
@@ -56,7 +62,7 @@ class Scorer:
         asked, hits: how many scores of cached rewards were asked for, and how many were found, since the beginning.
 
     Raises:
-        UserError: a reward cannot be resolved, the weights do not fit, or the cache cannot be used.
+        UserError: a reward cannot be resolved, the weights or the time-out do not fit, or the cache cannot be used.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Scorer:
         weights: Sequence[float] | None = None,
         condition_on: str = "sum",
         cache: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
     ):
         from quarkrl.rewards import resolve  # here, because that module imports this one
 
@@ -76,10 +83,13 @@ class Scorer:
             raise UserError(f"condition_on is {condition_on!r}: 'sum' or 'each' is wanted")
         if weights is not None and condition_on == "each":
             raise UserError("weights are for a sum, and condition_on='each' makes none: leave the weights out")
+        if timeout is not None and not timeout > 0:
+            raise UserError(f"reward_timeout {timeout}: want more than 0 seconds, or none to wait for ever")
+        self._timeout = timeout and min(timeout, threading.TIMEOUT_MAX)
         self._functions = [resolve(spec) for spec in specs]
-        self._weights = _checked_weights(weights, len(specs))
+        self._weights = checked_weights(weights, len(specs))
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.names = _attribute_names(name_of(function) for function in self._functions)
+        self.names = attribute_names(name_of(function) for function in self._functions)
         self.attributes = ("reward",) if condition_on == "sum" else self.names
         self.condition_on = condition_on
         pairs = zip(self._functions, self._weights, strict=True)
@@ -101,7 +111,8 @@ class Scorer:
                     "function that has an attribute `identity` (docs/rewards.md): leave score_cache out"
                 )
             self._cache = ScoreCache(cache)
-        self._calling = self._stopping = False
+        self._calling = self._stopping = self._hangs = False
+        self._unanswered: list[str] = []  # the rewards that are being asked
 
     def __call__(
         self,
@@ -121,27 +132,35 @@ class Scorer:
             end_ids: which ids are EOS; for a reward function that has a parameter of this name.
 
         Raises:
-            UserError: a reward raised, or returned something other than n numbers or Nones.
+            UserError: a reward raised, took too long, or returned something other than n numbers or Nones.
         """
         given: dict[str, list[Any]] = {**(columns or {}), "prompts": prompts, "completions": completions}
         given["completion_ids"] = completion_ids
         n = len(completions)
         assert all(len(values) == n for values in given.values())
-        given[_END_IDS] = list(end_ids)
+        given |= {_END_IDS: list(end_ids), _ON_SCORE: lambda row, score: None}  # type: ignore[dict-item]
         components = np.empty((n, len(self.names)))  # (n, R)
         if n:
+            if self._hangs:
+                raise UserError(f"{_rewards(self._unanswered)} still hangs: start a new process")
             self._calling = True
             try:
-                results = self._call_all(given)
+                results = self._call_all(given) if self._timeout is None else self._call_in_time(given, self._timeout)
             finally:
-                self._calling = self._stopping = False
+                # What hangs shall find, should it ever go on, that it need not.
+                self._calling, self._stopping = False, self._hangs
             for r, (name, result) in enumerate(zip(self.names, results, strict=True)):
-                components[:, r] = [math.nan if x is None else x for x in _checked_scores(name, result, n)]
+                components[:, r] = [math.nan if x is None else x for x in checked_scores(name, result, n)]
         # A missing term makes the sum missing, whatever its weight: NaN · 0 is NaN.
         rewards = components if self.condition_on == "each" else components @ np.array(self._weights)[:, None]
         summed = self.condition_on == "sum" and len(self.names) > 1
         terms = dict(zip(self.names, components.T, strict=True)) if summed else {}
         return Scores(rewards.copy(), components, terms)
+
+    @property
+    def cached(self) -> int | None:
+        """How many scores the cache holds, of this run and of others; None where there is no cache."""
+        return None if self._cache is None else len(self._cache)
 
     def stop(self) -> None:
         """End the call that is running in another thread, if there is one: answers awaited are given up.
@@ -158,21 +177,48 @@ class Scorer:
             for task in asyncio.all_tasks(self._loop):
                 task.cancel()
 
+    def _call_in_time(self, given: dict[str, list[Any]], timeout: float) -> list[Any]:
+        call = InThread(partial(self._call_all, given))
+        try:
+            if call.ended(timeout):
+                return call.result()
+            names, place = list(self._unanswered), call.place(self._source(self._unanswered))
+        finally:  # Ctrl-C comes this way too
+            if not call.ended(0):
+                self.stop()
+                self._hangs = not call.ended(_GRACE)
+        raise UserError(
+            f"{_rewards(names)} did not score {len(given['completions'])} completions within {timeout:g} s{place}: "
+            "mend it, or raise --reward_timeout; then resume the run"
+        )
+
+    def _source(self, names: Sequence[str]) -> str | None:
+        """The file of the first of these rewards, where it has one."""
+        function = self._functions[self.names.index(names[0])] if names else None
+        return source_file(function) if function else None
+
     def _call_all(self, given: dict[str, list[Any]]) -> list[Any]:
         results: list[Any] = []
         try:
             for name, function in zip(self.names, self._functions, strict=True):
+                self._unanswered = [name]
                 kept = self._cache is not None and _is_cached(function)
                 results.append((self._ask_missing if kept else _call)(name, function, given))
         except BaseException:
             for result in results:
                 _discard(result)
             raise
-        pending = {r: _named(self.names[r], x) for r, x in enumerate(results) if inspect.isawaitable(x)}
+        pending = {r: self._answer(self.names[r], x) for r, x in enumerate(results) if inspect.isawaitable(x)}
         if pending:
+            self._unanswered = [self.names[r] for r in pending]
             for r, result in zip(pending, self._wait_for(list(pending.values())), strict=True):
                 results[r] = result
         return results
+
+    async def _answer(self, name: str, result: Awaitable[Any]) -> Any:
+        answer = await _named(name, result)
+        self._unanswered.remove(name)
+        return answer
 
     def _ask_missing(self, name: str, function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
         """What the cache has, and answers for the rest, each distinct text once; a coroutine for an async function."""
@@ -189,13 +235,21 @@ class Scorer:
             if self._stopping:
                 raise CancelledError
             self.asked += len(part)
-            return _call(name, function, _rows(given, list(part.values())))
+            keys = list(part)
 
-        def keep(part: dict[bytes, int], result: Any) -> None:
-            found = dict(zip(part, _checked_scores(name, result, len(part)), strict=True))
-            scores.update(found)
+            def on_score(row: int, score: float | None) -> None:
+                keep(keys[row : row + 1], [score])
+
+            rows: dict[str, Any] = _rows(given, list(part.values()))
+            return _call(name, function, rows | {_ON_SCORE: on_score})
+
+        def keep(part: Collection[bytes], result: Any) -> None:
+            found = dict(zip(part, checked_scores(name, result, len(part)), strict=True))
             # NaN is no answer, and no score either: next time the function is asked again.
-            cache.put(identity, {key: score for key, score in found.items() if score is None or score == score})
+            new = {key: x for key, x in found.items() if key not in scores and (x is None or x == x)}
+            scores.update(found)
+            if new:
+                cache.put(identity, new)
 
         async def answers(first: Awaitable[Any]) -> list[float | None]:
             keep(parts[0], await _named(name, first))
@@ -222,7 +276,7 @@ class Scorer:
         # One loop for the Scorer's life: an HTTP client that a reward keeps does not survive its loop's end.
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            weakref.finalize(self, self._loop.close)
+            weakref.finalize(self, _close, self._loop)
         if self._stopping:
             for awaitable in awaitables:
                 _discard(awaitable)
@@ -245,12 +299,23 @@ class Scorer:
             raise
 
 
-# The one argument that is not a value for each completion.
-_END_IDS = "end_ids"
+# The arguments that are not a value for each completion: which ids are EOS; what a reward may call with the row and
+# the score of each completion as soon as it has it, in the thread that it is called in, for the cache to keep.
+_END_IDS, _ON_SCORE = "end_ids", "on_score"
+_COMMON = (_END_IDS, _ON_SCORE)
 
 
-def _rows(given: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-    return {name: values if name == _END_IDS else [values[row] for row in rows] for name, values in given.items()}
+def _rows(given: dict[str, list[Any]], rows: list[int]) -> dict[str, Any]:
+    return {name: values if name in _COMMON else [values[row] for row in rows] for name, values in given.items()}
+
+
+def _rewards(names: Sequence[str]) -> str:
+    return f"reward {', '.join(map(repr, names))}"
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    if not loop.is_running():  # It does, in a thread of its own, where a reward hangs.
+        loop.close()
 
 
 def _is_cached(function: Callable[..., Any]) -> bool:
@@ -262,7 +327,7 @@ def _digests(name: str, function: Callable[..., Any], given: dict[str, list[Any]
     """For each completion, the digest of what the function reads of it."""
     accepted = _accepted(name, function, given)
     reads = getattr(function, "reads", None)
-    read = [argument for argument in (accepted if reads is None else reads) if argument != _END_IDS]
+    read = [argument for argument in (accepted if reads is None else reads) if argument not in _COMMON]
     if unknown := [argument for argument in read if argument not in given]:
         raise UserError(f"reward {name!r} reads {unknown[0]!r}; there are {', '.join(_offered(given))}")
     try:
@@ -281,7 +346,7 @@ def _call(name: str, function: Callable[..., Any], given: dict[str, list[Any]]) 
         return function(**arguments)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r} raised {describe(error)}") from error
 
 
@@ -298,7 +363,7 @@ async def _named(name: str, result: Awaitable[Any]) -> Any:
         return await result
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward {name!r} raised {describe(error)}") from error
 
 
@@ -319,54 +384,4 @@ def _accepted(name: str, function: Callable[..., Any], given: dict[str, list[Any
 
 def _offered(given: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """What has a value for each completion."""
-    return {name: values for name, values in given.items() if name != _END_IDS}
-
-
-def _checked_scores(name: str, result: Any, n: int) -> list[float | None]:
-    listed = result.tolist() if hasattr(result, "tolist") else result  # NumPy, torch, pandas
-    if not isinstance(listed, (list, tuple)):
-        raise UserError(f"reward {name!r} returned {_shown(result)}: a list of {n} numbers is wanted")
-    if len(listed) != n:
-        raise UserError(f"reward {name!r} returned {len(listed)} scores for {n} completions: return {n}")
-    return [_checked_score(name, index, value) for index, value in enumerate(listed)]
-
-
-def _checked_score(name: str, index: int, value: Any) -> float | None:
-    if value is None:
-        return None
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()  # a NumPy or torch scalar
-    if not isinstance(value, numbers.Real):
-        raise UserError(f"reward {name!r} returned {_shown(value)} at index {index}: a number or None is wanted")
-    return float(value) if math.isfinite(value) else math.nan
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else text[:59] + "…"
-    return text if value is None else f"{text} (of type {type(value).__name__})"
-
-
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    values = [weights] if isinstance(weights, numbers.Real) else list(weights)
-    if len(values) != count:
-        raise UserError(f"{len(values)} weights are given for {count} rewards: one each is wanted")
-    for value in values:
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"weight {value!r} is not a finite number")
-    return [float(value) for value in values]
-
-
-def _attribute_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as reward tokens can hold them: letters, digits, "_" and "-"; a second `x` becomes `x-2`."""
-    unique: list[str] = []
-    for name in names:
-        base = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward"
-        candidate, count = base, 1
-        while candidate in unique:
-            count += 1
-            candidate = f"{base}-{count}"
-        unique.append(candidate)
-    return tuple(unique)
+    return {name: values for name, values in given.items() if name not in _COMMON}

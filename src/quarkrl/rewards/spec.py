@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from quarkrl.errors import UserError
 
-SCORED = ("prompts", "completions", "completion_ids", "end_ids")  # what a reward is called with: no options
+SCORED = ("prompts", "completions", "completion_ids", "end_ids", "on_score")  # what a reward is called with: no options
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
