@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from quarkrl.conditioning import Conditioning
-from quarkrl.decoding import InverseTransform, Sampling
+from quarkrl.decoding import Sampling, inverse_transform
 from quarkrl.errors import UserError
 from quarkrl.generation import QuarkGenerator, complete, sample
 from quarkrl.loading import eos_ids, load_model
@@ -116,6 +116,32 @@ def test_left_padding_does_not_change_greedy_completions(architecture, tied):
     assert alone[0] != alone[1]
 
 
+@EVERY_MODEL
+def test_greedy_completions_are_those_of_generate(architecture):
+    model = tiny_model(architecture, tiny_tokenizer())
+    whole = [model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, pad_token_id=0) for ids in PROMPTS]
+    expected = [row[0, len(ids) :].tolist() for row, ids in zip(whole, PROMPTS, strict=True)]
+    sampling = Sampling(max_new_tokens=12, do_sample=False)
+    assert sample(model, PROMPTS, sampling, None, end_ids=[EOS_ID], vocab_size=257) == expected
+
+
+def test_a_prompt_is_read_once_for_all_its_samples_and_the_ended_leave(gpt2):
+    read: list[tuple[int, int]] = []
+    gpt2.register_forward_pre_hook(
+        lambda _m, _a, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [ids for ids in PROMPTS[:2] for _ in range(8)]
+    sampling = Sampling(max_new_tokens=6, top_p=1.0)
+    whole = run(gpt2, prompts, sampling, end_ids=())
+    assert read == [(2, 3), *[(16, 1)] * 5]
+    read.clear()
+    ends = sorted({ids[1] for ids in whole[:4]})  # Four of sixteen end with their second token, or sooner.
+    found = run(gpt2, prompts, sampling, end_ids=ends)
+    until = [next((i for i, token in enumerate(ids) if token in ends), 5) for ids in whole]
+    assert found == [ids[: end + 1] for ids, end in zip(whole, until, strict=True)]
+    assert read[:2] == [(2, 3), (sum(end > 0 for end in until), 1)] and read[2][0] == sum(end > 1 for end in until)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_a_completion_depends_on_its_own_numbers_not_on_its_batch(architecture):
     model = tiny_model(architecture, tiny_tokenizer())
@@ -147,21 +173,21 @@ def test_batches_are_told_as_they_are_done(gpt2):
 
 def test_inverse_transform_by_hand():
     # Probabilities .2, 0, .5, .3: below .2 is token 0, then token 2 to .7, then token 3.
-    scores = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
+    weights = torch.tensor([[0.2, 0.0, 0.5, 0.3]])
     expected = {0.0: 0, 0.19: 0, 0.21: 2, 0.69: 2, 0.71: 3, 0.99: 3}
     for number, token in expected.items():
-        chosen = InverseTransform(torch.tensor([[number]]))(None, scores)
-        assert chosen.isfinite().nonzero().tolist() == [[0, token]] and chosen[0, token] == 0
+        assert inverse_transform(weights, torch.tensor([number])).tolist() == [token]
+    assert inverse_transform(8 * weights.repeat(2, 1), torch.tensor([0.21, 0.71])).tolist() == [2, 3]
 
 
 # The ends of what single precision holds in [0, 1), and the 1 that rounding makes of a double just below it.
 @pytest.mark.parametrize("number", [0.0, 1.0 - 2**-24, 1.0])
 @pytest.mark.parametrize("seed", range(20))
 def test_inverse_transform_never_picks_what_has_no_probability(number, seed):
-    scores = 4 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(seed))
-    scores[:, :100] = scores[:, 900:] = scores[:, 300:500] = -torch.inf
-    chosen = InverseTransform(torch.full((50, 1), number))(None, scores).argmax(-1)
-    assert scores.gather(-1, chosen[:, None]).isfinite().all()
+    weights = (4 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(seed))).softmax(-1)
+    weights[:, :100] = weights[:, 900:] = weights[:, 300:500] = 0
+    chosen = inverse_transform(weights, torch.full((50,), number))
+    assert (weights.gather(-1, chosen[:, None]) > 0).all()
 
 
 def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
@@ -171,18 +197,19 @@ def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
 
 def test_inverse_transform_follows_the_softmax():
     scores = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0, 0.5]).repeat(20_000, 1)
-    numbers = torch.from_numpy(Sampling(max_new_tokens=1).uniforms(20_000, 0))
-    counts = InverseTransform(numbers)(None, scores).argmax(-1).bincount(minlength=6).numpy()
+    sampling = Sampling(max_new_tokens=1, top_p=1.0)
+    numbers = torch.from_numpy(sampling.uniforms(20_000, 0))[:, 0]
+    counts = sampling.next_tokens(scores, numbers).bincount(minlength=6).numpy()
     shares = scores[0].softmax(-1).numpy()
     assert counts[1] == 0
     assert chi_square(counts[shares > 0], shares[shares > 0]) < 18.5  # 99.9 %, 4 degrees of freedom
 
 
 def test_each_step_takes_its_own_numbers():
-    transform = InverseTransform(torch.tensor([[0.1, 0.9], [0.9, 0.1]]))
-    scores = torch.zeros(2, 2)
-    assert transform(None, scores).argmax(-1).tolist() == [0, 1]
-    assert transform(None, scores).argmax(-1).tolist() == [1, 0]
+    model = small_vocabulary()
+    numbers = np.array([[0.1, 0.95], [0.95, 0.1]], dtype=np.float32)  # First word below .5, fourth from .9 on.
+    sampling = Sampling(max_new_tokens=2, top_p=1.0)
+    assert sample(model, [[0], [0]], sampling, numbers, end_ids=[], vocab_size=5) == [[0, 3], [3, 0]]
 
 
 def small_vocabulary():

@@ -18,7 +18,7 @@ from quarkrl.conditioning import Conditioning
 from quarkrl.decoding import Sampling
 from quarkrl.errors import UserError
 from quarkrl.generation import QuarkGenerator, complete, sample
-from quarkrl.guidance import Guidance, PairedGuidance, contrast_to, guided
+from quarkrl.guidance import Guidance, GuidedReading, contrast_to, guided
 
 EOS_ID, VOCAB = 256, 257
 PROMPTS = [[10, 20, 30], [40], [50, 60, 70, 80, 90, 100], [11, 21]]
@@ -121,31 +121,23 @@ def test_scores_in_plain_generate_are_those_of_the_loop(architecture, scale):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_scores_of_the_paired_batch_are_those_of_the_loop(architecture):
+@pytest.mark.parametrize("road", ["one batch", "own forward"])
+def test_scores_of_a_guided_reading_are_those_of_the_loop(architecture, road):
     model, conditioning = trained(architecture)
     wanted, contrast = pairs(conditioning)
-    inputs, mask = left_padded([*wanted, *contrast])
-    seen = []
-
-    def note(_ids, scores):
-        seen.append(scores)
-        return scores
-
-    def original(_ids, scores):
-        return scores.index_fill(1, torch.arange(VOCAB, scores.shape[1]), -torch.inf)
-
-    model.generate(
-        inputs,
-        attention_mask=mask,
-        logits_processor=[original, PairedGuidance(2.0, note)],
-        do_sample=False,
-        max_new_tokens=5,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    for row, (w, c) in enumerate(zip(wanted, contrast, strict=True)):
-        expected = by_hand(model, w, c, 2.0, 5)[1]
-        torch.testing.assert_close(torch.stack(seen)[:, row, :VOCAB], expected, rtol=0, atol=1e-4)
+    other = None if road == "one batch" else model
+    reading = GuidedReading(2.0, model, wanted, contrast, other, VOCAB, torch.device("cpu"))
+    expected = [by_hand(model, w, c, 2.0, 5) for w, c in zip(wanted, contrast, strict=True)]
+    rows = torch.arange(4)
+    scores = reading.begin()
+    for step in range(5):
+        for row, found in zip(rows.tolist(), scores, strict=True):
+            torch.testing.assert_close(found, expected[row][1][step], rtol=0, atol=1e-4)
+        if step == 2:
+            rows = torch.tensor([3, 1])
+            reading.keep(rows)
+        if step < 4:
+            scores = reading.go_on(torch.tensor([expected[row][0][step] for row in rows]))
 
 
 @pytest.mark.parametrize("road", ["one batch", "own forward"])

@@ -8,12 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from quarkrl.batches import padded
-from quarkrl.loss import Coefficients, completion_logits, output_layer, quark_loss, quark_loss_plain
+from quarkrl.loss import Coefficients, quark_loss, quark_loss_plain
 
 BOTH = pytest.mark.parametrize("loss", [quark_loss, quark_loss_plain])
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
@@ -307,125 +304,3 @@ def test_coefficients_without_targets_stay():
     coefficients = Coefficients(0.1, 0.06)
     coefficients.adapt(99, 99, samples=100)
     assert not coefficients.adaptive and (coefficients.kl_coef, coefficients.entropy_coef) == (0.1, 0.06)
-
-
-# Logits of completions
-
-
-def rows_of_unequal_length() -> tuple[list[list[int]], list[list[int]]]:
-    prompts = [[257, 10, 20], [257, 30], [257, 40, 50, 60, 70, 80]]
-    completions = [[11, 12, 13, 14], [31, 256], [41]]
-    return prompts, completions
-
-
-def untied_or_tied(architecture: str, tied: bool):
-    return tiny_model(architecture, tiny_tokenizer(bos=True), tied=tied)
-
-
-EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
-TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-
-
-@EVERY_MODEL
-@TIED
-def test_completion_logits_are_the_full_logits_where_completions_are_predicted(architecture, tied):
-    model = untied_or_tied(architecture, tied)
-    batch = padded(*rows_of_unequal_length())
-    narrow = completion_logits(model, **batch)
-    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    # Row 0 predicts its four tokens from positions 2 to 5, row 1 two from 1 and 2, row 2 one from 5.
-    expected = torch.stack([full[0, 2], full[0, 3], full[0, 4], full[0, 5], full[1, 1], full[1, 2], full[2, 5]])
-    torch.testing.assert_close(narrow, expected)
-
-
-def test_gemma2_logits_are_capped():
-    model = tiny_model("gemma2", tiny_tokenizer(), final_logit_softcapping=0.5)
-    logits = completion_logits(model, **padded([[1, 2]], [[3, 4, 5]]))
-    assert 0.3 < logits.abs().max() < 0.5
-
-
-def lora(model, **kwargs):
-    torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **kwargs)
-    return get_peft_model(model, config).eval()
-
-
-@pytest.mark.parametrize(
-    ("tied", "options"),
-    [
-        (True, {}),
-        (False, {}),
-        (True, {"trainable_token_indices": [3, 5]}),
-        (False, {"trainable_token_indices": [3, 5]}),
-        (False, {"modules_to_save": ["lm_head"]}),
-    ],
-    ids=str,
-)
-def test_completion_logits_under_an_adapter(tied, options):
-    model = lora(untied_or_tied("llama", tied), **options)
-    batch = padded(*rows_of_unequal_length())
-    narrow = completion_logits(model, **batch)
-    full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(narrow, full[:, :-1][batch["labels"][:, 1:] != -100])
-    with model.disable_adapter():
-        assert not torch.allclose(narrow, completion_logits(model, **batch))
-
-
-def test_completion_logits_through_a_wrapper():
-    model = untied_or_tied("gpt2", True)
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, **kwargs):
-            return self.module(**kwargs)
-
-    batch = padded(*rows_of_unequal_length())
-    assert output_layer(Wrapper(Wrapper(model))) is model.lm_head
-    torch.testing.assert_close(completion_logits(Wrapper(model), **batch), completion_logits(model, **batch))
-
-
-@EVERY_MODEL
-@TIED
-def test_a_batch_of_one_gives_what_a_padded_batch_gives(architecture, tied):
-    """Losses and gradients: of a batch, and of its rows one by one, weighted by their tokens."""
-    model = untied_or_tied(architecture, tied)
-    reference = tiny_model(architecture, tiny_tokenizer(bos=True), tied=tied, seed=1)
-    prompts, completions = rows_of_unequal_length()
-
-    def losses(rows: slice) -> Tensor:
-        batch = padded(prompts[rows], completions[rows])
-        with torch.no_grad():
-            ref = completion_logits(reference, **batch)[:, :250]
-        policy = completion_logits(model, **batch)
-        targets = batch["labels"][batch["labels"] != -100].clamp(max=249)
-        found = quark_loss(policy, ref, targets, kl_coef=0.5, entropy_coef=0.1)
-        return torch.stack(found) * len(targets)
-
-    def gradients(total: Tensor) -> list[Tensor]:
-        return torch.autograd.grad(total, list(model.parameters()), allow_unused=True, materialize_grads=True)
-
-    together = losses(slice(None))
-    one_by_one = sum(losses(slice(i, i + 1)) for i in range(len(prompts)))
-    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=0)
-    for found, expected in zip(gradients(together[0]), gradients(one_by_one[0]), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(expected.abs().max().item(), 1e-3))
-
-
-def test_what_stands_in_the_padding_does_not_matter():
-    model = untied_or_tied("gpt2", True)
-    batch = padded(*rows_of_unequal_length())
-    other = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 99)}
-    torch.testing.assert_close(completion_logits(model, **batch), completion_logits(model, **other))
-
-
-def test_the_model_is_whole_again_afterwards_even_after_an_error():
-    model = untied_or_tied("gpt2", True)
-    batch = padded(*rows_of_unequal_length())
-    completion_logits(model, **batch)
-    with pytest.raises(IndexError):
-        completion_logits(model, batch["input_ids"] + 10_000, batch["attention_mask"], batch["labels"])
-    assert not model.lm_head._forward_pre_hooks
-    assert model(input_ids=batch["input_ids"]).logits.shape == (3, 7, 258)

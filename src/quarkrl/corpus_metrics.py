@@ -17,8 +17,8 @@ from quarkrl.bootstrap import Interval, Ratio, intervals
 from quarkrl.errors import UserError
 from quarkrl.fluency import by_length
 from quarkrl.generation import QuarkGenerator
-from quarkrl.loss import completion_logits
 from quarkrl.metrics import last_seen
+from quarkrl.projection import completion_logits
 
 # How far back a prediction counts as a repetition, in tokens (Welleck et al. 2020).
 SPANS = (16, 32, 128, 512)

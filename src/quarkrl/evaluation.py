@@ -19,7 +19,7 @@ from quarkrl.guidance import checked_scale
 from quarkrl.likeness import load_mauve
 from quarkrl.measures import Panel, human_texts
 from quarkrl.prompts import Prompts
-from quarkrl.protocol import model_identity, surroundings
+from quarkrl.protocol import model_source, surroundings
 from quarkrl.rewards import Scorer
 
 __all__ = ["Evaluation", "Row", "completion_nll", "evaluate"]
@@ -236,7 +236,7 @@ def evaluate(
         "reference": None if reference is None else str(reference),
         "perplexity_model": str(perplexity_model),
         "weights": [
-            model_identity(name, generator.model)
+            model_source(name, generator.model)
             for name, generator in {str(model): policy, str(reference): base, str(perplexity_model): judge}.items()
             if generator
         ],

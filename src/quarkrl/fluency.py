@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quarkrl.batches import padded
 from quarkrl.errors import UserError
 from quarkrl.generation import QuarkGenerator
-from quarkrl.loss import completion_logits
+from quarkrl.projection import completion_logits
 from quarkrl.prompts import Prompts
 
 # Positions whose logits stand in memory at a time: 1.6 GB at a vocabulary of 50,000, the copy in float32 included.

@@ -14,15 +14,20 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.conditioning import Conditioning, reference_name
-from quarkrl.decoding import OriginalVocabulary, Sampling
+from quarkrl.decoding import Sampling
 from quarkrl.errors import UserError
-from quarkrl.guidance import ContrastModel, Guidance, PairedGuidance, checked_scale, contrast_to
+from quarkrl.guidance import GuidedReading, checked_scale, contrast_to
 from quarkrl.loading import context_length, eos_ids, first_line, load_model, load_tokenizer
+from quarkrl.projection import is_spread
+from quarkrl.reading import Reader, Reading
 
 Prompt: TypeAlias = str | list[dict[str, str]]
+
+# Completions that have ended leave a batch when they are at least so many of it: leaving copies the others' cache.
+_LEAST_SHARE_TO_DROP = 1 / 16
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def sample(
     vocab_size: int,
     guidance_scale: float = 1.0,
     contrast_ids: Sequence[Sequence[int]] | None = None,
-    contrast_model: ContrastModel | None = None,
+    contrast_model: Reader | None = None,
 ) -> list[list[int]]:
     """One completion for each prompt.
 
@@ -58,46 +63,56 @@ def sample(
     Raises:
         UserError: guidance without a contrast, or of an impossible scale.
     """
-    count, pad_id = len(prompt_ids), end_ids[0] if end_ids else 0  # Only a filler: the mask says what counts.
-    processors = LogitsProcessorList([OriginalVocabulary(vocab_size)])
-    choose = sampling.processors(None if uniforms is None else torch.from_numpy(uniforms).to(model.device))
+    device, room = model.device, sampling.max_new_tokens
+    reading: Reading | GuidedReading
     if checked_scale(guidance_scale) == 1:
-        processors += choose
+        reading = Reading.of(model, prompt_ids, device)
     elif contrast_ids is None:
         raise UserError(f"guidance_scale {guidance_scale} without contrast_ids: what to go away from is missing")
-    elif contrast_model is None:
-        prompt_ids = [*prompt_ids, *contrast_ids]
-        processors.append(PairedGuidance(guidance_scale, choose))
     else:
-        contrast = _left_padded(contrast_ids, pad_id, model.device)
-        processors += [Guidance(guidance_scale, contrast_model, *contrast, vocab_size), *choose]
-    input_ids, attention_mask = _left_padded(prompt_ids, pad_id, model.device)
+        contrast = contrast_ids, contrast_model
+        reading = GuidedReading(guidance_scale, model, prompt_ids, *contrast, vocab_size, device)
+    numbers = None if uniforms is None else torch.from_numpy(uniforms).to(device)
+    ends = torch.tensor(end_ids, dtype=torch.long, device=device)
+    written = torch.zeros(len(prompt_ids), room, dtype=torch.long, device=device)
+    going = torch.arange(len(prompt_ids), device=device)  # The completions in the batch; some of them may have ended.
+    ended = torch.zeros_like(going, dtype=torch.bool)
     with evaluating(model):
-        output = model.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            logits_processor=processors,
-            # Greedy as far as `generate` knows: where there is chance, `InverseTransform` has had it.
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                min_new_tokens=sampling.min_new_tokens or None,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                use_cache=True,
-                eos_token_id=list(end_ids) or None,
-                pad_token_id=pad_id,
-            ),
+        logits = reading.begin()
+        for step in range(room):
+            scores = _possible(logits[:, :vocab_size].float(), ends if step < sampling.min_new_tokens else None)
+            tokens = sampling.next_tokens(scores, None if numbers is None else numbers[going, step])
+            written[going, step] = tokens
+            ended |= torch.isin(tokens, ends)
+            if step + 1 == room or (ended.all() and not is_spread(model)):
+                break
+            if _LEAST_SHARE_TO_DROP * len(going) <= ended.sum() < len(going):
+                rest = torch.nonzero(~ended)[:, 0]
+                reading.keep(rest)
+                tokens, going, ended = tokens[rest], going[rest], ended[rest]
+            logits = reading.go_on(tokens)
+    stops = set(end_ids)
+    return [_until_end(row, stops) for row in written.tolist()]
+
+
+def _possible(logits: Tensor, ruled_out: Tensor | None) -> Tensor:
+    """Logits, -inf for the tokens that are ruled out.
+
+    Raises:
+        UserError: they are not finite, from which anything at all would be sampled.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged, or float16 is too narrow for them; "
+            "want a sound model, in bfloat16 or float32"
         )
-    ends = set(end_ids)
-    return [_until_end(row, ends) for row in output[:count, input_ids.shape[1] :].tolist()]
+    return logits if ruled_out is None else logits.index_fill(-1, ruled_out, -torch.inf)
 
 
 def sample_best(
     policy: PreTrainedModel,
     conditioning: Conditioning,
-    guidance: tuple[float, str | int, ContrastModel],
+    guidance: tuple[float, str | int, Reader],
     prompt_ids: Sequence[Sequence[int]],
     sampling: Sampling,
     uniforms: np.ndarray | None,
@@ -118,14 +133,6 @@ def sample_best(
     )
 
 
-def _left_padded(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(batch, length)` ids and mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
     for position, token in enumerate(ids):
         if token in ends:
@@ -135,22 +142,14 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode and without its `generation_config`; each module is as it was afterwards.
-
-    `generate` would take from a model's own config whatever ours leaves open, such as suppressed tokens.
-    """
+    """The model in eval mode; each module is in the mode it was in afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
     model.eval()
-    for module, _ in configs:
-        module.generation_config = GenerationConfig()
     try:
         yield
     finally:
         for module, was_training in modes:
             module.training = was_training
-        for module, config in configs:
-            module.generation_config = config
 
 
 def complete(
@@ -165,7 +164,7 @@ def complete(
     on_batch: Callable[[int], None] = lambda count: None,
     guidance_scale: float = 1.0,
     contrast_ids: Sequence[Sequence[int]] | None = None,
-    contrast_model: ContrastModel | None = None,
+    contrast_model: Reader | None = None,
 ) -> list[list[int]]:
     """`sample` for any number of prompts: in batches of like length, given back in the order of the prompts.
 

@@ -7,7 +7,7 @@ beyond 1 lies what the difference between the two points to. This is classifier-
 arXiv 2306.17806); here the wanted distribution is the policy on the best reward token, and the contrast the policy on
 the worst, or the reference.
 
-`generation.sample` runs both in one batch with one cache (`PairedGuidance`). In plain `generate`, `Guidance` does it:
+`generation.sample` runs both in one batch with one cache (`GuidedReading`). In plain `generate`, `Guidance` does it:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("run/final"), AutoTokenizer.from_pretrained("run/final")
     inputs = tokenizer(["You are", "The new neighbour is"], return_tensors="pt", padding=True, padding_side="left")
@@ -15,21 +15,17 @@ the worst, or the reference.
     model.generate(**inputs, logits_processor=[guidance], do_sample=True, top_p=0.9)
 """
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from quarkrl.conditioning import Conditioning
 from quarkrl.errors import UserError
-
-# A model, or a context that gives one while it lasts, such as a policy with its adapter switched off.
-ContrastModel: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
+from quarkrl.reading import Reader, Reading
 
 
 def checked_scale(guidance_scale: float, name: str = "guidance_scale") -> float:
@@ -60,7 +56,7 @@ def guided(wanted: Tensor, contrast: Tensor, guidance_scale: float) -> Tensor:
 
 
 def contrast_to(
-    conditioning: Conditioning, plain_ids: Sequence[Sequence[int]], guidance_from: str | int, reference: ContrastModel
+    conditioning: Conditioning, plain_ids: Sequence[Sequence[int]], guidance_from: str | int, reference: Reader
 ) -> dict[str, Any]:
     """What `generation.sample` and `complete` want to know for guidance beside its scale.
 
@@ -82,25 +78,56 @@ def contrast_to(
     return {"contrast_ids": [conditioning.prefix(ids, quantiles) for ids in plain_ids]}
 
 
-class PairedGuidance(LogitsProcessor):
-    """Guidance within a batch of 2n rows: n prompts as wanted, then the same n for the contrast.
-
-    Both rows of a pair get the same scores, so that they go on with the same token as long as no chance comes after:
-    decode greedily, with what draws tokens (`InverseTransform`) in `then`.
+class GuidedReading:
+    """A `Reading` whose logits are guided.
 
     Args:
         guidance_scale: γ.
-        then: processors of the n guided rows.
+        model: reads the texts as wanted.
+        wanted, contrast: `n` token ids each: a text as wanted, and as the contrast reads it.
+        contrast_model: reads the contrasts; by default `model`, in one batch of 2n with the wanted.
+        vocab_size: of the original vocabulary.
+        device: of the models.
     """
 
-    def __init__(self, guidance_scale: float, then: LogitsProcessorList):
+    def __init__(
+        self,
+        guidance_scale: float,
+        model: PreTrainedModel,
+        wanted: Sequence[Sequence[int]],
+        contrast: Sequence[Sequence[int]],
+        contrast_model: Reader | None,
+        vocab_size: int,
+        device: torch.device,
+    ):
         self.guidance_scale = checked_scale(guidance_scale)
-        self.then = then
+        self.vocab_size = vocab_size
+        if contrast_model is None:
+            self._readings = [Reading.of(model, [*wanted, *contrast], device)]
+        else:
+            self._readings = [Reading.of(model, wanted, device), Reading.of(contrast_model, contrast, device)]
+        self._paired = contrast_model is None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wanted, contrast = scores.chunk(2)  # (n, vocab) each
-        chosen = self.then(input_ids[: len(wanted)], guided(wanted, contrast, self.guidance_scale))
-        return chosen.repeat(2, 1)
+    def begin(self) -> Tensor:
+        """As `Reading.begin`: `(n, vocab_size)`."""
+        return self._guided([reading.begin() for reading in self._readings])
+
+    def go_on(self, tokens: Tensor) -> Tensor:
+        """As `Reading.go_on`: `(n, vocab_size)`."""
+        tokens = tokens.repeat(2) if self._paired else tokens
+        return self._guided([reading.go_on(tokens) for reading in self._readings])
+
+    def keep(self, rows: Tensor) -> None:
+        """As `Reading.keep`."""
+        if self._paired:
+            rows = torch.cat((rows, rows + self._readings[0].batch_size // 2))
+        for reading in self._readings:
+            reading.keep(rows)
+
+    def _guided(self, logits: list[Tensor]) -> Tensor:
+        (wanted, contrast) = logits[0].chunk(2) if self._paired else logits
+        wanted, contrast = (each[:, : self.vocab_size].float() for each in (wanted, contrast))
+        return guided(wanted, contrast, self.guidance_scale)
 
 
 class Guidance(LogitsProcessor):
@@ -125,7 +152,7 @@ class Guidance(LogitsProcessor):
     def __init__(
         self,
         guidance_scale: float,
-        model: ContrastModel,
+        model: Reader,
         contrast_ids: Tensor,
         contrast_mask: Tensor | None = None,
         vocab_size: int | None = None,
@@ -133,9 +160,8 @@ class Guidance(LogitsProcessor):
         self.guidance_scale = checked_scale(guidance_scale)
         self.model = model
         self.vocab_size = vocab_size
-        self._ids = contrast_ids
-        self._mask = torch.ones_like(contrast_ids) if contrast_mask is None else contrast_mask
-        self._cache: Any = None
+        self._beginnings = contrast_ids, torch.ones_like(contrast_ids) if contrast_mask is None else contrast_mask
+        self._reading: Reading | None = None
         self._read: Tensor | None = None  # What `generate` had written when it last asked.
 
     @classmethod
@@ -180,34 +206,14 @@ class Guidance(LogitsProcessor):
         result[:, :width] = guided(scores[:, :width], contrast[:, :width], self.guidance_scale)
         return result
 
-    @torch.no_grad()
     def _contrast(self, input_ids: Tensor) -> Tensor:
         """Logits of the contrast for the next token."""
-        if self._read is None:
-            each = len(input_ids) // len(self._ids)
-            ids = self._ids.repeat_interleave(each, dim=0).to(input_ids.device)
-            self._mask = self._mask.repeat_interleave(each, dim=0).to(input_ids.device)
-        else:
-            if not torch.equal(input_ids[:, :-1], self._read):
-                raise UserError("guidance goes with one generate without beams: make a new Guidance for each call")
-            ids = input_ids[:, -1:]
-            self._mask = torch.cat((self._mask, self._mask.new_ones(len(ids), 1)), dim=1)
-        self._read = input_ids
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with nullcontext(self.model) if isinstance(self.model, torch.nn.Module) else self.model() as model:
-            output = model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                past_key_values=self._cache,
-                use_cache=True,
-                **_accepted(model, position_ids=positions, logits_to_keep=1),
-            )
-        self._cache = output.past_key_values
-        return output.logits[:, -1]
-
-
-def _accepted(model: PreTrainedModel, **inputs: Any) -> dict[str, Any]:
-    """Those of the inputs that the model's forward pass knows; one without positions (ALiBi) takes none."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known: Sequence[str] = tuple(inspect.signature(base.forward).parameters)
-    return {name: value for name, value in inputs.items() if name in known}
+        read, self._read = self._read, input_ids
+        if self._reading is None:
+            ids, mask = (tensor.to(input_ids.device) for tensor in self._beginnings)
+            parts = torch.arange(len(ids), device=ids.device).repeat_interleave(len(input_ids) // len(ids))
+            self._reading = Reading(self.model, ids, mask, parts)
+            return self._reading.begin()
+        if read is None or not torch.equal(input_ids[:, :-1], read):
+            raise UserError("guidance goes with one generate without beams: make a new Guidance for each call")
+        return self._reading.go_on(input_ids[:, -1])

@@ -10,9 +10,9 @@ For one completion token with policy logits z over V original and K reward token
   ("policy_ref", as the official code), or KL(ref || policy) ("ref_policy", as the paper writes it).
 - H is the entropy of the same renormalised policy distribution (official code; not in the paper).
 
-`quark_loss` computes value and gradient together, a slice of positions at a time, so that beside the two logits
-and one gradient nothing of size tokens x vocabulary lives long; `quark_loss_plain` is the same in five lines of
-autograd, for reading and for the tests that hold the two together.
+`quark_loss` computes value and gradient together, a slice of positions at a time, from logits or from what makes
+them (`projection.Projection`), in which case nothing of size tokens x vocabulary is ever held; `quark_loss_plain` is
+the same in five lines of autograd, for reading and for the tests that hold the two together.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from quarkrl.projection import Projection
 
 KLDirection = Literal["policy_ref", "ref_policy"]
 
-# Rows handled at a time: small enough for a slice to stay near the cache, large enough to keep vector units busy.
-_ROWS_PER_CHUNK = 128
+# Numbers in a slice of logits: few enough to stay near the cache, and rows enough for the matrix products to be fast.
+_NUMBERS_PER_SLICE, _LEAST_ROWS_PER_SLICE = 2**18, 256
 
 
 class QuarkLoss(NamedTuple):
@@ -38,8 +40,8 @@ class QuarkLoss(NamedTuple):
 
 
 def quark_loss(
-    policy_logits: Tensor,
-    ref_logits: Tensor | None,
+    policy_logits: Tensor | Projection,
+    ref_logits: Tensor | Projection | None,
     targets: Tensor,
     *,
     kl_coef: float,
@@ -65,7 +67,11 @@ def quark_loss(
     Source: Lu et al. 2022 (arXiv 2205.13636), eq. 2; the official code for the KL direction and the entropy bonus.
     """
     _check(policy_logits, ref_logits, targets, kl_direction)
-    return QuarkLoss(*_QuarkLossFunction.apply(policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction))
+    policy = policy_logits if isinstance(policy_logits, Projection) else Projection(policy_logits)
+    ref = Projection(ref_logits) if isinstance(ref_logits, Tensor) else ref_logits
+    # Autograd sees tensors alone, so what it is to differentiate comes apart from the rest.
+    options = policy, ref, targets, kl_coef, entropy_coef, kl_direction
+    return QuarkLoss(*_QuarkLossFunction.apply(policy.hidden, policy.weight, policy.bias, options))
 
 
 def quark_loss_plain(
@@ -96,13 +102,15 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _check(policy_logits: Tensor, ref_logits: Tensor | None, targets: Tensor, kl_direction: str) -> None:
-    if policy_logits.ndim != 2 or targets.shape != policy_logits.shape[:1]:
+def _check(
+    policy_logits: Tensor | Projection, ref_logits: Tensor | Projection | None, targets: Tensor, kl_direction: str
+) -> None:
+    if len(policy_logits.shape) != 2 or targets.shape != policy_logits.shape[:1]:
         raise ValueError(
             f"policy_logits {tuple(policy_logits.shape)} and targets {tuple(targets.shape)}: want (T, V + K) and (T,)"
         )
     if ref_logits is not None and (
-        ref_logits.ndim != 2
+        len(ref_logits.shape) != 2
         or ref_logits.shape[0] != policy_logits.shape[0]
         or ref_logits.shape[1] > policy_logits.shape[1]
     ):
@@ -125,60 +133,114 @@ class _QuarkLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, policy_logits, ref_logits, targets, kl_coef, entropy_coef, kl_direction):
-        tokens = len(targets)
-        vocab_size = policy_logits.shape[-1] if ref_logits is None else ref_logits.shape[-1]
-        sums = _wide(policy_logits.new_zeros(3))
-        needs_grad = ctx.needs_input_grad[0]
-        grad = torch.empty_like(policy_logits) if needs_grad else None
-        for start in range(0, tokens, _ROWS_PER_CHUNK):
-            rows = slice(start, start + _ROWS_PER_CHUNK)
-            z = _wide(policy_logits[rows])  # (R, V + K)
-            target = targets[rows, None]
-            log_norm = z.logsumexp(-1, keepdim=True)
-            nll = log_norm - z.gather(-1, target)
-            log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
-            p = log_p.exp()
-            entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
-            kl = torch.zeros_like(nll)
-            if ref_logits is not None:
-                log_q = F.log_softmax(_wide(ref_logits[rows]), dim=-1)
-                if kl_direction == "policy_ref":
-                    kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
-                else:
-                    q = log_q.exp()
-                    kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
-                kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
-            sums += torch.stack((nll.sum(), kl.sum(), entropy.sum()))
-            if grad is None:
-                continue
-            dz = (z - log_norm).exp_()
-            dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
-            original = dz[:, :vocab_size]
-            if ref_logits is not None and kl_coef and kl_direction == "ref_policy":
-                original.add_(p - q, alpha=kl_coef)
-            # p' * (weight * log p' - log q * kl_coef + shift): the KL(p' || q) and entropy terms share their log p'.
-            weight, shift = entropy_coef, entropy_coef * entropy
-            if ref_logits is not None and kl_coef and kl_direction == "policy_ref":
-                weight, shift = weight + kl_coef, shift - kl_coef * kl
-                inner = torch.add(log_p * weight, log_q, alpha=-kl_coef)
-            else:
-                inner = log_p * weight
-            if weight:
-                original.addcmul_(p, inner.add_(shift))
-            grad[rows] = dz
-        means = sums / max(tokens, 1)
-        ctx.save_for_backward(grad)
+    def forward(ctx, hidden, weight, bias, options):
+        policy, ref, targets, kl_coef, entropy_coef, kl_direction = options
+        tokens, vocab = policy.shape
+        # One cast for all slices, where autocast would make one for each.
+        policy, ref = _as_autocast(policy), ref and _as_autocast(ref)
+        grads = [
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if wanted else None
+            for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad)
+        step = max(_NUMBERS_PER_SLICE // vocab, _LEAST_ROWS_PER_SLICE)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, tokens, step):
+                rows = slice(start, start + step)
+                logits = _wide(policy.logits(rows))
+                ref_logits = None if ref is None else _wide(ref.logits(rows))
+                slice_sums, dz = _slice(
+                    logits, ref_logits, targets[rows, None], kl_coef, entropy_coef, kl_direction, needs_grad
+                )
+                sums += slice_sums
+                if dz is not None:
+                    _backpropagate(policy, rows, policy.before_the_cap(dz, logits), *grads)
+        ctx.grads = [g if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)]
         ctx.tokens = tokens
-        nll, kl, entropy = means
+        nll, kl, entropy = sums / max(tokens, 1)
         total = nll + kl_coef * kl - entropy_coef * entropy
         ctx.mark_non_differentiable(nll, kl, entropy)
         return total, nll, kl, entropy
 
     @staticmethod
     def backward(ctx, grad_total, *_):
-        (grad,) = ctx.saved_tensors
-        return grad * (grad_total / max(ctx.tokens, 1)), None, None, None, None, None
+        scale = grad_total / max(ctx.tokens, 1)
+        return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in ctx.grads), None
+
+
+def _as_autocast(projection: Projection) -> Projection:
+    """The projection in the type that autocast would compute it in."""
+    device = projection.hidden.device.type
+    if projection.weight is None or not torch.is_autocast_enabled(device):
+        return projection
+    dtype = torch.get_autocast_dtype(device)
+    bias = None if projection.bias is None else projection.bias.to(dtype)
+    return projection._replace(hidden=projection.hidden.to(dtype), weight=projection.weight.to(dtype), bias=bias)
+
+
+def _slice(
+    z: Tensor,
+    ref_logits: Tensor | None,
+    target: Tensor,
+    kl_coef: float,
+    entropy_coef: float,
+    kl_direction: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of NLL, KL and entropy over R positions, and the gradient `(R, V + K)` of the loss's sum in `z`.
+
+    Args:
+        z: `(R, V + K)`; ref_logits: `(R, V)`; target: `(R, 1)`.
+    """
+    vocab_size = z.shape[-1] if ref_logits is None else ref_logits.shape[-1]
+    log_norm = z.logsumexp(-1, keepdim=True)
+    nll = log_norm - z.gather(-1, target)
+    log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
+    p = log_p.exp()
+    entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
+    kl = torch.zeros_like(nll)
+    if ref_logits is not None:
+        log_q = F.log_softmax(ref_logits, dim=-1)
+        if kl_direction == "policy_ref":
+            kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
+        else:
+            q = log_q.exp()
+            kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
+        kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
+    sums = torch.stack((nll.sum(), kl.sum(), entropy.sum()))
+    if not needs_grad:
+        return sums, None
+    dz = (z - log_norm).exp_()
+    dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
+    original = dz[:, :vocab_size]
+    if ref_logits is not None and kl_coef and kl_direction == "ref_policy":
+        original.add_(p - q, alpha=kl_coef)
+    # p' * (weight * log p' - log q * kl_coef + shift): the KL(p' || q) and entropy terms share their log p'.
+    weight, shift = entropy_coef, entropy_coef * entropy
+    if ref_logits is not None and kl_coef and kl_direction == "policy_ref":
+        weight, shift = weight + kl_coef, shift - kl_coef * kl
+        inner = torch.add(log_p * weight, log_q, alpha=-kl_coef)
+    else:
+        inner = log_p * weight
+    if weight:
+        original.addcmul_(p, inner.add_(shift))
+    return sums, dz
+
+
+def _backpropagate(
+    policy: Projection, rows: slice, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> None:
+    """Add what a slice gives to the gradients that are wanted."""
+    if dbias is not None:
+        dbias += dz.sum(0)
+    dz = dz if policy.weight is None else dz.to(policy.weight.dtype)
+    if dhidden is not None:
+        dhidden[rows] = dz if policy.weight is None else dz @ policy.weight
+    if dweight is not None and dweight.dtype == dz.dtype:
+        dweight.addmm_(dz.T, policy.hidden[rows])
+    elif dweight is not None:
+        dweight += dz.T @ policy.hidden[rows]
 
 
 @dataclass
@@ -220,39 +282,3 @@ class Coefficients:
 
 def _clip(error: float) -> float:
     return min(max(error, -0.2), 0.2)
-
-
-def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The logits that predict the completion tokens, and no others: prompts' and padding's are never computed.
-
-    The hidden states are narrowed on their way into the model's output layer, so whatever the model does to its
-    logits afterwards (soft-capping, scaling, casting) and whatever wraps it (DDP, adapters, autocast) still happens.
-
-    Args:
-        model: a causal language model of transformers, wrapped or not.
-        input_ids: `(batch, length)`, right-padded.
-        attention_mask: `(batch, length)`, 1 = counts.
-        labels: `(batch, length)`, the token id at completion positions, -100 elsewhere; never at position 0.
-
-    Returns:
-        `(T, V)`, in the order of `labels[labels != -100]`.
-    """
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != -100
-
-    def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (hidden,) = inputs  # (batch, length, width)
-        return (hidden[predicts],)  # (T, width)
-
-    handle = output_layer(model).register_forward_pre_hook(narrow)
-    try:
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    finally:
-        handle.remove()
-
-
-def output_layer(model: nn.Module) -> nn.Module:
-    """The layer that turns hidden states into logits, under whatever wraps the model."""
-    while not hasattr(model, "get_output_embeddings"):
-        model = model.module  # type: ignore[assignment]
-    return model.get_output_embeddings()  # type: ignore[operator]

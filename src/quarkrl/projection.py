@@ -1,0 +1,173 @@
+"""Logits at completion positions only, and not even those at once.
+
+A model's last hidden states are narrowed to the completion tokens on their way into its output layer. From there
+`completion_logits` takes the model's own logits, and `completion_projection` stops: hidden states and the layer's
+weights, of which `loss.quark_loss` makes logits a slice of positions at a time, so that nothing of the size
+tokens x vocabulary is ever held. Whatever wraps the model (DDP, adapters, autocast) still happens.
+"""
+
+import logging
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+# Output layers whose logits are not to be had from hidden states and weights alone.
+_out_of_reach: WeakSet[nn.Module] = WeakSet()
+
+
+class Projection(NamedTuple):
+    """Logits that are still to be computed: `scale * (hidden @ weight.T + bias)`, soft-capped.
+
+    Attributes:
+        hidden: `(T, width)`; without a weight these are the logits themselves, `(T, vocab)`.
+        weight: `(vocab, width)`.
+        bias: `(vocab,)`.
+        scale: a factor.
+        cap: `cap * tanh(logits / cap)`, as Gemma 2 has it.
+    """
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(T, vocab)`."""
+        return len(self.hidden), self.hidden.shape[1] if self.weight is None else len(self.weight)
+
+    def of_first(self, vocab_size: int) -> "Projection":
+        """Without the logits of other than the first tokens."""
+        if self.weight is None:
+            return self._replace(hidden=self.hidden[:, :vocab_size])
+        return self._replace(
+            weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
+        )
+
+    def logits(self, rows: slice = slice(None)) -> Tensor:
+        """`(R, vocab)` of the given positions."""
+        if self.weight is None:
+            return self.hidden[rows]
+        logits = F.linear(self.hidden[rows], self.weight, self.bias)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def before_the_cap(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient in `hidden @ weight.T + bias`, from that in the logits."""
+        grad = grad if self.cap is None else grad * (1 - (logits / self.cap) ** 2)
+        return grad if self.scale == 1 else grad * self.scale
+
+
+def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """The logits that predict the completion tokens, and no others: prompts' and padding's are never computed.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        input_ids: `(batch, length)`, right-padded.
+        attention_mask: `(batch, length)`, 1 = counts.
+        labels: `(batch, length)`, the token id at completion positions, -100 elsewhere; never at position 0.
+
+    Returns:
+        `(T, V)`, in the order of `labels[labels != -100]`, as the model computes them: soft-capped, scaled, cast.
+    """
+    return _narrowed(model, input_ids, attention_mask, labels, positions=slice(None))[1]
+
+
+def completion_projection(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Projection:
+    """`completion_logits`, still to be computed where the model's output layer can be reached.
+
+    It can where the layer is one matrix product, trained or not, with at most a known soft cap or scale behind it;
+    the model's own logits of the first position are held against it at every call. Where it cannot, which the log
+    says once, or where the weights are spread over processes, the logits are computed whole.
+    """
+    layer = output_layer(model)
+    if layer in _out_of_reach or is_spread(layer):
+        return Projection(completion_logits(model, input_ids, attention_mask, labels))
+    hidden, first = _narrowed(model, input_ids, attention_mask, labels, positions=slice(0, 1))
+    with _Products() as products:
+        layer(hidden[:1])
+    if len(products.operands) == 1:
+        config = _unwrapped(model).config.get_text_config()
+        # None where a config has the entry and no scale (MPT); a scale by name is not known, and found out below.
+        factor, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+        scale = (factor if isinstance(factor, float | int) else 1.0) / (divisor or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        ((weight, bias),) = products.operands
+        projection = Projection(hidden, weight, bias, scale, cap)
+        with torch.no_grad():
+            off = (projection.logits(slice(0, 1)).to(first) - first).abs().amax()
+            # Of the largest: bf16 rounds hidden states and weights, which the small logits are sums of too.
+            if _everywhere(off <= 2e-2 * first.abs().amax()):
+                return projection
+    logger.warning(f"the output layer of {type(_unwrapped(model)).__name__} is out of reach: its logits are held whole")
+    _out_of_reach.add(layer)
+    return completion_projection(model, input_ids, attention_mask, labels)
+
+
+def _everywhere(here: Tensor) -> bool:
+    """Whether it is so in all processes: one that went a way of its own would call the model once more than others."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        here = here.float()
+        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MIN)
+    return bool(here)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether its weights are spread over processes (FSDP, ZeRO), all of which must then call it equally often."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer that turns hidden states into logits, under whatever wraps the model."""
+    return _unwrapped(model).get_output_embeddings()
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    while not hasattr(model, "get_output_embeddings"):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def _narrowed(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: slice
+) -> tuple[Tensor, Tensor]:
+    """Hidden states `(T, width)` before each completion token, and the logits of those at some `positions`."""
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != -100
+    narrowed: list[Tensor] = []
+
+    def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (hidden,) = inputs  # (batch, length, width)
+        narrowed.append(hidden[predicts])
+        return (narrowed[0][positions],)
+
+    handle = output_layer(model).register_forward_pre_hook(narrow)
+    try:
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    finally:
+        handle.remove()
+    return narrowed[0], logits
+
+
+class _Products(TorchFunctionMode):
+    """Notes weight and bias of every `F.linear` while it lasts, such as those that an adapter has put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[tuple[Tensor, Tensor | None]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            self._note(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.operands.append((weight, bias))
