@@ -1,0 +1,281 @@
+"""How much memory a run takes, estimated before it begins.
+
+Two peaks count: while exploring, the cache of keys and values and the logits of a batch; while learning, what a forward
+pass keeps for its backward pass, and logits, or all gradients at once if those are more. The formulas count floats that
+autograd keeps, per token and layer; tests/test_memory.py holds them against measured peaks. Not counted: the
+interpreter and its libraries (about half a GB of main memory), a classifier that scores, experts of a mixture, the copy
+into which `save_final` merges an adapter.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.activations import NewGELUActivation
+
+# Rows that the loss widens at a time, and how many arrays of so many rows x vocabulary it makes (loss.py).
+_CHUNK_ROWS, _CHUNK_ARRAYS = 128, 5
+# Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus.
+_SAMPLING_ARRAYS = {False: 4, True: 6}
+# What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed: 1.3 to 1.7 times as much
+# in tests/test_memory.py, more with gradient checkpointing. On a GPU nothing was measured.
+_CPU_SLACK = 1.4
+# Arrays that an optimizer keeps of the trained parameters, each as large as they are but where it is of 8 or 4 bits.
+_STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What of a model its memory depends on.
+
+    Attributes:
+        weights, trained: bytes of all its parameters, and of those that are learned.
+        layers, width, heads, kv_width, inner, vocab: as its config has them; `kv_width` is that of a token's keys.
+        size: bytes of a number.
+        norms: arrays of the width that a layer keeps for its norms.
+        mlp: arrays of the inner width that a layer keeps for its feed-forward part.
+        eager: attention keeps its scores.
+        dropout, attention_dropout: whether there is any.
+        head: bytes of the output matrix if it is learned: its gradient comes while all else is still kept.
+        merged: bytes of embeddings that an adapter writes anew in each pass, for the reward tokens' rows.
+    """
+
+    weights: int
+    trained: int
+    layers: int
+    width: int
+    heads: int
+    kv_width: int
+    inner: int
+    vocab: int
+    size: int = 4
+    norms: float = 4
+    mlp: int = 2
+    eager: bool = True
+    dropout: bool = False
+    attention_dropout: bool = False
+    head: int = 0
+    merged: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> "Anatomy":
+        """That of a causal language model, with an adapter or without."""
+        config = model.config.get_text_config()
+        parameters = list(model.parameters())
+        embedding = model.get_input_embeddings().weight
+        width = _number(config, "hidden_size") or embedding.shape[1]
+        layers, heads = _number(config, "num_hidden_layers") or 1, _number(config, "num_attention_heads") or 1
+        output = model.get_output_embeddings()
+        head = 0 if output is None or not output.weight.requires_grad else bytes_of([output.weight])
+        modules = list(model.named_modules())
+        names = {name.rsplit(".", 1)[-1] for name, _ in modules}
+        gated = bool(names & {"gate_proj", "gate_up_proj", "w1"})
+        kinds = [(type(module).__name__, _first_size(module)) for _, module in modules]
+        wide = sum("Norm" in kind and size == width for kind, size in kinds) / max(layers, 1)
+        narrow = sum("Norm" in kind and size != width and size > 0 for kind, size in kinds) / max(layers, 1)
+        # An RMS norm is written in several steps: it keeps what comes, what is normed, and what goes; a layer norm two.
+        rms = any("RMSNorm" in kind for kind, _ in kinds)
+        merged = sum("TrainableTokensLayer" in kind for kind, _ in kinds) * bytes_of([embedding])
+        return cls(
+            weights=bytes_of(parameters),
+            trained=bytes_of(p for p in parameters if p.requires_grad),
+            layers=layers,
+            width=width,
+            heads=heads,
+            kv_width=(_number(config, "num_key_value_heads") or heads)
+            * (_number(config, "head_dim") or width // heads),
+            inner=_number(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * width,
+            vocab=embedding.shape[0],
+            size=embedding.element_size(),
+            norms=round(wide) * (3 if rms else 2) + round(narrow) * 2,
+            mlp=4 if gated else 5 if any(isinstance(module, NewGELUActivation) for _, module in modules) else 2,
+            eager=getattr(config, "_attn_implementation", None) in (None, "eager"),
+            dropout=bool(_number(config, "resid_pdrop", "hidden_dropout", "resid_dropout", "dropout")),
+            attention_dropout=bool(_number(config, "attn_pdrop", "attention_dropout")),
+            head=head,
+            merged=merged,
+        )
+
+
+@dataclass(frozen=True)
+class Load:
+    """What of a run its memory depends on.
+
+    Attributes:
+        batch: samples of a micro-batch.
+        prompt, completion: tokens, of the longest; reward tokens count to the prompt.
+        explored: completions sampled at a time.
+        rows: places whose logits are held at a time while learning; None for all of a micro-batch.
+        reference: bytes of a reference of its own; 0 where there is none, or it is the policy without its adapter.
+        kl: the reference is read while learning.
+        optimizer: the name in `transformers`.
+        accumulates: gradients are kept from one micro-batch to the next.
+        checkpointed: gradient checkpointing.
+        mixed: numbers of 2 bytes in the passes, by autocast.
+        guided: each completion is read twice.
+        nucleus: tokens are drawn from one.
+        processes: that learn together.
+        samples: in the pool at the end.
+        cpu: all is in main memory.
+    """
+
+    batch: int
+    prompt: int
+    completion: int
+    explored: int
+    rows: int | None = None
+    reference: int = 0
+    kl: bool = True
+    optimizer: str = "adamw_torch"
+    accumulates: bool = False
+    checkpointed: bool = False
+    mixed: bool = False
+    guided: bool = False
+    nucleus: bool = False
+    processes: int = 1
+    samples: int = 0
+    cpu: bool = True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, by what they are for, and the two peaks.
+
+    `exploring` and `learning` are not sums of all: gradients come as activations go, and a cache is only for exploring.
+    """
+
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    cache: int
+    sampling: int
+    pool: int
+    exploring: int
+    learning: int
+
+    @property
+    def total(self) -> int:
+        return max(self.exploring, self.learning)
+
+    def __str__(self) -> str:
+        names = ("weights", "reference", "gradients", "optimizer", "activations", "logits", "cache", "sampling", "pool")
+        sizes = {name: gigabytes(getattr(self, name)) for name in names}
+        parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if float(size))
+        peaks = f"exploring {gigabytes(self.exploring)}, learning {gigabytes(self.learning)}"
+        return f"about {gigabytes(self.total)} GB ({peaks}; {parts})"
+
+
+def estimate(model: Anatomy, load: Load) -> Estimate:
+    """The memory of a run, in bytes.
+
+    Args:
+        model: the policy.
+        load: what is done with it.
+    """
+    gradients, states = model.trained, optimizer_bytes(load.optimizer, model.trained, model.size)
+    tokens = load.batch * (load.prompt + load.completion)
+    kept = activation_bytes(model, load, tokens)
+    copies = model.weights // 2 if load.mixed and model.size == 4 else 0  # Autocast keeps them for the backward pass.
+    rows = min(load.batch * load.completion, load.rows or load.batch * load.completion)
+    logits = logits_bytes(rows, model, load)
+    one_gradient = rows * model.vocab * (4 if load.mixed else model.size)
+    so_far = gradients if load.accumulates else 0
+    reduced = gradients if load.processes > 1 else 0  # The buckets in which processes exchange them.
+    comes_and_goes = max(
+        kept + copies + logits + model.merged + so_far,
+        kept + copies + 2 * one_gradient + model.head + model.merged + so_far,
+        gradients,
+    )
+    at_once = load.explored * (2 if load.guided else 1)
+    cache = at_once * (load.prompt + load.completion) * model.layers * 2 * model.kv_width * _narrow(model, load)
+    sampling = max(_reading_bytes(model, load, at_once), at_once * model.vocab * 4 * _SAMPLING_ARRAYS[load.nucleus])
+    pool = load.samples * (4 * (load.prompt + load.completion) + 30)
+    always = model.weights + load.reference + states + reduced + (pool if load.cpu else 0)
+    slack = _CPU_SLACK if load.cpu else 1.0
+    return Estimate(
+        weights=model.weights,
+        reference=load.reference,
+        gradients=gradients,
+        optimizer=states,
+        activations=kept,
+        logits=logits,
+        cache=cache,
+        sampling=sampling,
+        pool=pool,
+        exploring=int(always + slack * (cache + sampling + model.merged)),
+        learning=int(always + slack * comes_and_goes),
+    )
+
+
+def activation_bytes(model: Anatomy, load: Load, tokens: int) -> int:
+    """What a forward pass over so many tokens keeps for the backward pass, without logits.
+
+    A layer keeps, for each token: what goes into and comes out of its norms; query, key, value, and what attention
+    gives; its feed-forward part; if attention is eager, a score for each other token, thrice where some are dropped.
+    """
+    length = load.prompt + load.completion
+    narrow, wide = _narrow(model, load), max(4, model.size) if load.mixed else model.size
+    mask = 4 if load.cpu else 1  # torch draws a dropout's mask as numbers on a CPU, as bits elsewhere.
+    # Attention with dropout has no kernel on a CPU.
+    scores = model.eager or (load.cpu and model.attention_dropout)
+    layer: float = 2 * model.width * (wide - narrow)  # The residual stream is not narrowed.
+    layer += narrow * (model.norms * model.width + 4 * model.width + model.mlp * model.inner)
+    layer += 2 * model.width * mask if model.dropout else 0
+    if scores:
+        layer += model.heads * length * (narrow + ((narrow + mask) if model.attention_dropout else 0))
+        layer += model.heads * length * 4 if load.mixed else 0  # The softmax is taken in full.
+    if load.checkpointed:
+        return int(tokens * (model.layers * model.width * wide + layer))
+    return int(tokens * model.layers * layer)
+
+
+def logits_bytes(rows: int, model: Anatomy, load: Load) -> int:
+    """What the loss takes for so many rows of logits: the policy's, the reference's, a gradient, and a wider slice."""
+    each = model.vocab * model.size
+    if load.mixed:
+        each = model.vocab * (2 + 4)  # As they are computed, and as accelerate widens them.
+    held = rows * (each * (1 + load.kl) + model.vocab * (4 if load.mixed else model.size))
+    return held + min(rows, _CHUNK_ROWS) * model.vocab * 4 * _CHUNK_ARRAYS
+
+
+def optimizer_bytes(name: str, trained: int, size: int = 4) -> int:
+    """What an optimizer of `transformers` keeps for so many bytes of trained parameters, of `size` bytes each.
+
+    One that is not known counts as AdamW, with two arrays; Adafactor's rows and columns count as nothing.
+    """
+    kind = next((kind for kind in _STATES if name.removeprefix("paged_").startswith(kind)), "adamw")
+    each = 1 if "8bit" in name else 0.5 if "4bit" in name else size
+    return int(trained // size * _STATES[kind] * each)
+
+
+def _reading_bytes(model: Anatomy, load: Load, rows: int) -> int:
+    """What reading the prompts takes beside the cache: one layer at a time."""
+    each = _narrow(model, load) * (6 * model.width + (model.mlp - 1) * model.inner)
+    each += model.heads * load.prompt * (_narrow(model, load) + 8) if model.eager else 0
+    return rows * load.prompt * each
+
+
+def _narrow(model: Anatomy, load: Load) -> int:
+    return 2 if load.mixed else model.size
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _number(config: Any, *names: str) -> Any:
+    """The first of a config's entries that is a number; 0 where none is."""
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int | float)), 0)
+
+
+def _first_size(module: torch.nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return weight.numel() if isinstance(weight, torch.Tensor) and weight.ndim == 1 else 0
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}" if size < 9.95e9 else f"{size / 1e9:.0f}"
