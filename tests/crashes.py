@@ -43,6 +43,8 @@ RUN = {
     "use_cpu": True,
     "report_to": "none",
 }
+# Otherwise than in RUN: two iterations with a checkpoint after each.
+SHORT = {"num_iterations": 2, "steps_per_iteration": 2, "save_strategy": "epoch", "logging_steps": 1}
 # Rows of metrics.jsonl tell how long things took, too; what is read back from the disk took no time.
 CLOCKS = (
     *("seconds_sample", "seconds_score", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
@@ -209,6 +211,13 @@ def run(directory: Path, resume: bool = False, trap: Trap | None = None, options
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
     Path(f"{directory}.calls").write_text(json.dumps(trap.calls), encoding="utf-8")
+
+
+def short_run(directory: Path) -> Path:
+    """A run of `SHORT`, in a process of its own; gives its directory."""
+    code, said = in_a_process(run, directory, False, None, SHORT)
+    assert code == 0, said
+    return directory
 
 
 def command(directory: Path, argv: list[str], trap: Trap | None = None) -> int:

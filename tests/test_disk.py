@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
@@ -15,19 +16,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from crashes import assert_same, assert_same_run, files_of, in_a_process, run, trainer_of
+from crashes import SHORT, assert_same, assert_same_run, files_of, in_a_process, run, short_run, trainer_of
 
 from quarkrl import checkpoints, disk
 from quarkrl.checkpoints import flaw, last_good, load_state, random_states, rotate, save_state, seal, set_random_states
-from quarkrl.disk import publish, read_table, remove, staged, tidy, told, write_json, write_table, written
+from quarkrl.disk import publish, read_table, remove, sha256, staged, tidy, told, write_json, write_table, written
 from quarkrl.errors import UserError
 from quarkrl.progress import MetricsFile
 from quarkrl.rollout import FinishedBatches, Rollout, batches_left
 
-SHORT = {"num_iterations": 2, "steps_per_iteration": 2, "save_strategy": "epoch", "logging_steps": 1}
-
-
 # Files and directories
+
+
+def test_the_digest_of_several_files_is_that_of_one_with_all_their_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"12")
+    (tmp_path / "b").write_bytes(b"3")
+    assert sha256(tmp_path / "a", tmp_path / "b") == hashlib.sha256(b"123").hexdigest()
+    assert sha256(tmp_path / "b") == hashlib.sha256(b"3").hexdigest()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -215,11 +220,7 @@ def test_a_damaged_state_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run of two iterations with a checkpoint after each."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    code, said = in_a_process(run, directory, False, None, SHORT)
-    assert code == 0, said
-    return directory
+    return short_run(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from test_trainer import (
+from small_runs import (
     EOS_ID,
     PROMPTS,
     TOKENIZER,
@@ -22,6 +22,7 @@ from test_trainer import (
     watch,
     weights_of,
 )
+from tiny import make_home
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from quarkrl.cli import main
@@ -137,26 +138,17 @@ def test_several_rewards_have_a_mean_to_judge_by(tmp_path):
 
 @pytest.fixture
 def home(tmp_path) -> Path:
-    still_model().save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 8), encoding="utf-8")
     (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, HELD_OUT)), encoding="utf-8")
-    (tmp_path / "rewards.py").write_text(REWARDS, encoding="utf-8")
-    entries = {
-        "model": str(tmp_path / "model"),
-        "prompts": str(tmp_path / "prompts.txt"),
+    options = {
         "eval_prompts": str(tmp_path / "held_out.jsonl"),
         "reward": str(tmp_path / "rewards.py:overdone"),
         "output_dir": str(tmp_path / "run"),
         "num_quantiles": 3,
         "max_completion_length": 6,
         "min_completion_length": 1,
-        "use_cpu": True,
-        "disable_tqdm": True,
         **{name: value for name, value in GUARDED.items() if name != "eval_strategy"},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
-    return tmp_path
+    return make_home(tmp_path, TOKENIZER, PROMPTS * 8, REWARDS, still_model(), **options)
 
 
 def iterations_of(final: Path) -> float:

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from crashes import (
     AMID,
     PROMPTS,
     RUN,
+    SHORT,
     TOKENIZER,
     Trap,
     assert_same_run,
@@ -28,10 +28,11 @@ from crashes import (
     in_a_process,
     metrics_of,
     run,
+    short_run,
     started,
     trainer_of,
 )
-from tiny import tiny_model
+from tiny import make_home, tiny_model
 
 from quarkrl.errors import UserError
 from quarkrl.interrupts import Stopped
@@ -138,15 +139,9 @@ def hangs(completion_ids):
 def home(tmp_path_factory) -> Path:
     """What `quarkrl train` needs for the same run: a model, prompts, a reward, options."""
     directory = tmp_path_factory.mktemp("command")
-    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "model")
-    TOKENIZER.save_pretrained(directory / "model")
-    (directory / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     (directory / "held_out.txt").write_text("\n".join(PROMPTS[:3]), encoding="utf-8")
-    (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
-    named = {"model": "model", "prompts": "prompts.txt", "eval_prompts": "held_out.txt", "reward": "rewards.py:own"}
-    entries = {**{name: str(directory / file) for name, file in named.items()}, **RUN, "disable_tqdm": True}
-    (directory / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
-    return directory
+    named = {"eval_prompts": str(directory / "held_out.txt"), "reward": f"{directory / 'rewards.py'}:own"}
+    return make_home(directory, TOKENIZER, PROMPTS, REWARDS, **named, **RUN)
 
 
 def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_on(tmp_path, home):
@@ -208,14 +203,7 @@ SOME = [0.1, 0.5, 0.2, 0.9, 0.3]
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A run of two iterations, with the checkpoints of both."""
-    directory = tmp_path_factory.mktemp("begun") / "run"
-    code, said = in_a_process(run, directory, False, None, SHORT)
-    assert code == 0, said
-    return directory
-
-
-SHORT = {"num_iterations": 2, "steps_per_iteration": 2, "save_strategy": "epoch", "logging_steps": 1}
+    return short_run(tmp_path_factory.mktemp("begun") / "run")
 
 
 def again(directory: Path, **options) -> None:

@@ -89,19 +89,25 @@ def _from_json(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return {_from_json(key, tensors): _from_json(item, tensors) for key, item in held}
 
 
-def load_optimizer(optimizer: Any, scheduler: Any, checkpoint: str | Path, keep_options: bool = False) -> None:
-    """Put optimizer and schedule back to where they were.
+def read_optimizer(optimizer: Any, checkpoint: str | Path, keep_options: bool = False) -> dict[str, Any]:
+    """The state of an optimizer that `save_state` wrote under "optimizer".
 
     Args:
-        optimizer, scheduler: as the run's options make them.
-        checkpoint: what `save_state` wrote to under "optimizer" and "scheduler".
+        optimizer: as the run's options make it.
+        checkpoint: where it is.
         keep_options: of the checkpoint take the moments and the step, not the learning rate and the like.
     """
-    state, schedule = (load_state(states_path(checkpoint, name)) for name in ("optimizer", "scheduler"))
+    state = load_state(states_path(checkpoint, "optimizer"))
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True) if keep_options else ():
+        saved |= {name: value for name, value in group.items() if name != "params"}
+    return state
+
+
+def load_schedule(optimizer: Any, scheduler: Any, checkpoint: str | Path, keep_options: bool = False) -> None:
+    """Put a schedule back to where it was, by what `save_state` wrote under "scheduler"; arguments as before."""
+    schedule = load_state(states_path(checkpoint, "scheduler"))
     if keep_options:
-        state["param_groups"] = optimizer.state_dict()["param_groups"]
         schedule = {**schedule, **{name: scheduler.state_dict().get(name) for name in ("base_lrs", "lr_lambdas")}}
-    optimizer.load_state_dict(state)
     scheduler.load_state_dict(schedule)
     if keep_options and isinstance(scheduler, LambdaLR):  # As all of transformers' are that go by the step.
         rates = [

@@ -33,6 +33,10 @@ class Interrupts:
         self.asked: int | None = None
         self.at_once = False
 
+    def pending(self) -> bool:
+        """Whether a signal has come."""
+        return self.asked is not None
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Catch the signals in here; only the main thread may, elsewhere nothing changes."""

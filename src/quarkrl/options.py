@@ -225,6 +225,8 @@ def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
             continue
         if isinstance(value, list):
             yield from (f"--{key}", *map(str, value))
+        elif key == "fsdp" and value is True:
+            yield "--fsdp"  # TrainingArguments knows the bare flag, and takes a word behind it for an old option.
         else:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from quarkrl import checkpoints, rundir
+from quarkrl import checkpoints, processes, rundir
 from quarkrl.checkpoints import load_state, save_state, states_path
 from quarkrl.disk import publish, told
 from quarkrl.errors import UserError
@@ -30,12 +30,13 @@ from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
 from quarkrl.rewards import Scorer, Scores
 from quarkrl.rollout import FinishedBatches, Rollout, ask_again, batches_left, side_by_side
+from quarkrl.sharding import ShardedTrainer
 
 # Where checkpoints are made; no name that `Trainer` takes for a checkpoint.
 _STAGE = "_saving.tmp"
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(ShardedTrainer):
     """What `QuarkTrainer` is to `Trainer` when it comes to stopping and going on.
 
     Attributes:
@@ -73,12 +74,18 @@ class ResumableTrainer(Trainer):
         """
         directory = Path(self.args.output_dir)
         with ExitStack() as stack:
-            opened: list[Any] = []
+            opened: Any = None
             if self.is_world_process_zero():
-                stack.enter_context(rundir.locked(directory))
-                opened = list(rundir.opened(directory, self.identity, resume_from_checkpoint))
-            checkpoint, notes, self._branches = self.agreed(opened)
-            self._resumed = {} if checkpoint is None else self._own_state(checkpoint)
+                try:
+                    stack.enter_context(rundir.locked(directory))
+                    opened = rundir.opened(directory, self.identity, resume_from_checkpoint)
+                except UserError as error:
+                    opened = error  # To be raised by all.
+            opened = self.agreed(opened)
+            if isinstance(opened, UserError):
+                raise opened
+            checkpoint, notes, self._branches = opened
+            self._resumed = {} if checkpoint is None else processes.own_state(checkpoint, *self._process)
             self._notes = notes if resume_from_checkpoint else None
             stack.enter_context(self.interrupts.watched())
             self.stopping = False
@@ -94,7 +101,7 @@ class ResumableTrainer(Trainer):
 
     def agree_to_stop(self) -> bool:
         """Whether any process has been asked to stop; all of them must ask at the same point."""
-        asked = torch.tensor(float(self.interrupts.asked is not None), device=self.args.device)
+        asked = torch.tensor(float(self.interrupts.pending()), device=self.args.device)
         self.stopping = bool(self.accelerator.reduce(asked) if self.args.world_size > 1 else asked)
         return self.stopping
 
@@ -112,6 +119,11 @@ class ResumableTrainer(Trainer):
             f"quarkrl train --resume --output_dir {self.args.output_dir}",
             number,
         )
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Which process this is, and of how many."""
+        return self.args.process_index, self.args.world_size
 
     def agreed(self, value: Any) -> Any:
         """The first process's value, in all processes."""
@@ -142,26 +154,39 @@ class ResumableTrainer(Trainer):
             Stopped: a signal asked for it; the batches that had begun are finished.
         """
         done = finished.load(rows) if finished and self.is_world_process_zero() else []
-        left = self.agreed(batches_left(len(rows), batch_size, done))
+        left = batches_left(len(rows), batch_size, done)
         for part in done:
             self.progress.sampled(len(part.rows))
             self.progress.scored(part.rewards)
         if finished and not left:
             ask_again(done, score, self.args.max_unscored_share, finished.keep)
-        done += side_by_side(
-            sample,
-            lambda batch, completions: score(rows[batch], completions),
-            rows,
-            left[self.args.process_index :: self.args.world_size],
-            self.scorer.stop,
-            finished.keep if finished else None,
-            lambda: self.interrupts.asked is not None,
-        )
-        if self.args.world_size > 1:
-            done = gather_object(done)
+        keep = finished.keep if finished and self.is_world_process_zero() else None
+        asked = self.interrupts.pending
+
+        def scored(batch: slice, completions: list[list[int]]) -> Scores:
+            return score(rows[batch], completions)
+
+        if self.args.world_size == 1:
+            done += side_by_side(sample, scored, rows, left, self.scorer.stop, keep, asked)
+        else:
+            done, left = self.agreed((done, left))
+            along = sample if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
+            rounds = processes.Rounds(left, *self._process, scored, keep, asked, along)
+            done += rounds.side_by_side(sample, rows, self.scorer.stop)
         if self.agree_to_stop():
             self.stop()
         return Rollout.join(done)
+
+    def recalled(self, directory: Path, iteration: int) -> dict[str, Any] | None:
+        """`DataPool.recall` in all processes.
+
+        Raises:
+            UserError: they have not all read the same.
+        """
+        figures = self.pool.recall(directory, iteration)
+        if self.args.world_size > 1:
+            processes.same_pool(self.pool, directory)
+        return figures
 
     # Saving.
 
@@ -216,19 +241,20 @@ class ResumableTrainer(Trainer):
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # They have formats of their own, sharded.
+        if self.is_deepspeed_enabled:  # It has formats of its own, sharded.
             return super()._save_optimizer_and_scheduler(output_dir)
+        state = self.optimizer_state()
         if self.args.should_save:
-            save_state(states_path(output_dir, "optimizer"), self.optimizer.state_dict())
+            save_state(states_path(output_dir, "optimizer"), state)
             save_state(states_path(output_dir, "scheduler"), self.lr_scheduler.state_dict())
         return None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            checkpoints.load_optimizer(self.optimizer, self.lr_scheduler, checkpoint, keep_options=self._branches)
-        return None
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            self.load_optimizer_state(lambda: checkpoints.read_optimizer(self.optimizer, checkpoint, self._branches))
+            checkpoints.load_schedule(self.optimizer, self.lr_scheduler, checkpoint, self._branches)
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -253,19 +279,13 @@ class ResumableTrainer(Trainer):
             "due": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
             "metrics_bytes": self.metrics_file.size,
         }
-        save_state(states_path(output_dir, f"process-{self.args.process_index}"), state)
+        for number, each in enumerate(gather_object([state])):
+            if self.args.should_save:
+                save_state(states_path(output_dir, f"process-{number}"), each)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if "random" in self._resumed:
             checkpoints.set_random_states(self._resumed["random"])
-
-    def _own_state(self, checkpoint: Path) -> dict[str, Any]:
-        """The state of this process; where there were fewer, that of the first, whose sums stay with the first."""
-        path = states_path(checkpoint, f"process-{self.args.process_index}")
-        if path.exists():
-            return load_state(path)
-        state = load_state(states_path(checkpoint, "process-0"))
-        return {name: value for name, value in state.items() if name not in ("random", "loss", "learned")}
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As `Trainer`'s; that tied weights are in a file once is no news."""
@@ -286,7 +306,11 @@ class ResumableTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s, without removing the last checkpoint: final/ is not yet on the disk."""
+        """As `Trainer`'s, without removing the last checkpoint: final/ is not yet on the disk.
+
+        The losses since the last log are those of all processes, as they are in every log.
+        """
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")  # type: ignore[has-type]
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -347,10 +371,9 @@ class Resumption(TrainerCallback):
             trainer._rotate(f"checkpoint-{state.global_step}")
         trainer._load_rng_state(None)
         args.eval_on_start = False  # It has been.
-        if "loss" in found:
-            loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = found["loss"]
-            trainer._tr_loss += loss
-            trainer._learned.state = found["learned"]
+        loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = found["loss"]
+        trainer._tr_loss += loss
+        trainer._learned.state = found["learned"]
         trainer.coefs = replace(trainer.coefs, kl_coef=found["coefs"][0], entropy_coef=found["coefs"][1])
         trainer.health.state = found["health"]
         control.should_training_stop = found["stopped"]

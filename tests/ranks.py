@@ -1,0 +1,123 @@
+"""Runs of several processes, started by torchrun as a user starts them; and the script that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
+from tiny import tiny_model
+
+TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
+STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout depends on who computes what.
+
+
+@dataclass
+class Ended:
+    """What a job ended with: its exit code, what it printed, how long it took."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+def environment() -> dict[str, str]:
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
+    """A run of `crashes.RUN` in a directory, by torchrun at a port that is free; one process is one without torchrun.
+
+    Args:
+        directory: the run's.
+        processes: how many.
+        spec: `options`; `model`, fields of its config; `resume`; `trap`, {rank: the arguments of a `crashes.Trap`} for
+            processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each.
+    """
+    began = time.monotonic()
+    if processes == 1:
+        code, said = in_a_process(alone, directory, spec)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        job = subprocess.run(
+            [*launcher, __file__, json.dumps({"directory": str(directory), **spec})],
+            env={**os.environ, **quiet, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        code, said = job.returncode, job.stdout
+    return Ended(code, said, time.monotonic() - began)
+
+
+def alone(directory: Path, spec: dict[str, Any]) -> None:
+    main({"directory": str(directory), **spec})
+
+
+def seen(directory: Path, rank: int = 0) -> dict[str, Any]:
+    """What a process had in memory in the end."""
+    return json.loads(Path(f"{directory}.rank-{rank}.json").read_text(encoding="utf-8"))
+
+
+def scored(directory: Path) -> list[str]:
+    """Completions that were scored, each as often as it was, in a fixed order."""
+    return sorted(Path(f"{directory}.asked").read_text(encoding="utf-8").splitlines())
+
+
+def main(spec: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    directory, rank = Path(spec["directory"]), os.environ.get("RANK", "0")
+    place = directory
+    if spec.get("apart"):
+        home = directory.parent / f"rank-{rank}"
+        home.mkdir()
+        os.chdir(home)
+        place = Path("run")
+
+    scored_here = 0
+
+    def listed(completion_ids):
+        nonlocal scored_here
+        scored_here += len(completion_ids)
+        return reward(completion_ids, asked=f"{directory}.asked")
+
+    def fails(completion_ids):
+        if rank == "1":
+            raise ValueError("the scorer is down")
+        return reward(completion_ids)
+
+    if trap := spec.get("trap", {}).get(rank):
+        Trap(*trap).set()
+    model = tiny_model("gpt2", TOKENIZER, **spec.get("model", {}))
+    scorer = fails if spec.get("fails") else listed
+    options = {**spec.get("options", {}), "disable_tqdm": True}
+    trainer = trainer_of(place, model=model, scorer=scorer, **options)
+    trainer.train(resume_from_checkpoint=spec.get("resume", False))
+    trainer.save_final()
+    pool = trainer.pool
+    facts = {
+        "rewards": pool.rewards.tolist(),
+        "quantiles": pool.quantiles.tolist(),
+        "completions": [sample.completion_ids.tolist() for sample in pool],
+        "drawn": trainer.drawn.tolist(),
+        "scored": scored_here,
+        "logs": trainer.state.log_history,
+        "layers": [
+            type(next(model.transformer.h.parameters())).__name__ for model in (trainer.model, trainer.ref_model)
+        ],
+    }
+    Path(f"{directory}.rank-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
