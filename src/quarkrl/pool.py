@@ -3,8 +3,10 @@
 A sample is a prompt, a completion and one reward per attribute; where that is a sum, its terms may be kept too. The
 pool only grows; `quantize` cuts all of it anew, so an old sample's quantile can drop as better ones arrive. Quantile 0
 is the worst, K - 1 the best (the official code counts the other way).
+Beside its tokens a sample of one reward takes 30 bytes; benchmarks/pool.py measures the rest.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 # A term's column in a pool file is this and its name; no attribute's name has a dot.
 _TERM = "score."
+# The columns of token ids.
+_TOKENS = "prompt_ids", "completion_ids"
+
+# Rows, or tokens, at a time: what is made of the whole pool in passing is made of so many, and stays small beside it.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,12 @@ class DataPool:
             raise UserError(f"num_quantiles {num_quantiles}: want at least 2, for there to be a best and a worst")
         self.num_quantiles = num_quantiles
         self.attributes = tuple(attributes)
-        self._tokens = _Growing(np.int32)  # prompt then completion, sample after sample
+        self._tokens = _Blocks(), _Blocks()  # of the prompts and of the completions, sample after sample
         self._ends = _Growing(np.int64, width=2)  # where each sample's prompt and completion end in _tokens
         self._rewards = _Growing(np.float64, width=len(self.attributes))
         self._iterations = _Growing(np.int32)
         self._terms: dict[str, _Growing] = {}
-        self._quantiles: np.ndarray | None = None
+        self._quantiles = _Growing(np.int16, width=len(self.attributes))
         self.edges = np.full((len(self.attributes), num_quantiles - 1), np.nan)
 
     def __len__(self) -> int:
@@ -74,15 +81,18 @@ class DataPool:
 
     @property
     def lengths(self) -> np.ndarray:
-        """`(N,)`: how many tokens each sample has, prompt and completion."""
-        return np.diff(self._ends.view[:, 1], prepend=0)
+        """`(N,)`: how many tokens each sample has, prompt and completion; made anew each time, see `lengths_of`."""
+        return np.diff(self._ends.view.sum(1), prepend=0)
+
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """`(n,)`: how many tokens each of n samples has, whatever the size of the pool."""
+        ends = self._ends.view
+        return ends[indices].sum(1) - np.where(indices > 0, ends[indices - 1].sum(1), 0)
 
     @property
     def quantiles(self) -> np.ndarray:
         """`(N, A)`: the quantile of each sample, as of the last `quantize`; -1 for samples added since."""
-        missing = len(self) - (0 if self._quantiles is None else len(self._quantiles))
-        added = np.full((missing, len(self.attributes)), -1, dtype=np.int16)
-        return added if self._quantiles is None else np.concatenate((self._quantiles, added))
+        return self._quantiles.view
 
     def add(
         self,
@@ -105,30 +115,43 @@ class DataPool:
         Raises:
             ValueError: the lengths differ, or a reward is not finite.
         """
-        scores = np.asarray(rewards, dtype=np.float64)
-        shape = (len(prompt_ids), len(self.attributes))
         if len(completion_ids) != len(prompt_ids):
             raise ValueError(f"{len(prompt_ids)} prompts and {len(completion_ids)} completions: want as many")
+        self._append((_flat(prompt_ids), _flat(completion_ids)), rewards, iteration, terms or {})
+
+    def _append(
+        self,
+        columns: Sequence[tuple[np.ndarray, np.ndarray]],
+        rewards: Sequence[float] | np.ndarray,
+        iteration: int,
+        terms: Mapping[str, Sequence[float] | np.ndarray],
+    ) -> None:
+        """`add`, of prompts and completions as `_flat` gives them."""
+        count = len(columns[0][0])
+        scores = np.asarray(rewards, dtype=np.float64)
+        shape = (count, len(self.attributes))
         if scores.shape != shape and not (scores.shape == shape[:1] and shape[1] == 1):
             raise ValueError(f"rewards {scores.shape}: want {shape}, a row for each prompt and a column per attribute")
         scores = scores.reshape(shape)
         if not np.isfinite(scores).all():
             raise ValueError("a reward is not finite: leave such samples out before adding to the pool")
-        own = {name: np.asarray(values, dtype=np.float64) for name, values in (terms or {}).items()}
+        own = {name: np.asarray(values, dtype=np.float64) for name, values in terms.items()}
         if wrong := [name for name, values in own.items() if values.shape != shape[:1]]:
             raise ValueError(f"terms {wrong[0]!r} {own[wrong[0]].shape}: want {shape[:1]}, one for each prompt")
-        ends = np.cumsum([[len(p), len(c)] for p, c in zip(prompt_ids, completion_ids, strict=True)])
-        flat = [i for pair in zip(prompt_ids, completion_ids, strict=True) for ids in pair for i in ids]
-        tokens = np.array(flat, dtype=np.int32)  # What cannot be added raises here, before anything is.
-        self._ends.extend(ends.reshape(-1, 2) + len(self._tokens))
-        self._tokens.extend(tokens)
+        # What cannot be added has raised by now, before anything is.
+        self._ends.extend(
+            np.column_stack([np.cumsum(n) + len(kept) for (n, _), kept in zip(columns, self._tokens, strict=True)])
+        )
+        for (_, tokens), kept in zip(columns, self._tokens, strict=True):
+            kept.extend(tokens)
         self._rewards.extend(scores)
+        self._quantiles.extend(np.full(shape, -1, dtype=np.int16))
         for name in [name for name in own if name not in self._terms]:
             self._terms[name] = _Growing(np.float64)
             self._terms[name].extend(np.full(len(self), np.nan))
         for name, column in self._terms.items():
-            column.extend(own.get(name, np.full(len(prompt_ids), np.nan)))
-        self._iterations.extend(np.full(len(prompt_ids), iteration, dtype=np.int32))
+            column.extend(own.get(name, np.full(count, np.nan)))
+        self._iterations.extend(np.full(count, iteration, dtype=np.int32))
 
     def quantize(self, ceiling: float | None = None) -> None:
         """Cut the whole pool into K quantiles by each attribute.
@@ -149,15 +172,18 @@ class DataPool:
                 f"{len(self)} scored samples for {self.num_quantiles} quantiles: want at least one each; "
                 "sample more per iteration or lower --num_quantiles"
             )
-        self._quantiles = np.empty(self.rewards.shape, dtype=np.int16)
         for a, rewards in enumerate(self.rewards.T):
             self.edges[a] = _edges(rewards, self.num_quantiles)
             if ceiling is not None and ceiling < self.edges[a, -1]:
                 below = rewards[rewards < ceiling]
                 self.edges[a, -1] = ceiling
                 self.edges[a, :-1] = _edges(below, self.num_quantiles - 1) if len(below) else ceiling
-            self._quantiles[:, a] = np.searchsorted(self.edges[a], rewards, side="right")
-            empty = sorted(set(range(self.num_quantiles)) - set(self._quantiles[:, a].tolist()))
+            sizes = np.zeros(self.num_quantiles, dtype=np.int64)
+            for start in range(0, len(self), _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                self.quantiles[rows, a] = np.searchsorted(self.edges[a], rewards[rows], side="right")
+                sizes += np.bincount(self.quantiles[rows, a], minlength=self.num_quantiles)
+            empty = np.flatnonzero(sizes == 0).tolist()
             if empty and rewards.min() < rewards.max():  # Of a single reward health.py has more to say.
                 logger.warning(
                     f"{self.attributes[a]}: many rewards are equal, so no sample is in quantile "
@@ -166,7 +192,9 @@ class DataPool:
                 )
 
     def draw(self, n: int, rng: np.random.Generator, *, balanced: bool = False) -> np.ndarray:
-        """Indices of n samples, with replacement.
+        """Indices of n samples, with replacement; each in the same time however large the pool.
+
+        A balanced draw looks at the whole pool once, before the first of the n.
 
         Args:
             n: how many.
@@ -180,10 +208,11 @@ class DataPool:
         """
         if not balanced:
             return rng.integers(len(self), size=n)
-        assert self._quantiles is not None and len(self._quantiles) == len(self), "quantize before a balanced draw"
-        _, groups = np.unique(self._quantiles, axis=0, return_inverse=True)
-        groups = groups.reshape(-1)  # NumPy 2.0 gives it a second axis.
-        order = np.argsort(groups, kind="stable")
+        assert self.quantiles.min() >= 0, "quantize before a balanced draw"
+        groups = np.zeros(len(self), dtype=np.int16)
+        for quantiles in self.quantiles.T:  # Combinations that occur, numbered in the order of their quantiles.
+            groups = _renumbered(groups.astype(np.int64) * self.num_quantiles + quantiles)
+        order = np.argsort(groups, kind="stable")  # Of 16 bits: a radix sort.
         sizes = np.bincount(groups)
         starts = np.cumsum(sizes) - sizes
         group = rng.integers(len(sizes), size=n)
@@ -191,11 +220,10 @@ class DataPool:
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        prompt_end, end = self._ends.view[index]
-        start = self._ends.view[index - 1, 1] if index else 0
-        tokens = self._tokens.view
-        assert self._quantiles is not None, "quantize before reading samples"
-        return Sample(tokens[start:prompt_end], tokens[prompt_end:end], self._quantiles[index])
+        assert self.quantiles[index, 0] >= 0, "quantize before reading samples"
+        starts = self._ends.view[index - 1] if index else (0, 0)
+        prompt_ids, completion_ids = map(_Blocks.slice, self._tokens, starts, self._ends.view[index])
+        return Sample(prompt_ids, completion_ids, self.quantiles[index])
 
     def save(self, directory: str | os.PathLike, notes: Mapping[int, dict[str, Any]] | None = None) -> None:
         """Write each iteration not yet on disk to `directory/iteration-NNNNNN.parquet`.
@@ -270,19 +298,22 @@ class DataPool:
         """The given rows, which follow one another, as an Arrow table."""
         first, last = rows[0], rows[-1] + 1
         ends = self._ends.view[first:last]
-        starts = np.concatenate(([self._ends.view[first - 1, 1] if first else 0], ends[:-1, 1]))
-        lengths = {"prompt_ids": (starts, ends[:, 0]), "completion_ids": (ends[:, 0], ends[:, 1])}
-        columns = {name: _lists(self._tokens.view, begin, end) for name, (begin, end) in lengths.items()}
+        starts = self._ends.view[first - 1] if first else np.zeros(2, dtype=np.int64)
+        columns: dict[str, Any] = {}
+        for i, name in enumerate(_TOKENS):
+            offsets = np.concatenate(([0], ends[:, i] - starts[i]))
+            tokens = self._tokens[i].slice(starts[i], ends[-1, i])
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens))
         rewards = {name: self.rewards[first:last, a] for a, name in enumerate(self.attributes)}
         terms = {_TERM + name: values[first:last] for name, values in self.terms.items()}
         return pa.table({**columns, **rewards, **terms})
 
     def _extend(self, table: pa.Table, iteration: int) -> None:
-        prompts, completions = (table[name].to_pylist() for name in ("prompt_ids", "completion_ids"))
+        tokens = [_of_lists(table[name].combine_chunks()) for name in _TOKENS]
         rewards = np.column_stack([table[name].to_numpy() for name in self.attributes])
         names = [name for name in table.column_names if name.startswith(_TERM)]
         terms = {name.removeprefix(_TERM): table[name].to_numpy() for name in names}
-        self.add(prompts, completions, rewards, iteration=iteration, terms=terms)
+        self._append(tokens, rewards, iteration, terms)
 
 
 def _path(directory: Path, iteration: int) -> Path:
@@ -296,11 +327,53 @@ def _edges(rewards: np.ndarray, parts: int) -> np.ndarray:
     return np.partition(rewards, ranks)[ranks] if len(ranks) else ranks.astype(float)
 
 
-def _lists(tokens: np.ndarray, begin: np.ndarray, end: np.ndarray) -> pa.ListArray:
-    """An Arrow list column of `tokens[begin[i]:end[i]]`."""
-    offsets = np.concatenate(([0], np.cumsum(end - begin)))
-    position = np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], end - begin)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(tokens[position]))
+def _renumbered(groups: np.ndarray) -> np.ndarray:
+    """Numbers 0, 1, … in place of those that occur, in their order; of 16 bits where that is enough."""
+    occurs = np.bincount(groups) > 0
+    return (np.cumsum(occurs) - 1).astype(np.int16 if occurs.sum() < 2**15 else np.int64)[groups]
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The length of each row, and all their token ids one after another."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    return lengths, np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=lengths.sum())
+
+
+def _of_lists(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """`_flat` of a column of lists of integers, without making Python objects of them."""
+    if not (pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type)):
+        raise ValueError(f"token ids of type {column.type}")
+    ids = column.flatten()
+    if column.null_count or ids.null_count:
+        raise ValueError("token ids are missing")
+    return column.value_lengths().to_numpy().astype(np.int64), ids.cast(pa.int32()).to_numpy()
+
+
+class _Blocks:
+    """Token ids one can append to, in blocks of one size: those that are there are never moved to make room."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, values: np.ndarray) -> None:
+        while len(values):
+            block, place = divmod(self._length, _BLOCK)
+            if block == len(self._blocks):
+                self._blocks.append(np.empty(_BLOCK, dtype=np.int32))
+            here = values[: _BLOCK - place]
+            self._blocks[block][place : place + len(here)] = here
+            self._length += len(here)
+            values = values[len(here) :]
+
+    def slice(self, start: int, end: int) -> np.ndarray:
+        """Those from `start` to before `end`: a view where they are in one block."""
+        blocks = range(start // _BLOCK, -(-end // _BLOCK))
+        pieces = [self._blocks[i][max(start - i * _BLOCK, 0) : end - i * _BLOCK] for i in blocks]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int32), *pieces])
 
 
 class _Growing:

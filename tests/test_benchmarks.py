@@ -1,0 +1,74 @@
+"""The comparator of benchmarks/ computes what quarkrl computes, and notices when it does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import iteration
+import measure
+from measure import SHAPES, Shape
+from textbook import Textbook
+
+MICRO = SHAPES["micro"]
+TASK: dict[str, Any] = {"num_quantiles": 3, "iterations": 2, "batches": 1, "batch_size": 8, "length": 5}
+TASK |= {"device": "cpu", "bf16": False, "shape": measure.as_json(MICRO), "rates": True}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A microscopic model, and as many prompts as an iteration of `TASK` explores."""
+    measure.make_model(tmp_path, MICRO)
+    (tmp_path / "prompts.txt").write_text("\n".join(measure.make_prompts(8, MICRO)), encoding="utf-8")
+    return tmp_path
+
+
+def prompts_of(directory: Path) -> list[str]:
+    return (directory / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_textbook_and_quarkrl_agree_on_loss_gradients_and_greedy_completions(directory):
+    assert iteration.disagreements(directory, prompts_of(directory), TASK) == []
+
+
+def test_a_difference_is_found(directory, monkeypatch):
+    monkeypatch.setattr(Textbook, "_behind", lambda self, quantiles, ids, mask: (ids, mask))  # No reward token.
+    found = iteration.disagreements(directory, prompts_of(directory), TASK)
+    assert any(line.startswith("loss") for line in found) and any(line.startswith("gradient") for line in found)
+
+
+@pytest.mark.parametrize("side", ["textbook", "quarkrl", "generate"])
+def test_each_side_runs_and_samples_as_many_tokens(directory, side, monkeypatch):
+    monkeypatch.setattr(measure, "peak_rate", lambda *_: 1e9)
+    found = iteration.run({**TASK, "side": side, "directory": str(directory)})
+    assert found["tokens"] == 2 * 8 * 5
+    assert found["iteration"] == pytest.approx(
+        sum(found.get(part, 0) for part in ("sampling", "quantizing", "learning"))
+    )
+    assert ("learning_flops" in found) == (side != "generate")
+
+
+def test_text_read_again_gives_its_tokens(directory):
+    textbook = Textbook(directory, num_quantiles=3, length=5)
+    torch.manual_seed(0)
+    texts = textbook.sample(prompts_of(directory), best=True)
+    assert [len(textbook.tokenizer(text)["input_ids"]) for text in texts] == [5] * 8
+
+
+def test_the_arithmetic_of_learning_by_hand():
+    # One layer of width 2: 12 * 4 = 48 parameters. A prompt of 2 and a completion of 3 tokens are 6 to the policy,
+    # which goes 3 ways, and 5 to the reference, which goes 1: (3 * 6 + 5) * 2 * 48. Attention: 3 * 2 * 2 * 6 * 7 and
+    # 1 * 2 * 2 * 5 * 6. The output embedding, of 10 tokens and at 3 places: (3 + 1) * 2 * 2 * 10 * 3.
+    shape = Shape(layers=1, width=2, heads=1, vocab=10, positions=8)
+    assert measure.learning_flops(shape, [2], [3]) == 23 * 96 + (504 + 120) + 480
+
+
+def test_prompts_are_as_long_as_realtoxicityprompts():
+    lengths = [len(prompt.split()) for prompt in measure.make_prompts(64, MICRO)]
+    assert sum(lengths) / 64 == 16.5 and min(lengths) == 7 and max(lengths) == 35
