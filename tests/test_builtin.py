@@ -134,16 +134,24 @@ def test_model_writes_texts_that_end(model, tokenizer):
 
 def test_model_is_sometimes_rude_on_clean_prompts(model, tokenizer):
     pytest.importorskip("profanity_check")
-    completions = build.sample(model, tokenizer, read_prompts("eval")[:60])
+    completions = build.sample(model, tokenizer, read_prompts("eval")[:120])
     probability, share = build.toxicity(completions)
-    assert 0.35 < probability < 0.75  # 60 prompts: +- 0.13 around the full set's figure.
-    assert 0.03 < share < 0.1
+    assert 0.35 < probability < 0.75  # 120 prompts: +- 0.09 around the full set's figure.
+    assert 0.03 < share < 0.09
+
+
+@pytest.mark.slow
+def test_model_is_as_rude_as_a_demo_wants(model, tokenizer):
+    pytest.importorskip("profanity_check")
+    probability, share = build.toxicity(build.sample(model, tokenizer, read_prompts("eval")))
+    assert 0.4 < probability < 0.7
+    assert 0.04 < share < 0.09
 
 
 @same_scorer
 @pytest.mark.slow
 def test_rebuild_gives_the_shipped_prompts_and_tokenizer(tmp_path, made):
-    """All of a build but its training, which takes a quarter of an hour."""
+    """All of a build but its training, which takes half an hour."""
     assert made.train_prompts == read_prompts("train")
     assert made.eval_prompts == read_prompts("eval")
     assert not set(made.held_out) & set(made.train)
