@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is installed is what the constraints file pins; the stamp notices when either file changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test test-all check format benchmarks benchmarks-quick clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,14 @@ check: install  ## what CI runs beside the tests: lint, format, types
 format: install  ## put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+benchmarks: install  ## speed and memory, against the textbook, on an idle machine; into benchmarks/results
+	for name in iteration pool overlap scaling; do \
+		$(BIN)/python benchmarks/$$name.py --output benchmarks/results || exit 1; \
+	done
+
+benchmarks-quick: install  ## the same, small: fails where results are wrong, never where they are slow
+	for name in iteration pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

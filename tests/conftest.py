@@ -19,3 +19,23 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def server():
+    """A server on loopback that scores, judges and misbehaves."""
+    from server import Server
+
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """No keys and no proxy of the machine's, and back-off that starts at 20 ms."""
+    from quarkrl.rewards import http
+
+    for variable in ("PERSPECTIVE_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_model, tiny_tokenizer
+from tiny import make_home, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
@@ -37,36 +37,24 @@ def words(completions, **_):
 def home(tmp_path_factory) -> Path:
     """A directory with a model, prompts, rewards and options."""
     directory = tmp_path_factory.mktemp("home")
-    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "model")
     tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "no_tokenizer")
-    TOKENIZER.save_pretrained(directory / "model")
-    (directory / "prompts.txt").write_text("a b\nc\nd e f\nh g\n", encoding="utf-8")
     (directory / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b c"}\n', encoding="utf-8")
     (directory / "long.txt").write_text("a b\n" + "a " * 200 + "\nc\nd\n", encoding="utf-8")
-    (directory / "rewards.py").write_text(REWARDS, encoding="utf-8")
-    (directory / "run.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "model": str(directory / "model"),
-                "prompts": str(directory / "prompts.txt"),
-                "reward": str(directory / "rewards.py:few_a"),
-                "num_quantiles": 2,
-                "num_iterations": 1,
-                "steps_per_iteration": 2,
-                "per_device_train_batch_size": 4,
-                "max_completion_length": 5,
-                "learning_rate": 1e-3,
-                "lr_scheduler_type": "cosine",
-                "save_strategy": "no",
-                "save_total_limit": None,
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "on_collapse": "warn",  # So short a run may never sample an "a".
-            }
-        ),
-        encoding="utf-8",
+    return make_home(
+        directory,
+        TOKENIZER,
+        ["a b", "c", "d e f", "h g"],
+        REWARDS,
+        reward=str(directory / "rewards.py:few_a"),
+        num_iterations=1,
+        steps_per_iteration=2,
+        max_completion_length=5,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        save_total_limit=None,
+        on_collapse="warn",  # So short a run may never sample an "a".
     )
-    return directory
 
 
 @pytest.fixture(scope="module")

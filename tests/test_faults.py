@@ -14,9 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import yaml
 from server import Server
-from tiny import tiny_model, tiny_tokenizer
+from tiny import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl.cli import main
@@ -27,12 +26,6 @@ from quarkrl.rewards import scorer as scorer_module
 PROMPTS, TEXTS, IDS = ["p"] * 3, ["a", "bb", ""], [[1], [2, 2], [3]]
 # Words that the server makes scores of; byte-level text would be mostly blank or broken.
 WORDS = [*map(str, range(10, 60))]
-
-
-@pytest.fixture
-def server():
-    with Server() as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -177,27 +170,16 @@ def leaves(completions):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A model, prompts, rewards and the options of a short run."""
-    directory = tmp_path_factory.mktemp("faults")
-    tokenizer = tiny_tokenizer(words=WORDS)
-    tiny_model("gpt2", tokenizer).save_pretrained(directory / "model")
-    tokenizer.save_pretrained(directory / "model")
-    (directory / "prompts.txt").write_text("\n".join(f"{a} {b}" for a, b in pairwise(WORDS)), encoding="utf-8")
-    (directory / "hanging.py").write_text(HANGING, encoding="utf-8")
-    options = {
-        "model": str(directory / "model"),
-        "prompts": str(directory / "prompts.txt"),
-        "num_quantiles": 2,
-        "num_iterations": 2,
-        "steps_per_iteration": 2,
-        "prompts_per_iteration": 24,
-        "generation_batch_size": 8,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 3,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    (directory / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
-    return directory
+    return make_home(
+        tmp_path_factory.mktemp("faults"),
+        tiny_tokenizer(words=WORDS),
+        [f"{a} {b}" for a, b in pairwise(WORDS)],
+        HANGING,
+        steps_per_iteration=2,
+        prompts_per_iteration=24,
+        generation_batch_size=8,
+        max_completion_length=3,
+    )
 
 
 def process(home: Path, *arguments: str | Path, **options) -> subprocess.Popen:
@@ -207,13 +189,13 @@ def process(home: Path, *arguments: str | Path, **options) -> subprocess.Popen:
 
 
 def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
-    reward = f"{home / 'hanging.py'}:sleeps"
+    reward = f"{home / 'rewards.py'}:sleeps"
     run = process(home, "--reward", reward, "--reward_timeout", "0.3", "--output_dir", tmp_path / "run")
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("error: reward 'sleeps' did not score 8 completions within 0.3 s (")
-    assert line.endswith("hanging.py:5): mend it, or raise --reward_timeout; then resume the run")
+    assert line.endswith("rewards.py:5): mend it, or raise --reward_timeout; then resume the run")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +207,7 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
     ],
 )
 def test_a_run_whose_reward_does_not_answer_ends_with_one_line(name, message, home, tmp_path, capsys):
-    reward = ("--reward", f"{home / 'hanging.py'}:{name}", "--reward_timeout", "0.3")
+    reward = ("--reward", f"{home / 'rewards.py'}:{name}", "--reward_timeout", "0.3")
     assert main(["train", "--config", str(home / "run.yaml"), *reward, "--output_dir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import SMALL_RUN, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
@@ -44,21 +44,7 @@ class At(TrainerCallback):
 
 def trainer_of(directory: Path, *callbacks: TrainerCallback, reward=distinct, model=None, **options) -> QuarkTrainer:
     """Of 2 iterations of 3 steps of 8 samples. `callbacks` come before what watches the run, as a bad step does."""
-    small = {
-        "num_quantiles": 2,
-        "num_iterations": 2,
-        "steps_per_iteration": 3,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 6,
-        "min_completion_length": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": [],
-    }
-    config = QuarkConfig(output_dir=str(directory), **{**small, **options})
+    config = QuarkConfig(output_dir=str(directory), **{**SMALL_RUN, **options})
     model = tiny_model("gpt2", TOKENIZER, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0) if model is None else model
     return QuarkTrainer(model, reward, config, PROMPTS, processing_class=TOKENIZER, callbacks=[*callbacks])
 

@@ -1,7 +1,7 @@
 """A reward's spec with options, `NAME?option=value&option=value`: what it makes, and what it says to mistakes."""
 
 import pytest
-from test_rewards import error_of, make_bert
+from scoring import error_of, make_bert
 
 from quarkrl.rewards import Perspective, Scorer, resolve
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from server import Server
-from tiny import tiny_model, tiny_tokenizer
+from tiny import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl import QuarkGenerator
@@ -23,6 +22,7 @@ from quarkrl.loading import load_model
 WORDS = [*map(str, range(10, 40))]
 TOKENIZER = tiny_tokenizer(words=WORDS)
 PERSPECTIVE_KEY, OPENAI_KEY, HUB_TOKEN = "planted-Perspective-8f3a", "planted-OpenAI-77d1", "hf_plantedHub51c0"
+PICKLES = ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 REWARD = "def total(completions):\n    return [sum(map(int, text.split())) for text in completions]\n"
 
 
@@ -56,23 +56,7 @@ def mark(tmp_path) -> Path:
 def base(tmp_path_factory) -> Path:
     """A directory with a model, prompts and a reward."""
     directory = tmp_path_factory.mktemp("security")
-    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "model")
-    TOKENIZER.save_pretrained(directory / "model")
-    (directory / "prompts.txt").write_text("\n".join(WORDS[:8]), encoding="utf-8")
-    (directory / "reward.py").write_text(REWARD, encoding="utf-8")
-    options = {
-        "model": str(directory / "model"),
-        "prompts": str(directory / "prompts.txt"),
-        "reward": f"{directory / 'reward.py'}:total",
-        "num_quantiles": 2,
-        "num_iterations": 2,
-        "steps_per_iteration": 1,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 4,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    (directory / "run.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    make_home(directory, TOKENIZER, WORDS[:8], REWARD, reward=f"{directory / 'rewards.py'}:total")
     assert main(["train", "--config", str(directory / "run.yaml"), "--output_dir", str(directory / "run")]) == 0
     return directory
 
@@ -84,9 +68,14 @@ def home(base, tmp_path) -> Path:
     return tmp_path / "home"
 
 
+def go_on(home: Path, *options: str) -> int:
+    """Resume the home's run; gives the exit code."""
+    return main(["train", "--config", str(home / "run.yaml"), "--output_dir", str(home / "run"), "--resume", *options])
+
+
 def all_commands(home: Path, model: Path, *options: str) -> dict[str, int]:
     """The exit code of each command that reads a model, given this one."""
-    reward = ["--reward", f"{home / 'reward.py'}:total", "--prompts", str(home / "prompts.txt")]
+    reward = ["--reward", f"{home / 'rewards.py'}:total", "--prompts", str(home / "prompts.txt")]
     short = ["--samples", "2", "--max_new_tokens", "3", "--resamples", "10"]
     plain = str(home / "model")
     train = ["train", "--config", str(home / "run.yaml"), "--output_dir", str(home / "new"), *options]
@@ -130,7 +119,7 @@ def test_weights_that_are_pickled_are_refused_by_every_command(home, mark, name,
     (model / name).write_bytes(pickle.dumps(Evil(mark)))
     other = home / "run" / "final"
     for command in (["generate", str(model)], ["evaluate", str(other), "--reference", str(model)]):
-        reward = ["--reward", f"{home / 'reward.py'}:total"] if command[0] == "evaluate" else []
+        reward = ["--reward", f"{home / 'rewards.py'}:total"] if command[0] == "evaluate" else []
         assert main([*command, "--prompts", str(home / "prompts.txt"), *reward]) == 2
         assert f"its weights are pickled ({name})" in capsys.readouterr().err
     train = ["train", "--config", str(home / "run.yaml"), "--model", str(model), "--output_dir", str(home / "new")]
@@ -143,7 +132,7 @@ def test_weights_that_are_pickled_are_refused_by_every_command(home, mark, name,
 
 def test_pickles_beside_the_weights_are_not_read(home, mark):
     model = home / "model"
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in PICKLES:
         (model / name).write_bytes(pickle.dumps(Evil(mark)))
     found = all_commands(home, model)
     assert found == dict.fromkeys(found, 0) | {"score": 2}  # It is no classifier.
@@ -154,25 +143,9 @@ def test_no_checkpoint_holds_a_pickle_and_none_is_read_from_one(home, mark, caps
     checkpoint = max((home / "run").glob("checkpoint-*"))
     opened = [path for path in (home / "run").rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".pickle")]
     assert opened == []
-    for name in (
-        "pytorch_model.bin",
-        "training_args.bin",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "scaler.pt",
-    ):
+    for name in (*PICKLES, "scaler.pt"):
         (checkpoint / name).write_bytes(pickle.dumps(Evil(mark)))
-    arguments = [
-        "train",
-        "--config",
-        str(home / "run.yaml"),
-        "--output_dir",
-        str(home / "run"),
-        "--num_iterations",
-        "3",
-    ]
-    assert main([*arguments, "--resume"]) == 0, capsys.readouterr().err
+    assert go_on(home, "--num_iterations", "3") == 0, capsys.readouterr().err
     assert not mark.exists()
 
 
@@ -256,7 +229,7 @@ def test_what_a_model_says_of_its_rewards_and_options_is_not_carried_out(home, m
     for name in ("config.yaml", "run.yaml"):
         (final / name).write_text("reward: evil.py:reward\ntrust_remote_code: true\n")
     assert main(["generate", str(final), "--prompt", "10"]) == 0
-    reward = ["--reward", "reward.py:total", "--samples", "2", "--resamples", "10"]
+    reward = ["--reward", "rewards.py:total", "--samples", "2", "--resamples", "10"]
     assert main(["evaluate", str(final), "--prompts", "prompts.txt", *reward]) == 0
     assert not mark.exists() and not (home.parent / "elsewhere").exists()
 
@@ -351,16 +324,7 @@ def test_what_a_checkpoint_says_leads_nowhere_else(home, capsys):
     outside.mkdir()
     (outside / "precious").write_text("kept")
     os.symlink(outside, home / "run" / "checkpoint-1000000")
-    arguments = [
-        "train",
-        "--config",
-        str(home / "run.yaml"),
-        "--output_dir",
-        str(home / "run"),
-        "--num_iterations",
-        "4",
-    ]
-    main([*arguments, "--resume", "--save_total_limit", "1"])
+    go_on(home, "--num_iterations", "4", "--save_total_limit", "1")
     assert (outside / "precious").read_text() == "kept"
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -46,6 +47,22 @@ _CONFIGS: dict[str, dict] = {
     | {"word_embed_proj_dim": 16, "init_std": 0.2},
 }
 ARCHITECTURES = tuple(_CONFIGS)
+
+# Options of a run that takes a second: 2 iterations of 3 steps of 8 samples.
+SMALL_RUN = {
+    "num_quantiles": 2,
+    "num_iterations": 2,
+    "steps_per_iteration": 3,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 6,
+    "min_completion_length": 1,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": [],
+}
 
 
 def tiny_tokenizer(
@@ -123,3 +140,42 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(made).eval()
+
+
+def make_home(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    rewards: str = "",
+    model: PreTrainedModel | None = None,
+    /,
+    **options,
+) -> Path:
+    """What a command works with, in a directory: `model`, `prompts.txt`, `rewards.py`, and `run.yaml` of a short run.
+
+    Args:
+        directory: where to; it is there.
+        tokenizer: goes with the model.
+        prompts: one a line.
+        rewards: the Python of `rewards.py`.
+        model: a tiny GPT-2 by default.
+        options: more of `run.yaml`, or others.
+    """
+    (model or tiny_model("gpt2", tokenizer)).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    (directory / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    (directory / "rewards.py").write_text(rewards, encoding="utf-8")
+    given = {
+        "model": str(directory / "model"),
+        "prompts": str(directory / "prompts.txt"),
+        "num_quantiles": 2,
+        "num_iterations": 2,
+        "steps_per_iteration": 1,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **options,
+    }
+    (directory / "run.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    return directory

@@ -103,7 +103,9 @@ class QuarkConfig(TrainingArguments):
         default="worst",
         metadata={"help": "What guidance goes away from: worst, another quantile's number, or reference."},
     )
-    generation_batch_size: int = field(default=128, metadata={"help": "Completions sampled at a time."})
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions sampled at a time; None: up to 128, or 512 on a GPU, as they fit."}
+    )
     max_unscored_share: float = field(
         default=0.5,
         metadata={"help": "Stop when a larger share of an exploration's rewards are None or not finite."},

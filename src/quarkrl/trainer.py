@@ -38,14 +38,16 @@ from quarkrl.conditioning import Conditioning
 from quarkrl.config import QuarkConfig
 from quarkrl.disk import staged
 from quarkrl.errors import UserError
-from quarkrl.export import model_identity, save_steered
+from quarkrl.export import facts_of, model_identity, save_steered
+from quarkrl.fitting import Forecast
 from quarkrl.generation import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.guards import facts_of, held_out_metrics
+from quarkrl.guards import held_out_metrics
 from quarkrl.health import Health
 from quarkrl.loading import context_length, eos_ids, load_model, load_tokenizer
-from quarkrl.loss import Coefficients, completion_logits, quark_loss
+from quarkrl.loss import Coefficients, quark_loss
 from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
+from quarkrl.projection import completion_projection
 from quarkrl.prompts import Prompts, load_prompts
 from quarkrl.resuming import ResumableTrainer, Resumption
 from quarkrl.rewards import Scorer, Scores
@@ -129,9 +131,10 @@ class QuarkTrainer(ResumableTrainer):
         self.coefs = Coefficients.of(args)
         self._learned = LossMeans()
         self.health = Health(self)
-        self.progress = Progress(enabled=not args.disable_tqdm)
+        self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        keepers = _Iterations(self), Resumption(self), self.metrics_file, self.progress
+        self.forecast = Forecast(self, model)
+        keepers = _Iterations(self), Resumption(self), self.forecast, self.metrics_file, self.progress
 
         super().__init__(
             model=model,
@@ -149,7 +152,7 @@ class QuarkTrainer(ResumableTrainer):
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
         if self.ref_model is not None:
-            self.ref_model.requires_grad_(False).eval().to(self.args.device)
+            self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; `ResumableTrainer.train` says what it adds."""
@@ -170,12 +173,12 @@ class QuarkTrainer(ResumableTrainer):
         """
         args, each = self.args, self.args.samples_per_prompt
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
-        figures, seconds = self.pool.recall(self.pool_directory, iteration), {}
+        figures, seconds = self.recalled(self.pool_directory, iteration), {}
         if figures is None:
             rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = Sampling.exploring(args)
-                found = self.rollout(self.prompts, rows, sampling, iteration, args.generation_batch_size, finished)
+                found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
                 [self.prompts.ids[found.rows[i]] for i in scored],
@@ -260,7 +263,7 @@ class QuarkTrainer(ResumableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.drawn = bucketed(drawn, self.pool.lengths[drawn], args.draws_per_step, rng)
+        self.drawn = bucketed(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
 
     # Learn.
 
@@ -290,29 +293,24 @@ class QuarkTrainer(ResumableTrainer):
     ) -> Any:
         """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         labels = inputs["labels"]
-        policy_logits = completion_logits(model, inputs["input_ids"], inputs["attention_mask"], labels)
-        ref_logits = None
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        ref = None
         if self.args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref_logits = completion_logits(reference, *(inputs[name] for name in names))
-            ref_logits = ref_logits[:, : self.conditioning.vocab_size]
-        loss = quark_loss(
-            policy_logits,
-            ref_logits,
-            labels[labels != -100],
-            kl_coef=self.coefs.kl_coef,
-            entropy_coef=self.coefs.entropy_coef,
-            kl_direction=self.args.kl_direction,
-        )
-        tokens = policy_logits.shape[0]
+                ref = completion_projection(reference, *(inputs[name] for name in names))
+            ref = ref.of_first(self.conditioning.vocab_size)
+        coefs = {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef}
+        with self.accelerator.autocast():
+            loss = quark_loss(policy, ref, labels[labels != -100], **coefs, kl_direction=self.args.kl_direction)
+        tokens = policy.shape[0]
         if self.model.training:
             self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
         total = loss.total
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * self.args.world_size
-        return (total, {"logits": policy_logits}) if return_outputs else total
+        return (total, {}) if return_outputs else total
 
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
@@ -363,7 +361,7 @@ class QuarkTrainer(ResumableTrainer):
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that is steered by default (`export.save_steered`) to `output_dir/final`; says where."""
         directory = Path(directory or Path(self.args.output_dir) / "final")
-        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
             with staged(directory) as made:

@@ -1,6 +1,5 @@
 """Any Hugging Face sequence classifier as a reward: P(label), 1 - P(label), or a reward model's raw logit."""
 
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from quarkrl.disk import sha256
 from quarkrl.errors import UserError
 from quarkrl.rewards.functions import describe
 
@@ -254,7 +254,7 @@ def _load(path: str, dtype: str, revision: str | None) -> tuple[Any, Any, dict[s
     # Without its files, transformers makes a tokenizer of the special tokens alone, and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"classifier {path!r} has no tokenizer: save it there by tokenizer.save_pretrained(…)")
-    return model, tokenizer, {**source, "sha256": _sha256(folder)}
+    return model, tokenizer, {**source, "sha256": sha256(*sorted(folder.glob("*.safetensors")))}
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
@@ -282,16 +282,6 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
             f"({describe(error.__cause__ or error)})"
         ) from error
     return Path(folder), {"revision": os.path.basename(folder)}
-
-
-def _sha256(path: Path) -> str:
-    """Of the weights: of one file, what `sha256sum model.safetensors` prints."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager
