@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
 from tiny import tiny_model
+
+from quarkrl.processes import gloo_threads, leave
 
 TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout depends on who computes what.
@@ -117,6 +120,34 @@ def main(spec: dict[str, Any]) -> None:
         ],
     }
     Path(f"{directory}.rank-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def leaves(_log: Path) -> None:
+    """`leave` where gloo's threads hardly run, until five times one of them still held a tensor before it.
+
+    A torch whose threads let go before they tell that they are done never does: then 300 rounds have shown it.
+    """
+    core = min(os.sched_getaffinity(0))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    groups, held = [], 0
+    try:
+        for process in (busy.pid, 0):
+            os.sched_setaffinity(process, {core})
+        while held < 5 and len(groups) < 300:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            groups.append(torch.distributed.group.WORLD)  # As sharded weights do.
+            for thread in gloo_threads():
+                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+            tensors = [torch.ones(10)]
+            seen = weakref.ref(tensors[0])
+            torch.distributed.all_reduce(tensors[0])
+            tensors.clear()
+            held += seen() is not None
+            leave()
+            assert seen() is None
+    finally:
+        busy.kill()
+        busy.wait()
 
 
 if __name__ == "__main__":

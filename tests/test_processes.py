@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from crashes import PROMPTS, assert_same_run, files_of, metrics_of
-from ranks import STILL, TWO, Ended, ran, scored, seen
+from crashes import PROMPTS, assert_same_run, files_of, in_a_process, metrics_of
+from ranks import STILL, TWO, Ended, leaves, ran, scored, seen
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,6 +146,12 @@ def test_sigterm_stops_all_after_the_batch_and_the_job_goes_on(tmp_path, two):
             shutil.rmtree(path)
     assert seen(directory)["completions"] == seen(two)["completions"]
     assert (directory / "final/model.safetensors").read_bytes() == (two / "final/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="tells of threads on Linux only")
+def test_no_thread_of_gloo_holds_a_tensor_when_the_interpreter_ends(tmp_path):
+    code, said = in_a_process(leaves, tmp_path / "run")  # It would abort the process, now and then, on a busy machine.
+    assert code == 0, said
 
 
 # Sharded weights

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer
 
+from quarkrl import processes
 from quarkrl.errors import UserError
 
 # The first process has the whole and hands it out.
@@ -75,7 +76,7 @@ class ShardedTrainer(Trainer):
             state.fsdp_plugin = self._fsdp_plugin
             self.is_fsdp_enabled = True
         if self.args.world_size > 1:
-            atexit.register(_leave)
+            atexit.register(processes.leave)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -152,9 +153,3 @@ class ShardedTrainer(Trainer):
     def _bare_optimizer(self) -> Any:
         """Without what accelerate wraps it in."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
-
-
-def _leave() -> None:
-    """Take down gloo's threads: one that is still there when the interpreter ends may abort the process."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
