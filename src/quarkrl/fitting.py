@@ -83,6 +83,9 @@ def remedies(model: Anatomy, load: Load, given: bool) -> list[str]:
     """
     full = model.trained == model.weights
     adapter = model.layers * 8 * (11 * model.width + 3 * model.inner) * model.size  # Of rank 8, on all linear layers.
+    # A tied matrix is put together with the reward tokens' rows, and has its gradient, in every pass.
+    table = model.vocab * model.width * model.size
+    adapted = replace(model, trained=adapter, head=model.head if model.tied else 0, merged=table)
     tried = [
         (
             load.batch > 1,
@@ -90,7 +93,7 @@ def remedies(model: Anatomy, load: Load, given: bool) -> list[str]:
             (model, replace(load, batch=max(load.batch // 4, 1), accumulates=True)),
         ),
         (not load.checkpointed, "gradient_checkpointing", (model, replace(load, checkpointed=True))),
-        (full, "lora_rank 8", (replace(model, trained=adapter, head=0), replace(load, reference=0))),
+        (full, "lora_rank 8", (adapted, replace(load, reference=0))),
         (load.reference > 0, "kl_coef 0", (model, replace(load, reference=0, kl=False))),
         (given, f"generation_batch_size {load.explored // 4}", (model, replace(load, explored=load.explored // 4))),
     ]

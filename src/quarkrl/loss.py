@@ -30,6 +30,11 @@ KLDirection = Literal["policy_ref", "ref_policy"]
 _NUMBERS_PER_SLICE, _LEAST_ROWS_PER_SLICE = 2**18, 256
 
 
+def rows_per_slice(vocab: int) -> int:
+    """Positions whose logits are made at a time."""
+    return max(_NUMBERS_PER_SLICE // vocab, _LEAST_ROWS_PER_SLICE)
+
+
 class QuarkLoss(NamedTuple):
     """The objective and its parts, each a scalar: the mean over T completion tokens, in nats."""
 
@@ -144,7 +149,7 @@ class _QuarkLossFunction(torch.autograd.Function):
         ]
         sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needs_grad = any(ctx.needs_input_grad)
-        step = max(_NUMBERS_PER_SLICE // vocab, _LEAST_ROWS_PER_SLICE)
+        step = rows_per_slice(vocab)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, tokens, step):
                 rows = slice(start, start + step)

@@ -1,10 +1,10 @@
 """How much memory a run takes, estimated before it begins.
 
 Two peaks count: while exploring, the cache of keys and values and the logits of a batch; while learning, what a forward
-pass keeps for its backward pass, and logits, or all gradients at once if those are more. The formulas count floats that
-autograd keeps, per token and layer; tests/test_memory.py holds them against measured peaks. Not counted: the
-interpreter and its libraries (about half a GB of main memory), a classifier that scores, experts of a mixture, the copy
-into which `save_final` merges an adapter.
+pass keeps for its backward pass and what the loss takes, or all gradients at once if those are more. The formulas count
+floats that autograd keeps, per token and layer, and arrays that the loss makes; tests/test_memory.py holds them against
+measured peaks. Not counted: the interpreter and its libraries (about half a GB of main memory), a classifier that
+scores, experts of a mixture, the copy into which `save_final` merges an adapter.
 """
 
 from collections.abc import Iterable
@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from transformers.activations import NewGELUActivation
 
-# Rows that the loss widens at a time, and how many arrays of so many rows x vocabulary it makes (loss.py).
-_CHUNK_ROWS, _CHUNK_ARRAYS = 128, 5
+from quarkrl.loss import rows_per_slice
+from quarkrl.projection import is_one_product
+
 # Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus.
 _SAMPLING_ARRAYS = {False: 4, True: 6}
-# What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed: 1.3 to 1.7 times as much
-# in tests/test_memory.py, more with gradient checkpointing. On a GPU nothing was measured.
-_CPU_SLACK = 1.4
+# What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed unless they are larger than
+# its DEFAULT_MMAP_THRESHOLD_MAX: 1.1 to 1.6 times as much in tests/test_memory.py, more with gradient checkpointing. On
+# a GPU nothing was measured.
+_CPU_SLACK, _GIVEN_BACK = 1.4, 2**25
 # Arrays that an optimizer keeps of the trained parameters, each as large as they are but where it is of 8 or 4 bits.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
 
@@ -38,7 +40,9 @@ class Anatomy:
         eager: attention keeps its scores.
         dropout, attention_dropout: whether there is any.
         head: bytes of the output matrix if it is learned: its gradient comes while all else is still kept.
-        merged: bytes of embeddings that an adapter writes anew in each pass, for the reward tokens' rows.
+        tied: it is the input matrix, too.
+        reached: the loss makes logits of it a slice at a time; else they are held whole.
+        merged: bytes of the embedding, if an adapter writes it anew in each pass, for the reward tokens' rows.
     """
 
     weights: int
@@ -56,6 +60,8 @@ class Anatomy:
     dropout: bool = False
     attention_dropout: bool = False
     head: int = 0
+    tied: bool = True
+    reached: bool = True
     merged: int = 0
 
     @classmethod
@@ -74,9 +80,9 @@ class Anatomy:
         kinds = [(type(module).__name__, _first_size(module)) for _, module in modules]
         wide = sum("Norm" in kind and size == width for kind, size in kinds) / max(layers, 1)
         narrow = sum("Norm" in kind and size != width and size > 0 for kind, size in kinds) / max(layers, 1)
-        # An RMS norm is written in several steps: it keeps what comes, what is normed, and what goes; a layer norm two.
-        rms = any("RMSNorm" in kind for kind, _ in kinds)
-        merged = sum("TrainableTokensLayer" in kind for kind, _ in kinds) * bytes_of([embedding])
+        # An RMS norm is written in several steps: it keeps what comes, what goes, and if it learns what is normed.
+        rms = any("RMSNorm" in type(m).__name__ and any(p.requires_grad for p in m.parameters()) for _, m in modules)
+        merged = any("TrainableTokensLayer" in kind for kind, _ in kinds) * bytes_of([embedding])
         return cls(
             weights=bytes_of(parameters),
             trained=bytes_of(p for p in parameters if p.requires_grad),
@@ -94,6 +100,8 @@ class Anatomy:
             dropout=bool(_number(config, "resid_pdrop", "hidden_dropout", "resid_dropout", "dropout")),
             attention_dropout=bool(_number(config, "attn_pdrop", "attention_dropout")),
             head=head,
+            tied=sum(p.shape == embedding.shape for p in parameters) < 2,
+            reached=is_one_product(output),
             merged=merged,
         )
 
@@ -106,7 +114,6 @@ class Load:
         batch: samples of a micro-batch.
         prompt, completion: tokens, of the longest; reward tokens count to the prompt.
         explored: completions sampled at a time.
-        rows: places whose logits are held at a time while learning; None for all of a micro-batch.
         reference: bytes of a reference of its own; 0 where there is none, or it is the policy without its adapter.
         kl: the reference is read while learning.
         optimizer: the name in `transformers`.
@@ -124,7 +131,6 @@ class Load:
     prompt: int
     completion: int
     explored: int
-    rows: int | None = None
     reference: int = 0
     kl: bool = True
     optimizer: str = "adamw_torch"
@@ -150,7 +156,7 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    loss: int
     cache: int
     sampling: int
     pool: int
@@ -162,7 +168,7 @@ class Estimate:
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:
-        names = ("weights", "reference", "gradients", "optimizer", "activations", "logits", "cache", "sampling", "pool")
+        names = ("weights", "reference", "gradients", "optimizer", "activations", "loss", "cache", "sampling", "pool")
         sizes = {name: gigabytes(getattr(self, name)) for name in names}
         parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if float(size))
         peaks = f"exploring {gigabytes(self.exploring)}, learning {gigabytes(self.learning)}"
@@ -176,38 +182,46 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
         model: the policy.
         load: what is done with it.
     """
+
+    def room(size: int, piece: int) -> float:
+        return size * _CPU_SLACK if load.cpu and piece < _GIVEN_BACK else size
+
     gradients, states = model.trained, optimizer_bytes(load.optimizer, model.trained, model.size)
     tokens = load.batch * (load.prompt + load.completion)
-    kept = activation_bytes(model, load, tokens)
-    copies = model.weights // 2 if load.mixed and model.size == 4 else 0  # Autocast keeps them for the backward pass.
-    rows = min(load.batch * load.completion, load.rows or load.batch * load.completion)
-    logits = logits_bytes(rows, model, load)
-    one_gradient = rows * model.vocab * (4 if load.mixed else model.size)
-    so_far = gradients if load.accumulates else 0
-    reduced = gradients if load.processes > 1 else 0  # The buckets in which processes exchange them.
+    activations = activation_bytes(model, load, tokens)
+    kept = room(activations, tokens * model.width * model.size)
+    if load.mixed and model.size == 4:  # Autocast keeps copies for the backward pass, of all but the embeddings.
+        kept += (model.weights - model.vocab * model.width * model.size * (1 if model.tied else 2)) // 2
+    kept += (gradients if load.accumulates else 0) + (model.merged if model.head else 0)
+    slice_ = min(load.batch * load.completion, rows_per_slice(model.vocab)) * model.vocab * max(4, model.size)
+    loss, gradient = loss_bytes(model, load, slice_)
     comes_and_goes = max(
-        kept + copies + logits + model.merged + so_far,
-        kept + copies + 2 * one_gradient + model.head + model.merged + so_far,
-        gradients,
+        kept + room(loss, slice_),
+        # Backwards the gradient that the loss has kept is scaled, into a second array.
+        kept + 2 * gradient + (0 if model.reached else model.head),
+        # In the end, where a tied matrix has that of the layers' side in an array of its own until it is added.
+        gradients + gradient + (model.head if model.tied else 0),
     )
+    reduced = gradients if load.processes > 1 else 0  # The buckets in which processes exchange them.
     at_once = load.explored * (2 if load.guided else 1)
-    cache = at_once * (load.prompt + load.completion) * model.layers * 2 * model.kv_width * _narrow(model, load)
-    sampling = max(_reading_bytes(model, load, at_once), at_once * model.vocab * 4 * _SAMPLING_ARRAYS[load.nucleus])
+    cached = at_once * (load.prompt + load.completion) * model.kv_width * _narrow(model, load)
+    chosen = at_once * model.vocab * 4
+    cache = cached * model.layers * 2
+    sampling = max(_reading_bytes(model, load, at_once), chosen * _SAMPLING_ARRAYS[load.nucleus])
     pool = load.samples * (4 * (load.prompt + load.completion) + 30)
     always = model.weights + load.reference + states + reduced + (pool if load.cpu else 0)
-    slack = _CPU_SLACK if load.cpu else 1.0
     return Estimate(
         weights=model.weights,
         reference=load.reference,
         gradients=gradients,
         optimizer=states,
-        activations=kept,
-        logits=logits,
+        activations=activations,
+        loss=loss,
         cache=cache,
         sampling=sampling,
         pool=pool,
-        exploring=int(always + slack * (cache + sampling + model.merged)),
-        learning=int(always + slack * comes_and_goes),
+        exploring=int(always + room(cache, cached) + room(sampling, chosen) + model.merged),
+        learning=int(always + comes_and_goes),
     )
 
 
@@ -233,13 +247,24 @@ def activation_bytes(model: Anatomy, load: Load, tokens: int) -> int:
     return int(tokens * model.layers * layer)
 
 
-def logits_bytes(rows: int, model: Anatomy, load: Load) -> int:
-    """What the loss takes for so many rows of logits: the policy's, the reference's, a gradient, and a wider slice."""
-    each = model.vocab * model.size
-    if load.mixed:
-        each = model.vocab * (2 + 4)  # As they are computed, and as accelerate widens them.
-    held = rows * (each * (1 + load.kl) + model.vocab * (4 if load.mixed else model.size))
-    return held + min(rows, _CHUNK_ROWS) * model.vocab * 4 * _CHUNK_ARRAYS
+def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
+    """What the loss takes at its peak, and what of it stays for the backward pass: a gradient (loss.py).
+
+    A slice has arrays of positions x vocabulary, of so many bytes: logits, their logarithms and probabilities, the
+    gradient and what it is put together from, the gradient of the slice before; and three more for the KL.
+    """
+    places, wide = load.batch * load.completion, max(4, model.size)
+    arrays = (5 + (array < places * model.vocab * wide) + 3 * load.kl) * array
+    if not model.reached:
+        logits = places * model.vocab * (wide if load.mixed else model.size)  # What autocast gives is widened.
+        gradient = places * model.vocab * wide
+        return (1 + load.kl) * (logits - array) + gradient + arrays, gradient  # In place of those of a slice.
+    head, narrow = model.head // model.size, _narrow(model, load)
+    gradient = (head + places * model.width) * wide  # In the output matrix and in what goes into it.
+    casts = (1 + load.kl) * model.vocab * model.width * narrow if load.mixed else 0
+    if narrow < wide:  # What a slice gives to the gradient is a product in less precision, then widened.
+        arrays = max(arrays, (3 + load.kl) * array + head * (narrow + wide))
+    return gradient + casts + arrays, gradient
 
 
 def optimizer_bytes(name: str, trained: int, size: int = 4) -> int:

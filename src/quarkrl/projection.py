@@ -112,6 +112,16 @@ def completion_projection(model: nn.Module, input_ids: Tensor, attention_mask: T
     return completion_projection(model, input_ids, attention_mask, labels)
 
 
+def is_one_product(layer: nn.Module | None) -> bool:
+    """Whether an output layer is one matrix product, so that `completion_projection` will most likely reach it."""
+    weight = getattr(layer, "weight", None)
+    if layer is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    with torch.no_grad(), _Products() as products:
+        layer(weight.new_zeros(1, weight.shape[1]))
+    return len(products.operands) == 1
+
+
 def _everywhere(here: Tensor) -> bool:
     """Whether it is so in all processes: one that went a way of its own would call the model once more than others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
