@@ -339,6 +339,24 @@ def test_without_the_kl_term_no_reference_is_read(tmp_path, given):
     assert figures_of(tmp_path, "kl") == [0.0] * 6
 
 
+def test_the_reference_may_be_of_a_narrower_type(tmp_path):
+    kl = {}
+    for dtype in ("same", "bfloat16"):
+        trainer = trainer_of(tmp_path / dtype, ref_dtype=dtype, num_iterations=1)
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        wanted = torch.float32 if dtype == "same" else torch.bfloat16
+        assert {p.dtype for p in trainer.ref_model.parameters()} == {wanted}
+        trainer.train()
+        kl[dtype] = logs_of(tmp_path / dtype, "kl")[-1]["kl"]
+    assert kl["bfloat16"] == pytest.approx(kl["same"], rel=0.1) and kl["bfloat16"] != kl["same"]
+
+
+@pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}])
+def test_a_type_for_a_reference_that_is_not_there_is_an_error(tmp_path, options):
+    with pytest.raises(UserError, match="ref_dtype bfloat16: no reference of its own"):
+        trainer_of(tmp_path, ref_dtype="bfloat16", **options)
+
+
 def test_the_learning_rate_warms_up_and_decays(tmp_path):
     trainer_of(tmp_path, num_iterations=2, steps_per_iteration=5, warmup_steps=4, learning_rate=1.0e-3).train()
     expected = [0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]

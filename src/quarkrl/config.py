@@ -71,6 +71,9 @@ class QuarkConfig(TrainingArguments):
         metadata={"help": "Adapt α to this entropy per completion, in nats (official code: 40)."},
     )
     coef_horizon: int = field(default=2500, metadata={"help": "Samples over which β and α adapt (official code)."})
+    ref_dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
+        default="same", metadata={"help": "Type of the reference's weights, where it is a model of its own."}
+    )
 
     # The iterations.
     num_iterations: int = field(default=47, metadata={"help": "Explorations, each followed by learning."})
@@ -217,6 +220,7 @@ class QuarkConfig(TrainingArguments):
         self._check_guidance()
         choices = {
             "draw": ("uniform", "balanced"),
+            "ref_dtype": ("same", "float32", "bfloat16", "float16"),
             "kl_direction": ("policy_ref", "ref_policy"),
             "condition_on": ("sum", "each"),
             "on_bad_numbers": ("stop", "skip"),

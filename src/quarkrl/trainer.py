@@ -117,6 +117,10 @@ class QuarkTrainer(ResumableTrainer):
         self.ref_model = ref_model
         if ref_model is None and peft_config is None and (args.kl_coef or args.guidance_from == "reference"):
             self.ref_model = copy.deepcopy(model)
+        if args.ref_dtype != "same":
+            if self.ref_model is None:
+                raise UserError(f"ref_dtype {args.ref_dtype}: no reference of its own (adapter, or kl_coef 0); drop it")
+            self.ref_model.to(getattr(torch, args.ref_dtype))
         self.conditioning, extended = Conditioning.add_to(
             tokenizer, model, args.num_quantiles, self.scorer.attributes, seed=args.seed
         )
