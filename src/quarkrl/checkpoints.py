@@ -172,7 +172,9 @@ def flaw(checkpoint: Path) -> str | None:
         return f"it has no {MANIFEST}: it was not finished, or is of another program"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} is damaged ({error!r})"
-    if not states_path(checkpoint, "optimizer").is_file() and not any(checkpoint.glob("optimizer*")):
+    # `latest` is DeepSpeed's, and names the directory of its states.
+    states = (states_path(checkpoint, "optimizer"), checkpoint / "latest", *checkpoint.glob("optimizer*"))
+    if not any(path.exists() for path in states):
         return "it has no optimizer state (save_only_model)"
     return None
 

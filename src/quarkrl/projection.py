@@ -141,7 +141,8 @@ def output_layer(model: nn.Module) -> nn.Module:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    while not hasattr(model, "get_output_embeddings"):
+    # By class: a DeepSpeed engine passes on what it has not, and has a `config` of its own.
+    while not hasattr(type(model), "get_output_embeddings") and "module" in model._modules:
         model = model.module  # type: ignore[assignment]
     return model
 

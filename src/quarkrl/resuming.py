@@ -170,7 +170,7 @@ class ResumableTrainer(ShardedTrainer):
             done += side_by_side(sample, scored, rows, left, self.scorer.stop, keep, asked)
         else:
             done, left = self.agreed((done, left))
-            along = sample if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
+            along = sample if self.is_fsdp_enabled else None
             rounds = processes.Rounds(left, *self._process, scored, keep, asked, along)
             done += rounds.side_by_side(sample, rows, self.scorer.stop)
         if self.agree_to_stop():

@@ -5,12 +5,14 @@ go on from them. `torch.distributed.checkpoint` would write a file for each proc
 """
 
 import atexit
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
@@ -62,6 +64,8 @@ class ShardedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator.state.fsdp_plugin, hasattr(self.model, "peft_config"))
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UserError("DeepSpeed's ZeRO stage 3: not supported, as no reference is; want stage 1 or 2, or FSDP2")
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         self._fsdp_plugin = kwargs["fsdp_plugin"]
@@ -71,6 +75,8 @@ class ShardedTrainer(Trainer):
         """As `Trainer`'s; on CPUs too FSDP is what was asked for, where accelerate 1.15 would leave it out unsaid."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
+        if self._fsdp_plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            self._fsdp_plugin = FullyShardedDataParallelPlugin()  # What `accelerate launch` was told.
         if self._fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = self._fsdp_plugin
@@ -86,8 +92,6 @@ class ShardedTrainer(Trainer):
 
     def whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The weights by name, gathered in the first process, tied ones once; None where each process has them all."""
-        if self.is_deepspeed_enabled:
-            return self.accelerator.get_state_dict(self.model_wrapped)
         if not self.is_fsdp_enabled:
             return None
         once = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
