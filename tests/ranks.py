@@ -16,6 +16,7 @@ import torch
 from crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
 from tiny import tiny_model
 
+from quarkrl import cli
 from quarkrl.processes import gloo_threads, leave
 
 TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
@@ -43,7 +44,8 @@ def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
         directory: the run's.
         processes: how many.
         spec: `options`; `model`, fields of its config; `resume`; `trap`, {rank: the arguments of a `crashes.Trap`} for
-            processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each.
+            processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each;
+            or, beside `trap`, `argv`: the command is run as it is typed, and the first process speaks late.
     """
     began = time.monotonic()
     if processes == 1:
@@ -63,8 +65,8 @@ def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
     return Ended(code, said, time.monotonic() - began)
 
 
-def alone(directory: Path, spec: dict[str, Any]) -> None:
-    main({"directory": str(directory), **spec})
+def alone(directory: Path, spec: dict[str, Any]) -> int:
+    return main({"directory": str(directory), **spec})
 
 
 def seen(directory: Path, rank: int = 0) -> dict[str, Any]:
@@ -77,9 +79,15 @@ def scored(directory: Path) -> list[str]:
     return sorted(Path(f"{directory}.asked").read_text(encoding="utf-8").splitlines())
 
 
-def main(spec: dict[str, Any]) -> None:
+def main(spec: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     directory, rank = Path(spec["directory"]), os.environ.get("RANK", "0")
+    if trap := spec.get("trap", {}).get(rank):
+        Trap(*trap).set()
+    if "argv" in spec:
+        note = cli._note
+        cli._note = lambda text: (time.sleep(6 if rank == "0" else 0), note(text))
+        return cli.main(spec["argv"])
     place = directory
     if spec.get("apart"):
         home = directory.parent / f"rank-{rank}"
@@ -99,8 +107,6 @@ def main(spec: dict[str, Any]) -> None:
             raise ValueError("the scorer is down")
         return reward(completion_ids)
 
-    if trap := spec.get("trap", {}).get(rank):
-        Trap(*trap).set()
     model = tiny_model("gpt2", TOKENIZER, **spec.get("model", {}))
     scorer = fails if spec.get("fails") else listed
     options = {**spec.get("options", {}), "disable_tqdm": True}
@@ -120,6 +126,7 @@ def main(spec: dict[str, Any]) -> None:
         ],
     }
     Path(f"{directory}.rank-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+    return 0
 
 
 def leaves(_log: Path) -> None:
@@ -151,4 +158,4 @@ def leaves(_log: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    sys.exit(main(json.loads(sys.argv[1])))

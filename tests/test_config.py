@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 import quarkrl
 from quarkrl import QuarkConfig
 from quarkrl.errors import UserError
-from quarkrl.options import parse_train
+from quarkrl.options import left_out, parse_train
 
 SOURCE = Path(quarkrl.__file__).parent
 OWN = sorted({f.name for f in fields(QuarkConfig)} - {f.name for f in fields(TrainingArguments)})
@@ -122,6 +122,17 @@ def test_an_impossible_value_is_one_error_with_name_value_and_limit(options, mes
 
 def test_a_bf16_run_on_a_cpu_is_possible(tmp_path):
     assert QuarkConfig(output_dir=str(tmp_path), bf16=True).bf16
+
+
+def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    flags = ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", '{"version": 2}', "--use_cpu"]
+    _, config, given = parse_train(["--output_dir", str(tmp_path), *flags])
+    assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
+    assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
+    assert left_out(given, config).startswith("one process, which has no use for ddp_backend and fsdp; ")
+    assert left_out({}, config) is None
 
 
 def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import PROMPTS, assert_same_run, files_of, in_a_process, metrics_of
+from crashes import PROMPTS, RUN, TOKENIZER, assert_same_run, files_of, in_a_process, metrics_of
 from ranks import STILL, TWO, Ended, leaves, ran, scored, seen
 from safetensors.torch import load_file
+from tiny import make_home
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quarkrl import QuarkGenerator
@@ -148,6 +149,26 @@ def test_sigterm_stops_all_after_the_batch_and_the_job_goes_on(tmp_path, two):
     assert (directory / "final/model.safetensors").read_bytes() == (two / "final/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+def test_the_command_stops_with_one_line_and_goes_on_as_one_process(tmp_path):
+    directory = tmp_path / "run"
+    options = {**RUN, **SHARDED, "eval_strategy": "no"}
+    home = make_home(tmp_path, TOKENIZER, PROMPTS, "from crashes import reward", **options)
+    argv = ["train", "--config", str(home / "run.yaml"), "--output_dir", str(directory)]
+    argv += ["--reward", f"{home / 'rewards.py'}:reward"]
+    end = ran(directory, 2, argv=argv, trap={"1": [LOSS, "after", 5, signal.SIGTERM]})
+    assert "exitcode  : 143" in end.said, end.said
+    assert end.said.count("stopped by SIGTERM in iteration 1 after step 5") == 1, end.said
+    resume = ["train", "--resume", "--output_dir", str(directory)]
+    end = ran(directory, 1, argv=resume)
+    assert end.code == 2 and "draws_per_step was 4, is 2" in end.said, end.said
+    end = fine(ran(directory, 1, argv=[*resume, "--per_device_train_batch_size", "4"]))
+    assert "one process, which has no use for ddp_backend and fsdp;" in end.said, end.said
+    assert "iteration 1/2, step 5/12, pool 20 samples" in end.said, end.said
+    assert os.listdir(directory / "checkpoint-12/training").count("process-1.safetensors") == 0
+    assert (directory / "final/model.safetensors").is_file()
+
+
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="tells of threads on Linux only")
 def test_no_thread_of_gloo_holds_a_tensor_when_the_interpreter_ends(tmp_path):
     code, said = in_a_process(leaves, tmp_path / "run")  # It would abort the process, now and then, on a busy machine.
@@ -202,3 +223,28 @@ def test_one_process_goes_on_with_what_sharded_ones_left_and_they_with_what_it_l
     end = fine(ran(directory, processes, model=STILL, options=options, resume=True))
     assert "iteration 1/2, step 6/12" in end.said
     assert_like(directory, one)
+
+
+# DeepSpeed, where it is installed
+
+
+@pytest.mark.slow
+def test_deepspeed_learns_what_one_process_learns_and_goes_on_to_the_same_bits(tmp_path, one, monkeypatch):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
+    options = {**TWO, "deepspeed": {"zero_optimization": {"stage": 2}, **auto}}
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    fine(ran(whole, 2, model=STILL, options=options))
+    assert seen(whole)["completions"] == seen(whole, 1)["completions"] == seen(one)["completions"]
+    assert scored(whole) == scored(one)
+    assert_like(whole, one)
+    end = ran(directory, 2, model=STILL, options=options, trap={"1": [LOSS, "before", 8]})
+    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.said
+    end = fine(ran(directory, 2, model=STILL, options=options, resume=True))
+    assert "iteration 1/2, step 6/12" in end.said
+    assert metrics_of(directory) == metrics_of(whole)
+    assert (directory / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+    options["deepspeed"]["zero_optimization"]["stage"] = 3
+    end = ran(tmp_path / "other", 2, model=STILL, options=options)
+    assert end.code != 0 and "UserError: DeepSpeed's ZeRO stage 3: not supported" in end.said

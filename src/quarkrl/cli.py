@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from quarkrl import __version__, evaluate_command
 from quarkrl.errors import UserError
 from quarkrl.interrupts import Stopped
-from quarkrl.options import Parser, RunArguments, natural, parse_train, positive, preset_names
+from quarkrl.options import Parser, RunArguments, left_out, natural, parse_train, positive, preset_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        if _is_first_process():
-            _note(str(stopped))
+        from quarkrl.processes import wait_for_all
+
+        _note(str(stopped))
+        wait_for_all()
         return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -141,8 +143,9 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
             if run.resume:
                 raise UserError(f"output_dir {config.output_dir!r} has no config.yaml to resume with: give --config")
             raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
-    output_dir = Path(config.output_dir)
-    resume = run.resume or config.resume_from_checkpoint
+    if line := left_out(given, config):
+        _note(line)
+    output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
     with rundir.locked(output_dir) if _is_first_process() else nullcontext():
         if not resume and rundir.holds_run(output_dir):
             raise UserError(
@@ -153,8 +156,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
         scorer = _scorer(run.reward or [], run.reward_label, *scoring)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, skip_bad, patience = _model_path(run.model or ""), config.skip_bad_prompts, run.early_stopping_patience
-        stoppers = [EarlyStoppingCallback(patience)] if patience else []
-        trusted = run.trust_remote_code
+        trusted, stoppers = run.trust_remote_code, [EarlyStoppingCallback(patience)] if patience else []
         trainer = QuarkTrainer(
             load_model(path, trusted, dtype=run.dtype, attn_implementation=run.attn_implementation),
             scorer,
@@ -384,7 +386,8 @@ def _console(stderr: bool = True) -> "Console":
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr)
+    if _is_first_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _quiet() -> None:

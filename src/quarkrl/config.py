@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -248,6 +249,8 @@ class QuarkConfig(TrainingArguments):
             self.dataloader_pin_memory = False  # There is no device to pin for; torch would warn each iteration.
         if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # TrainingArguments takes bf16 on a CPU only when told that the CPU is meant.
+        if not _is_launched():  # Perhaps a run of several processes that goes on as one, which can have neither.
+            self.ddp_backend = self.fsdp = self.fsdp_config = None
         super().__post_init__()
         try:
             get_reporting_integration_callbacks(self.report_to)
@@ -285,3 +288,9 @@ class QuarkConfig(TrainingArguments):
     def draws_per_iteration(self) -> int:
         """Samples learned from in an iteration."""
         return self.steps_per_iteration * self.draws_per_step
+
+
+def _is_launched() -> bool:
+    """Whether torchrun, accelerate or MPI has started this process, as accelerate sees it."""
+    sizes = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE")
+    return int(os.environ.get("LOCAL_RANK", -1)) >= 0 or get_int_from_env(sizes, 1) > 1

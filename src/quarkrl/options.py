@@ -157,6 +157,15 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     return parts[0], parts[1], given  # type: ignore[return-value]
 
 
+def left_out(given: dict[str, Any], config: "QuarkConfig") -> str | None:
+    """What `QuarkConfig` has left out of the options that were given, as the process is the only one, in one line."""
+    names = [name for name in ("ddp_backend", "fsdp") if given.get(name) and not getattr(config, name)]
+    if not names:
+        return None
+    start = "torchrun --nproc_per_node N -m quarkrl.cli train"
+    return f"one process, which has no use for {' and '.join(names)}; to start several: {start} …"
+
+
 def _check_guards(values: dict[str, Any]) -> None:
     """Options that keep the best of a run need evaluations, and checkpoints to choose from."""
     patience = values["early_stopping_patience"] is not None

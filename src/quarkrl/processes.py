@@ -152,6 +152,12 @@ def own_state(checkpoint: Path, rank: int, size: int) -> dict[str, Any]:
     return state
 
 
+def wait_for_all() -> None:
+    """Return once all processes are here: where one has ended, launchers kill the others, whatever they had to say."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def leave(patience: float = 20.0) -> None:
     """Take down gloo and wait until its threads are at rest.
 
