@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -232,6 +233,25 @@ def test_processes_sample_as_many_and_are_refused_together(monkeypatch):
     assert fitting.in_step(256, None) == (64, "memory: too little")
     monkeypatch.setattr(fitting, "gather_object", lambda own: [*own, (512, None)])
     assert fitting.in_step(256, None) == (256, None)
+
+
+# What is given back
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed, and can be asked for it")
+def test_freed_memory_is_given_back():
+    code = """
+import numpy as np
+from quarkrl.fitting import give_back
+def resident(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS"))
+pieces = [np.ones(12_000) for _ in range(3000)]  # 96 kB each: from the heap, where the last one holds the others.
+last, pieces = pieces[-1], None
+held = resident()
+give_back()
+print((held - resident()) / 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 200  # MB, of 288
 
 
 # What to change

@@ -1,7 +1,9 @@
 """Whether a run fits into the memory there is, what to change where it does not, and how much to sample at a time."""
 
+import ctypes
 import logging
 import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ _DOUBT = 1.25
 # Completions sampled at a time if not given: no more than this, as more is hardly faster; and the room they may take.
 _MOST_AT_A_TIME = {True: 128, False: 512}  # On a CPU; on an accelerator.
 _SHARE_OF_ROOM = 0.5
+# Steps after which freed main memory is given back; each time takes some hundredths of a second.
+_STEPS_TO_GIVE_BACK = 10
 
 
 def available(device: torch.device) -> tuple[int, int] | None:
@@ -151,11 +155,28 @@ class Forecast(TrainerCallback):
         if refused is not None:
             raise UserError(refused)
 
+    def on_epoch_begin(self, args, state, control, **_):
+        give_back()
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step % _STEPS_TO_GIVE_BACK == 0:
+            give_back()
+
     def on_train_begin(self, args, state, control, **_):
         if self.text is not None and state.is_world_process_zero:
             logger.info(self.text)
             if self.trainer.progress.enabled:
                 self.trainer.progress.note(self.text)
+
+
+def give_back() -> None:
+    """Give freed main memory back to the system.
+
+    glibc keeps what is freed in pieces that the next batch, of another shape, does not fit into: a run of a 6M-parameter
+    model had 2.8 GB after one iteration and 5 GB after fourteen, of which 1.2 GB were in use.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_step(explored: int, refused: str | None) -> tuple[int, str | None]:
