@@ -172,8 +172,8 @@ class Forecast(TrainerCallback):
 def give_back() -> None:
     """Give freed main memory back to the system.
 
-    glibc keeps what is freed in pieces that the next batch, of another shape, does not fit into: a run of a 6M-parameter
-    model had 2.8 GB after one iteration and 5 GB after fourteen, of which 1.2 GB were in use.
+    glibc keeps what is freed in pieces that the next batch, of another shape, does not fit into: a run of a
+    6M-parameter model had 2.8 GB after one iteration and 5 GB after fourteen, of which 1.2 GB were in use.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
