@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is installed is what the constraints file pins; the stamp notices when either file changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all check format benchmarks benchmarks-quick clean
+.PHONY: install demo test test-all check format benchmarks benchmarks-quick audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +44,12 @@ benchmarks: install  ## speed and memory, against the textbook, on an idle machi
 
 benchmarks-quick: install  ## the same, small: fails where results are wrong, never where they are slow
 	for name in iteration pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+
+audit: install  ## known vulnerabilities of what is installed; asks PyPI
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
