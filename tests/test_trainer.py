@@ -32,7 +32,9 @@ from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.conditioning import reward_token
 from quarkrl.errors import UserError
 from quarkrl.generation import QuarkGenerator, Sampling, complete
+from quarkrl.loss import quark_loss_plain
 from quarkrl.pool import DataPool
+from quarkrl.projection import completion_logits
 
 # Explore
 
@@ -337,6 +339,27 @@ def test_without_the_kl_term_no_reference_is_read(tmp_path, given):
     assert [who for who, what, _, _ in calls if what == "learn"] == ["policy"] * 6
     assert calls[0][0] == ("reference" if given else "policy")  # Who samples in iteration 0.
     assert figures_of(tmp_path, "kl") == [0.0] * 6
+
+
+def test_the_loss_may_be_taken_at_a_temperature(tmp_path):
+    """Policy and reference start alike but for the reward token, so that only the temperature moves NLL and entropy."""
+    at = {t: trainer_of(tmp_path / str(t), learning_temperature=t) for t in (1.0, 0.5)}
+    figures = {}
+    for temperature, trainer in at.items():
+        trainer.explore(0)
+        trainer.quantize(0)
+        batch = trainer.collate(range(8))
+        loss = trainer.compute_loss(trainer.model.eval(), batch)
+        logits = [
+            completion_logits(model, *(batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")))
+            for model, prefix in ((trainer.model, ""), (trainer.ref_model, "ref_"))
+        ]
+        policy, ref = logits[0] / temperature, logits[1][:, :VOCAB] / temperature
+        coefs = {"kl_coef": trainer.args.kl_coef, "entropy_coef": trainer.args.entropy_coef}
+        plain = quark_loss_plain(policy, ref, batch["labels"][batch["labels"] != -100], **coefs)
+        torch.testing.assert_close(loss, plain.total)
+        figures[temperature] = plain
+    assert figures[0.5].entropy < figures[1.0].entropy
 
 
 def test_the_reference_may_be_of_a_narrower_type(tmp_path):

@@ -71,6 +71,13 @@ class QuarkConfig(TrainingArguments):
         default=None,
         metadata={"help": "Adapt α to this entropy per completion, in nats (official code: 40)."},
     )
+    learning_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides the loss's logits, the policy's and the reference's. Where exploring has a temperature, "
+            "the same here learns the distribution that is sampled, and keeps the policy from sharpening."
+        },
+    )
     coef_horizon: int = field(default=2500, metadata={"help": "Samples over which β and α adapt (official code)."})
     ref_dtype: Literal["same", "float32", "bfloat16", "float16"] = field(
         default="same", metadata={"help": "Type of the reference's weights, where it is a model of its own."}
@@ -199,7 +206,8 @@ class QuarkConfig(TrainingArguments):
                 raise UserError(f"{name} {value}: want at least {low}{'' if value != math.inf else ', and finite'}")
         if self.seed >= 2**32:
             raise UserError(f"seed {self.seed}: want less than 2**32, which NumPy's generator takes")
-        for name in ("temperature", "eval_temperature", "kl_target", "entropy_target", "reward_timeout"):
+        temperatures = ("temperature", "learning_temperature", "eval_temperature")
+        for name in (*temperatures, "kl_target", "entropy_target", "reward_timeout"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and (value < math.inf or name == "reward_timeout")):
                 raise UserError(f"{name} {value}: want more than 0{'' if value != math.inf else ', and finite'}")
