@@ -13,7 +13,7 @@ TINY = {
     "tiny-sentiment-negative": (["--reward", "vader-negative"], 0.1),
     "tiny-repetition": (
         ["--reward", "repetition", "--greedy", "--min_new_tokens", "64", "--max_new_tokens", "64"],
-        -0.1,
+        0.0,
     ),
 }
 
@@ -35,7 +35,15 @@ def test_every_task_has_a_tiny_twin():
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "preset",
-    ["tiny-sentiment-positive", "tiny-sentiment-negative", "tiny-repetition"],
+    [
+        "tiny-sentiment-positive",
+        "tiny-sentiment-negative",
+        # Strict, so that the mending of the preset shows.
+        pytest.param(
+            "tiny-repetition",
+            marks=pytest.mark.xfail(strict=True, reason="greedy diversity stays, 0.49 -> 0.48: the preset is at fault"),
+        ),
+    ],
 )
 def test_a_tiny_preset_steers_both_ways(preset, tmp_path, capsys):
     measure, gain = TINY[preset]
@@ -45,5 +53,4 @@ def test_a_tiny_preset_steers_both_ways(preset, tmp_path, capsys):
     assert main([*command, *measure, "--output", str(results)]) == 0
     rows = {row["name"]: row["figures"]["reward"] for row in json.loads(results.read_text())["results"]}
     assert rows["best"] > rows["reference"] + gain, rows
-    if gain > 0:  # tiny-repetition steers neither way yet, as its header says; it must do no harm.
-        assert rows["worst"] < rows["best"] - gain, rows
+    assert rows["worst"] < rows["best"] - gain, rows

@@ -296,13 +296,13 @@ class QuarkTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
-        labels, heat = inputs["labels"], self.args.learning_temperature
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels).at(heat)
+        labels, temperature = inputs["labels"], self.args.learning_temperature
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels).at(temperature)
         ref = None
         if self.args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names)).at(heat)
+                ref = completion_projection(reference, *(inputs[name] for name in names)).at(temperature)
             ref = ref.of_first(self.conditioning.vocab_size)
         coefs = {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef}
         with self.accelerator.autocast():
