@@ -12,7 +12,8 @@ completions are of the full length, so that all sides have as much to do. Sides:
     textbook        textbook.py, in float32, as the official code
     textbook-bf16   the same under autocast
     quarkrl         `QuarkTrainer`, in float32
-    quarkrl-bf16    the same with `bf16=True`
+    quarkrl-bf16    the same with `bf16=True`, and the reference's weights in bfloat16
+    quarkrl-micro   the same steps in four micro-batches each (`gradient_accumulation_steps=4`); also -micro-bf16
     generate        no learning: transformers' `generate`, sampling as it does by default, with top-p
     generate-bf16   the same with the weights in bfloat16
 
@@ -34,7 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 
-SIDES = ("textbook", "textbook-bf16", "quarkrl", "quarkrl-bf16", "generate", "generate-bf16")
+SIDES = tuple(side + dtype for side in ("textbook", "quarkrl", "quarkrl-micro", "generate") for dtype in ("", "-bf16"))
+MICRO_BATCHES = 4
 # Of the textbook's: what the loss and each gradient (relative to its norm) may differ by in float32.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 
@@ -76,6 +78,7 @@ class _Learning(TrainerCallback):
 
 def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[str, Any]) -> TimedTrainer:
     """A trainer that does the textbook's task."""
+    micro_batches = MICRO_BATCHES if task.get("side") == "quarkrl-micro" else 1
     config = QuarkConfig(
         output_dir=str(work / "run"),
         num_quantiles=task["num_quantiles"],
@@ -83,11 +86,13 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
         steps_per_iteration=task["batches"],
         prompts_per_iteration=task["batches"] * task["batch_size"],
         generation_batch_size=task["batch_size"],
-        per_device_train_batch_size=task["batch_size"],
+        per_device_train_batch_size=task["batch_size"] // micro_batches,
+        gradient_accumulation_steps=micro_batches,
         max_completion_length=task["length"],
         min_completion_length=task["length"],
         top_p=0.9,
         bf16=task["bf16"],
+        ref_dtype="bfloat16" if task["bf16"] else "same",
         use_cpu=task["device"] == "cpu",
         on_collapse="warn",
         save_strategy="no",
@@ -152,10 +157,12 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     directory, device, shape = Path(task["directory"]), task["device"], Shape(**task["shape"])
     prompts = (directory / "prompts.txt").read_text(encoding="utf-8").splitlines()
     before = measure.held_bytes(device)
-    side = {"textbook": run_textbook, "quarkrl": run_quarkrl, "generate": run_generate}[task["side"]]
-    clocks, learned, tokens = side(directory, prompts, task)
+    sides = {"textbook": run_textbook, "quarkrl": run_quarkrl, "generate": run_generate}
+    clocks, learned, tokens = sides[task["side"].removesuffix("-micro")](directory, prompts, task)
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # One model's, in float32.
-    found: dict[str, Any] = {"tokens": tokens, "models_bytes": 2 * weights, "optimizer_bytes": 3 * weights}
+    halved = task["bf16"] and task["side"] in ("quarkrl", "quarkrl-micro")
+    models = 1.5 if halved else 2.0  # The policy, and the reference.
+    found: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
     found["beyond_bytes"] = measure.peak_bytes(device) - before - found["models_bytes"]
     counted = [clock.seconds for clock in clocks[1:]]
     found |= {name: statistics.mean(seconds[name] for seconds in counted) for name in counted[0]}

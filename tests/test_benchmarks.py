@@ -43,7 +43,7 @@ def test_a_difference_is_found(directory, monkeypatch):
     assert any(line.startswith("loss") for line in found) and any(line.startswith("gradient") for line in found)
 
 
-@pytest.mark.parametrize("side", ["textbook", "quarkrl", "generate"])
+@pytest.mark.parametrize("side", ["textbook", "quarkrl", "quarkrl-micro", "generate"])
 def test_each_side_runs_and_samples_as_many_tokens(directory, side, monkeypatch):
     monkeypatch.setattr(measure, "peak_rate", lambda *_: 1e9)
     found = iteration.run({**TASK, "side": side, "directory": str(directory)})

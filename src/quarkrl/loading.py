@@ -43,7 +43,7 @@ def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwarg
         _refuse_pickles(Path(path))
         if config := _config(path, trust_remote_code):
             # Its own word for the attention may be a kernel's name on the hub, to be fetched and imported.
-            config._attn_implementation = given.pop("attn_implementation", None)
+            config._attn_implementation = given.pop("attn_implementation", None) or _fastest_attention()
             given["config"] = config
         model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **given)
         if missing := [*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])]:
@@ -58,6 +58,11 @@ def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwarg
     except Exception as error:
         # transformers fails here in a dozen ways, on a damaged config above all; whichever it was, this is no model.
         raise UserError(f"model {str(path)!r} cannot be loaded: {_said(error)}") from error
+
+
+def _fastest_attention() -> str | None:
+    """On a CPU eager is, up to some 500 tokens (docs/performance.md); elsewhere transformers chooses."""
+    return None if torch.accelerator.is_available() else "eager"
 
 
 def _config(path: str | os.PathLike, trust_remote_code: bool) -> PretrainedConfig | None:

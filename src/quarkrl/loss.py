@@ -154,11 +154,11 @@ class _QuarkLossFunction(torch.autograd.Function):
             for start in range(0, tokens, step):
                 rows = slice(start, start + step)
                 logits = _wide(policy.logits(rows))
-                ref_logits = None if ref is None else _wide(ref.logits(rows))
-                slice_sums, dz = _slice(
-                    logits, ref_logits, targets[rows, None], kl_coef, entropy_coef, kl_direction, needs_grad
-                )
-                sums += slice_sums
+                log_q = None if ref is None else F.log_softmax(_wide(ref.logits(rows)), dim=-1)
+                dz = None
+                if needs_grad:  # In the logits' place, if nobody else has or needs them.
+                    dz = logits if policy.weight is not None and policy.cap is None else torch.empty_like(logits)
+                sums += _slice(logits, log_q, targets[rows, None], kl_coef, entropy_coef, kl_direction, dz)
                 if dz is not None:
                     _backpropagate(policy, rows, policy.before_the_cap(dz, logits), *grads)
         ctx.grads = [g if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)]
@@ -186,51 +186,50 @@ def _as_autocast(projection: Projection) -> Projection:
 
 def _slice(
     z: Tensor,
-    ref_logits: Tensor | None,
+    log_q: Tensor | None,
     target: Tensor,
     kl_coef: float,
     entropy_coef: float,
     kl_direction: str,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of NLL, KL and entropy over R positions, and the gradient `(R, V + K)` of the loss's sum in `z`.
+    dz: Tensor | None,
+) -> Tensor:
+    """Sums of NLL, KL and entropy over R positions.
 
     Args:
-        z: `(R, V + K)`; ref_logits: `(R, V)`; target: `(R, 1)`.
+        z: `(R, V + K)`, the policy's logits; log_q: `(R, V)`, the reference's log-probabilities; target: `(R, 1)`.
+        dz: `(R, V + K)`, where the gradient of the loss's sum in `z` goes, or None; it may be `z` itself.
     """
-    vocab_size = z.shape[-1] if ref_logits is None else ref_logits.shape[-1]
-    log_norm = z.logsumexp(-1, keepdim=True)
-    nll = log_norm - z.gather(-1, target)
+    vocab_size = z.shape[-1] if log_q is None else log_q.shape[-1]
     log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
+    log_norm = z[:, :1] - log_p[:, :1]  # Of the original tokens alone.
+    log_rewards = z[:, vocab_size:] - log_norm
+    more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to it.
+    nll = log_norm + more - z.gather(-1, target)
     p = log_p.exp()
     entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
     kl = torch.zeros_like(nll)
-    if ref_logits is not None:
-        log_q = F.log_softmax(ref_logits, dim=-1)
-        if kl_direction == "policy_ref":
-            kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
-        else:
-            q = log_q.exp()
-            kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
-        kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
+    if log_q is not None and kl_direction == "policy_ref":
+        kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
+    elif log_q is not None:
+        q = log_q.exp()
+        kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
+    kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
     sums = torch.stack((nll.sum(), kl.sum(), entropy.sum()))
-    if not needs_grad:
-        return sums, None
-    dz = (z - log_norm).exp_()
-    dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
-    original = dz[:, :vocab_size]
-    if ref_logits is not None and kl_coef and kl_direction == "ref_policy":
-        original.add_(p - q, alpha=kl_coef)
-    # p' * (weight * log p' - log q * kl_coef + shift): the KL(p' || q) and entropy terms share their log p'.
-    weight, shift = entropy_coef, entropy_coef * entropy
-    if ref_logits is not None and kl_coef and kl_direction == "policy_ref":
+    if dz is None:
+        return sums
+    # Over the original tokens, KL(q || p') aside: p' * (weight * log p' - kl_coef * log q + shift), in log p's place.
+    weight, shift = entropy_coef, torch.exp(-more) + entropy_coef * entropy
+    if log_q is not None and kl_direction == "policy_ref":
         weight, shift = weight + kl_coef, shift - kl_coef * kl
-        inner = torch.add(log_p * weight, log_q, alpha=-kl_coef)
-    else:
-        inner = log_p * weight
-    if weight:
-        original.addcmul_(p, inner.add_(shift))
-    return sums, dz
+    inner = torch.add(shift, log_p, alpha=weight, out=log_p)
+    if log_q is not None and kl_direction == "policy_ref":
+        inner.add_(log_q, alpha=-kl_coef)
+    original = torch.mul(inner, p, out=dz[:, :vocab_size])
+    if log_q is not None and kl_direction == "ref_policy":
+        original.add_(p.sub_(q), alpha=kl_coef)
+    torch.exp(log_rewards - more, out=dz[:, vocab_size:])
+    dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
+    return sums
 
 
 def _backpropagate(

@@ -41,7 +41,7 @@ class RunArguments:
         default=None, metadata={"help": "Label of a classifier whose probability is the reward, or 'not LABEL'."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the model: sdpa, eager (faster on a CPU at 20 tokens), …"}
+        default=None, metadata={"help": "Attention of the model: sdpa, eager (the default on a CPU), …"}
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Type of the weights; auto: as the model was saved."}
