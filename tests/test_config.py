@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 import quarkrl
 from quarkrl import QuarkConfig
+from quarkrl.decoding import Sampling
 from quarkrl.errors import UserError
 from quarkrl.options import left_out, parse_train
 
@@ -24,7 +25,7 @@ def test_the_defaults_are_the_papers_toxicity_settings(tmp_path):
     assert (config.kl_coef, config.kl_direction, config.entropy_coef) == (0.05, "policy_ref", 0.06)
     assert (config.kl_target, config.entropy_target, config.coef_horizon) == (None, None, 2500)
     assert (config.max_completion_length, config.min_completion_length) == (20, 3)
-    assert (config.temperature, config.top_p, config.eval_top_p) == (1.0, 1.0, 0.9)
+    assert (config.temperature, config.top_p, config.eval_top_p) == ([1.0], 1.0, 0.9)
     assert (config.learning_rate, config.adam_epsilon, config.max_grad_norm) == (1e-5, 1e-5, 0.0)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (128, 1)
     assert (config.steps_per_iteration, config.samples_per_prompt, config.prompts_per_iteration) == (500, 1, None)
@@ -43,6 +44,15 @@ def test_an_iteration_is_an_epoch(tmp_path):
         output_dir=str(tmp_path), steps_per_iteration=3, per_device_train_batch_size=4, gradient_accumulation_steps=2
     )
     assert (config.draws_per_step, config.draws_per_iteration) == (size, 3 * size)
+
+
+def test_temperatures_of_exploring_are_taken_in_turn(tmp_path):
+    def explored(temperature):
+        config = QuarkConfig(output_dir=str(tmp_path), temperature=temperature)
+        return [Sampling.exploring(config, iteration).temperature for iteration in range(5)]
+
+    assert explored([1.0, 0.2]) == [1.0, 0.2, 1.0, 0.2, 1.0]
+    assert explored(0.7) == [0.7] * 5
 
 
 def test_every_own_option_is_described():
@@ -76,6 +86,8 @@ IMPOSSIBLE = [
     ({"kl_coef": float("nan")}, "kl_coef nan: want at least 0"),
     ({"entropy_coef": -1.0}, "entropy_coef -1.0: want at least 0"),
     ({"temperature": 0.0}, "temperature 0.0: want more than 0"),
+    ({"temperature": [1.0, -1.0]}, "temperature -1.0: want more than 0"),
+    ({"temperature": []}, "temperature is empty: want a number, or several for the iterations"),
     ({"kl_target": 0.0}, "kl_target 0.0: want more than 0"),
     ({"entropy_target": -40.0}, "entropy_target -40.0: want more than 0"),
     ({"kl_target": 3.0, "kl_coef": 0.0}, "kl_target with kl_coef 0"),
@@ -100,7 +112,7 @@ IMPOSSIBLE = [
     ({"eval_do_sample": False, "eval_samples_per_prompt": 4}, "eval_samples_per_prompt 4: with eval_do_sample False"),
     ({"explore_guidance_scale": -1.0}, "explore_guidance_scale -1.0: want a number from 0"),
     ({"explore_guidance_scale": [1.0, float("nan")]}, "explore_guidance_scale nan: want a number from 0"),
-    ({"explore_guidance_scale": []}, "explore_guidance_scale is empty: want a number, or one for each iteration"),
+    ({"explore_guidance_scale": []}, "explore_guidance_scale is empty: want a number, or several for the iterations"),
     ({"eval_guidance_scale": float("inf")}, "eval_guidance_scale inf: want a number from 0"),
     ({"eval_guidance_scale": 2.0, "guidance_from": "best"}, "guidance_from 'best': want worst, reference or a number"),
     ({"eval_guidance_scale": 2.0, "guidance_from": "4"}, "guidance_from '4': want worst, reference or a number to 3"),

@@ -37,21 +37,21 @@ def test_the_parts_and_the_peaks():
     assert (found.weights, found.reference, found.gradients, found.optimizer) == (4000, 0, 4000, 8000)
     # Floats a token and layer: norms 4 x 8, attention 4 x 8, inner 2 x 32, and 2 heads' scores for 5 tokens.
     assert found.activations == 4 * 10 * 2 * (32 + 32 + 64 + 10)
-    # 4 places, all in one slice: eight arrays of the vocabulary; the gradient in what goes into the output matrix.
-    assert found.loss == 4 * 4 * 100 * 8 + 4 * 4 * 8
+    # 4 places, all in one slice: four arrays of the vocabulary; the gradient in what goes into the output matrix.
+    assert found.loss == 4 * 4 * 100 * 4 + 4 * 4 * 8
     # Keys and values of 5 tokens, 2 layers, 4 completions.
     assert found.cache == 4 * 4 * 5 * 2 * 2 * 8
     assert found.sampling == 4 * 4 * 100 * 4
     assert found.exploring == 4000 + 8000 + found.cache + found.sampling
     assert found.learning == 4000 + 8000 + found.activations + found.loss == found.total
     # In main memory what comes and goes takes more room.
-    assert estimate(SMALL, replace(FEW, cpu=True)).learning == 12000 + int(1.4 * (found.activations + found.loss))
+    assert estimate(SMALL, replace(FEW, cpu=True)).learning == 12000 + int(1.5 * (found.activations + found.loss))
 
 
 def test_large_pieces_are_given_back():
     wide = replace(SMALL, vocab=100_000)
     found = estimate(wide, replace(FEW, batch=200, cpu=True))
-    assert found.learning == 12000 + int(1.4 * found.activations) + found.loss
+    assert found.learning == 12000 + int(1.5 * found.activations) + found.loss
 
 
 def test_gradients_count_where_they_are_more_than_what_they_come_from():
@@ -66,9 +66,9 @@ def test_gradients_count_where_they_are_more_than_what_they_come_from():
 @pytest.mark.parametrize(
     ("change", "part", "becomes"),
     [
-        ({"kl": False}, "loss", 4 * 4 * 100 * 5 + 4 * 4 * 8),
+        ({"kl": False}, "loss", 4 * 4 * 100 * 3 + 4 * 4 * 8),
         # Its matrix and the reference's in two bytes, once.
-        ({"mixed": True}, "loss", 4 * 4 * 100 * 8 + 4 * 4 * 8 + 2 * 2 * 100 * 8),
+        ({"mixed": True}, "loss", 4 * 4 * 100 * 4 + 4 * 4 * 8 + 2 * 2 * 100 * 8),
         ({"reference": 4000}, "reference", 4000),
         # What goes into each layer, and one layer whole.
         ({"checkpointed": True}, "activations", 4 * 10 * (2 * 8 + 138)),
@@ -89,12 +89,11 @@ def test_the_loss_holds_a_slice_of_the_logits_and_all_of_them_only_if_it_cannot_
 
     rows = rows_per_slice(SMALL.vocab)
     array = 4 * rows * 100
-    # With more than a slice, the gradient of the one before is still there.
-    assert loss(SMALL, 10 * rows) == 9 * array + 4 * 10 * rows * 8
+    assert loss(SMALL, 10 * rows) == 4 * array + 4 * 10 * rows * 8
     # The gradient of an output matrix that is learned.
     assert loss(replace(SMALL, head=3200), rows) == loss(SMALL, rows) + 3200
-    # Logits of policy and reference, and the gradient in them; of a slice the seven others.
-    assert loss(replace(SMALL, reached=False), 10 * rows) == 7 * array + 10 * array * 3
+    # Logits of policy and reference, and the gradient in them; a slice of them, and three others.
+    assert loss(replace(SMALL, reached=False), 10 * rows) == 4 * array + 10 * array * 3
 
 
 def test_the_pool_is_in_main_memory():

@@ -101,7 +101,13 @@ class QuarkConfig(TrainingArguments):
         },
     )
     do_sample: bool = field(default=True, metadata={"help": "Explore by chance; False explores greedily."})
-    temperature: float = field(default=1.0, metadata={"help": "Temperature of exploring."})
+    temperature: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "Temperature of exploring. Several are taken in turn, one for each iteration: 1 and 0.2 explore "
+            "what the policy may write, and what it comes to when it decodes almost greedily."
+        },
+    )
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of exploring; 1 keeps all."})
     explore_guidance_scale: list[float] = field(
         default_factory=lambda: [1.0],
@@ -206,11 +212,17 @@ class QuarkConfig(TrainingArguments):
                 raise UserError(f"{name} {value}: want at least {low}{'' if value != math.inf else ', and finite'}")
         if self.seed >= 2**32:
             raise UserError(f"seed {self.seed}: want less than 2**32, which NumPy's generator takes")
+        for name in ("temperature", "explore_guidance_scale"):
+            given = getattr(self, name)
+            setattr(self, name, list(given) if isinstance(given, Sequence) else [float(given)])
+            if not getattr(self, name):
+                raise UserError(f"{name} is empty: want a number, or several for the iterations")
         temperatures = ("temperature", "learning_temperature", "eval_temperature")
         for name in (*temperatures, "kl_target", "entropy_target", "reward_timeout"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and (value < math.inf or name == "reward_timeout")):
-                raise UserError(f"{name} {value}: want more than 0{'' if value != math.inf else ', and finite'}")
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not (value > 0 and (value < math.inf or name == "reward_timeout")):
+                    raise UserError(f"{name} {value}: want more than 0{'' if value != math.inf else ', and finite'}")
         if self.reward_ceiling is not None and not math.isfinite(self.reward_ceiling):
             raise UserError(f"reward_ceiling {self.reward_ceiling}: want a finite number, or none")
         for name in ("top_p", "eval_top_p"):
@@ -266,10 +278,6 @@ class QuarkConfig(TrainingArguments):
             raise UserError(f"report_to: {error}") from error
 
     def _check_guidance(self) -> None:
-        if not isinstance(self.explore_guidance_scale, Sequence):
-            self.explore_guidance_scale = [float(self.explore_guidance_scale)]
-        if not self.explore_guidance_scale:
-            raise UserError("explore_guidance_scale is empty: want a number, or one for each iteration")
         for scale in self.explore_guidance_scale:
             checked_scale(scale, "explore_guidance_scale")
         checked_scale(self.eval_guidance_scale, "eval_guidance_scale")

@@ -95,10 +95,11 @@ class Sampling:
             raise UserError(f"top_p {self.top_p}: want more than 0 and at most 1")
 
     @classmethod
-    def exploring(cls, args: "QuarkConfig") -> "Sampling":
-        """As a run explores."""
+    def exploring(cls, args: "QuarkConfig", iteration: int) -> "Sampling":
+        """As a run explores in an iteration."""
         lengths = (args.max_completion_length, args.min_completion_length)
-        return cls(*lengths, args.temperature, args.top_p, args.do_sample)
+        temperature = args.temperature[iteration % len(args.temperature)]
+        return cls(*lengths, temperature, args.top_p, args.do_sample)
 
     @classmethod
     def evaluating(cls, args: "QuarkConfig") -> "Sampling":

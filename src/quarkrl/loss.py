@@ -161,6 +161,7 @@ class _QuarkLossFunction(torch.autograd.Function):
                 sums += _slice(logits, log_q, targets[rows, None], kl_coef, entropy_coef, kl_direction, dz)
                 if dz is not None:
                     _backpropagate(policy, rows, policy.before_the_cap(dz, logits), *grads)
+                del logits, log_q, dz  # Before the next slice's are made.
         ctx.grads = [g if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)]
         ctx.tokens = tokens
         nll, kl, entropy = sums / max(tokens, 1)

@@ -22,7 +22,7 @@ _SAMPLING_ARRAYS = {False: 4, True: 6}
 # What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed unless they are larger than
 # its DEFAULT_MMAP_THRESHOLD_MAX: 1.1 to 1.6 times as much in tests/test_memory.py, more with gradient checkpointing. On
 # a GPU nothing was measured.
-_CPU_SLACK, _GIVEN_BACK = 1.4, 2**25
+_CPU_SLACK, _GIVEN_BACK = 1.5, 2**25
 # Arrays that an optimizer keeps of the trained parameters, each as large as they are but where it is of 8 or 4 bits.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
 
@@ -250,20 +250,20 @@ def activation_bytes(model: Anatomy, load: Load, tokens: int) -> int:
 def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
     """What the loss takes at its peak, and what of it stays for the backward pass: a gradient (loss.py).
 
-    A slice has arrays of positions x vocabulary, of so many bytes: logits, their logarithms and probabilities, the
-    gradient and what it is put together from, the gradient of the slice before; and three more for the KL.
+    A slice has arrays of positions x vocabulary, of so many bytes: log-probabilities, probabilities, and the gradient,
+    which comes in the logits' place if they were made here; and the reference's log-probabilities for the KL.
     """
     places, wide = load.batch * load.completion, max(4, model.size)
-    arrays = (5 + (array < places * model.vocab * wide) + 3 * load.kl) * array
+    arrays = (3 + load.kl) * array
     if not model.reached:
         logits = places * model.vocab * (wide if load.mixed else model.size)  # What autocast gives is widened.
         gradient = places * model.vocab * wide
-        return (1 + load.kl) * (logits - array) + gradient + arrays, gradient  # In place of those of a slice.
+        return (1 + load.kl) * logits + gradient + arrays, gradient
     head, narrow = model.head // model.size, _narrow(model, load)
     gradient = (head + places * model.width) * wide  # In the output matrix and in what goes into it.
     casts = (1 + load.kl) * model.vocab * model.width * narrow if load.mixed else 0
     if narrow < wide:  # What a slice gives to the gradient is a product in less precision, then widened.
-        arrays = max(arrays, (3 + load.kl) * array + head * (narrow + wide))
+        arrays = max(arrays, (2 + load.kl) * array + head * (narrow + wide))
     return gradient + casts + arrays, gradient
 
 

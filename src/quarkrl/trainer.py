@@ -181,7 +181,7 @@ class QuarkTrainer(ResumableTrainer):
         if figures is None:
             rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = Sampling.exploring(args)
+                sampling = Sampling.exploring(args, iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
