@@ -74,6 +74,17 @@ def test_a_reward_token_counts_in_the_nll_and_nowhere_else(loss, direction):
 
 
 @BOTH
+def test_a_temperature_is_the_nlls_alone(loss):
+    # At temperature 1/2 p over V + K is (9, 1 | 16) / 26, NLL of target 1 = log 26. KL and H: of (3/4, 1/4), as ever.
+    case = (logits_of([3, 1, 4]), logits_of([1, 1]), torch.tensor([1]))
+    found = loss(*case, kl_coef=2, entropy_coef=1, nll_temperature=0.5)
+    kl, entropy = 0.75 * log(1.5) - 0.25 * log(2), 0.75 * log(4 / 3) + 0.25 * log(4)
+    assert found.nll.item() == pytest.approx(log(26))
+    assert (found.kl.item(), found.entropy.item()) == (pytest.approx(kl), pytest.approx(entropy))
+    assert found.total.item() == pytest.approx(log(26) + 2 * kl - entropy)
+
+
+@BOTH
 def test_means_are_over_tokens(loss):
     # NLLs log 2 and log 4; KLs to a uniform reference over two words: 0 and 3/4 log 3/2 - 1/4 log 2.
     found = loss(logits_of([1, 1], [3, 1]), logits_of([1, 1], [1, 1]), torch.tensor([0, 1]), kl_coef=0, entropy_coef=0)
@@ -173,7 +184,7 @@ def test_an_unknown_direction_is_refused_by_name(loss):
 # The chunked form is the plain one
 
 
-def both_ways(tokens, vocab, extra, direction, dtype, kl_coef=0.3, entropy_coef=0.2, with_ref=True):
+def both_ways(tokens, vocab, extra, direction, dtype, kl_coef=0.3, entropy_coef=0.2, with_ref=True, temperature=1.0):
     results = []
     for loss in (quark_loss, quark_loss_plain):
         policy, ref, targets = random_case(tokens, vocab, extra, dtype)
@@ -184,6 +195,7 @@ def both_ways(tokens, vocab, extra, direction, dtype, kl_coef=0.3, entropy_coef=
             kl_coef=kl_coef,
             entropy_coef=entropy_coef,
             kl_direction=direction,
+            nll_temperature=temperature,
         )
         (3 * found.total).backward()
         results.append((torch.stack(found).detach(), policy.grad))
@@ -212,6 +224,14 @@ def test_the_chunked_loss_is_the_plain_one_for_any_coefficients(kl_coef, entropy
 
 
 @DIRECTIONS
+@pytest.mark.parametrize("with_ref", [True, False])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_the_chunked_loss_is_the_plain_one_at_a_temperature(extra, with_ref, direction):
+    found, plain = both_ways(130, 9, extra, direction, DOUBLE, with_ref=with_ref, temperature=0.3)
+    torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-12)
+
+
+@DIRECTIONS
 def test_bf16_logits_give_nearly_what_full_precision_gives(direction):
     (value, gradient), _ = both_ways(200, 50, 5, direction, torch.bfloat16)
     (wide_value, wide_gradient), _ = both_ways(200, 50, 5, direction, DOUBLE)
@@ -221,12 +241,14 @@ def test_bf16_logits_give_nearly_what_full_precision_gives(direction):
 
 
 @DIRECTIONS
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("extra", [0, 2])
-def test_the_gradient_is_that_of_the_value(extra, direction):
+def test_the_gradient_is_that_of_the_value(extra, temperature, direction):
     policy, ref, targets = random_case(4, 5, extra)
+    settings = {"kl_coef": 0.7, "entropy_coef": 0.4, "kl_direction": direction, "nll_temperature": temperature}
 
     def total(logits: Tensor) -> Tensor:
-        return quark_loss(logits, ref, targets, kl_coef=0.7, entropy_coef=0.4, kl_direction=direction).total
+        return quark_loss(logits, ref, targets, **settings).total
 
     assert torch.autograd.gradcheck(total, (policy,))
 

@@ -67,6 +67,7 @@ def test_gradients_count_where_they_are_more_than_what_they_come_from():
     ("change", "part", "becomes"),
     [
         ({"kl": False}, "loss", 4 * 4 * 100 * 3 + 4 * 4 * 8),
+        ({"tempered": True}, "loss", 4 * 4 * 100 * 6 + 4 * 4 * 8),
         # Its matrix and the reference's in two bytes, once.
         ({"mixed": True}, "loss", 4 * 4 * 100 * 4 + 4 * 4 * 8 + 2 * 2 * 100 * 8),
         ({"reference": 4000}, "reference", 4000),

@@ -310,12 +310,3 @@ def test_a_projections_logits_are_the_models():
     assert found.shape == expected.shape
     torch.testing.assert_close(found.logits(), expected)
     torch.testing.assert_close(found.of_first(250).logits(slice(2, 4)), expected[2:4, :250])
-
-
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_logits_at_a_temperature_are_divided_by_it(cap):
-    hidden, weight = torch.randn(5, 4), torch.randn(7, 4)
-    whole = Projection(hidden, weight, torch.randn(7), scale=1.7, cap=cap)
-    torch.testing.assert_close(whole.at(0.5).logits(), whole.logits() / 0.5)
-    torch.testing.assert_close(Projection(hidden).at(0.5).logits(), hidden / 0.5)
-    assert whole.at(1.0) == whole

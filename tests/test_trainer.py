@@ -341,25 +341,25 @@ def test_without_the_kl_term_no_reference_is_read(tmp_path, given):
     assert figures_of(tmp_path, "kl") == [0.0] * 6
 
 
-def test_the_loss_may_be_taken_at_a_temperature(tmp_path):
-    """Policy and reference start alike but for the reward token, so that only the temperature moves NLL and entropy."""
-    at = {t: trainer_of(tmp_path / str(t), learning_temperature=t) for t in (1.0, 0.5)}
+def test_the_nll_may_be_taken_at_a_temperature(tmp_path):
+    """Policies start alike, so that only the temperature moves the NLL, and nothing the rest."""
     figures = {}
-    for temperature, trainer in at.items():
+    for temperature in (1.0, 0.5):
+        trainer = trainer_of(tmp_path / str(temperature), nll_temperature=temperature)
         trainer.explore(0)
         trainer.quantize(0)
         batch = trainer.collate(range(8))
         loss = trainer.compute_loss(trainer.model.eval(), batch)
-        logits = [
+        policy, ref = (
             completion_logits(model, *(batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")))
             for model, prefix in ((trainer.model, ""), (trainer.ref_model, "ref_"))
-        ]
-        policy, ref = logits[0] / temperature, logits[1][:, :VOCAB] / temperature
-        coefs = {"kl_coef": trainer.args.kl_coef, "entropy_coef": trainer.args.entropy_coef}
-        plain = quark_loss_plain(policy, ref, batch["labels"][batch["labels"] != -100], **coefs)
+        )
+        labels = batch["labels"][batch["labels"] != -100]
+        plain = quark_loss_plain(policy, ref[:, :VOCAB], labels, **trainer.coefs.current, nll_temperature=temperature)
         torch.testing.assert_close(loss, plain.total)
         figures[temperature] = plain
-    assert figures[0.5].entropy < figures[1.0].entropy
+    assert figures[0.5].nll != figures[1.0].nll
+    assert (figures[0.5].kl, figures[0.5].entropy) == (figures[1.0].kl, figures[1.0].entropy)
 
 
 def test_the_reference_may_be_of_a_narrower_type(tmp_path):

@@ -71,11 +71,11 @@ class QuarkConfig(TrainingArguments):
         default=None,
         metadata={"help": "Adapt α to this entropy per completion, in nats (official code: 40)."},
     )
-    learning_temperature: float = field(
+    nll_temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Divides the loss's logits, the policy's and the reference's. Where exploring has a temperature, "
-            "the same here learns the distribution that is sampled, and keeps the policy from sharpening."
+            "help": "Divides the logits in the NLL. Where exploring has a temperature below 1, the same here learns "
+            "the distribution that was sampled, and keeps the policy from sharpening; KL and entropy are at 1."
         },
     )
     coef_horizon: int = field(default=2500, metadata={"help": "Samples over which β and α adapt (official code)."})
@@ -217,7 +217,7 @@ class QuarkConfig(TrainingArguments):
             setattr(self, name, list(given) if isinstance(given, Sequence) else [float(given)])
             if not getattr(self, name):
                 raise UserError(f"{name} is empty: want a number, or several for the iterations")
-        temperatures = ("temperature", "learning_temperature", "eval_temperature")
+        temperatures = ("temperature", "nll_temperature", "eval_temperature")
         for name in (*temperatures, "kl_target", "entropy_target", "reward_timeout"):
             given = getattr(self, name)
             for value in given if isinstance(given, list) else [given]:

@@ -200,6 +200,7 @@ def load_of(trainer: "QuarkTrainer") -> Load:
         explored=max(args.generation_batch_size or 0, args.per_device_eval_batch_size if evaluated else 0),
         reference=0 if trainer.ref_model is None else bytes_of(trainer.ref_model.parameters()),
         kl=args.kl_coef > 0,
+        tempered=args.nll_temperature != 1,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         accumulates=args.gradient_accumulation_steps > 1,
         checkpointed=bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)),

@@ -10,6 +10,8 @@ For one completion token with policy logits z over V original and K reward token
   ("policy_ref", as the official code), or KL(ref || policy) ("ref_policy", as the paper writes it).
 - H is the entropy of the same renormalised policy distribution (official code; not in the paper).
 
+With `nll_temperature` T the NLL is of softmax(z / T), the policy as it samples at T; KL and H are of the policy at 1.
+
 `quark_loss` computes value and gradient together, a slice of positions at a time, from logits or from what makes
 them (`projection.Projection`), in which case nothing of size tokens x vocabulary is ever held; `quark_loss_plain` is
 the same in five lines of autograd, for reading and for the tests that hold the two together.
@@ -52,6 +54,7 @@ def quark_loss(
     kl_coef: float,
     entropy_coef: float,
     kl_direction: KLDirection = "policy_ref",
+    nll_temperature: float = 1.0,
 ) -> QuarkLoss:
     """Quark's loss over completion tokens; only `total` carries a gradient, and only to `policy_logits`.
 
@@ -62,6 +65,7 @@ def quark_loss(
         kl_coef: β, the weight of the KL term; at least 0.
         entropy_coef: α, the weight of the entropy bonus; at least 0.
         kl_direction: "policy_ref" for KL(policy || ref), "ref_policy" for KL(ref || policy).
+        nll_temperature: divides the policy's logits in the NLL, and there alone; above 0.
 
     Returns:
         The means over T of total, NLL, KL and entropy. With T = 0 all are 0.
@@ -75,7 +79,7 @@ def quark_loss(
     policy = policy_logits if isinstance(policy_logits, Projection) else Projection(policy_logits)
     ref = Projection(ref_logits) if isinstance(ref_logits, Tensor) else ref_logits
     # Autograd sees tensors alone, so what it is to differentiate comes apart from the rest.
-    options = policy, ref, targets, kl_coef, entropy_coef, kl_direction
+    options = policy, ref, targets, kl_coef, entropy_coef, kl_direction, nll_temperature
     return QuarkLoss(*_QuarkLossFunction.apply(policy.hidden, policy.weight, policy.bias, options))
 
 
@@ -87,11 +91,12 @@ def quark_loss_plain(
     kl_coef: float,
     entropy_coef: float,
     kl_direction: KLDirection = "policy_ref",
+    nll_temperature: float = 1.0,
 ) -> QuarkLoss:
     """`quark_loss` written with plain autograd: the same arguments, the same result to rounding, more memory."""
     _check(policy_logits, ref_logits, targets, kl_direction)
     vocab_size = policy_logits.shape[-1] if ref_logits is None else ref_logits.shape[-1]
-    nll = F.cross_entropy(_wide(policy_logits), targets)
+    nll = F.cross_entropy(_wide(policy_logits) / nll_temperature, targets)
     log_p = F.log_softmax(_wide(policy_logits[:, :vocab_size]), dim=-1)  # (T, V)
     entropy = -(log_p.exp() * log_p).sum(-1).mean()
     kl = torch.zeros_like(nll)
@@ -131,7 +136,7 @@ class _QuarkLossFunction(torch.autograd.Function):
     """Value and gradient in one pass over slices of positions.
 
     With p the policy over V + K, p' renormalised on the V original tokens and q the reference, the gradients in z:
-        NLL              p - onehot(target)
+        NLL              p - onehot(target)                   at temperature T: (p_T - onehot(target)) / T
         KL(p' || q)      p' * (log p' - log q - KL)
         KL(q || p')      p' - q
         H                -p' * (log p' + H)
@@ -139,7 +144,8 @@ class _QuarkLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, options):
-        policy, ref, targets, kl_coef, entropy_coef, kl_direction = options
+        policy, ref, targets, *settings = options
+        kl_coef, entropy_coef, _, _ = settings
         tokens, vocab = policy.shape
         # One cast for all slices, where autocast would make one for each.
         policy, ref = _as_autocast(policy), ref and _as_autocast(ref)
@@ -158,7 +164,7 @@ class _QuarkLossFunction(torch.autograd.Function):
                 dz = None
                 if needs_grad:  # In the logits' place, if nobody else has or needs them.
                     dz = logits if policy.weight is not None and policy.cap is None else torch.empty_like(logits)
-                sums += _slice(logits, log_q, targets[rows, None], kl_coef, entropy_coef, kl_direction, dz)
+                sums += _slice(logits, log_q, targets[rows, None], dz, *settings)
                 if dz is not None:
                     _backpropagate(policy, rows, policy.before_the_cap(dz, logits), *grads)
                 del logits, log_q, dz  # Before the next slice's are made.
@@ -189,10 +195,11 @@ def _slice(
     z: Tensor,
     log_q: Tensor | None,
     target: Tensor,
+    dz: Tensor | None,
     kl_coef: float,
     entropy_coef: float,
     kl_direction: str,
-    dz: Tensor | None,
+    nll_temperature: float,
 ) -> Tensor:
     """Sums of NLL, KL and entropy over R positions.
 
@@ -202,10 +209,14 @@ def _slice(
     """
     vocab_size = z.shape[-1] if log_q is None else log_q.shape[-1]
     log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
-    log_norm = z[:, :1] - log_p[:, :1]  # Of the original tokens alone.
-    log_rewards = z[:, vocab_size:] - log_norm
-    more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to it.
-    nll = log_norm + more - z.gather(-1, target)
+    if nll_temperature == 1:  # The NLL's p is p' but for the reward tokens' share.
+        log_norm = z[:, :1] - log_p[:, :1]  # Of the original tokens alone.
+        log_rewards = z[:, vocab_size:] - log_norm
+        more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to it.
+        nll = log_norm + more - z.gather(-1, target)
+    else:
+        log_p_nll = F.log_softmax(z / nll_temperature, dim=-1)
+        nll = -log_p_nll.gather(-1, target)
     p = log_p.exp()
     entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
     kl = torch.zeros_like(nll)
@@ -219,7 +230,9 @@ def _slice(
     if dz is None:
         return sums
     # Over the original tokens, KL(q || p') aside: p' * (weight * log p' - kl_coef * log q + shift), in log p's place.
-    weight, shift = entropy_coef, torch.exp(-more) + entropy_coef * entropy
+    weight, shift = entropy_coef, entropy_coef * entropy
+    if nll_temperature == 1:
+        shift = shift + torch.exp(-more)
     if log_q is not None and kl_direction == "policy_ref":
         weight, shift = weight + kl_coef, shift - kl_coef * kl
     inner = torch.add(shift, log_p, alpha=weight, out=log_p)
@@ -228,8 +241,12 @@ def _slice(
     original = torch.mul(inner, p, out=dz[:, :vocab_size])
     if log_q is not None and kl_direction == "ref_policy":
         original.add_(p.sub_(q), alpha=kl_coef)
-    torch.exp(log_rewards - more, out=dz[:, vocab_size:])
-    dz.scatter_add_(-1, target, torch.full_like(nll, -1.0))
+    if nll_temperature == 1:
+        torch.exp(log_rewards - more, out=dz[:, vocab_size:])
+    else:
+        dz[:, vocab_size:] = 0
+        dz.add_(log_p_nll.exp_(), alpha=1 / nll_temperature)
+    dz.scatter_add_(-1, target, torch.full_like(nll, -1 / nll_temperature))
     return sums
 
 
@@ -272,6 +289,11 @@ class Coefficients:
     def of(cls, args: Any) -> "Coefficients":
         """What a `QuarkConfig` says of them."""
         return cls(args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon)
+
+    @property
+    def current(self) -> dict[str, Any]:
+        """β and α, by name."""
+        return {"kl_coef": self.kl_coef, "entropy_coef": self.entropy_coef}
 
     @property
     def adaptive(self) -> bool:

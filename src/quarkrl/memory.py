@@ -116,6 +116,7 @@ class Load:
         explored: completions sampled at a time.
         reference: bytes of a reference of its own; 0 where there is none, or it is the policy without its adapter.
         kl: the reference is read while learning.
+        tempered: the NLL has a temperature, and so a softmax of its own.
         optimizer: the name in `transformers`.
         accumulates: gradients are kept from one micro-batch to the next.
         checkpointed: gradient checkpointing.
@@ -133,6 +134,7 @@ class Load:
     explored: int
     reference: int = 0
     kl: bool = True
+    tempered: bool = False
     optimizer: str = "adamw_torch"
     accumulates: bool = False
     checkpointed: bool = False
@@ -254,7 +256,7 @@ def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
     which comes in the logits' place if they were made here; and the reference's log-probabilities for the KL.
     """
     places, wide = load.batch * load.completion, max(4, model.size)
-    arrays = (3 + load.kl) * array
+    arrays = (3 + load.kl + 2 * load.tempered) * array
     if not model.reached:
         logits = places * model.vocab * (wide if load.mixed else model.size)  # What autocast gives is widened.
         gradient = places * model.vocab * wide

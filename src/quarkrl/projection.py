@@ -52,12 +52,6 @@ class Projection(NamedTuple):
             weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
         )
 
-    def at(self, temperature: float) -> "Projection":
-        """The logits divided by a temperature."""
-        if self.weight is None:
-            return self if temperature == 1 else self._replace(hidden=self.hidden / temperature)
-        return self._replace(scale=self.scale / temperature, cap=None if self.cap is None else self.cap / temperature)
-
     def logits(self, rows: slice = slice(None)) -> Tensor:
         """`(R, vocab)` of the given positions."""
         if self.weight is None:

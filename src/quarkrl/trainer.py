@@ -296,24 +296,24 @@ class QuarkTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
-        labels, temperature = inputs["labels"], self.args.learning_temperature
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels).at(temperature)
+        args, labels = self.args, inputs["labels"]
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels)
         ref = None
-        if self.args.kl_coef:
+        if args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names)).at(temperature)
+                ref = completion_projection(reference, *(inputs[name] for name in names))
             ref = ref.of_first(self.conditioning.vocab_size)
-        coefs = {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef}
+        settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         with self.accelerator.autocast():
-            loss = quark_loss(policy, ref, labels[labels != -100], **coefs, kl_direction=self.args.kl_direction)
+            loss = quark_loss(policy, ref, labels[labels != -100], **settings)
         tokens = policy.shape[0]
         if self.model.training:
             self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
         total = loss.total
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
-            total = total * tokens / num_items_in_batch * self.args.world_size
+            total = total * tokens / num_items_in_batch * args.world_size
         return (total, {}) if return_outputs else total
 
     def adapt(self) -> None:
@@ -353,8 +353,7 @@ class QuarkTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; what was learned since the last time goes with the loss."""
         if "loss" in logs:
-            coefs = {"kl_coef": self.coefs.kl_coef, "entropy_coef": self.coefs.entropy_coef}
-            logs = {**logs, **self._learned.drain(self.accelerator), **coefs}
+            logs = {**logs, **self._learned.drain(self.accelerator), **self.coefs.current}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
