@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def read(run: Path) -> tuple[list[float], list[float], list[float]]:
@@ -43,8 +44,9 @@ def main() -> None:
         top.plot(rewards, marker="o", markersize=3, label=run.name)
         bottom.plot(kls, marker="o", markersize=3, label=run.name)
     top.set_ylabel("mean reward explored")
-    bottom.set_ylabel("KL to the reference, nats per token")
+    bottom.set_ylabel("KL, nats a token")
     bottom.set_xlabel("iteration")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
