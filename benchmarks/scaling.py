@@ -87,7 +87,7 @@ def of_training(base: dict[str, Any], axis: str, size: int) -> dict[str, Any]:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each axis: seconds of an iteration's parts, and memory, over the size."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = Figure(figsize=(4.2 * min(3, len(axes)), 3.2 * -(-len(axes) // 3)), layout="constrained")
@@ -101,6 +101,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.plot(sizes, memory, "C3s--", markersize=3, label="memory, GB")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.set_xticks(sizes, [EngFormatter(places=0, sep="")(size) for size in sizes])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
