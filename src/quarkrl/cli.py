@@ -145,6 +145,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
             raise UserError(f"{name} is missing: give --{name}, or --config with one of {', '.join(preset_names())}")
     if line := left_out(given, config):
         _note(line)
+    _quiet()
     output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
     with rundir.locked(output_dir) if _is_first_process() else nullcontext():
         if not resume and rundir.holds_run(output_dir):
@@ -152,8 +153,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
                 f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
                 "or go on with it by --resume"
             )
-        scoring = (config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
-        scorer = _scorer(run.reward or [], run.reward_label, *scoring)
+        scorer = _scorer(run.reward or [], run.reward_label, *config.scoring)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, skip_bad, patience = _model_path(run.model or ""), config.skip_bad_prompts, run.early_stopping_patience
         trusted, stoppers = run.trust_remote_code, [EarlyStoppingCallback(patience)] if patience else []
