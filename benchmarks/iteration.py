@@ -160,8 +160,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     sides = {"textbook": run_textbook, "quarkrl": run_quarkrl, "generate": run_generate}
     clocks, learned, tokens = sides[task["side"].removesuffix("-micro")](directory, prompts, task)
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # One model's, in float32.
-    halved = task["bf16"] and task["side"] in ("quarkrl", "quarkrl-micro")
-    models = 1.5 if halved else 2.0  # The policy, and the reference.
+    # The policy, and the reference, which may be in bfloat16.
+    models = 1.5 if task["bf16"] and task["side"].startswith("quarkrl") else 2.0
     found: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
     found["beyond_bytes"] = measure.peak_bytes(device) - before - found["models_bytes"]
     counted = [clock.seconds for clock in clocks[1:]]
