@@ -153,7 +153,7 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
                 f"output_dir {str(output_dir)!r} already holds a run: choose another --output_dir, "
                 "or go on with it by --resume"
             )
-        scorer = _scorer(run.reward or [], run.reward_label, *config.scoring)
+        scorer = _scorer(run.reward, run.reward_label, config)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, skip_bad, patience = _model_path(run.model or ""), config.skip_bad_prompts, run.early_stopping_patience
         trusted, stoppers = run.trust_remote_code, [EarlyStoppingCallback(patience)] if patience else []
@@ -269,7 +269,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     final = train(run, config, given)
     _quiet()
     prompts = load_prompts(_builtin_prompts("eval"))
-    scorer = _scorer(run.reward or [], run.reward_label)
+    scorer = _scorer(run.reward, run.reward_label)
     evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN))
     results = Path(output_dir) / "results.json"
     evaluation.save(results)
@@ -295,16 +295,12 @@ def _is_first_process() -> bool:
 
 
 def _scorer(
-    rewards: Sequence[str],
-    label: str | None,
-    weights: list[float] | None = None,
-    condition_on: str = "sum",
-    cache: str | None = None,
-    timeout: float | None = None,
+    rewards: Sequence[str] | None, label: str | None, config: "QuarkConfig | None" = None, cache: str | None = None
 ) -> "Scorer":
     from quarkrl.rewards import Scorer, resolve
 
-    return Scorer([resolve(name, label=label) for name in rewards], weights, condition_on, cache, timeout)
+    functions = [resolve(name, label=label) for name in rewards or []]
+    return Scorer.from_config(functions, config) if config else Scorer(functions, cache=cache)
 
 
 def _prompts(run: RunArguments, source: str, skip_bad: bool, split: str = "train") -> "Prompts":

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import get_int_from_env
@@ -289,11 +289,6 @@ class QuarkConfig(TrainingArguments):
                 f"guidance_from {self.guidance_from!r} without guidance: set explore_guidance_scale or "
                 "eval_guidance_scale, or leave it out"
             )
-
-    @property
-    def scoring(self) -> tuple[Any, ...]:
-        """What a `Scorer` takes beside its reward functions."""
-        return self.reward_weights, self.condition_on, self.score_cache, self.reward_timeout
 
     @property
     def draws_per_step(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from quarkrl.rewards.cache import ScoreCache, digest
 from quarkrl.rewards.checked import attribute_names, checked_scores, checked_weights
 from quarkrl.rewards.deadline import InThread
 from quarkrl.rewards.functions import describe, identity_of, name_of, source_file
+
+if TYPE_CHECKING:
+    from quarkrl.config import QuarkConfig
 
 Reward = str | Callable[..., Any]
 
@@ -113,6 +116,11 @@ class Scorer:
             self._cache = ScoreCache(cache)
         self._calling = self._stopping = self._hangs = False
         self._unanswered: list[str] = []  # the rewards that are being asked
+
+    @classmethod
+    def from_config(cls, reward_funcs: Reward | Sequence[Reward], config: "QuarkConfig") -> "Scorer":
+        """A scorer of `reward_funcs` by the weights, the cache and the time-out that `config` gives."""
+        return cls(reward_funcs, config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
 
     def __call__(
         self,
