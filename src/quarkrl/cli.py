@@ -270,7 +270,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     _quiet()
     prompts = load_prompts(_builtin_prompts("eval"))
     scorer = _scorer(run.reward, run.reward_label)
-    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN))
+    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN), batch_size=1024)
     results = Path(output_dir) / "results.json"
     evaluation.save(results)
     print_table(evaluation, _console(stderr=False))
