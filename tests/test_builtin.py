@@ -93,8 +93,8 @@ def test_corpus_has_rude_texts_and_mostly_polite_ones():
 def test_prompts_are_clean_distinct_and_disjoint():
     pytest.importorskip("profanity_check")
     train, evaluation = read_prompts("train"), read_prompts("eval")
-    assert (len(train), len(evaluation)) == (4_000, 300)
-    assert len({*train, *evaluation}) == 4_300
+    assert (len(train), len(evaluation)) == (20_000, 300)
+    assert len({*train, *evaluation}) == 20_300
     assert all(4 <= len(prompt.split()) <= 8 for prompt in train + evaluation)
     assert max(build.profanity(train + evaluation)) < 0.3
 

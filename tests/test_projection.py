@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from math import log
 
 import pytest
 import torch
@@ -240,6 +241,24 @@ def test_the_gradient_is_that_of_the_value():
         return quark_loss(Projection(*tensors, scale=1.7, cap=2.0), ref, targets, **COEFS).total
 
     assert torch.autograd.gradcheck(total, inputs)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_where_no_end_may_come_it_is_as_if_there_were_none(reached):
+    """A completion of at least one token: words 0 and 1, then EOS, which is token 2 of three."""
+    policy, ref = torch.tensor([3.0, 1, 4]).log().expand(2, 3), torch.tensor([1.0, 1, 2]).log().expand(2, 3)
+    logits = policy.clone().requires_grad_()
+    labels = torch.tensor([[-100, 0, 2, -100]])
+    projections = [
+        Projection(each, torch.eye(3) if reached else None).unended(labels, 1, [2]) for each in (logits, ref.clone())
+    ]
+    found = quark_loss(*projections, torch.tensor([0, 2]), kl_coef=1, entropy_coef=0)
+    # First (3/4, 1/4) against (1/2, 1/2), then (3, 1, 4) / 8 against (1, 1, 2) / 4.
+    assert found.nll.item() == pytest.approx((log(4 / 3) + log(2)) / 2)
+    assert found.kl.item() == pytest.approx((0.75 * log(1.5) - 0.25 * log(2) + 3 / 8 * log(1.5) - 1 / 8 * log(2)) / 2)
+    found.total.backward()
+    assert logits.grad[0, 2] == 0 != logits.grad[1, 2]
+    assert torch.equal(logits, policy)
 
 
 @pytest.mark.parametrize("frozen", [(False, True, True), (True, False, False)])

@@ -260,6 +260,7 @@ def test_policy_and_reference_may_be_two_models(tmp_path):
         with torch.no_grad():
             p = policy(torch.tensor([conditioned + completion])).logits[0, len(conditioned) - 1 : -1, :VOCAB]
             q = reference(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        p[0, EOS_ID] = q[0, EOS_ID] = -1e9  # No completion ends before its first token.
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         kls += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
     assert measured == pytest.approx(np.mean(kls), rel=1e-4)
@@ -354,7 +355,9 @@ def test_the_nll_may_be_taken_at_a_temperature(tmp_path):
             completion_logits(model, *(batch[prefix + name] for name in ("input_ids", "attention_mask", "labels")))
             for model, prefix in ((trainer.model, ""), (trainer.ref_model, "ref_"))
         )
-        labels = batch["labels"][batch["labels"] != -100]
+        completion = batch["labels"] != -100
+        labels, first = batch["labels"][completion], completion.cumsum(-1)[completion] == 1
+        policy, ref = (logits.index_put((first.nonzero(), torch.tensor([EOS_ID])), torch.tensor(-1e9)) for logits in (policy, ref))
         plain = quark_loss_plain(policy, ref[:, :VOCAB], labels, **trainer.coefs.current, nll_temperature=temperature)
         torch.testing.assert_close(loss, plain.total)
         figures[temperature] = plain

@@ -7,6 +7,7 @@ tokens x vocabulary is ever held. Whatever wraps the model (DDP, adapters, autoc
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -22,6 +23,10 @@ logger = logging.getLogger(__name__)
 _out_of_reach: WeakSet[nn.Module] = WeakSet()
 
 
+# The logit of what may not come: no probability, in any precision, and finite, so that 0 times its logarithm is 0.
+_NEVER = -1e4
+
+
 class Projection(NamedTuple):
     """Logits that are still to be computed: `scale * (hidden @ weight.T + bias)`, soft-capped.
 
@@ -31,6 +36,7 @@ class Projection(NamedTuple):
         bias: `(vocab,)`.
         scale: a factor.
         cap: `cap * tanh(logits / cap)`, as Gemma 2 has it.
+        ruled_out: which positions, `(T,)` bool, may not have which tokens, `(E,)` ids: their logits are `_NEVER` there.
     """
 
     hidden: Tensor
@@ -38,6 +44,7 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    ruled_out: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,10 +62,29 @@ class Projection(NamedTuple):
     def logits(self, rows: slice = slice(None)) -> Tensor:
         """`(R, vocab)` of the given positions."""
         if self.weight is None:
-            return self.hidden[rows]
-        logits = F.linear(self.hidden[rows], self.weight, self.bias)
+            logits = self.hidden[rows] if self.ruled_out is None else self.hidden[rows].clone()
+        else:
+            logits = F.linear(self.hidden[rows], self.weight, self.bias)
         logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        if self.ruled_out is not None:
+            positions, tokens = self.ruled_out
+            logits[positions[rows].nonzero(), tokens] = _NEVER
+        return logits
+
+    def unended(self, labels: Tensor, least: int, end_ids: Sequence[int]) -> "Projection":
+        """Of completions that cannot end before they have `least` tokens: no EOS where it was ruled out in sampling.
+
+        Args:
+            labels: `(batch, length)`, -100 but for the T completion tokens.
+            least: tokens of a completion that are not EOS.
+            end_ids: EOS ids.
+        """
+        if least == 0:
+            return self
+        completion = labels != -100
+        early = completion.cumsum(-1)[completion] <= least
+        return self._replace(ruled_out=(early, torch.tensor(end_ids, dtype=torch.long, device=labels.device)))
 
     def before_the_cap(self, grad: Tensor, logits: Tensor) -> Tensor:
         """The gradient in `hidden @ weight.T + bias`, from that in the logits."""

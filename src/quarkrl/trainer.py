@@ -305,8 +305,9 @@ class QuarkTrainer(ResumableTrainer):
                 ref = completion_projection(reference, *(inputs[name] for name in names))
             ref = ref.of_first(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
+        ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
-            loss = quark_loss(policy, ref, labels[labels != -100], **settings)
+            loss = quark_loss(policy.unended(*ends), ref and ref.unended(*ends), labels[labels != -100], **settings)
         tokens = policy.shape[0]
         if self.model.training:
             self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))

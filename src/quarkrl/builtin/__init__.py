@@ -21,7 +21,7 @@ def prompts_path(split: Literal["train", "eval"]) -> Path:
     """Return the JSONL file of prompts, one `{"prompt": "..."}` per line.
 
     Args:
-        split: "train" (about 4,000 prompts) or "eval" (about 300, from texts that neither the model nor the
+        split: "train" (about 20,000 prompts) or "eval" (about 300, from texts that neither the model nor the
             training prompts ever saw).
 
     Raises:

@@ -5,7 +5,7 @@
 takes half an hour on one core of a 2023 server and writes, by default over the files of this package,
 
     DIR/model/                  GPT-2 (1.1M parameters), config, generation config, byte-level BPE tokenizer
-    DIR/prompts.train.jsonl     4,000 prompts: the first 4 to 8 words of texts, cut before anything rude
+    DIR/prompts.train.jsonl     20,000 prompts: the first 4 to 8 words of texts, cut before anything rude
     DIR/prompts.eval.jsonl      300 prompts of texts that are in no other file and that the model never saw
 
 then prints held-out perplexity and how often the model turns rude. Two runs on one machine give identical
@@ -45,7 +45,7 @@ from quarkrl.builtin.topics import listed
 END_OF_TEXT = "<|endoftext|>"
 TRAIN_SEED, HELD_OUT_SEED = 20220526, 31415926
 NUM_TRAIN_TEXTS, NUM_HELD_OUT_TEXTS = 800_000, 2_000
-NUM_TRAIN_PROMPTS, NUM_EVAL_PROMPTS = 4_000, 300
+NUM_TRAIN_PROMPTS, NUM_EVAL_PROMPTS = 20_000, 300
 NUM_TOKENIZER_TEXTS, VOCAB_SIZE, CONTEXT_TOKENS = 100_000, 2_048, 128
 BATCH_ROWS, PEAK_LEARNING_RATE, WARMUP_STEPS = 64, 4e-3, 100
 
