@@ -227,6 +227,16 @@ def test_what_is_given_is_taken(tmp_path, monkeypatch):
     assert trainer_of(tmp_path, generation_batch_size=7).forecast.explored_at_once == 7
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, "64"), ("1024", "1024")])
+def test_few_shapes_are_kept_by_onednn_unless_asked_to(tmp_path, monkeypatch, given, kept):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    trainer_of(tmp_path)
+    assert os.environ[name] == kept
+
+
 def test_processes_sample_as_many_and_are_refused_together(monkeypatch):
     others = [(512, None), (64, "memory: too little")]
     monkeypatch.setattr(fitting, "gather_object", lambda own: [*own, *others])
