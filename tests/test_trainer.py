@@ -357,7 +357,8 @@ def test_the_nll_may_be_taken_at_a_temperature(tmp_path):
         )
         completion = batch["labels"] != -100
         labels, first = batch["labels"][completion], completion.cumsum(-1)[completion] == 1
-        policy, ref = (logits.index_put((first.nonzero(), torch.tensor([EOS_ID])), torch.tensor(-1e9)) for logits in (policy, ref))
+        no_end = first.nonzero(), torch.tensor([EOS_ID])  # No completion ends before its first token.
+        policy, ref = (logits.index_put(no_end, torch.tensor(-1e9)) for logits in (policy, ref))
         plain = quark_loss_plain(policy, ref[:, :VOCAB], labels, **trainer.coefs.current, nll_temperature=temperature)
         torch.testing.assert_close(loss, plain.total)
         figures[temperature] = plain
