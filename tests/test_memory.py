@@ -228,13 +228,43 @@ def test_what_is_given_is_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "64"), ("1024", "1024")])
-def test_few_shapes_are_kept_by_onednn_unless_asked_to(tmp_path, monkeypatch, given, kept):
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, given or "")
-    if given is None:
-        monkeypatch.delenv(name)
+def test_onednn_keeps_few_shapes_unless_told_otherwise(tmp_path, monkeypatch, given, kept):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, given or "")
+        if given is None:
+            monkeypatch.delenv(name)
     trainer_of(tmp_path)
-    assert os.environ[name] == kept
+    assert [os.environ[name] for name in names] == [kept, kept]
+
+
+@pytest.mark.slow
+def test_many_shapes_in_bf16_take_no_more_memory_than_few(tmp_path):
+    """As many lengths as a run has: without a bound what is kept of them is 0.2 to 0.4 MB each."""
+    script = """
+import sys
+import torch
+from small_runs import trainer_of
+from measure import held_bytes
+from pathlib import Path
+from torch.nn.functional import linear
+trainer_of(Path(sys.argv[1]))
+weight = torch.ones(512, 128, dtype=torch.bfloat16)
+for count in range(1, 101):
+    linear(torch.ones(count, 128, dtype=torch.bfloat16), weight)
+before = held_bytes("cpu")
+for count in range(101, 1101):
+    linear(torch.ones(count, 128, dtype=torch.bfloat16), weight)
+print(held_bytes("cpu") - before)
+"""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(done.stdout.splitlines()[-1]) < 50e6
 
 
 def test_processes_sample_as_many_and_are_refused_together(monkeypatch):
