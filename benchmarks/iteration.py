@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["textbook", "quarkrl", "quarkrl-bf16"])
     parser.add_argument("--repeats", type=int, help="of all sides in turn: 3, or 1 with --quick")
     parser.add_argument("--iterations", type=int, default=2, help="of which the first is not counted")
-    parser.add_argument("--batches", type=int, default=2, help="sampled, and learned from, in an iteration")
+    parser.add_argument("--batches", type=int, default=8, help="sampled, and learned from, in an iteration")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--length", type=int, default=20, help="tokens of a completion")
     parser.add_argument("--num_quantiles", type=int, default=5)
