@@ -25,9 +25,9 @@ _DOUBT = 1.25
 # Completions sampled at a time if not given: no more than this, as more is hardly faster; and the room they may take.
 _MOST_AT_A_TIME = {True: 128, False: 512}  # On a CPU; on an accelerator.
 _SHARE_OF_ROOM = 0.5
-# Shapes for which oneDNN, which computes in bf16 on a CPU, keeps what it has made, twice over: it does, and so does what
-# torch calls it by. Its own 1024 were 0.65 GB of a run of the built-in model, whose lengths give it that many; with 64 a
-# run is as fast.
+# Shapes for which oneDNN, which computes in bf16 on a CPU, keeps what it has made; torch's bridge to it keeps it again.
+# The 1024 of either's own were 0.65 GB of a run of the built-in model, whose lengths give it as many; with 64 a run is
+# as fast.
 _KEPT_BY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _SHAPES_KEPT = "64"
 # Steps after which freed main memory is given back: after every 10 it cost a tenth of a 6M-parameter model's time.
