@@ -196,6 +196,8 @@ def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> 
         batch = textbook.collate(
             [(int(s.quantiles[0]), decode(s.prompt_ids), decode(s.completion_ids)) for s in samples]
         )
+        # The textbook, as the official code, leaves EOS in the loss where it was ruled out.
+        trainer.args.min_completion_length = 0
         expected = textbook.loss(batch)
         expected.backward()
         loss = trainer.compute_loss(trainer.model, trainer.collate(range(task["batch_size"])))
