@@ -270,7 +270,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     _quiet()
     prompts = load_prompts(_builtin_prompts("eval"))
     scorer = _scorer(run.reward, run.reward_label)
-    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN), batch_size=1024)
+    at_once = config.generation_batch_size or 128
+    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN), batch_size=at_once)
     results = Path(output_dir) / "results.json"
     evaluation.save(results)
     print_table(evaluation, _console(stderr=False))

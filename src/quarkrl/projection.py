@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 # Output layers whose logits are not to be had from hidden states and weights alone.
 _out_of_reach: WeakSet[nn.Module] = WeakSet()
 
-
 # The logit of what may not come: no probability, in any precision, and finite, so that 0 times its logarithm is 0.
 _NEVER = -1e4
 

@@ -119,7 +119,7 @@ class Scorer:
 
     @classmethod
     def from_config(cls, reward_funcs: Reward | Sequence[Reward], config: "QuarkConfig") -> "Scorer":
-        """A scorer of `reward_funcs` by the weights, the cache and the time-out that `config` gives."""
+        """A scorer of `reward_funcs` with the weights, `condition_on`, cache and time-out that `config` gives."""
         return cls(reward_funcs, config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
 
     def __call__(
