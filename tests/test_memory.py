@@ -68,8 +68,8 @@ def test_gradients_count_where_they_are_more_than_what_they_come_from():
     [
         ({"kl": False}, "loss", 4 * 4 * 100 * 3 + 4 * 4 * 8),
         ({"tempered": True}, "loss", 4 * 4 * 100 * 6 + 4 * 4 * 8),
-        # Its matrix and the reference's in two bytes, once.
-        ({"mixed": True}, "loss", 4 * 4 * 100 * 4 + 4 * 4 * 8 + 2 * 2 * 100 * 8),
+        # A slice's logits in two bytes before they are in four; the matrix and the reference's in two bytes, once.
+        ({"mixed": True}, "loss", 4 * 100 * (4 * 4 + 2) + 4 * 4 * 8 + 2 * 2 * 100 * 8),
         ({"reference": 4000}, "reference", 4000),
         # What goes into each layer, and one layer whole.
         ({"checkpointed": True}, "activations", 4 * 10 * (2 * 8 + 138)),

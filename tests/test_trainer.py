@@ -26,6 +26,7 @@ from small_runs import (
     watch,
     weights_of,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkTrainer
@@ -393,6 +394,32 @@ def test_the_learning_rate_warms_up_and_decays(tmp_path):
 def test_bf16_runs_on_a_cpu(tmp_path):
     trainer_of(tmp_path, bf16=True).train()
     assert all(math.isfinite(value) for value in figures_of(tmp_path, "loss") + figures_of(tmp_path, "kl"))
+
+
+class Casts(TorchDispatchMode):
+    """Counts, while it lasts, how often each of a model's weights is cast to another type."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.of = {parameter.data_ptr(): 0 for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.of:
+            self.of[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_sampling_casts_each_weight_once_whether_it_is_learned_or_not(tmp_path, iteration, adapter):
+    trainer = trainer_of(tmp_path, bf16=True, peft_config=adapter)
+    sampled = trainer.ref_model if iteration == 0 and adapter is None else trainer.model
+    learned = [parameter.requires_grad for parameter in sampled.parameters()]
+    assert not all(learned) or sampled is not trainer.ref_model
+    with Casts(sampled) as casts, trainer.sampler(iteration) as complete:
+        complete([[0, 1], [2]], Sampling(6, 6, do_sample=False), None)
+    assert max(casts.of.values()) == 1
+    assert [parameter.requires_grad for parameter in sampled.parameters()] == learned
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ them (`projection.Projection`), in which case nothing of size tokens x vocabular
 the same in five lines of autograd, for reading and for the tests that hold the two together.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +32,8 @@ KLDirection = Literal["policy_ref", "ref_policy"]
 
 # Numbers in a slice of logits: few enough to stay near the cache, and rows enough for the matrix products to be fast.
 _NUMBERS_PER_SLICE, _LEAST_ROWS_PER_SLICE = 2**18, 256
+# Numbers of the output matrix's gradient that are added at a time where they have to be widened first.
+NUMBERS_PER_PIECE = 2**22
 
 
 def rows_per_slice(vocab: int) -> int:
@@ -156,18 +160,20 @@ class _QuarkLossFunction(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         needs_grad = any(ctx.needs_input_grad)
         step = rows_per_slice(vocab)
+        arrays = _Arrays(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, tokens, step):
                 rows = slice(start, start + step)
-                logits = _wide(policy.logits(rows))
-                log_q = None if ref is None else F.log_softmax(_wide(ref.logits(rows)), dim=-1)
-                dz = None
+                logits, log_q, dz = _logits(policy, rows, arrays, "z"), None, None
+                if ref is not None:
+                    ref_logits = _logits(ref, rows, arrays, "p")
+                    log_q = torch.log_softmax(ref_logits, -1, out=arrays.like(ref_logits, "log_q"))
                 if needs_grad:  # In the logits' place, if nobody else has or needs them.
-                    dz = logits if policy.weight is not None and policy.cap is None else torch.empty_like(logits)
-                sums += _slice(logits, log_q, targets[rows, None], dz, *settings)
+                    own = policy.weight is not None and policy.cap is None
+                    dz = logits if own else arrays.like(logits, "dz")
+                sums += _slice(logits, log_q, targets[rows, None], dz, arrays, *settings)
                 if dz is not None:
-                    _backpropagate(policy, rows, policy.before_the_cap(dz, logits), *grads)
-                del logits, log_q, dz  # Before the next slice's are made.
+                    _backpropagate(policy, rows, policy.before_the_cap(dz, logits), arrays, *grads)
         ctx.grads = [g if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias), strict=True)]
         ctx.tokens = tokens
         nll, kl, entropy = sums / max(tokens, 1)
@@ -191,11 +197,43 @@ def _as_autocast(projection: Projection) -> Projection:
     return projection._replace(hidden=projection.hidden.to(dtype), weight=projection.weight.to(dtype), bias=bias)
 
 
+class _Arrays:
+    """Arrays by name, which one slice leaves to the next: fresh memory takes a CPU ten times as long to fill."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The array of a name, its contents whatever they last were."""
+        count = math.prod(shape)
+        if name not in self._kept or len(self._kept[name]) < count:
+            self._kept[name] = torch.empty(count, dtype=dtype, device=self._device)
+        return self._kept[name][:count].view(*shape)
+
+    def like(self, tensor: Tensor, name: str) -> Tensor:
+        """The array of a name, of a tensor's shape and type."""
+        return self(name, tensor.shape, tensor.dtype)
+
+
+def _logits(projection: Projection, rows: slice, arrays: _Arrays, name: str) -> Tensor:
+    """`(R, vocab)` logits in at least single precision; in the array of the name, unless they exist already."""
+    if projection.weight is None:
+        return _wide(projection.logits(rows))
+    narrow = projection.hidden.dtype
+    wide = torch.promote_types(narrow, torch.float32)
+    shape = len(projection.hidden[rows]), len(projection.weight)
+    if narrow == wide:
+        return projection.logits(rows, out=arrays(name, shape, wide))
+    return arrays(name, shape, wide).copy_(projection.logits(rows, out=arrays("narrow", shape, narrow)))
+
+
 def _slice(
     z: Tensor,
     log_q: Tensor | None,
     target: Tensor,
     dz: Tensor | None,
+    arrays: _Arrays,
     kl_coef: float,
     entropy_coef: float,
     kl_direction: str,
@@ -206,18 +244,22 @@ def _slice(
     Args:
         z: `(R, V + K)`, the policy's logits; log_q: `(R, V)`, the reference's log-probabilities; target: `(R, 1)`.
         dz: `(R, V + K)`, where the gradient of the loss's sum in `z` goes, or None; it may be `z` itself.
+        arrays: for what comes in between.
     """
     vocab_size = z.shape[-1] if log_q is None else log_q.shape[-1]
-    log_p = F.log_softmax(z[:, :vocab_size], dim=-1)
+    original = z[:, :vocab_size]
+    p = arrays.like(original, "p").copy_(original)  # For now the logits, in one piece, as the softmax wants them.
+    log_p = torch.log_softmax(p, -1, out=arrays.like(p, "log_p"))
     if nll_temperature == 1:  # The NLL's p is p' but for the reward tokens' share.
         log_norm = z[:, :1] - log_p[:, :1]  # Of the original tokens alone.
         log_rewards = z[:, vocab_size:] - log_norm
         more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to it.
         nll = log_norm + more - z.gather(-1, target)
     else:
-        log_p_nll = F.log_softmax(z / nll_temperature, dim=-1)
+        cooled = torch.div(z, nll_temperature, out=arrays.like(z, "cooled"))
+        log_p_nll = torch.log_softmax(cooled, -1, out=arrays.like(z, "log_p_nll"))
         nll = -log_p_nll.gather(-1, target)
-    p = log_p.exp()
+    torch.exp(log_p, out=p)
     entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
     kl = torch.zeros_like(nll)
     if log_q is not None and kl_direction == "policy_ref":
@@ -238,9 +280,9 @@ def _slice(
     inner = torch.add(shift, log_p, alpha=weight, out=log_p)
     if log_q is not None and kl_direction == "policy_ref":
         inner.add_(log_q, alpha=-kl_coef)
-    original = torch.mul(inner, p, out=dz[:, :vocab_size])
+    gradient = torch.mul(inner, p, out=dz[:, :vocab_size])
     if log_q is not None and kl_direction == "ref_policy":
-        original.add_(p.sub_(q), alpha=kl_coef)
+        gradient.add_(p.sub_(q), alpha=kl_coef)
     if nll_temperature == 1:
         torch.exp(log_rewards - more, out=dz[:, vocab_size:])
     else:
@@ -251,18 +293,31 @@ def _slice(
 
 
 def _backpropagate(
-    policy: Projection, rows: slice, dz: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+    policy: Projection,
+    rows: slice,
+    dz: Tensor,
+    arrays: _Arrays,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
 ) -> None:
     """Add what a slice gives to the gradients that are wanted."""
     if dbias is not None:
         dbias += dz.sum(0)
-    dz = dz if policy.weight is None else dz.to(policy.weight.dtype)
+    if policy.weight is None:
+        if dhidden is not None:
+            dhidden[rows] = dz
+        return
+    if dz.dtype != policy.weight.dtype:
+        dz = arrays("narrow", dz.shape, policy.weight.dtype).copy_(dz)
     if dhidden is not None:
-        dhidden[rows] = dz if policy.weight is None else dz @ policy.weight
+        dhidden[rows] = dz @ policy.weight
     if dweight is not None and dweight.dtype == dz.dtype:
         dweight.addmm_(dz.T, policy.hidden[rows])
-    elif dweight is not None:
-        dweight += dz.T @ policy.hidden[rows]
+    elif dweight is not None:  # In pieces, since what is added in another type is first copied into its own.
+        piece = max(NUMBERS_PER_PIECE // dweight.shape[1], 1)
+        for some, of_some in zip(dz.T.split(piece), dweight.split(piece), strict=True):
+            of_some += some @ policy.hidden[rows]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.activations import NewGELUActivation
 
-from quarkrl.loss import rows_per_slice
+from quarkrl.loss import NUMBERS_PER_PIECE, rows_per_slice
 from quarkrl.projection import is_one_product
 
 # Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus.
@@ -210,6 +210,7 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
     chosen = at_once * model.vocab * 4
     cache = cached * model.layers * 2
     sampling = max(_reading_bytes(model, load, at_once), chosen * _SAMPLING_ARRAYS[load.nucleus])
+    cast = model.weights // 2 if load.mixed and model.size == 4 else 0  # By autocast, kept for a batch.
     pool = load.samples * (4 * (load.prompt + load.completion) + 30)
     always = model.weights + load.reference + states + reduced + (pool if load.cpu else 0)
     return Estimate(
@@ -222,7 +223,7 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
         cache=cache,
         sampling=sampling,
         pool=pool,
-        exploring=int(always + room(cache, cached) + room(sampling, chosen) + model.merged),
+        exploring=int(always + cast + room(cache, cached) + room(sampling, chosen) + model.merged),
         learning=int(always + comes_and_goes),
     )
 
@@ -264,8 +265,8 @@ def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
     head, narrow = model.head // model.size, _narrow(model, load)
     gradient = (head + places * model.width) * wide  # In the output matrix and in what goes into it.
     casts = (1 + load.kl) * model.vocab * model.width * narrow if load.mixed else 0
-    if narrow < wide:  # What a slice gives to the gradient is a product in less precision, then widened.
-        arrays = max(arrays, (2 + load.kl) * array + head * (narrow + wide))
+    if narrow < wide:  # Products in less precision, then widened: a slice's logits, pieces of the matrix's gradient.
+        arrays += array * narrow // wide + min(head, NUMBERS_PER_PIECE) * (narrow + wide)
     return gradient + casts + arrays, gradient
 
 

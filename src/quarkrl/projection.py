@@ -58,12 +58,14 @@ class Projection(NamedTuple):
             weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
         )
 
-    def logits(self, rows: slice = slice(None)) -> Tensor:
-        """`(R, vocab)` of the given positions."""
+    def logits(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """`(R, vocab)` of the given positions; the matrix product goes into `out`, where one is given and needed."""
         if self.weight is None:
             logits = self.hidden[rows] if self.ruled_out is None else self.hidden[rows].clone()
+        elif self.bias is None:
+            logits = torch.mm(self.hidden[rows], self.weight.T, out=out)
         else:
-            logits = F.linear(self.hidden[rows], self.weight, self.bias)
+            logits = torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
         logits = logits if self.scale == 1 else logits * self.scale
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         if self.ruled_out is not None:
