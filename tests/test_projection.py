@@ -297,6 +297,37 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_held(monkeypatch):
     assert largest["projections"] <= max(8 * 2000, model.lm_head.weight.numel())
 
 
+class Made(TorchDispatchMode):
+    """Counts, while it lasts, the new arrays of at least so many numbers."""
+
+    def __init__(self, numbers: int):
+        super().__init__()
+        self.numbers, self.count = numbers, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf) and leaf.numel() >= self.numbers:
+                self.count += leaf.untyped_storage().data_ptr() not in known
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"nll_temperature": 0.5}])
+def test_slices_share_their_arrays(dtype, options, monkeypatch):
+    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
+    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    made = []
+    for slices in (1, 5):
+        hidden, weight = torch.randn(8 * slices, 4, dtype=dtype), torch.randn(300, 4, dtype=dtype)
+        ref, targets = Projection(hidden.clone(), weight[:290].clone()), torch.arange(8 * slices)
+        with Made(8 * 290) as seen:
+            quark_loss(Projection(hidden.requires_grad_(), weight), ref, targets, **COEFS, **options)
+        made.append(seen.count)
+    assert made[0] == made[1] > 0
+
+
 @pytest.mark.parametrize("change", ["doubled", "low rank"])
 def test_a_head_out_of_reach_is_told_once_and_its_logits_held_whole(change, caplog):
     model = untied_or_tied("llama", False).eval()
