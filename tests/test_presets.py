@@ -7,13 +7,37 @@ import pytest
 from quarkrl.cli import main
 from quarkrl.options import parse_train, preset_names
 
-GREEDY = ["--greedy", "--min_new_tokens", "96", "--max_new_tokens", "96", "--guidance_scales", "4"]
-# Preset → how to measure it, and the row that must be better than reference and worst token by so much.
+# Preset → how to measure it, and by how much the best token must be better than reference and worst token.
 TINY = {
-    "tiny-sentiment-positive": (["--reward", "vader"], "best", 0.1),
-    "tiny-sentiment-negative": (["--reward", "vader-negative"], "best", 0.1),
-    "tiny-repetition": (["--reward", "repetition", *GREEDY], "best γ=4", 0.05),
+    "tiny-sentiment-positive": (["--reward", "vader"], 0.1),
+    "tiny-sentiment-negative": (["--reward", "vader-negative"], 0.1),
+    "tiny-repetition": (
+        ["--reward", "repetition", "--greedy", "--min_new_tokens", "64", "--max_new_tokens", "64"],
+        0.01,
+    ),
 }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a preset's run, made when it is first asked for."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run(preset):
+        if not (runs / preset / "final").exists():
+            command = ["train", "--config", preset, "--output_dir", str(runs / preset), "--disable_tqdm", "true"]
+            assert main(command) == 0
+        return runs / preset / "final"
+
+    return run
+
+
+def rewards_of(final, *measure):
+    """The mean reward of each row of an evaluation."""
+    results = final.parent / "results.json"
+    command = ["evaluate", str(final), "--prompts", "builtin", "--limit", "100", "--samples", "5"]
+    assert main([*command, *measure, "--output", str(results)]) == 0
+    return {row["name"]: row["figures"]["reward"] for row in json.loads(results.read_text())["results"]}
 
 
 def test_every_preset_is_read_and_names_what_it_needs():
@@ -31,14 +55,30 @@ def test_every_task_has_a_tiny_twin():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("preset", TINY)
-def test_a_tiny_preset_steers_both_ways(preset, tmp_path, capsys):
-    measure, steered, gain = TINY[preset]
-    run, results = tmp_path / "run", tmp_path / "results.json"
-    assert main(["train", "--config", preset, "--output_dir", str(run), "--disable_tqdm", "true"]) == 0
-    command = ["evaluate", str(run / "final"), "--prompts", "builtin", "--limit", "100", "--samples", "5"]
-    assert main([*command, *measure, "--output", str(results)]) == 0
-    rows = {row["name"]: row["figures"]["reward"] for row in json.loads(results.read_text())["results"]}
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "tiny-sentiment-positive",
+        "tiny-sentiment-negative",
+        # Strict, so that the mending of the preset shows.
+        pytest.param(
+            "tiny-repetition",
+            marks=pytest.mark.xfail(strict=True, reason="best 0.538, worst 0.553: without guidance they hardly differ"),
+        ),
+    ],
+)
+def test_a_tiny_preset_steers_both_ways(preset, finished):
+    measure, gain = TINY[preset]
+    rows = rewards_of(finished(preset), *measure)
+    assert rows["best"] > rows["reference"] + gain, rows
+    assert rows["worst"] < rows["best"] - gain, rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_guided_the_repetition_twin_steers_both_ways(finished):
+    greedy = ["--reward", "repetition", "--greedy", "--min_new_tokens", "96", "--max_new_tokens", "96"]
+    rows = rewards_of(finished("tiny-repetition"), *greedy, "--guidance_scales", "4")
     assert rows["best"] > rows["reference"], rows
-    assert rows[steered] > rows["reference"] + gain, rows
-    assert rows[steered] > rows["worst"] + gain, rows
+    assert rows["best γ=4"] > rows["reference"] + 0.05, rows
+    assert rows["best γ=4"] > rows["worst"] + 0.05, rows

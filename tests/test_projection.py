@@ -328,6 +328,15 @@ def test_slices_share_their_arrays(dtype, options, monkeypatch):
     assert made[0] == made[1] > 0
 
 
+def test_a_reference_may_be_of_another_type():
+    types = torch.float16, torch.bfloat16
+    policy, ref = (Projection(torch.randn(5, 3, dtype=dtype), torch.randn(8, 3, dtype=dtype)) for dtype in types)
+    targets = torch.tensor([0, 5, 2, 7, 1])
+    found = quark_loss(policy, ref, targets, **COEFS)
+    expected = quark_loss_plain(policy.logits(), ref.logits(), targets, **COEFS)
+    torch.testing.assert_close(found.kl, expected.kl, check_dtype=False, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("change", ["doubled", "low rank"])
 def test_a_head_out_of_reach_is_told_once_and_its_logits_held_whole(change, caplog):
     model = untied_or_tied("llama", False).eval()

@@ -198,18 +198,18 @@ def _as_autocast(projection: Projection) -> Projection:
 
 
 class _Arrays:
-    """Arrays by name, which one slice leaves to the next: fresh memory takes a CPU ten times as long to fill."""
+    """Arrays by name and type, left by one slice to the next: fresh memory takes a CPU ten times as long to fill."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The array of a name, its contents whatever they last were."""
-        count = math.prod(shape)
-        if name not in self._kept or len(self._kept[name]) < count:
-            self._kept[name] = torch.empty(count, dtype=dtype, device=self._device)
-        return self._kept[name][:count].view(*shape)
+        count, key = math.prod(shape), (name, dtype)
+        if key not in self._kept or len(self._kept[key]) < count:
+            self._kept[key] = torch.empty(count, dtype=dtype, device=self._device)
+        return self._kept[key][:count].view(*shape)
 
     def like(self, tensor: Tensor, name: str) -> Tensor:
         """The array of a name, of a tensor's shape and type."""
