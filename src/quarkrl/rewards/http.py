@@ -24,6 +24,8 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
+
 # The continuation of httpx, with its interface; huggingface_hub stands on it too.
 import httpx2
 
@@ -157,7 +159,9 @@ class Endpoint:
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(tries - 1, 10)) * self._random.uniform(0.5, 1)
             problem = ""
             try:
-                status, retry_after, body = await asyncio.wait_for(self._post(client, content), self._timeout)
+                # Not asyncio.wait_for, which before Python 3.12 drops a cancellation that meets an answer.
+                with anyio.fail_after(self._timeout):
+                    status, retry_after, body = await self._post(client, content)
                 if status in (408, 425, 429) or status >= 500:
                     problem = _shown(status, body)
                     if retry_after is not None:
@@ -178,7 +182,7 @@ class Endpoint:
                 wait = 0.0
             except Fault as fault:
                 problem = str(fault)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 problem = f"no answer within {self._timeout:g} s"
             except httpx2.RequestError as error:
                 problem = f"{type(error).__name__} {error}"
