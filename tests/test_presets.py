@@ -13,7 +13,7 @@ TINY = {
     "tiny-sentiment-negative": (["--reward", "vader-negative"], 0.1),
     "tiny-repetition": (
         ["--reward", "repetition", "--greedy", "--min_new_tokens", "64", "--max_new_tokens", "64"],
-        0.01,
+        0.05,
     ),
 }
 
@@ -55,18 +55,7 @@ def test_every_task_has_a_tiny_twin():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "preset",
-    [
-        "tiny-sentiment-positive",
-        "tiny-sentiment-negative",
-        # Strict, so that the mending of the preset shows.
-        pytest.param(
-            "tiny-repetition",
-            marks=pytest.mark.xfail(strict=True, reason="best 0.538, worst 0.553: without guidance they hardly differ"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("preset", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TINY])
 def test_a_tiny_preset_steers_both_ways(preset, finished):
     measure, gain = TINY[preset]
     rows = rewards_of(finished(preset), *measure)
@@ -76,9 +65,9 @@ def test_a_tiny_preset_steers_both_ways(preset, finished):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_guided_the_repetition_twin_steers_both_ways(finished):
+@pytest.mark.xdist_group("tiny-repetition")
+def test_the_repetition_twin_holds_at_twice_its_length_and_guided(finished):
     greedy = ["--reward", "repetition", "--greedy", "--min_new_tokens", "96", "--max_new_tokens", "96"]
-    rows = rewards_of(finished("tiny-repetition"), *greedy, "--guidance_scales", "4")
-    assert rows["best"] > rows["reference"], rows
-    assert rows["best γ=4"] > rows["reference"] + 0.05, rows
-    assert rows["best γ=4"] > rows["worst"] + 0.05, rows
+    rows = rewards_of(finished("tiny-repetition"), *greedy, "--guidance_scales", "1", "2")
+    assert rows["best"] > max(rows["reference"], rows["worst"]) + 0.03, rows
+    assert rows["best γ=2"] > max(rows["reference"], rows["worst"]) + 0.05, rows
