@@ -237,27 +237,34 @@ def test_ctrl_c_in_a_reward_is_not_swallowed():
 # Async ------------------------------------------------------------------------------------------------------
 
 
-async def slow_length(completions, **columns):
-    await asyncio.sleep(0.4)
-    return [len(text) for text in completions]
-
-
-class AsyncObject:
-    async def __call__(self, completions):
-        await asyncio.sleep(0.4)
-        return [10.0] * len(completions)
-
-
 def test_async_rewards_run_at_the_same_time_and_mix_with_plain_ones():
-    start = time.perf_counter()
-    scores = score(slow_length, length, AsyncObject(), functools.partial(slow_length))
-    assert time.perf_counter() - start < 1.0  # one after another: 1.2
+    under_way = []
+
+    async def all_begun():
+        under_way.append(1)
+        while len(under_way) < 3:  # one after another, the first would wait in vain
+            await asyncio.sleep(0.01)
+
+    async def late_length(completions, **columns):
+        await all_begun()
+        return [len(text) for text in completions]
+
+    class AsyncObject:
+        async def __call__(self, completions):
+            await all_begun()
+            return [10.0] * len(completions)
+
+    scores = score(late_length, length, AsyncObject(), functools.partial(late_length))
     assert scores.components.tolist() == [[1, 1, 10, 1], [2, 2, 10, 2], [0, 0, 10, 0], [4, 4, 10, 4]]
 
 
 def test_async_rewards_run_inside_a_running_loop_as_in_a_notebook():
+    async def late_length(completions):
+        await asyncio.sleep(0.01)
+        return [len(text) for text in completions]
+
     async def notebook():
-        return score(slow_length)
+        return score(late_length)
 
     assert asyncio.run(notebook()).rewards[:, 0].tolist() == [1, 2, 0, 4]
 
