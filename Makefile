@@ -25,8 +25,8 @@ demo: install  ## unlearn toxicity on the built-in model: minutes on a laptop
 test: install  ## the fast tests
 	$(BIN)/python -m pytest
 
-test-all: install  ## every test, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+test-all: test  ## every test, the slow ones too, two at a time
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadgroup
 
 check: install  ## what CI runs beside the tests: lint, format, types
 	$(BIN)/ruff check .
