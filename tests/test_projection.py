@@ -7,7 +7,7 @@ from math import log
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MptConfig
 from quarkrl import loss as loss_module
 from quarkrl.batches import padded
 from quarkrl.loss import quark_loss, quark_loss_plain
-from quarkrl.projection import Projection, completion_logits, completion_projection, output_layer
+from quarkrl.projection import Projection, completion_logits, completion_projection, is_one_product, output_layer
 
 
 def rows_of_unequal_length() -> tuple[list[list[int]], list[list[int]]]:
@@ -351,6 +351,67 @@ def test_a_head_out_of_reach_is_told_once_and_its_logits_held_whole(change, capl
             assert found.weight is None
             torch.testing.assert_close(found.logits(), completion_logits(model, **batch))
     assert sum("out of reach" in message for message in caplog.messages) == 1
+
+
+class ScaledInPlace(torch.nn.Linear):
+    """A factor behind the product, 1 at first."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x).mul_(self.factor)
+
+
+class Casting(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def with_head(model, kind: type[torch.nn.Linear]):
+    model.lm_head = kind(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    return model
+
+
+ONLY_HEAD = {"task_type": "CAUSAL_LM", "target_modules": ["lm_head"]}
+MORE_THAN_A_PRODUCT = {
+    "factors behind": lambda model: get_peft_model(model, IA3Config(**ONLY_HEAD, feedforward_modules=[])),
+    "factors before": lambda model: get_peft_model(model, IA3Config(**ONLY_HEAD, feedforward_modules=["lm_head"])),
+    "a rotation": lambda model: get_peft_model(model, OFTConfig(**ONLY_HEAD, oft_block_size=4)),
+    "in place": lambda model: with_head(model, ScaledInPlace),
+    "a cast": lambda model: with_head(model.to(torch.bfloat16), Casting),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_THAN_A_PRODUCT)
+def test_a_head_that_does_more_than_a_product_learns_even_where_it_starts_as_one(kind):
+    model = MORE_THAN_A_PRODUCT[kind](untied_or_tied("llama", False)).eval()
+    batch = padded(*rows_of_unequal_length())
+    targets = batch["labels"][batch["labels"] != -100]
+    grads = []
+    for logits in (completion_projection, completion_logits):
+        model.zero_grad()
+        quark_loss(logits(model, **batch), None, targets, **COEFS).total.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found, expected = grads
+    assert found.keys() == expected.keys() and any(grad.norm() > 0.01 for grad in found.values())
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name])
+    if kind not in ("in place", "a cast"):  # These show with gradients, and with hidden states of another type, alone.
+        assert not is_one_product(output_layer(model))
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_batch_without_completions_gives_zeros(reached):
+    model = with_head(untied_or_tied("llama", False), torch.nn.Linear if reached else ScaledInPlace).eval()
+    projection = completion_projection(model, **padded([[257, 3, 4]], [[]]))
+    assert (projection.weight is not None) == reached
+    found = quark_loss(projection, None, torch.zeros(0, dtype=torch.long), **COEFS)
+    found.total.backward()
+    assert [part.item() for part in found] == [0, 0, 0, 0]
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert model.lm_head.weight.grad is not None
 
 
 @pytest.mark.parametrize("scale", [None, 0.5, "inv_sqrt_d_model"])

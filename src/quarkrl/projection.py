@@ -119,20 +119,17 @@ def completion_projection(model: nn.Module, input_ids: Tensor, attention_mask: T
     if layer in _out_of_reach or is_spread(layer):
         return Projection(completion_logits(model, input_ids, attention_mask, labels))
     hidden, first = _narrowed(model, input_ids, attention_mask, labels, positions=slice(0, 1))
-    with _Products() as products:
-        layer(hidden[:1])
-    if len(products.operands) == 1:
+    if operands := _operands(layer, hidden[:1]):
         config = _unwrapped(model).config.get_text_config()
         # None where a config has the entry and no scale (MPT); a scale by name is not known, and found out below.
         factor, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
         scale = (factor if isinstance(factor, float | int) else 1.0) / (divisor or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
-        ((weight, bias),) = products.operands
-        projection = Projection(hidden, weight, bias, scale, cap)
+        projection = Projection(hidden, *operands, scale, cap)
         with torch.no_grad():
-            off = (projection.logits(slice(0, 1)).to(first) - first).abs().amax()
+            off = (projection.logits(slice(0, 1)).to(first) - first).abs().amax(-1)  # Of no position, if there is none.
             # Of the largest: bf16 rounds hidden states and weights, which the small logits are sums of too.
-            if _everywhere(off <= 2e-2 * first.abs().amax()):
+            if _everywhere((off <= 2e-2 * first.abs().amax(-1)).all()):
                 return projection
     logger.warning(f"the output layer of {type(_unwrapped(model)).__name__} is out of reach: its logits are held whole")
     _out_of_reach.add(layer)
@@ -144,9 +141,23 @@ def is_one_product(layer: nn.Module | None) -> bool:
     weight = getattr(layer, "weight", None)
     if layer is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         return False
-    with torch.no_grad(), _Products() as products:
-        layer(weight.new_zeros(1, weight.shape[1]))
-    return len(products.operands) == 1
+    with torch.no_grad():
+        return _operands(layer, weight.new_zeros(1, weight.shape[1])) is not None
+
+
+def _operands(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that is one matrix product and nothing else; None of another.
+
+    What is learned before or behind the product would get no gradient, and may start as the identity (IA3, OFT), so
+    that values do not tell: the product's input and its result have to be the layer's own.
+    """
+    with _Products() as products:
+        logits = layer(hidden)
+    if len(products.noted) != 1:
+        return None
+    ((input, weight, bias, result, made_by),) = products.noted
+    alone = input is hidden and logits is result and logits.grad_fn is made_by  # Else it was changed in place.
+    return (weight, bias) if alone else None
 
 
 def _everywhere(here: Tensor) -> bool:
@@ -196,16 +207,17 @@ def _narrowed(
 
 
 class _Products(TorchFunctionMode):
-    """Notes weight and bias of every `F.linear` while it lasts, such as those that an adapter has put together."""
+    """Notes every `F.linear` while it lasts: input, weight and bias, such as an adapter puts together, and result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operands: list[tuple[Tensor, Tensor | None]] = []
+        self.noted: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is F.linear:
-            self._note(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            self._note(result, *args, **(kwargs or {}))
+        return result
 
-    def _note(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.operands.append((weight, bias))
+    def _note(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.noted.append((input, weight, bias, result, result.grad_fn))
