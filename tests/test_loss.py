@@ -241,6 +241,51 @@ def test_bf16_logits_give_nearly_what_full_precision_gives(direction):
 
 
 @DIRECTIONS
+def test_a_small_kl_over_a_large_vocabulary_is_exact_in_single_precision(direction):
+    policy, noise, targets = random_case(32, 50_257, 5, torch.float32)
+    policy, ref = policy.detach(), policy.detach()[:, :50_257] + 0.15 * noise
+    found, exact = (
+        loss(*case, targets, kl_coef=1, entropy_coef=1, kl_direction=direction)
+        for loss, case in ((quark_loss, (policy, ref)), (quark_loss_plain, (policy.double(), ref.double())))
+    )
+    assert 0.04 < exact.kl < 0.05
+    torch.testing.assert_close(torch.stack(found).double(), torch.stack(exact), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("token", [0, 8])
+def test_a_token_that_is_ruled_out_takes_no_precision_from_the_nll(token, temperature):
+    policy, _, targets = random_case(40, 9, 2, torch.float32)
+    policy = policy.detach().index_fill(-1, torch.tensor([token]), -1e4)
+    targets = torch.where(targets == token, 1, targets)
+    for row in range(40):
+        found, exact = (
+            loss(
+                z[row : row + 1],
+                z[row : row + 1, :9],
+                targets[row : row + 1],
+                kl_coef=1,
+                entropy_coef=1,
+                nll_temperature=temperature,
+            ).nll
+            for loss, z in ((quark_loss, policy), (quark_loss_plain, policy.double()))
+        )
+        assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("types", [(DOUBLE, torch.float32), (torch.float32, DOUBLE)], ids=str)
+def test_policy_and_reference_of_different_types_meet_in_the_wider(types, direction):
+    policy, ref, targets = random_case(5, 7, 2)
+    policy, ref = policy.detach().to(types[0]).requires_grad_(), ref.to(types[1])
+    settings = {"kl_coef": 0.3, "entropy_coef": 0.2, "kl_direction": direction}
+    found = quark_loss(policy, ref, targets, **settings)
+    exact = quark_loss_plain(policy.double(), ref.double(), targets, **settings)
+    torch.testing.assert_close(torch.stack(found), torch.stack(exact), rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(each.total, policy)[0] for each in (found, exact)))
+
+
+@DIRECTIONS
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("extra", [0, 2])
 def test_the_gradient_is_that_of_the_value(extra, temperature, direction):

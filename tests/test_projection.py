@@ -314,7 +314,7 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"nll_temperature": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"nll_temperature": 0.5}, {"kl_direction": "ref_policy"}])
 def test_slices_share_their_arrays(dtype, options, monkeypatch):
     monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
     monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)

@@ -20,6 +20,7 @@ the same in five lines of autograd, for reading and for the tests that hold the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -153,20 +154,21 @@ class _QuarkLossFunction(torch.autograd.Function):
         tokens, vocab = policy.shape
         # One cast for all slices, where autocast would make one for each.
         policy, ref = _as_autocast(policy), ref and _as_autocast(ref)
+        wide = reduce(torch.promote_types, (each.hidden.dtype for each in (policy, ref) if each), torch.float32)
         grads = [
             torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if wanted else None
             for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
-        sums = torch.zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        sums = torch.zeros(3, dtype=wide, device=hidden.device)
         needs_grad = any(ctx.needs_input_grad)
         step = rows_per_slice(vocab)
         arrays = _Arrays(hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, tokens, step):
                 rows = slice(start, start + step)
-                logits, log_q, dz = _logits(policy, rows, arrays, "z"), None, None
+                logits, log_q, dz = _logits(policy, rows, arrays, "z", wide), None, None
                 if ref is not None:
-                    ref_logits = _logits(ref, rows, arrays, "p")
+                    ref_logits = _logits(ref, rows, arrays, "p", wide)
                     log_q = torch.log_softmax(ref_logits, -1, out=arrays.like(ref_logits, "log_q"))
                 if needs_grad:  # In the logits' place, if nobody else has or needs them.
                     own = policy.weight is not None and policy.cap is None
@@ -216,12 +218,11 @@ class _Arrays:
         return self(name, tensor.shape, tensor.dtype)
 
 
-def _logits(projection: Projection, rows: slice, arrays: _Arrays, name: str) -> Tensor:
-    """`(R, vocab)` logits in at least single precision; in the array of the name, unless they exist already."""
+def _logits(projection: Projection, rows: slice, arrays: _Arrays, name: str, wide: torch.dtype) -> Tensor:
+    """`(R, vocab)` logits, widened to a type; in the array of the name, unless they exist already."""
     if projection.weight is None:
-        return _wide(projection.logits(rows))
+        return projection.logits(rows).to(wide)
     narrow = projection.hidden.dtype
-    wide = torch.promote_types(narrow, torch.float32)
     shape = len(projection.hidden[rows]), len(projection.weight)
     if narrow == wide:
         return projection.logits(rows, out=arrays(name, shape, wide))
@@ -242,7 +243,8 @@ def _slice(
     """Sums of NLL, KL and entropy over R positions.
 
     Args:
-        z: `(R, V + K)`, the policy's logits; log_q: `(R, V)`, the reference's log-probabilities; target: `(R, 1)`.
+        z: `(R, V + K)`, the policy's logits; target: `(R, 1)`.
+        log_q: `(R, V)`, the reference's log-probabilities, or None; overwritten.
         dz: `(R, V + K)`, where the gradient of the loss's sum in `z` goes, or None; it may be `z` itself.
         arrays: for what comes in between.
     """
@@ -251,10 +253,12 @@ def _slice(
     p = arrays.like(original, "p").copy_(original)  # For now the logits, in one piece, as the softmax wants them.
     log_p = torch.log_softmax(p, -1, out=arrays.like(p, "log_p"))
     if nll_temperature == 1:  # The NLL's p is p' but for the reward tokens' share.
-        log_norm = z[:, :1] - log_p[:, :1]  # Of the original tokens alone.
-        log_rewards = z[:, vocab_size:] - log_norm
-        more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to it.
-        nll = log_norm + more - z.gather(-1, target)
+        # Held against the target, or any word: not a fixed one, whose logit and log p may be too large to be exact.
+        word = target.clamp(max=vocab_size - 1)
+        z_word, log_p_word = z.gather(-1, word), log_p.gather(-1, word)
+        log_rewards = z[:, vocab_size:] - z_word + log_p_word
+        more = F.softplus(log_rewards.logsumexp(-1, keepdim=True))  # What the reward tokens add to the norm.
+        nll = more - log_p_word - (z.gather(-1, target) - z_word)
     else:
         cooled = torch.div(z, nll_temperature, out=arrays.like(z, "cooled"))
         log_p_nll = torch.log_softmax(cooled, -1, out=arrays.like(z, "log_p_nll"))
@@ -263,23 +267,24 @@ def _slice(
     entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
     kl = torch.zeros_like(nll)
     if log_q is not None and kl_direction == "policy_ref":
-        kl = -entropy - torch.einsum("rv,rv->r", p, log_q)[:, None]
+        diff = torch.sub(log_p, log_q, out=log_q)  # Before it is summed: between two sums, it would cancel.
+        kl = torch.einsum("rv,rv->r", p, diff)[:, None]
     elif log_q is not None:
-        q = log_q.exp()
-        kl = torch.einsum("rv,rv->r", q, log_q - log_p)[:, None]
+        q = torch.exp(log_q, out=arrays.like(log_q, "q"))
+        kl = torch.einsum("rv,rv->r", q, log_q.sub_(log_p))[:, None]
     kl.clamp_(min=0)  # Rounding alone can take it below, where the two are nearly equal.
     sums = torch.stack((nll.sum(), kl.sum(), entropy.sum()))
     if dz is None:
         return sums
-    # Over the original tokens, KL(q || p') aside: p' * (weight * log p' - kl_coef * log q + shift), in log p's place.
-    weight, shift = entropy_coef, entropy_coef * entropy
+    # Over the original tokens, KL(q || p') aside: p' * (entropy_coef * log p' + kl_coef * diff + shift).
+    shift = entropy_coef * entropy
     if nll_temperature == 1:
         shift = shift + torch.exp(-more)
     if log_q is not None and kl_direction == "policy_ref":
-        weight, shift = weight + kl_coef, shift - kl_coef * kl
-    inner = torch.add(shift, log_p, alpha=weight, out=log_p)
+        shift = shift - kl_coef * kl
+    inner = torch.add(shift, log_p, alpha=entropy_coef, out=log_p)
     if log_q is not None and kl_direction == "policy_ref":
-        inner.add_(log_q, alpha=-kl_coef)
+        inner.add_(diff, alpha=kl_coef)
     gradient = torch.mul(inner, p, out=dz[:, :vocab_size])
     if log_q is not None and kl_direction == "ref_policy":
         gradient.add_(p.sub_(q), alpha=kl_coef)
