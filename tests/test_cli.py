@@ -9,13 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from tiny import make_home, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
+from quarkrl import cli
 from quarkrl.cli import free_directory, main
+from quarkrl.options import parse_train
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
@@ -84,6 +87,10 @@ def command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
         env=environment,
         **options,
     )
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def said(capsys, *arguments: str | Path) -> str:
@@ -166,6 +173,51 @@ def test_score_reads_files_and_standard_input(home, capsys, monkeypatch, tmp_pat
     assert said(capsys, "score", "-", *reward).splitlines() == ["-3.0000\ta a a", "0.0000\tb"]
     assert main(["score", str(home / "prompts.txt"), *map(str, reward)]) == 0
     assert "4 texts, 0 unscored; reward mean -0.2500" in capsys.readouterr().err
+
+
+def test_an_empty_completion_is_scored_and_not_the_prompts_in_its_place(home, capsys, tmp_path):
+    rows = [{"prompt": "a a", "completion": "a"}, {"prompt": "a a", "completion": ""}]
+    write_rows(tmp_path / "texts.jsonl", rows)
+    command = ["score", tmp_path / "texts.jsonl", "--reward", home / "rewards.py:few_a"]
+    assert said(capsys, *command).splitlines() == ["-1.0000\ta", "0.0000\t"]
+    write_rows(tmp_path / "texts.jsonl", [*rows, {"prompt": "a a", "completion": None}])
+    assert main([str(argument) for argument in command]) == 2
+    assert "texts.jsonl:3: the prompt is null" in capsys.readouterr().err
+    assert main([*map(str, command), "--skip_bad_prompts"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["-1.0000\ta", "0.0000\t"] and "2 texts, 0 unscored, 1 left out (no prompt)" in err
+
+
+def test_a_reward_that_reads_prompts_scores_nested_ones(home, capsys, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def both(prompts, completions): return [len(p + c) for p, c in zip(prompts, completions)]\n", encoding="utf-8"
+    )
+    write_rows(tmp_path / "texts.jsonl", [{"prompt": {"text": "ab", "toxicity": 0.5}, "completion": "c"}])
+    assert said(capsys, "score", tmp_path / "texts.jsonl", "--reward", tmp_path / "own.py:both") == "3.0000\tc\n"
+
+
+def test_generate_can_leave_bad_prompts_out(home, capsys):
+    command = ["generate", home / "model", "--prompts", home / "bad.jsonl", "--json"]
+    assert main([str(argument) for argument in command]) == 2
+    assert "--skip_bad_prompts" in capsys.readouterr().err
+    assert main([*map(str, command), "--skip_bad_prompts"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a", "b c"]
+    assert "prompts left out: 1 empty prompt" in err
+
+
+@pytest.mark.parametrize(
+    ("named", "split", "wanted"),
+    [("same", (), "held out"), ("other", (), "trained on"), ("other", ("--eval_prompt_split", "test"), "held out")],
+)
+def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, wanted):
+    texts = {"train": "trained on", "test": "held out"}
+    rows = {name: datasets.Dataset.from_dict({"prompt": [text]}) for name, text in texts.items()}
+    for directory in ("same", "other"):
+        datasets.DatasetDict(rows).save_to_disk(tmp_path / directory)
+    command = ["--model", "m", "--prompts", str(tmp_path / "same"), "--reward", "vader", "--output_dir", "o"]
+    parsed, _, _ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
+    assert cli._held_out(parsed, False).prompts == [wanted]
 
 
 def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):

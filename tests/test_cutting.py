@@ -29,6 +29,7 @@ def test_short_texts_are_left_out_and_counted_with_their_columns(tokenizer):
     rows = [{"prompt": text, "number": i} for i, text in enumerate(TEXTS)]
     found = cut(load_prompts(rows), tokenizer, 4)
     assert found.columns["number"] == [0, 2]
+    assert [a + b for a, b in zip(found.prompts, found.columns["continuation"], strict=True)] == [TEXTS[0], TEXTS[2]]
     assert found.skipped == {"short": 1}
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from tiny import SHARED, needs_shared, tiny_model, tiny_tokenizer
@@ -13,6 +17,7 @@ from quarkrl.cli import main
 from quarkrl.conditioning import Conditioning
 from quarkrl.errors import UserError
 from quarkrl.evaluate_command import corpus, prompt_sets
+from quarkrl.prompts import load_prompts
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
@@ -65,8 +70,9 @@ def test_everything_at_once(home, capsys, tmp_path):
     assert [(entry["prompts"], entry["name"]) for entry in saved["results"]] == [
         (prompts, name) for prompts in ("prompts", "other") for name in names
     ]
-    assert saved["protocol"]["prompts"]["other"] == {"count": 2, "left_out": {"empty prompt": 1}}
-    assert saved["protocol"]["corpus"] == {"count": 2, "left_out": {"empty prompt": 1}}
+    other, read = (hashlib.sha256(text).hexdigest() for text in (b'["a", "b c"]', b'["a b c a", "d e"]'))
+    assert saved["protocol"]["prompts"]["other"] == {"count": 2, "sha256": other, "left_out": {"empty prompt": 1}}
+    assert saved["protocol"]["corpus"] == {"count": 2, "sha256": read, "left_out": {"empty prompt": 1}}
     assert saved["corpus"][0]["tokens"] == 4
     assert saved["protocol"]["threshold"] == 0.4 and saved["protocol"]["intervals"]["resamples"] == 100
     assert "long: score" in saved["results"][0]["figures"]
@@ -109,7 +115,7 @@ def test_sets_are_named_as_their_files_and_a_second_of_one_name_is_numbered(tmp_
         (tmp_path / directory / "test.txt").write_text("a\nb\n", encoding="utf-8")
     (tmp_path / "test-new.txt").write_text("c\n", encoding="utf-8")
     paths = [str(tmp_path / name) for name in ("x/test.txt", "y/test.txt", "test-new.txt")]
-    sets = prompt_sets(paths, str, limit=1, skip_bad=False)
+    sets = prompt_sets(paths, load_prompts, limit=1)
     assert {name: each.prompts for name, each in sets.items()} == {"test": ["a"], "test-2": ["a"], "test-new": ["c"]}
 
 
@@ -119,7 +125,7 @@ def test_a_corpus_is_read_from_the_column_that_it_has(tmp_path):
     (tmp_path / "b.txt").write_text("x\n\ny\n", encoding="utf-8")
     assert corpus(str(tmp_path / "b.txt"), 1).prompts == ["x"]
     (tmp_path / "c.csv").write_text("other\n1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no column 'completion'"):
+    with pytest.raises(UserError, match="no column 'text' or 'prompt' or 'completion'; the columns are 'other'"):
         corpus(str(tmp_path / "c.csv"), None)
 
 
@@ -141,3 +147,63 @@ def test_real_models_judged_by_real_classifiers(capsys):
     ):
         assert any(line.startswith(metric) for line in lines), metric
     assert sum(line.startswith("  positive share") for line in lines) == 2  # The classifier's, and VADER's.
+
+
+def test_a_data_set_s_split_can_be_named(home, capsys, tmp_path):
+    rows = {split: datasets.Dataset.from_dict({"prompt": [text]}) for split, text in (("train", "a"), ("test", "b c"))}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
+    output = ("--output", tmp_path / "results.json")
+    for split, text in ((), "a"), (("--prompt_split", "test"), "b c"):
+        assert run(capsys, home, "--prompts", tmp_path / "set", *split, *output)[0] == 0
+        assert {row["prompt"] for row in pq.read_table(tmp_path / "results.parquet").to_pylist()} == {text}
+
+
+def test_only_what_stood_before_the_limit_counts_as_left_out(home, capsys, tmp_path):
+    lines = ["a", "a b c", "b", "d e f", "c", "g h a", "d"]
+    (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ("--prompt_tokens", "2", "--limit", "2", "--output", tmp_path / "results.json")
+    assert run(capsys, home, "--prompts", tmp_path / "texts.txt", *arguments)[0] == 0
+    protocol = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["protocol"]
+    found = protocol["prompts"]["texts"]
+    assert (found["count"], found["left_out"]) == (2, {"short": 2})
+    assert found["sha256"] == hashlib.sha256(b'["a b", "d e"]').hexdigest()
+    assert protocol["options"]["prompts"] == [str(tmp_path / "texts.txt")]
+    assert protocol["options"]["prompt_tokens"] == protocol["options"]["limit"] == 2
+
+
+def test_what_is_cut_off_a_text_is_people_s_continuation(home, capsys, tmp_path):
+    pytest.importorskip("mauve")
+    texts = [" ".join(words) for words in itertools.islice(itertools.permutations("abcdef", 5), 60)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    arguments = ("--prompt_tokens", "2", "--human_column", "continuation", "--output", tmp_path / "results.json")
+    code, _, err = run(capsys, home, "--prompts", tmp_path / "texts.txt", *arguments)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert all(0 < row["figures"]["MAUVE"] <= 1 for row in rows)
+
+
+def test_the_cache_serves_the_judges_where_the_reward_needs_none(home, capsys, server, surroundings, tmp_path):
+    (home / "prompts1.txt").write_text("a b\n", encoding="utf-8")
+    judge = f"perspective?endpoint={server.perspective}"
+    arguments = ("--prompts", home / "prompts1.txt", "--judges", judge, "--score_cache", tmp_path / "cache")
+    asked = []
+    for _ in range(2):
+        assert run(capsys, home, *arguments)[0] == 0
+        asked.append(len(server.times))
+    assert asked[0] == asked[1] > 0
+    code, _, err = run(capsys, home, "--prompts", home / "prompts1.txt", "--score_cache", tmp_path / "cache")
+    assert code == 2 and "leave score_cache out" in err
+
+
+def test_guidance_goes_away_from_the_reference_that_is_given(home, capsys, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(home / "final", moved)
+    quark = json.loads((moved / "quark.json").read_text(encoding="utf-8"))
+    assert str(home / "base") in json.dumps(quark)
+    text = json.dumps(quark).replace(str(home / "base"), str(tmp_path / "gone"))
+    (moved / "quark.json").write_text(text, encoding="utf-8")
+    command = ["evaluate", moved, "--reward", home / "rewards.py:few_a", "--samples", "1", "--reference", home / "base"]
+    command += ["--prompts", home / "prompts.txt", "--guidance_scales", "2", "--guidance_from", "reference"]
+    code = main([str(argument) for argument in command])
+    out, err = capsys.readouterr()
+    assert (code, "γ=2" in out) == (0, True), err

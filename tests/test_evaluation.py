@@ -153,7 +153,8 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_batch(found, trained)
 def test_the_protocol_says_all_that_the_numbers_depend_on(found, trained, base):
     protocol = found.protocol
     assert protocol["model"] == str(trained)
-    assert protocol["prompts"] == {"prompts": {"count": 3, "left_out": {}}}
+    digest = hashlib.sha256(json.dumps(TEXTS).encode()).hexdigest()
+    assert protocol["prompts"] == {"prompts": {"count": 3, "sha256": digest, "left_out": {}}}
     weights = {entry["name"]: entry["sha256"] for entry in protocol["weights"]}
     for directory in (trained, base):
         data = (directory / "model.safetensors").read_bytes()
@@ -480,7 +481,8 @@ def test_prompts_too_long_are_an_error_or_left_out_and_counted(trained):
     with pytest.raises(UserError, match="124 tokens, limit 123"):
         evaluate(trained, prompts, Scorer(few_b), sampling=SAMPLING, samples=1)
     found = evaluate(trained, prompts, Scorer(few_b), sampling=SAMPLING, samples=1, skip_bad=True)
-    assert found.protocol["prompts"]["prompts"] == {"count": 3, "left_out": {"too long": 1}}
+    digest = hashlib.sha256(json.dumps(TEXTS).encode()).hexdigest()
+    assert found.protocol["prompts"]["prompts"] == {"count": 3, "sha256": digest, "left_out": {"too long": 1}}
     longest = load_prompts(["a " * 122])
     assert evaluate(trained, longest, Scorer(few_b), sampling=SAMPLING, samples=1).rows[0].rewards.shape == (1, 1)
 

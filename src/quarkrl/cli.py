@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl import __version__, evaluate_command
+from quarkrl import __version__, evaluate_command, score_command
 from quarkrl.errors import UserError
 from quarkrl.interrupts import Stopped
 from quarkrl.options import Parser, RunArguments, left_out, natural, parse_train, positive, preset_names
@@ -82,6 +82,7 @@ def _parser() -> Parser:
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
     source.add_argument("--prompts", metavar="FILE", help="prompts: a file or a data set")
+    generate.add_argument("--skip_bad_prompts", action="store_true", help="leave bad prompts out, and say how many")
     generate.add_argument("--quantile", default="best", help="best, worst, or 0 (worst) to K-1 (default: %(default)s)")
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="for each prompt")
     generate.add_argument("--json", action="store_true", help="a JSON object a line: prompt, completions")
@@ -97,9 +98,7 @@ def _parser() -> Parser:
     evaluate.set_defaults(run=_evaluate)
 
     score = commands.add_parser("score", help="score texts, to get to know a reward before training on it")
-    score.add_argument("file", help="texts: .txt (one a line), .jsonl, .csv, .parquet; - reads lines from stdin")
-    score.add_argument("--column", help="column that holds the text (default: completion, text or prompt)")
-    score.add_argument("--json", action="store_true", help="a JSON object a line: text, reward")
+    score_command.add_options(score)
     _add_reward(score)
     score.set_defaults(run=_score)
     return parser
@@ -161,15 +160,14 @@ def train(run: RunArguments, config: "QuarkConfig", given: dict[str, Any]) -> Pa
             load_model(path, trusted, dtype=run.dtype, attn_implementation=run.attn_implementation),
             scorer,
             config,
-            train_dataset=_prompts(run, run.prompts or "", skip_bad),
-            eval_dataset=_prompts(run, run.eval_prompts, skip_bad, "eval") if run.eval_prompts else None,
+            train_dataset=_prompts(run, run.prompts or "", run.prompt_split, skip_bad),
+            eval_dataset=_held_out(run, skip_bad) if run.eval_prompts else None,
             processing_class=load_tokenizer(path, trusted),
             ref_model=load_model(_model_path(run.ref_model), trusted) if run.ref_model else None,
             peft_config=_lora(run.lora_rank),
             callbacks=[rundir.ConfigFile(given), *stoppers],
         )
-        if skipped := trainer.prompts.skipped:
-            _note(f"prompts left out: {', '.join(f'{count} {reason}' for reason, count in skipped.items())}")
+        _note_skipped(trainer.prompts)
         trainer.interrupts.at_once = True
         trainer.train(resume_from_checkpoint=resume)
         final = trainer.save_final()
@@ -184,7 +182,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     _quiet()
     sampling = _sampling(arguments)
     source = arguments.prompt if arguments.prompt else arguments.prompts
-    loaded = load_prompts(source)
+    loaded = load_prompts(source, skip_bad=arguments.skip_bad_prompts)
+    _note_skipped(loaded)
     trusted = arguments.trust_remote_code
     generator = QuarkGenerator.from_pretrained(_model_path(arguments.model), trust_remote_code=trusted)
     prompts = loaded.prompts
@@ -210,7 +209,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _quiet()
     evaluate_command.run(
         arguments,
-        scorer=_scorer(arguments.reward, arguments.reward_label, cache=arguments.score_cache),
         sampling=_sampling(arguments),
         model_path=_model_path,
         prompts_path=lambda name: _builtin_prompts("eval") if name == BUILTIN else name,
@@ -221,42 +219,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
-    from quarkrl.prompts import load_prompts
-
-    scorer = _scorer(arguments.reward, arguments.reward_label, cache=arguments.score_cache)
-    source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
-    columns = [arguments.column] if arguments.column else ["completion", "text", "prompt"]
-    for column in columns:
-        try:
-            loaded = load_prompts(source, column=column)
-            break
-        except UserError:
-            if column == columns[-1]:
-                raise
-    texts = [str(text) for text in loaded.prompts]
-    asked = [prompt or "" for prompt in loaded.columns.get("prompt", [""] * len(texts))]
-    scores = scorer(asked, texts, [[] for _ in texts], loaded.columns)
-    rewards = scores.rewards[:, 0]
-    for i, text in enumerate(texts):
-        row: dict[str, Any] = {"text": text, "reward": _rounded(rewards[i])}
-        if scores.terms:
-            row["scores"] = {name: _rounded(values[i]) for name, values in scores.terms.items()}
-        shown = "-" if np.isnan(rewards[i]) else format(rewards[i], ".4f")
-        print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{shown}\t{text}")
-    found = rewards[~np.isnan(rewards)]
-    cached = f", {scorer.hits} from cache" if arguments.score_cache else ""
-    if len(found):
-        low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
-        _note(
-            f"{len(texts)} texts, {len(texts) - len(found)} unscored{cached}; reward mean {found.mean():.4f}, "
-            f"10 % below {low:.4f}, median {middle:.4f}, 10 % above {high:.4f}"
-        )
-
-
-def _rounded(value: float) -> float | None:
-    return round(float(value), 6) if value == value else None
+    score_command.run(arguments, _scorer(arguments.reward, arguments.reward_label, cache=arguments.score_cache), _note)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -304,17 +267,29 @@ def _scorer(
     return Scorer.from_config(functions, config) if config else Scorer(functions, cache=cache)
 
 
-def _prompts(run: RunArguments, source: str, skip_bad: bool, split: str = "train") -> "Prompts":
+def _prompts(run: RunArguments, source: str, split: str, skip_bad: bool, builtin: str = "train") -> "Prompts":
     from quarkrl.prompts import load_prompts
 
-    path = _builtin_prompts(split) if source == BUILTIN else source
-    prompts = load_prompts(path, split=run.prompt_split, column=run.prompt_column, skip_bad=skip_bad)
+    path = _builtin_prompts(builtin) if source == BUILTIN else source
+    prompts = load_prompts(path, split=split, column=run.prompt_column, skip_bad=skip_bad)
     if run.prompt_tokens is None:
         return prompts
     from quarkrl.cutting import cut
     from quarkrl.loading import load_tokenizer
 
     return cut(prompts, load_tokenizer(_model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens)
+
+
+def _held_out(run: RunArguments, skip_bad: bool) -> "Prompts":
+    source = run.eval_prompts or ""
+    # Of the data set that is trained on, another split, or nothing would be held out.
+    split = run.eval_prompt_split or ("test" if source == run.prompts else "train")
+    return _prompts(run, source, split, skip_bad, "eval")
+
+
+def _note_skipped(prompts: "Prompts") -> None:
+    if prompts.skipped:
+        _note(f"prompts left out: {', '.join(f'{count} {reason}' for reason, count in prompts.skipped.items())}")
 
 
 def _builtin_prompts(split: str) -> str:

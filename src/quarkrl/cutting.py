@@ -1,14 +1,17 @@
 """Prompts from texts: the first tokens of each."""
 
-from itertools import compress
 from typing import Any
 
 from quarkrl.errors import UserError
 from quarkrl.prompts import Prompts
 
+CONTINUATION = "continuation"  # the column with the rest of a text
+
 
 def cut(prompts: Prompts, tokenizer: Any, tokens: int) -> Prompts:
     """Prompts of the first `tokens` tokens of each text; shorter texts are left out and counted as "short".
+
+    The rest of each text becomes the column `continuation`, unless there is such a column: what people wrote there.
 
     Args:
         prompts: texts, not chats.
@@ -23,22 +26,20 @@ def cut(prompts: Prompts, tokenizer: Any, tokens: int) -> Prompts:
     ]
     if chats:
         raise UserError(f"{chats[0]}: prompt_tokens cuts texts, and this is a chat; leave it out")
-    texts = [_beginning(tokenizer, str(text), tokens) for text in prompts.prompts]
-    keep = [text is not None for text in texts]
-    if not any(keep):
+    parts = [_parts(tokenizer, str(text), tokens) for text in prompts.prompts]
+    if not any(parts):
         raise UserError(f"prompt_tokens {tokens}: no text has so many tokens; want fewer")
-    return Prompts(
-        prompts=[text for text in texts if text is not None],
-        columns={name: list(compress(values, keep)) for name, values in prompts.columns.items()},
-        locations=list(compress(prompts.locations, keep)),
-        skipped={**prompts.skipped, **({"short": keep.count(False)} if not all(keep) else {})},
-    )
+    found = prompts.without([None if part else "short" for part in parts])
+    found.prompts = [part[0] for part in parts if part]
+    found.columns.setdefault(CONTINUATION, [part[1] for part in parts if part])
+    return found
 
 
-def _beginning(tokenizer: Any, text: str, tokens: int) -> str | None:
+def _parts(tokenizer: Any, text: str, tokens: int) -> tuple[str, str] | None:
+    """A text's beginning and the rest of it; None where it is too short."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) < tokens:
         return None
-    beginning = tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False)
     # A cut may fall within a character of several tokens.
-    return beginning.rstrip("\ufffd") or None
+    beginning = tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+    return (beginning, text[len(beginning) :] if text.startswith(beginning) else "") if beginning else None

@@ -23,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt_column", default="prompt", metavar="COLUMN", help="holds the prompt (default: prompt)"
     )
+    parser.add_argument("--prompt_split", default="train", metavar="SPLIT", help="of a data set (default: train)")
     parser.add_argument("--prompt_tokens", type=positive, metavar="N", help="cut texts to their first N tokens")
     parser.add_argument("--judges", nargs="+", default=[], metavar="REWARD", help="scorers to report beside the reward")
     parser.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
@@ -49,7 +50,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(
     arguments: argparse.Namespace,
     *,
-    scorer: "Scorer",
     sampling: "Sampling",
     model_path: Callable[[str], str],
     prompts_path: Callable[[str], str],
@@ -61,7 +61,6 @@ def run(
 
     Args:
         arguments: as parsed.
-        scorer: the reward.
         sampling: how to decode.
         model_path: what a name given for a model means.
         prompts_path: what a name given for prompts means.
@@ -80,16 +79,10 @@ def run(
         check_plot(arguments.plot)
         if "all" not in arguments.quantiles and len(set(arguments.quantiles)) < 3 and not arguments.guidance_scales:
             raise UserError("no curve to plot: want --quantiles all, or --guidance_scales 1 2 4")
+    scorer, *judges = scorers(arguments.reward, arguments.reward_label, arguments.judges, arguments.score_cache)
     evaluation = evaluate(
         model_path(arguments.model),
-        prompt_sets(
-            arguments.prompts,
-            prompts_path,
-            arguments.limit,
-            arguments.skip_bad_prompts,
-            arguments.prompt_column,
-            _cutter(model_path(arguments.model), arguments.prompt_tokens, arguments.trust_remote_code),
-        ),
+        prompt_sets(arguments.prompts, _loader(arguments, model_path, prompts_path), arguments.limit),
         scorer,
         reference=model_path(arguments.reference) if arguments.reference else None,
         quantiles=arguments.quantiles,
@@ -99,7 +92,7 @@ def run(
         samples=arguments.samples,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        judges=[_judge(name, arguments.score_cache) for name in arguments.judges],
+        judges=judges,
         threshold=arguments.threshold,
         perplexity_model=model_path(arguments.perplexity_model) if arguments.perplexity_model else None,
         human_column=arguments.human_column,
@@ -109,6 +102,8 @@ def run(
         trust_remote_code=arguments.trust_remote_code,
         resamples=arguments.resamples,
     )
+    # Which files, and what was made of them; the rest says the same in other words.
+    evaluation.protocol["options"] = {name: value for name, value in vars(arguments).items() if name != "run"}
     print_table(evaluation, console)
     if arguments.output:
         evaluation.save(arguments.output)
@@ -120,37 +115,43 @@ def run(
 
 
 def prompt_sets(
-    sources: Sequence[str],
-    path: Callable[[str], str],
-    limit: int | None,
-    skip_bad: bool,
-    column: str = "prompt",
-    cutter: "Callable[[Prompts], Prompts]" = lambda prompts: prompts,
+    sources: Sequence[str], load: "Callable[[str], Prompts]", limit: int | None = None
 ) -> "dict[str, Prompts]":
     """The prompts of each source, named as its file is; a second of one name is numbered.
 
     Raises:
         UserError: a source cannot be read.
     """
-    from quarkrl.prompts import load_prompts
-
     sets: dict[str, Prompts] = {}
     for source in sources:
         stem = Path(source).stem
         names = [name for name in sets if name == stem or name.startswith(f"{stem}-")]
-        prompts = cutter(load_prompts(path(source), column=column, skip_bad=skip_bad))
+        prompts = load(source)
         sets[f"{stem}-{len(names) + 1}" if stem in sets else stem] = prompts.first(limit) if limit else prompts
     return sets
 
 
-def _cutter(model: str, tokens: int | None, trusted: bool) -> "Callable[[Prompts], Prompts]":
-    if tokens is None:
-        return lambda prompts: prompts
+def _loader(
+    arguments: argparse.Namespace, model_path: Callable[[str], str], prompts_path: Callable[[str], str]
+) -> "Callable[[str], Prompts]":
+    """Reads the prompts of a source as the options say."""
     from quarkrl.cutting import cut
     from quarkrl.loading import load_tokenizer
+    from quarkrl.prompts import load_prompts
 
-    tokenizer = load_tokenizer(model, trusted)
-    return lambda prompts: cut(prompts, tokenizer, tokens)
+    tokens = arguments.prompt_tokens
+    tokenizer = tokens and load_tokenizer(model_path(arguments.model), arguments.trust_remote_code)
+
+    def load(source: str) -> "Prompts":
+        prompts = load_prompts(
+            prompts_path(source),
+            split=arguments.prompt_split,
+            column=arguments.prompt_column,
+            skip_bad=arguments.skip_bad_prompts,
+        )
+        return cut(prompts, tokenizer, tokens) if tokens else prompts
+
+    return load
 
 
 def corpus(source: str, limit: int | None) -> "Prompts":
@@ -161,24 +162,23 @@ def corpus(source: str, limit: int | None) -> "Prompts":
     """
     from quarkrl.prompts import load_prompts
 
-    columns = ("text", "prompt", "completion")
-    for column in columns:
-        try:
-            texts = load_prompts(source, column=column, skip_bad=True)
-            return texts.first(limit) if limit else texts
-        except UserError:
-            if column == columns[-1]:
-                raise
-    raise AssertionError  # Not reached: the last column returned or raised.
+    texts = load_prompts(source, column=("text", "prompt", "completion"), skip_bad=True)
+    return texts.first(limit) if limit else texts
 
 
-def _judge(name: str, cache: str | None) -> "Scorer":
+def scorers(rewards: Sequence[str], label: str | None, judges: Sequence[str], cache: str | None) -> "list[Scorer]":
+    """The reward's scorer and each judge's, with the cache where it keeps anything of theirs.
+
+    Raises:
+        UserError: one cannot be made, or the cache would keep nothing.
+    """
     from quarkrl.rewards import Scorer, resolve
+    from quarkrl.rewards.scorer import is_cached
 
-    function = resolve(name)
-    # A function that does not say who it is cannot be cached, and need not: the reward is what `cache` is for.
-    known = getattr(function, "identity", None) is not None and getattr(function, "cached", True)
-    return Scorer(function, cache=cache if known else None)
+    groups = [[resolve(name, label=label) for name in rewards], *([resolve(name)] for name in judges)]
+    kept = [any(map(is_cached, group)) for group in groups]
+    kept[0] |= not any(kept)  # its scorer says what is wrong
+    return [Scorer(group, cache=cache if keep else None) for group, keep in zip(groups, kept, strict=True)]
 
 
 def _share(text: str) -> float:

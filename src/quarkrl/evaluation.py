@@ -19,7 +19,7 @@ from quarkrl.guidance import checked_scale
 from quarkrl.likeness import load_mauve
 from quarkrl.measures import Panel, human_texts
 from quarkrl.prompts import Prompts
-from quarkrl.protocol import model_source, surroundings
+from quarkrl.protocol import model_source, surroundings, texts_read
 from quarkrl.rewards import Scorer
 
 __all__ = ["Evaluation", "Row", "completion_nll", "evaluate"]
@@ -204,6 +204,8 @@ def evaluate(
     policy = QuarkGenerator.from_pretrained(model, **options)
     reference = _reference(model, reference)
     base = _load_reference(reference, model, policy, options) if reference else None
+    if base:
+        policy.reference = base.model  # what guidance may go away from: the same, not a second copy
     if perplexity_model is None or str(perplexity_model) == str(reference):
         perplexity_model, judge = reference or model, base or policy
     else:
@@ -240,8 +242,9 @@ def evaluate(
             for name, generator in {str(model): policy, str(reference): base, str(perplexity_model): judge}.items()
             if generator
         ],
-        "prompts": {name: {"count": len(each), "left_out": each.skipped} for name, each in sets.items()},
+        "prompts": {name: texts_read(each) for name, each in sets.items()},
         "samples_per_prompt": samples,
+        "batch_size": batch_size,
         "sampling": asdict(sampling),
         "seed": seed,
         "guidance_from": str(guidance_from) if guidance_scales else None,
@@ -251,7 +254,7 @@ def evaluate(
         + ("" if fluency.same_tokens else "; text tokenised anew by the perplexity model"),
         "threshold": threshold,
         "human_column": human_column,
-        "corpus": read and {"count": len(read), "left_out": read.skipped},
+        "corpus": read and texts_read(read),
         "intervals": {"level": LEVEL, "method": "percentile bootstrap over prompts", "resamples": resamples, "seed": 0},
         **surroundings(policy.model.device),
     }

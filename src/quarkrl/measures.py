@@ -91,7 +91,10 @@ class Panel:
         left_out |= {"perplexity_prompt_cut": cut} if cut else {}
         ratios["perplexity"] = Ratio.of(perplexities)
         grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-        ratios |= {f"dist-{n}": Ratio.of(metrics.distinct_shares(grouped, n)) for n in (1, 2, 3)}
+        shares = {n: metrics.distinct_shares(grouped, n) for n in (1, 2, 3)}
+        ratios |= {f"dist-{n}": Ratio.of(values) for n, values in shares.items()}
+        if wordless := int(np.isnan(shares[1]).sum()):
+            left_out["dist_prompts_without_words"] = wordless
         repeats, short = repetition_ratios(words, samples)
         ratios |= repeats
         left_out |= {"diversity_short": short} if short else {}

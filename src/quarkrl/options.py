@@ -29,7 +29,13 @@ class RunArguments:
     prompt_tokens: int | None = field(
         default=None, metadata={"help": "Cut texts to their first so many tokens, and leave out shorter ones."}
     )
-    prompt_split: str = field(default="train", metadata={"help": "Split of a data set."})
+    prompt_split: str = field(default="train", metadata={"help": "Split of a data set, such as train[:5000]."})
+    eval_prompt_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of the data set of eval_prompts; default: test where prompts names it too, else train."
+        },
+    )
     reward: list[str] | None = field(
         default=None,
         metadata={

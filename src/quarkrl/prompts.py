@@ -16,9 +16,10 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,23 +48,42 @@ class Prompts:
         prompts: text, or chat messages.
         columns: every other column by name, None where a row has no value; handed to reward functions.
         locations: where each prompt came from, "train.jsonl:17" or "row 5 of NAME", for messages.
-        skipped: how many rows were left out, by reason.
+        left_out: the rows left out: before which of the prompts each stood, and why.
         ids: token ids of each prompt; filled by `encode`, empty before.
     """
 
     prompts: list[str | list[dict]]
     columns: dict[str, list]
     locations: list[str]
-    skipped: dict[str, int] = field(default_factory=dict)
+    left_out: list[tuple[int, str]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many rows were left out, by reason."""
+        return dict(Counter(reason for _, reason in self.left_out))
+
     def first(self, count: int) -> Prompts:
-        """The first `count` prompts, not encoded."""
+        """The first `count` prompts, not encoded, and what was left out on the way to them."""
         columns = {name: values[:count] for name, values in self.columns.items()}
-        return Prompts(self.prompts[:count], columns, self.locations[:count], self.skipped)
+        left_out = [(place, reason) for place, reason in self.left_out if place < count]
+        return Prompts(self.prompts[:count], columns, self.locations[:count], left_out)
+
+    def without(self, reasons: Sequence[str | None]) -> Prompts:
+        """The prompts, not encoded, for which no reason to leave them out is given."""
+        keep = [reason is None for reason in reasons]
+        places = list(accumulate(keep, initial=0))
+        left_out = [(places[place], reason) for place, reason in self.left_out]
+        left_out += [(place, reason) for place, reason in zip(places, reasons, strict=False) if reason is not None]
+        return Prompts(
+            prompts=list(compress(self.prompts, keep)),
+            columns={name: list(compress(values, keep)) for name, values in self.columns.items()},
+            locations=list(compress(self.locations, keep)),
+            left_out=left_out,
+        )
 
     def encode(self, tokenizer: Any, *, max_length: int, skip_bad: bool = False) -> Prompts:
         """Tokenise text as `tokenizer(text)` does, and messages by the tokenizer's chat template.
@@ -89,27 +109,31 @@ class Prompts:
                 batch = todo[start : start + _BATCH]
                 for i, ids in zip(batch, encode(tokenizer, [self.prompts[i] for i in batch]), strict=True):
                     results[i] = ids if isinstance(ids, _Bad) else _length_problem(ids, max_length) or ids
-        skipped = dict(self.skipped)
-        keep = _sieve("the prompts", self.locations, results, skipped, skip_bad)
-        return Prompts(
-            prompts=list(compress(self.prompts, keep)),
-            columns={name: list(compress(values, keep)) for name, values in self.columns.items()},
-            locations=list(compress(self.locations, keep)),
-            skipped=skipped,
-            ids=list(compress(results, keep)),
-        )
+        reasons = _reasons("the prompts", self.locations, results, skip_bad)
+        kept = self.without(reasons)
+        kept.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
+        return kept
 
 
-def load_prompts(source: Any, *, split: str = "train", column: str = "prompt", skip_bad: bool = False) -> Prompts:
+def load_prompts(
+    source: Any,
+    *,
+    split: str = "train",
+    column: str | Sequence[str] = "prompt",
+    skip_bad: bool = False,
+    empty: bool = False,
+) -> Prompts:
     """Read and check prompts from any source that the module docstring lists.
 
     Args:
         source: a path, a data set's name on the hub, a `datasets.Dataset` or `DatasetDict`, or a list of
             strings or dicts. A string is looked up as a path first.
         split: which split to take of a data set that has splits; nothing else looks at it.
-        column: the column that holds the prompt; `messages` is taken where there is no `prompt`. The other
-            fields of a nested prompt become columns `{column}_{field}`, unless the row has such a column.
+        column: the column that holds the prompt, or several of which the first that is there does; `messages` is
+            taken where there is no `prompt`. The other fields of a nested prompt become columns `{column}_{field}`,
+            unless the row has such a column.
         skip_bad: leave bad rows out and count them, instead of raising at the first.
+        empty: take empty texts, which no prompt may be and a completion can.
 
     Raises:
         UserError: the source cannot be read, a row is bad, or no row is left; in one line, with the place.
@@ -118,38 +142,36 @@ def load_prompts(source: Any, *, split: str = "train", column: str = "prompt", s
     if not raw:
         raise UserError(f"{name}: there are no rows in it; give it at least one prompt")
     names = dict.fromkeys(key for _, row in raw if isinstance(row, dict) for key in row)
-    if column == "prompt" and "prompt" not in names and "messages" in names:
-        column = "messages"
-    if names and column not in names:
-        raise UserError(f"{name}: no column {column!r}; the columns are {_listed(names)}; name one")
-    results = [row if isinstance(row, _Bad) else _check_row(row, column) for _, row in raw]
-    skipped: dict[str, int] = {}
-    keep = _sieve(name, (location for location, _ in raw), results, skipped, skip_bad)
-    rows: list[Any] = list(compress(results, keep))
+    wanted = [column] if isinstance(column, str) else [*column]
+    if wanted[-1] == "prompt":
+        wanted.append("messages")
+    if names and not names.keys() & wanted:
+        first = " or ".join(map(repr, wanted[: -1 if wanted[-1] == "messages" else None]))
+        raise UserError(f"{name}: no column {first}; the columns are {_listed(names)}; name one")
+    chosen = next((each for each in wanted if each in names), wanted[0])
+    results = [row if isinstance(row, _Bad) else _check_row(row, chosen, empty) for _, row in raw]
+    locations = [location for location, _ in raw]
+    reasons = _reasons(name, locations, results, skip_bad)
+    rows: list[Any] = [("", {}) if reason else row for row, reason in zip(results, reasons, strict=True)]
     names = dict.fromkeys(key for _, others in rows for key in others)
-    return Prompts(
-        prompts=[prompt for prompt, _ in rows],
-        columns={key: [others.get(key) for _, others in rows] for key in names},
-        locations=[location for location, _ in compress(raw, keep)],
-        skipped=skipped,
-    )
+    columns = {key: [others.get(key) for _, others in rows] for key in names}
+    return Prompts([prompt for prompt, _ in rows], columns, locations).without(reasons)
 
 
-def _sieve(name: str, locations: Iterable[str], results: list, skipped: dict[str, int], skip_bad: bool) -> list[bool]:
-    """Which results are good; the others are raised, or counted in `skipped`."""
+def _reasons(name: str, locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:
+    """Why each result is left out, None where it is not; without `skip_bad` the first such reason is raised."""
     for location, bad in zip(locations, results, strict=True):
         if isinstance(bad, _Bad) and not skip_bad:
             remedy = f"{bad.remedy}, or leave such rows out with --skip_bad_prompts"
             raise UserError(f"{location}: {bad.found}; {remedy}")
-        if isinstance(bad, _Bad):
-            skipped[bad.reason] = skipped.get(bad.reason, 0) + 1
-    keep = [not isinstance(result, _Bad) for result in results]
-    if not any(keep):
-        raise UserError(f"{name}: no prompt is left, rows left out: {skipped}; give at least one good row")
-    return keep
+    reasons = [result.reason if isinstance(result, _Bad) else None for result in results]
+    if all(reasons):
+        counts = dict(Counter(reasons))
+        raise UserError(f"{name}: no prompt is left, rows left out: {counts}; give at least one good row")
+    return reasons
 
 
-def _check_row(row: object, column: str) -> tuple[str | list[dict], dict] | _Bad:
+def _check_row(row: object, column: str, empty: bool) -> tuple[str | list[dict], dict] | _Bad:
     """The row's prompt and its other columns."""
     if isinstance(row, str):
         row = {column: row}
@@ -166,10 +188,10 @@ def _check_row(row: object, column: str) -> tuple[str | list[dict], dict] | _Bad
             if key != "text":
                 others.setdefault(f"{column}_{key}", value)
         prompt = prompt["text"]
-    return _problem(prompt) or (prompt, others)
+    return _problem(prompt, empty) or (prompt, others)
 
 
-def _problem(prompt: object) -> _Bad | None:
+def _problem(prompt: object, empty: bool = False) -> _Bad | None:
     if prompt is None:
         return _Bad("no prompt", "the prompt is null", "give it text")
     if isinstance(prompt, str):
@@ -181,7 +203,7 @@ def _problem(prompt: object) -> _Bad | None:
     else:
         wanted = 'give a list of {"role": "…", "content": "…"} with string values'
         return _Bad("malformed messages", f"malformed chat messages {_show(prompt)}", wanted)
-    if not any(text.strip() for text in texts):
+    if not empty and not any(text.strip() for text in texts):
         return _Bad("empty prompt", f"the prompt is empty: {_show(prompt)}", "give it text")
     if any(map(_SURROGATE.search, texts)):
         return _Bad("lone surrogate", f"half a character in {_show(prompt)}", "give text that UTF-8 can hold")

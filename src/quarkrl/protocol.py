@@ -1,6 +1,8 @@
 """What a figure depends on beside the inputs: which weights, which versions, which machine."""
 
 import datetime
+import hashlib
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quarkrl.disk import sha256
+from quarkrl.prompts import Prompts
 
 _PACKAGES = ("quarkrl", "torch", "transformers", "tokenizers", "numpy", "mauve-text", "faiss-cpu")
 
@@ -26,6 +29,12 @@ def model_source(name: str | os.PathLike, model: PreTrainedModel) -> dict[str, A
     else:
         found["revision"] = getattr(model.config, "_commit_hash", None)
     return {**found, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def texts_read(prompts: Prompts) -> dict[str, Any]:
+    """Which prompts or texts: how many, the SHA-256 of them as JSON, and how many were left out, by reason."""
+    digest = hashlib.sha256(json.dumps(prompts.prompts).encode()).hexdigest()
+    return {"count": len(prompts), "sha256": digest, "left_out": prompts.skipped}
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:

@@ -93,7 +93,6 @@ class Classifier:
         if self._negated and unwanted is None:
             unwanted = "toxicity" if label_name.lower() == "toxic" else label_name.lower()
         self.unwanted = unwanted
-        self.wanted = None if self._function == "none" or self._negated or unwanted else label_name.lower()
         self.wanted = label_name.lower() if self._function != "none" and unwanted is None else None
         described = None if label is None else f"not {label_name}" if self._negated else label_name
 

@@ -65,7 +65,6 @@ class Judge:
         if not model.strip():
             raise UserError("reward 'judge': model is empty: give the model's name at the endpoint")
         self._model, self._text, self._max_tokens = model, text, max_tokens
-        self.reads = ("prompts", "completions") if text == "both" else ("completions",)
         self._rubric = _read_rubric(rubric)
         self._low, self._high = _read_scale(scale)
         self.reads = ("completions",) if text == "completion" else ("prompts", "completions")

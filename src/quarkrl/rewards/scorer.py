@@ -108,7 +108,7 @@ class Scorer:
         self.asked = self.hits = 0
         self._cache: ScoreCache | None = None
         if cache is not None:
-            if not any(map(_is_cached, self._functions)):
+            if not any(map(is_cached, self._functions)):
                 raise UserError(
                     f"score_cache {os.fspath(cache)!r}: nothing of {', '.join(self.names)} is kept there, as of a "
                     "function that has an attribute `identity` (docs/rewards.md): leave score_cache out"
@@ -210,7 +210,7 @@ class Scorer:
         try:
             for name, function in zip(self.names, self._functions, strict=True):
                 self._unanswered = [name]
-                kept = self._cache is not None and _is_cached(function)
+                kept = self._cache is not None and is_cached(function)
                 results.append((self._ask_missing if kept else _call)(name, function, given))
         except BaseException:
             for result in results:
@@ -326,7 +326,7 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _is_cached(function: Callable[..., Any]) -> bool:
+def is_cached(function: Callable[..., Any]) -> bool:
     """A function that does not say who it is might score otherwise tomorrow."""
     return getattr(function, "identity", None) is not None and getattr(function, "cached", True)
 
