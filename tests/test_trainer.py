@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.conditioning import reward_token
 from quarkrl.errors import UserError
-from quarkrl.generation import QuarkGenerator, Sampling, complete
+from quarkrl.generation import QuarkGenerator, Sampling, complete, sample_best
 from quarkrl.loss import quark_loss_plain
 from quarkrl.pool import DataPool
 from quarkrl.projection import completion_logits
@@ -396,30 +397,59 @@ def test_bf16_runs_on_a_cpu(tmp_path):
     assert all(math.isfinite(value) for value in figures_of(tmp_path, "loss") + figures_of(tmp_path, "kl"))
 
 
-class Casts(TorchDispatchMode):
-    """Counts, while it lasts, how often each of a model's weights is cast to another type."""
+class Work(TorchDispatchMode):
+    """Counts, while it lasts, how often each of a model's weights is cast, and anything of a weight's shape is made.
+
+    Attributes:
+        casts: by weight.
+        made: casts and copies of tables, by the shape of a matrix.
+    """
 
     def __init__(self, model):
         super().__init__()
-        self.of = {parameter.data_ptr(): 0 for parameter in model.parameters()}
+        self.casts = {parameter.data_ptr(): 0 for parameter in model.parameters()}
+        self.made = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.of:
-            self.of[args[0].data_ptr()] += 1
+        if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.casts:
+            self.casts[args[0].data_ptr()] += 1
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.index_copy.default):
+            self.made[tuple(args[0].shape)] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
 @pytest.mark.parametrize("iteration", [0, 1])
-def test_sampling_casts_each_weight_once_whether_it_is_learned_or_not(tmp_path, iteration, adapter):
+def test_sampling_makes_each_weight_once_whether_it_is_learned_or_not(tmp_path, iteration, adapter):
     trainer = trainer_of(tmp_path, bf16=True, peft_config=adapter)
     sampled = trainer.ref_model if iteration == 0 and adapter is None else trainer.model
-    learned = [parameter.requires_grad for parameter in sampled.parameters()]
-    assert not all(learned) or sampled is not trainer.ref_model
-    with Casts(sampled) as casts, trainer.sampler(iteration) as complete:
-        complete([[0, 1], [2]], Sampling(6, 6, do_sample=False), None)
-    assert max(casts.of.values()) == 1
-    assert [parameter.requires_grad for parameter in sampled.parameters()] == learned
+    before = {name: (weight.requires_grad, weight.clone()) for name, weight in sampled.named_parameters()}
+    assert sampled is not trainer.ref_model or not any(learned for learned, _ in before.values())
+    table, made = tuple(sampled.get_input_embeddings().weight.shape), []
+    for tokens in (6, 12):
+        with Work(sampled) as work, trainer.sampler(iteration) as complete:
+            complete([[0, 1], [2]], Sampling(tokens, tokens, do_sample=False), None)
+        assert max(work.casts.values()) == 1
+        made.append(work.made[table])
+    assert made[0] == made[1] > 0
+    for name, weight in sampled.named_parameters():
+        learned, value = before[name]
+        assert weight.requires_grad == learned and torch.equal(weight, value), name
+
+
+def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path):
+    trainer = trainer_of(tmp_path, peft_config=LORA)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "trainable_tokens" in name:
+                weight.add_(torch.randn(weight.shape))
+    policy, sampling = trainer.model, Sampling(12, 12, do_sample=False)
+    with trainer.sampler(1) as complete:
+        found = complete([[0, 1], [2]], sampling, None)
+    wanted = sample_best(
+        policy, trainer.conditioning, (1.0, "worst", None), [[0, 1], [2]], sampling, None, end_ids=trainer.end_ids
+    )
+    assert found == wanted
 
 
 @pytest.mark.parametrize(

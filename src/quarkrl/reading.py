@@ -83,22 +83,42 @@ class Reading:
 
 
 @contextmanager
-def cast_once(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Nothing is learned meanwhile, and autocast casts no weight twice.
+def made_once(*models: torch.nn.Module | None) -> Iterator[None]:
+    """Nothing is learned meanwhile, and no weight is cast or put together twice.
 
-    Of a learned weight it keeps what it has cast, of a frozen one it does not: a frozen GPT-2 small was cast anew for
-    each token, which took 4.5 times as long to sample on a CPU. So all weights count as learned until the end.
+    Autocast keeps what it has cast of a learned weight, of a frozen one it does not: a frozen GPT-2 small was cast anew
+    for each token, which took 4.5 times as long to sample on a CPU. So all weights count as learned until the end. And
+    `peft` makes the tables of an adapter that learns rows of tokens anew in each forward pass, which took seven times
+    what the rest of a token does. So the rows stand in the tables until the end.
     """
-    weights = (weight for model in models if model is not None for weight in model.parameters())
+    modules = [model for model in models if model is not None]
+    weights = (weight for model in modules for weight in model.parameters())
     frozen = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
+    tables = [table for model in modules for table in _tables_of_rows(model)]
     try:
         with torch.no_grad():
             for weight in frozen:
                 weight.requires_grad_(True)
+            for table in tables:
+                table.merge()
             yield
     finally:
+        for table in tables:
+            if table.merged:  # peft takes the rows out by itself where the adapter is switched off
+                table.unmerge()
         for weight in frozen:
             weight.requires_grad_(False)
+
+
+def _tables_of_rows(model: torch.nn.Module) -> list[Any]:
+    """The layers of `peft` that hold learned rows beside a table."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    tables = [layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)]
+    # Of a sharded table (FSDP) a process has a part, and the whole only within the forward pass.
+    return [table for table in tables if not hasattr(table.get_base_layer().weight, "device_mesh")]
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

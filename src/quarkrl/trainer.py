@@ -49,7 +49,7 @@ from quarkrl.pool import DataPool
 from quarkrl.progress import LossMeans, MetricsFile, Progress
 from quarkrl.projection import completion_projection
 from quarkrl.prompts import Prompts, load_prompts
-from quarkrl.reading import cast_once
+from quarkrl.reading import made_once
 from quarkrl.resuming import ResumableTrainer, Resumption
 from quarkrl.rewards import Scorer, Scores
 from quarkrl.rollout import FinishedBatches, Rollout, prompt_schedule, score
@@ -236,7 +236,7 @@ class QuarkTrainer(ResumableTrainer):
         """What completes plain prompts: p_0 in iteration 0, then the policy on the best token, guided if so asked."""
         args, tokens, policy = self.args, self.conditioning, self.accelerator.unwrap_model(self.model)
         scales = [args.eval_guidance_scale] if iteration == _EVALUATION else args.explore_guidance_scale
-        with self.accelerator.autocast(), cast_once(policy, self.ref_model):
+        with self.accelerator.autocast(), made_once(policy, self.ref_model):
             if iteration == 0:
                 with self.reference() as reference:
                     yield partial(sample, reference, end_ids=self.end_ids, vocab_size=tokens.vocab_size)
