@@ -185,6 +185,7 @@ def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> 
     """
     found = []
     with tempfile.TemporaryDirectory() as work:
+        task = {**task, "device": "cpu"}  # where both add up in float32
         trainer = quarkrl_trainer(directory, prompts, Path(work), task)
         textbook = Textbook(directory, num_quantiles=task["num_quantiles"], length=task["length"])
         policy = trainer.accelerator.unwrap_model(trainer.model)

@@ -19,10 +19,11 @@ from typing import Any
 import measure
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from quarkrl.pool import DataPool
 
-QUANTILES, DRAWS, PER_FILE = 5, 100_000, 1_000_000
+QUANTILES, DRAWS, CHECKED, PER_FILE = 5, 100_000, 1000, 1_000_000
 COMPLETION = 20  # tokens
 
 
@@ -66,6 +67,11 @@ def use(directory: Path, samples: int) -> dict[str, float | None]:
     measured, lengths = timed(pool.lengths_of, drawn)
     reading, read = timed(lambda: [pool[int(i)] for i in drawn])
     assert [len(s.prompt_ids) + len(s.completion_ids) for s in read] == lengths.tolist()
+    saved = pq.read_table(directory / "iteration-000000.parquet")  # all files are this one
+    for i, sample in zip(drawn[:CHECKED].tolist(), read, strict=False):
+        row = saved.slice(i % len(saved), 1).to_pylist()[0]
+        found = (sample.prompt_ids.tolist(), sample.completion_ids.tolist(), pool.rewards[i, 0])
+        assert found == (row["prompt_ids"], row["completion_ids"], row["reward"]), f"sample {i} is not what was saved"
     sizes = np.bincount(pool.quantiles[:, 0], minlength=QUANTILES)
     assert sizes.max() - sizes.min() <= samples // PER_FILE + 1, f"quantiles of {sizes.tolist()}"  # Files' rewards tie.
     return {
