@@ -54,6 +54,33 @@ def test_large_pieces_are_given_back():
     assert found.learning == 12000 + int(1.5 * found.activations) + found.loss
 
 
+def test_exploring_reads_the_prompts_beside_their_part_of_the_cache():
+    long = replace(FEW, prompt=100, completion=100)
+    found = estimate(SMALL, long)
+    # Five arrays of the width, two of the inner width, two heads' scores.
+    assert found.sampling == 400 * (4 * 5 * 8 + 4 * 2 * 32 + 2 * 100 * 12)
+    assert found.exploring == 12000 + found.cache // 2 + found.sampling
+    # What the feed-forward part makes comes in large pieces; the rest, and masks in place of the scores, does not.
+    found = estimate(replace(SMALL, inner=2**20, eager=False), replace(long, cpu=True))
+    assert found.exploring == 12000 + int(1.5 * (found.cache // 2 + 400 * (160 + 500))) + 400 * 2**20 * 8
+
+
+def test_in_bf16_exploring_holds_casts_and_keys_in_full():
+    guided = replace(FEW, mixed=True, guided=True)
+
+    def more(reference):
+        runs = (replace(guided, reference=reference, by_reference=each) for each in (True, False))
+        by_reference, by_policy = (estimate(SMALL, run).exploring for run in runs)
+        return by_reference - by_policy
+
+    assert more(4000) == 2000 and more(2000) == 0  # One in two bytes already is not cast.
+    plain, rotary = (estimate(replace(SMALL, rotary=each), replace(FEW, mixed=True)).cache for each in (False, True))
+    assert rotary == 1.5 * plain
+    # The input matrix is cast where it is the output matrix, too: 100 x 8 numbers.
+    tied, untied = (estimate(replace(SMALL, tied=each), replace(FEW, mixed=True)).exploring for each in (True, False))
+    assert tied - untied == 2 * 800
+
+
 def test_gradients_count_where_they_are_more_than_what_they_come_from():
     large = replace(SMALL, weights=10**6, trained=10**6)
     # What the loss has kept is there to the end; the matrix of a tied head is, and comes once more from below.
@@ -134,6 +161,7 @@ def test_what_is_read_from_a_model():
     assert (gpt2.norms, gpt2.mlp) == (4, 5)  # Its GELU is written in steps, where it was not loaded by us.
     llama = Anatomy.of(tiny_model("llama", tokenizer).bfloat16())
     assert (llama.size, llama.kv_width, llama.inner, llama.norms, llama.mlp) == (2, 8, 32, 6, 4)
+    assert llama.rotary and not gpt2.rotary
     assert not llama.dropout and not llama.attention_dropout
     assert Anatomy.of(tiny_model("qwen3", tokenizer)).norms == 10  # Its queries and keys are normed, too.
     assert Anatomy.of(tiny_model("gemma2", tokenizer)).norms == 12
@@ -168,13 +196,14 @@ def test_of_an_adapter_what_is_trained_is_counted_in_the_real_model(tmp_path):
 
 def test_what_is_read_from_a_trainer(tmp_path):
     options = {"gradient_accumulation_steps": 2, "prompts_per_iteration": 5, "eval_top_p": 0.5}
-    trainer = trainer_of(tmp_path, per_device_eval_batch_size=7, eval_dataset=["a b c d e f"], **options)
+    trainer = trainer_of(tmp_path, per_device_eval_batch_size=7, eval_dataset=["a b c d e f"] * 9, **options)
     reference = sum(4 * parameter.numel() for parameter in trainer.ref_model.parameters())
     assert load_of(trainer) == Load(
         batch=8, prompt=7, completion=6, explored=7, reference=reference, optimizer="adamw_torch_fused",
         accumulates=True, nucleus=True, samples=10,
     )  # fmt: skip
-    assert load_of(trainer_of(tmp_path / "plain", kl_coef=0.0)).reference == 0
+    plain = load_of(trainer_of(tmp_path / "plain", kl_coef=0.0, generation_batch_size=100))
+    assert plain.reference == 0 and plain.explored == len(PROMPTS)  # No more than there are.
 
 
 # What there is
@@ -199,7 +228,7 @@ def test_a_control_group_allows_less_than_there_is(monkeypatch):
 
 def test_as_many_are_sampled_as_half_of_the_room_takes():
     def with_room(room, cpu=True):
-        return explored_at_once(SMALL, replace(FEW, cpu=cpu), room)
+        return explored_at_once(SMALL, replace(FEW, cpu=cpu), room, 10**6)
 
     assert with_room(10**9) == 128 and with_room(10**9, cpu=False) == 512 and with_room(None) == 128
     assert with_room(0) == 1
@@ -208,6 +237,8 @@ def test_as_many_are_sampled_as_half_of_the_room_takes():
         assert 1 < count < 128 and count & (count - 1) == 0
         assert estimate(SMALL, replace(FEW, cpu=True, explored=count)).exploring <= room / 2
         assert estimate(SMALL, replace(FEW, cpu=True, explored=2 * count)).exploring > room / 2
+    # Where there are fewer completions, more than there are take no more.
+    assert with_room(60_000) < 32 and explored_at_once(SMALL, replace(FEW, cpu=True), 60_000, 5) == 128
 
 
 def test_what_is_sampled_does_not_depend_on_the_room(tmp_path, monkeypatch):
@@ -309,14 +340,38 @@ print((held - resident()) / 1000)
 
 def test_remedies_are_those_that_help_the_best_first():
     wide = replace(FEW, batch=64, explored=64, reference=4000)
-    found = remedies(SMALL, wide, given=True)
+    found = remedies(SMALL, wide, {"generation_batch_size": 64})
     assert found[0].startswith("per_device_train_batch_size 16 with 4 times the gradient_accumulation_steps (0.00 GB)")
     assert {text.split()[0] for text in found} >= {"gradient_checkpointing", "kl_coef"}
     assert not any("generation_batch_size" in text for text in found)  # Learning is the peak.
     sampling = replace(FEW, batch=1, explored=4096, checkpointed=True)
-    (only,) = remedies(replace(SMALL, trained=100), sampling, given=True)
+    sampled = replace(SMALL, trained=100)
+    (only,) = remedies(sampled, sampling, {"generation_batch_size": 4096})
     assert only.startswith("generation_batch_size 1024 (")
-    assert remedies(replace(SMALL, trained=100), sampling, given=False) == []
+    (only,) = remedies(sampled, sampling, {"generation_batch_size": 8, "per_device_eval_batch_size": 4096})
+    assert only.startswith("per_device_eval_batch_size 1024 (")
+    # Either alone would leave the other's peak.
+    (only,) = remedies(sampled, sampling, {"generation_batch_size": 2000, "per_device_eval_batch_size": 4096})
+    assert only.startswith("generation_batch_size 1024 and per_device_eval_batch_size 1024 (")
+    few = replace(sampling, completion=1, kl=False)
+    (only,) = remedies(replace(SMALL, trained=0, weights=0), replace(few, explored=3), {"generation_batch_size": 3})
+    assert only.startswith("generation_batch_size 1 (")
+    assert remedies(sampled, replace(few, explored=1), {"generation_batch_size": 1}) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "generation_batch_size 32 ("),  # Not given, and chosen by all the memory, not what is free.
+        ({"generation_batch_size": 8, "eval_dataset": PROMPTS * 20}, "per_device_eval_batch_size 32 ("),
+        ({"eval_dataset": PROMPTS * 5}, "generation_batch_size 32 and per_device_eval_batch_size 32 ("),
+    ],
+)
+def test_where_exploring_does_not_fit_the_batches_sampled_are_named(options, advice, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "available", lambda _: (1000, 10**12))
+    with pytest.raises(UserError) as refused:
+        trainer_of(tmp_path, per_device_train_batch_size=1, samples_per_prompt=100, **options)
+    assert f"want {advice}" in str(refused.value)
 
 
 def test_a_run_that_cannot_fit_says_so_in_a_line(tmp_path, monkeypatch):
@@ -331,7 +386,7 @@ def test_a_run_that_cannot_fit_says_so_in_a_line(tmp_path, monkeypatch):
 def test_one_that_may_not_fit_is_warned_of(tmp_path, monkeypatch, caplog):
     needed = trainer_of(tmp_path / "a")
     held = sum(4 * p.numel() for model in (needed.model, needed.ref_model) for p in model.parameters())
-    total = estimate(Anatomy.of(needed.model), replace(load_of(needed), explored=128)).total
+    total = estimate(Anatomy.of(needed.model), replace(load_of(needed), explored=len(PROMPTS))).total
     monkeypatch.setattr(fitting, "available", lambda _: (int(total / 1.2) - held, 10**12))
     with caplog.at_level(logging.WARNING, "quarkrl.fitting"):
         trainer_of(tmp_path / "b")
@@ -355,6 +410,9 @@ LLAMA = {"architecture": "llama", "num_hidden_layers": 4, "hidden_size": 512, "n
 LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 1376, "vocab": 32000, "tied": False}
 LONG = {**GPT2, "n_layer": 8, "n_embd": 256, "n_head": 8, "vocab": 8000, "max_position_embeddings": 512}
 GEMMA2 = {**LLAMA, "architecture": "gemma2", "hidden_size": 384, "head_dim": 48, "vocab": 20000, "tied": True}
+ROOMY = {**LLAMA, "num_key_value_heads": 8, "vocab": 8000, "max_position_embeddings": 256}
+EXPLORING = {"per_device_train_batch_size": 1, "generation_batch_size": 128, "top_p": 0.9}
+WRITING = {**EXPLORING, "max_completion_length": 120, "min_completion_length": 120}
 RUNS = {
     "gpt2": (GPT2, {"per_device_train_batch_size": 16}, 20),
     "gpt2 without a reference": (GPT2, {"per_device_train_batch_size": 32, "kl_coef": 0.0}, 20),
@@ -369,6 +427,9 @@ RUNS = {
     "gpt2, a large batch": (GPT2, {"per_device_train_batch_size": 64}, 20),
     "llama in bf16": (LLAMA, {"per_device_train_batch_size": 16, "bf16": True}, 20),
     "gemma2": (GEMMA2, {"per_device_train_batch_size": 24}, 40),
+    # Exploring is the peak.
+    "exploring, gpt2, long prompts": (GPT2, EXPLORING, 100),
+    "exploring, llama in bf16, long completions": (ROOMY, {**WRITING, "bf16": True}, 20),
 }
 
 
@@ -386,10 +447,11 @@ def test_the_estimate_is_within_a_quarter_of_the_peak(name, tmp_path):
     arguments = [sys.executable, "-c", code, name, str(tmp_path / "run")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    said, took = json.loads(done.stdout.splitlines()[-1])
+    said, took, exploring = json.loads(done.stdout.splitlines()[-1])
     figures = f"{name}: said {said / GB:.2f} GB, took {took / GB:.2f} GB"
     logging.getLogger(__name__).info(figures)  # With `--log-cli-level info`.
     assert 0.75 <= said / took <= 1.25, figures
+    assert exploring == name.startswith("exploring")
 
 
 def run_and_tell() -> None:
@@ -400,6 +462,8 @@ def run_and_tell() -> None:
 
     shape, options, length = RUNS[sys.argv[1]]
     directory, shape, batch = Path(sys.argv[2]), dict(shape), options["per_device_train_batch_size"]
+    # Each prompt another one: the same are read once.
+    prompts = range(max(2 * batch, options.get("generation_batch_size", 0)))
     # Another run first: what is loaded and compiled at its first use is no memory of a run.
     trainer_of(directory / "first", model=tiny_model("llama", TOKENIZER), num_iterations=1).train()
     before = held_bytes("cpu")
@@ -411,14 +475,13 @@ def run_and_tell() -> None:
         directory / "run",
         distinct_rewards,
         with_fused_gelu(tiny_model(tokenizer=tokenizer, initializer_range=0.02, **shape)),
-        [" ".join("abcdefgh"[(first + place) % 8] for place in range(length)) for first in range(2 * batch)],
+        [" ".join("abcdefgh"[(number // 8 ** (place % 4)) % 8] for place in range(length)) for number in prompts],
         processing_class=tokenizer,
         peft_config=adapter,
-        max_completion_length=20,
-        **{"min_completion_length": 20, "generation_batch_size": batch, **options},
+        **{"max_completion_length": 20, "min_completion_length": 20, "generation_batch_size": batch, **options},
     )
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         memory._CPU_SLACK = 1.0
-    found = estimate(Anatomy.of(trainer.model), replace(load_of(trainer), explored=batch)).total
+    found = estimate(Anatomy.of(trainer.model), load_of(trainer))
     trainer.train()
-    sys.stdout.write(json.dumps([found, peak_bytes("cpu") - before]))
+    sys.stdout.write(json.dumps([found.total, peak_bytes("cpu") - before, found.exploring > found.learning]))

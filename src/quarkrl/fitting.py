@@ -66,31 +66,52 @@ def _entry(path: str, name: str = "") -> int:
         return 0
 
 
-def explored_at_once(model: Anatomy, load: Load, room: int | None) -> int:
+def explored_at_once(model: Anatomy, load: Load, room: int | None, count: int) -> int:
     """How many completions to sample at a time, where that is not given: what half of the room takes, a power of two.
 
     Args:
         model: the policy.
         load: `explored` is not read.
         room: bytes; None where that is not known.
+        count: completions of an iteration.
     """
     most = at_once = _MOST_AT_A_TIME[load.cpu]
     if room is None:
         return min(most, 128)
-    while at_once > 1 and estimate(model, replace(load, explored=at_once)).exploring > _SHARE_OF_ROOM * room:
+    while at_once > 1 and (
+        estimate(model, replace(load, explored=min(at_once, count))).exploring > _SHARE_OF_ROOM * room
+    ):
         at_once //= 2
     return at_once
 
 
-def remedies(model: Anatomy, load: Load, given: bool) -> list[str]:
+def sampled_at_once(trainer: "QuarkTrainer", exploring: int) -> dict[str, int]:
+    """By option, how many completions are sampled at a time, exploring so many: no more than there are."""
+    args, held_out = trainer.args, trainer.eval_prompts
+    found = {"generation_batch_size": min(exploring, explored_in(trainer))}
+    if held_out is not None:
+        count = len(held_out) * args.eval_samples_per_prompt
+        found["per_device_eval_batch_size"] = min(args.per_device_eval_batch_size, count)
+    return found
+
+
+def explored_in(trainer: "QuarkTrainer") -> int:
+    """Completions of an iteration."""
+    args, prompts = trainer.args, len(trainer.prompts)
+    return min(args.prompts_per_iteration or prompts, prompts) * args.samples_per_prompt
+
+
+def remedies(model: Anatomy, load: Load, at_once: dict[str, int]) -> list[str]:
     """What to change for a run to take less memory, and what it takes then; the best first.
 
     Args:
         model: the policy.
         load: the run.
-        given: `generation_batch_size` was given, and may be made smaller.
+        at_once: by option, completions sampled at a time; `load` has the most.
     """
     full = model.trained == model.weights
+    fewer = max(load.explored // 4, 1)
+    sampled = " and ".join(f"{name} {fewer}" for name, count in at_once.items() if count > fewer)
     adapter = model.layers * 8 * (11 * model.width + 3 * model.inner) * model.size  # Of rank 8, on all linear layers.
     # A tied matrix is put together with the reward tokens' rows, and has its gradient, in every pass.
     table = model.vocab * model.width * model.size
@@ -104,7 +125,7 @@ def remedies(model: Anatomy, load: Load, given: bool) -> list[str]:
         (not load.checkpointed, "gradient_checkpointing", (model, replace(load, checkpointed=True))),
         (full, "lora_rank 8", (adapted, replace(load, reference=0))),
         (load.reference > 0, "kl_coef 0", (model, replace(load, reference=0, kl=False))),
-        (given, f"generation_batch_size {load.explored // 4}", (model, replace(load, explored=load.explored // 4))),
+        (sampled != "", sampled, (model, replace(load, explored=fewer))),
     ]
     now = estimate(model, load).total
     found = [(estimate(*changed).total, text) for possible, text, changed in tried if possible]
@@ -142,16 +163,18 @@ class Forecast(TrainerCallback):
             parameters = [*model.parameters(), *(trainer.ref_model.parameters() if trainer.ref_model else ())]
             held = bytes_of(p for p in parameters if p.device.type == args.device.type)  # Taken already, and estimated.
             free = there[0] + held
-            # Of main memory all counts: what is free changes, and another batch size rounds otherwise.
+            # Of main memory all counts: what is free changes, and another batch size rounds otherwise: a resumed run
+            # would not go on to the same bits. Where less is free than it takes, the remedies name it.
             room = there[1] if load.cpu else free
         if args.generation_batch_size is None:
-            self.explored_at_once = explored_at_once(anatomy, load, room)
-        load = replace(load, explored=max(self.explored_at_once, load.explored))
+            self.explored_at_once = explored_at_once(anatomy, load, room, explored_in(trainer))
+        at_once = sampled_at_once(trainer, self.explored_at_once)
+        load = replace(load, explored=max(at_once.values()))
         found = estimate(anatomy, load)
         self.text = f"memory: {found}" + ("" if free is None else f", of {gigabytes(free)} GB")
         refused = None
         if free is not None and found.total > free:
-            changes = ", or ".join(remedies(anatomy, load, given=args.generation_batch_size is not None))
+            changes = ", or ".join(remedies(anatomy, load, at_once))
             short = f"memory: the run takes about {gigabytes(found.total)} GB, and {gigabytes(free)} GB are free"
             if found.total > _DOUBT * free:
                 refused = f"{short}; want {changes or 'a smaller model'}"
@@ -193,9 +216,8 @@ def in_step(explored: int, refused: str | None) -> tuple[int, str | None]:
 
 
 def load_of(trainer: "QuarkTrainer") -> Load:
-    """What a trainer's options and prompts ask for; `explored` is what evaluating samples at a time, 0 without."""
+    """What a trainer's options and prompts ask for; of `explored`, what is given."""
     args, lengths = trainer.args, list(map(len, trainer.prompts.ids))
-    explored = min(args.prompts_per_iteration or len(lengths), len(lengths)) * args.samples_per_prompt
     guided = any(scale != 1 for scale in (*args.explore_guidance_scale, args.eval_guidance_scale))
     evaluated = trainer.eval_prompts is not None
     if trainer.eval_prompts is not None:
@@ -204,7 +226,7 @@ def load_of(trainer: "QuarkTrainer") -> Load:
         batch=args.per_device_train_batch_size,
         prompt=max(lengths) + len(trainer.scorer.attributes),
         completion=args.max_completion_length,
-        explored=max(args.generation_batch_size or 0, args.per_device_eval_batch_size if evaluated else 0),
+        explored=max(sampled_at_once(trainer, args.generation_batch_size or 0).values()),
         reference=0 if trainer.ref_model is None else bytes_of(trainer.ref_model.parameters()),
         kl=args.kl_coef > 0,
         tempered=args.nll_temperature != 1,
@@ -213,8 +235,9 @@ def load_of(trainer: "QuarkTrainer") -> Load:
         checkpointed=bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)),
         mixed=args.bf16 or args.fp16,
         guided=guided,
+        by_reference=guided and args.guidance_from == "reference",
         nucleus=args.top_p < 1 or (evaluated and args.eval_top_p < 1),
         processes=args.world_size,
-        samples=explored * args.num_iterations,
+        samples=explored_in(trainer) * args.num_iterations,
         cpu=args.device.type == "cpu",
     )

@@ -1,10 +1,11 @@
 """How much memory a run takes, estimated before it begins.
 
-Two peaks count: while exploring, the cache of keys and values and the logits of a batch; while learning, what a forward
-pass keeps for its backward pass and what the loss takes, or all gradients at once if those are more. The formulas count
-floats that autograd keeps, per token and layer, and arrays that the loss makes; tests/test_memory.py holds them against
-measured peaks. Not counted: the interpreter and its libraries (about half a GB of main memory), a classifier that
-scores, experts of a mixture, the copy into which `save_final` merges an adapter.
+Two peaks count: while exploring, the cache of keys and values with what reading the prompts takes, or later with the
+logits of a batch; while learning, what a forward pass keeps for its backward pass and what the loss takes, or all
+gradients at once if those are more. The formulas count floats that autograd keeps, per token and layer, and arrays that
+the loss makes; tests/test_memory.py holds them against measured peaks. Not counted: the interpreter and its libraries
+(about half a GB of main memory), a classifier that scores, experts of a mixture, the copy into which `save_final`
+merges an adapter.
 """
 
 from collections.abc import Iterable
@@ -17,12 +18,14 @@ from transformers.activations import NewGELUActivation
 from quarkrl.loss import NUMBERS_PER_PIECE, rows_per_slice
 from quarkrl.projection import is_one_product
 
-# Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus.
-_SAMPLING_ARRAYS = {False: 4, True: 6}
+# Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus; and that a
+# contrast of two does (guidance.py).
+_SAMPLING_ARRAYS, _GUIDED_ARRAYS = {False: 4, True: 6}, 8
 # What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed unless they are larger than
-# its DEFAULT_MMAP_THRESHOLD_MAX: 1.1 to 1.6 times as much in tests/test_memory.py, more with gradient checkpointing. On
-# a GPU nothing was measured.
-_CPU_SLACK, _GIVEN_BACK = 1.5, 2**25
+# its DEFAULT_MMAP_THRESHOLD_MAX: 1.1 to 1.6 times as much in tests/test_memory.py, more with gradient checkpointing. A
+# cache that grows in bf16 took 1.2 to 2.1 times as much, perhaps as what oneDNN keeps lies in between. On a GPU nothing
+# was measured.
+_CPU_SLACK, _BF16_SLACK, _GIVEN_BACK = 1.5, 2.0, 2**25
 # Arrays that an optimizer keeps of the trained parameters, each as large as they are but where it is of 8 or 4 bits.
 _STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
 
@@ -43,6 +46,7 @@ class Anatomy:
         tied: it is the input matrix, too.
         reached: the loss makes logits of it a slice at a time; else they are held whole.
         merged: bytes of the embedding, if an adapter writes it anew in each pass, for the reward tokens' rows.
+        rotary: positions are turned into queries and keys, in full even by autocast.
     """
 
     weights: int
@@ -63,6 +67,7 @@ class Anatomy:
     tied: bool = True
     reached: bool = True
     merged: int = 0
+    rotary: bool = False
 
     @classmethod
     def of(cls, model: Any) -> "Anatomy":
@@ -103,6 +108,7 @@ class Anatomy:
             tied=sum(p.shape == embedding.shape for p in parameters) < 2,
             reached=is_one_product(output),
             merged=merged,
+            rotary=any("Rotary" in kind for kind, _ in kinds),
         )
 
 
@@ -122,6 +128,7 @@ class Load:
         checkpointed: gradient checkpointing.
         mixed: numbers of 2 bytes in the passes, by autocast.
         guided: each completion is read twice.
+        by_reference: the second time by the reference, in passes of its own.
         nucleus: tokens are drawn from one.
         processes: that learn together.
         samples: in the pool at the end.
@@ -140,6 +147,7 @@ class Load:
     checkpointed: bool = False
     mixed: bool = False
     guided: bool = False
+    by_reference: bool = False
     nucleus: bool = False
     processes: int = 1
     samples: int = 0
@@ -185,15 +193,16 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
         load: what is done with it.
     """
 
-    def room(size: int, piece: int) -> float:
-        return size * _CPU_SLACK if load.cpu and piece < _GIVEN_BACK else size
+    def room(size: float, piece: float, slack: float = _CPU_SLACK) -> float:
+        return size * slack if load.cpu and piece < _GIVEN_BACK else size
 
+    table = model.vocab * model.width * model.size
     gradients, states = model.trained, optimizer_bytes(load.optimizer, model.trained, model.size)
     tokens = load.batch * (load.prompt + load.completion)
     activations = activation_bytes(model, load, tokens)
     kept = room(activations, tokens * model.width * model.size)
     if load.mixed and model.size == 4:  # Autocast keeps copies for the backward pass, of all but the embeddings.
-        kept += (model.weights - model.vocab * model.width * model.size * (1 if model.tied else 2)) // 2
+        kept += (model.weights - table * (1 if model.tied else 2)) // 2
     kept += (gradients if load.accumulates else 0) + (model.merged if model.head else 0)
     slice_ = min(load.batch * load.completion, rows_per_slice(model.vocab)) * model.vocab * max(4, model.size)
     loss, gradient = loss_bytes(model, load, slice_)
@@ -206,11 +215,22 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
     )
     reduced = gradients if load.processes > 1 else 0  # The buckets in which processes exchange them.
     at_once = load.explored * (2 if load.guided else 1)
-    cached = at_once * (load.prompt + load.completion) * model.kv_width * _narrow(model, load)
-    chosen = at_once * model.vocab * 4
+    # Keys in full and values narrowed, if positions are turned into keys in full.
+    number = 3 if model.rotary and load.mixed and model.size == 4 else _narrow(model, load)
+    cached = at_once * (load.prompt + load.completion) * model.kv_width * number
     cache = cached * model.layers * 2
-    sampling = max(_reading_bytes(model, load, at_once), chosen * _SAMPLING_ARRAYS[load.nucleus])
-    cast = model.weights // 2 if load.mixed and model.size == 4 else 0  # By autocast, kept for a batch.
+    asked = load.prompt / (load.prompt + load.completion)  # The share of the cache that reading the prompts makes.
+    reading = _reading_bytes(model, load, load.explored if load.by_reference else at_once)
+    chosen = load.explored * model.vocab * 4
+    choice = chosen * (_GUIDED_ARRAYS if load.guided else _SAMPLING_ARRAYS[load.nucleus])
+    begins = room(cache * asked, cached * asked) + sum(room(size, piece) for size, piece in reading)
+    slack = _BF16_SLACK if load.mixed else _CPU_SLACK
+    goes_on = room(cache, cached * asked, slack) + room(choice, chosen, slack)  # Its pieces were smaller at first.
+    cast = 0
+    if load.mixed and model.size == 4:  # By autocast, kept for a batch.
+        cast = (model.weights - (0 if model.tied else table)) // 2
+        if load.by_reference:  # Half of it in 4 bytes, none in 2.
+            cast += max(load.reference - model.weights // 2, 0)
     pool = load.samples * (4 * (load.prompt + load.completion) + 30)
     always = model.weights + load.reference + states + reduced + (pool if load.cpu else 0)
     return Estimate(
@@ -221,9 +241,9 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
         activations=activations,
         loss=loss,
         cache=cache,
-        sampling=sampling,
+        sampling=max(sum(size for size, _ in reading), choice),
         pool=pool,
-        exploring=int(always + cast + room(cache, cached) + room(sampling, chosen) + model.merged),
+        exploring=int(always + cast + max(begins, goes_on) + model.merged),
         learning=int(always + comes_and_goes),
     )
 
@@ -280,11 +300,16 @@ def optimizer_bytes(name: str, trained: int, size: int = 4) -> int:
     return int(trained // size * _STATES[kind] * each)
 
 
-def _reading_bytes(model: Anatomy, load: Load, rows: int) -> int:
-    """What reading the prompts takes beside the cache: one layer at a time."""
-    each = _narrow(model, load) * (6 * model.width + (model.mlp - 1) * model.inner)
-    each += model.heads * load.prompt * (_narrow(model, load) + 8) if model.eager else 0
-    return rows * load.prompt * each
+def _reading_bytes(model: Anatomy, load: Load, rows: int) -> list[tuple[int, int]]:
+    """What reading the prompts takes beside the cache, one layer at a time, and the pieces it comes in.
+
+    The residual stream as it comes into the model, the layer, and its feed-forward part, normed, and what attention
+    gave; what the feed-forward part makes; a mask for each text, as bits and as numbers, and scores if they are kept.
+    """
+    narrow, wide, tokens = _narrow(model, load), max(4, model.size) if load.mixed else model.size, rows * load.prompt
+    width, inner = tokens * model.width, tokens * model.inner * narrow
+    scores = tokens * load.prompt * (model.heads * (narrow + 8) if model.eager else 5)
+    return [(width * (4 * wide + narrow), width * wide), (inner * max(2, model.mlp - 1), inner), (scores, scores)]
 
 
 def _narrow(model: Anatomy, load: Load) -> int:
