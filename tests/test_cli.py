@@ -310,7 +310,7 @@ MISTAKES = {
     "no such reference": ((*EVALUATE, "--reference", "{home}/nowhere"), "give --reference PATH"),
     "unknown quantile to evaluate": ((*EVALUATE, "--quantiles", "best", "top"), "quantile 'top'"),
     "no prompts to evaluate": (("evaluate", "{run}/final", "--reward", "vader"), "--prompts"),
-    "output in a directory": ((*EVALUATE, "--output", "{home}"), "home0' is a directory"),
+    "output in a directory": ((*EVALUATE, "--output", "{home}"), "'{home}' is a directory"),
     "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "give --eval_prompts"),
     "no texts": (("score", "{home}/nowhere.txt", "--reward", "vader"), "nowhere.txt"),
     "no reward": (("score", "{home}/prompts.txt"), "--reward"),
