@@ -206,6 +206,16 @@ def test_generate_can_leave_bad_prompts_out(home, capsys):
     assert "prompts left out: 1 empty prompt" in err
 
 
+@pytest.mark.parametrize("spelt", [["--do_sample", "false"], ["--no_do_sample"], ["--config", "{file}"]])
+def test_what_is_switched_off_is_among_the_options_given(tmp_path, spelt):
+    (tmp_path / "own.yaml").write_text("do_sample: false\n", encoding="utf-8")
+    _, config, given = parse_train([*(flag.format(file=tmp_path / "own.yaml") for flag in spelt), "--output_dir", "o"])
+    assert given == {"do_sample": False, "output_dir": "o"} and config.do_sample is False
+    # As a run writes it, and reads it when it is resumed.
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert parse_train(["--resume", "--output_dir", str(tmp_path)])[1].do_sample is False
+
+
 @pytest.mark.parametrize(
     ("named", "split", "wanted"),
     [("same", (), "held out"), ("other", (), "trained on"), ("other", ("--eval_prompt_split", "test"), "held out")],

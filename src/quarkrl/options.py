@@ -120,7 +120,8 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     )
     parser.add_argument("--config", metavar="PRESET|FILE", help=f"a YAML file, or one of {', '.join(preset_names())}")
     known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    defaults = {action.dest: action.default for action in parser._actions}
+    # As parsed: an option that is true by default has a second flag, --no_NAME, whose action has another default.
+    defaults = vars(parser.parse_args([]))
     pre = Parser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     pre.add_argument("--output_dir", default="")
