@@ -42,4 +42,7 @@ def _parts(tokenizer: Any, text: str, tokens: int) -> tuple[str, str] | None:
         return None
     # A cut may fall within a character of several tokens.
     beginning = tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-    return (beginning, text[len(beginning) :] if text.startswith(beginning) else "") if beginning else None
+    if not beginning:
+        return None
+    # What a tokenizer has changed, such as the case, is no beginning of the text to go on from.
+    return beginning, text[len(beginning) :] if text.startswith(beginning) else ""

@@ -143,12 +143,12 @@ def load_prompts(
         raise UserError(f"{name}: there are no rows in it; give it at least one prompt")
     names = dict.fromkeys(key for _, row in raw if isinstance(row, dict) for key in row)
     wanted = [column] if isinstance(column, str) else [*column]
-    if wanted[-1] == "prompt":
-        wanted.append("messages")
-    if names and not names.keys() & wanted:
-        first = " or ".join(map(repr, wanted[: -1 if wanted[-1] == "messages" else None]))
-        raise UserError(f"{name}: no column {first}; the columns are {_listed(names)}; name one")
-    chosen = next((each for each in wanted if each in names), wanted[0])
+    known = [each for each in (*wanted, *(["messages"] if "prompt" in wanted else [])) if each in names]
+    if names and not known:
+        raise UserError(
+            f"{name}: no column {' or '.join(map(repr, wanted))}; the columns are {_listed(names)}; name one"
+        )
+    chosen = (known or wanted)[0]
     results = [row if isinstance(row, _Bad) else _check_row(row, chosen, empty) for _, row in raw]
     locations = [location for location, _ in raw]
     reasons = _reasons(name, locations, results, skip_bad)
