@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quarkrl.pool import DataPool
+from quarkrl.algorithm.pool import DataPool
 
 QUANTILES, DRAWS, CHECKED, PER_FILE = 5, 100_000, 1000, 1_000_000
 COMPLETION = 20  # tokens

@@ -19,7 +19,7 @@ import measure
 import numpy as np
 from measure import SHAPES, Shape
 
-from quarkrl.pool import DataPool
+from quarkrl.algorithm.pool import DataPool
 
 BASE: dict[str, Any] = {"side": "quarkrl", "bf16": False, "device": "cpu", "iterations": 2, "batches": 1}
 BASE |= {"batch_size": 32, "length": 20, "num_quantiles": 5, "rates": False}

@@ -24,7 +24,7 @@ def seeded():
 @pytest.fixture
 def server():
     """A server on loopback that scores, judges and misbehaves."""
-    from server import Server
+    from helpers.server import Server
 
     with Server() as running:
         yield running
@@ -33,7 +33,7 @@ def server():
 @pytest.fixture
 def surroundings(monkeypatch):
     """No keys and no proxy of the machine's, and back-off that starts at 20 ms."""
-    from quarkrl.rewards import http
+    from quarkrl.rewards.functions import endpoint as http
 
     for variable in ("PERSPECTIVE_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(variable, raising=False)

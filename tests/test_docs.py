@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from quarkrl.cli import main
-from quarkrl.options import preset_names
+from quarkrl.cli.main import main
+from quarkrl.cli.train_options import preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

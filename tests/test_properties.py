@@ -14,16 +14,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from quarkrl import metrics
-from quarkrl.checkpoints import load_state, save_state
-from quarkrl.conditioning import Conditioning, reference_name
+from quarkrl.algorithm.pool import DataPool
+from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
-from quarkrl.finite import finite
-from quarkrl.pool import DataPool
-from quarkrl.prompts import load_prompts
-from quarkrl.rewards.checked import attribute_names, checked_scores
-from quarkrl.rewards.http import _seconds
-from quarkrl.rewards.judge import read_rating
+from quarkrl.models.conditioning import Conditioning, reference_name
+from quarkrl.rewards.functions.endpoint import _seconds
+from quarkrl.rewards.functions.judge import read_rating
 from quarkrl.rewards.spec import split_spec
+from quarkrl.rewards.validation import attribute_names, checked_scores
+from quarkrl.runs.checkpoints import load_state, save_state
+from quarkrl.storage.json import finite
 
 FIXTURES = HealthCheck.function_scoped_fixture  # A folder that each example overwrites.
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from server import Server
-from tiny import make_home, tiny_tokenizer
+from helpers.server import Server
+from helpers.tiny import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl import QuarkGenerator
-from quarkrl.cli import main
+from quarkrl.cli.main import main
 from quarkrl.errors import UserError
-from quarkrl.loading import load_model
+from quarkrl.models.loading import load_model
 
 WORDS = [*map(str, range(10, 40))]
 TOKENIZER = tiny_tokenizer(words=WORDS)

@@ -16,12 +16,12 @@ import numpy as np
 
 from quarkrl.errors import UserError
 from quarkrl.rewards.cache import ScoreCache, digest
-from quarkrl.rewards.checked import attribute_names, checked_scores, checked_weights
-from quarkrl.rewards.deadline import InThread
-from quarkrl.rewards.functions import describe, identity_of, name_of, source_file
+from quarkrl.rewards.calling import InThread
+from quarkrl.rewards.custom import describe, identity_of, name_of, source_file
+from quarkrl.rewards.validation import attribute_names, checked_scores, checked_weights
 
 if TYPE_CHECKING:
-    from quarkrl.config import QuarkConfig
+    from quarkrl.training.config import QuarkConfig
 
 Reward = str | Callable[..., Any]
 
@@ -76,7 +76,7 @@ class Scorer:
         cache: str | os.PathLike[str] | None = None,
         timeout: float | None = None,
     ):
-        from quarkrl.rewards import resolve  # here, because that module imports this one
+        from quarkrl.rewards.registry import resolve
 
         several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
         specs = list(cast(Sequence[Reward], reward_funcs)) if several else [cast(Reward, reward_funcs)]

@@ -1,0 +1,1 @@
+"""The command `quarkrl`: one file per subcommand."""

@@ -1,0 +1,35 @@
+"""Sentiment by VADER: a lexicon with rules, offline (Hutto and Gilbert, ICWSM 2014)."""
+
+from typing import Any
+
+from quarkrl.errors import UserError
+from quarkrl.rewards.custom import library_version
+
+
+class Vader:
+    """VADER's compound score of the completion, in [-1, 1]; with `negative`, its opposite.
+
+    Raises:
+        UserError: the package `vaderSentiment` is not installed.
+    """
+
+    unwanted = None
+    wanted_from = 0.05  # Its authors' own line between neutral and positive, or negative.
+
+    def __init__(self, negative: bool = False) -> None:
+        try:
+            # Optional: extra "offline".
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+            version = library_version("vaderSentiment")
+        except ImportError as error:
+            raise UserError(f'reward "vader" needs pip install "quarkrl[offline]" ({error})') from error
+        self.name = "vader-negative" if negative else "vader"
+        self.identity = {"name": self.name, "vaderSentiment": version}
+        self.wanted = "negative" if negative else "positive"
+        self._sign = -1.0 if negative else 1.0
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, completions: list[str], **_: Any) -> list[float]:
+        # + 0.0 because -1 · 0 is -0, which prints oddly.
+        return [self._sign * self._analyzer.polarity_scores(text)["compound"] + 0.0 for text in completions]

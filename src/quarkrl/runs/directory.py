@@ -1,0 +1,242 @@
+"""A run's directory: who holds it, which run it is of, and whether that run can go on here."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from quarkrl.errors import UserError
+from quarkrl.runs.checkpoints import checkpoints, flaw, last_good, step_of
+from quarkrl.storage.atomic import tidy, told, write_json, written
+from quarkrl.training.config import QuarkConfig
+
+if TYPE_CHECKING:
+    from quarkrl.rewards.scorer import Scorer
+
+RUN_FILE, LOCK_FILE = "run.json", "run.lock"
+
+# QuarkConfig's own options that may change from one sitting to the next: how much is done at a time, how often it is
+# saved or said, when to give up, and how long the run is. (draws_per_step tells the product of batch sizes.)
+_FREE = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "num_iterations"),
+    *("save_strategy", "save_total_limit", "disable_tqdm", "logging_nan_inf_filter", "score_cache"),
+    *("max_unscored_share", "skip_bad_prompts", "metric_for_best_model", "num_train_epochs", "remove_unused_columns"),
+    *("reward_timeout", "on_bad_numbers", "on_collapse"),
+}
+# Those of TrainingArguments that may not.
+_BOUND = (
+    *("seed", "bf16", "fp16", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "load_best_model_at_end", "draws_per_step"),
+)
+# Those that may not even where another run is to branch off from a checkpoint: samples and steps are counted by them.
+_SETTLED = {"num_quantiles", "condition_on", "reward_weights", "steps_per_iteration", "draws_per_step"}
+# Where the best checkpoint becomes the result, so may not what it is chosen by.
+_CHOICE = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
+
+
+@contextmanager
+def locked(directory: str | os.PathLike) -> Iterator[None]:
+    """Hold a run's directory; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    with told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        # One lock for a directory in a process, counted: `quarkrl train` takes it, and so does the trainer in it.
+        lock = FileLock(directory.resolve() / LOCK_FILE, is_singleton=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"output_dir {str(directory)!r} is in use by another run: wait for its end, or choose another"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run has left something here that a new one would mix with."""
+    return any((directory / name).exists() for name in ("pool", "final")) or bool(checkpoints(directory))
+
+
+def identity(
+    args: QuarkConfig,
+    model: str,
+    reference: str,
+    prompts: Sequence[Sequence[int]],
+    scorer: "Scorer",
+    adapter: Any | None,
+) -> dict[str, Any]:
+    """What makes a run this run: all that its result depends on, as JSON.
+
+    Args:
+        args: the options.
+        model, reference: digests of the weights that both start from.
+        prompts: those to explore, as token ids.
+        scorer: the rewards.
+        adapter: the configuration of an adapter, or None.
+    """
+    names = {*QuarkConfig.__annotations__, *_BOUND} - _FREE
+    names = {name for name in names if args.load_best_model_at_end or not name.startswith("eval_")}
+    if args.load_best_model_at_end:
+        names |= set(_CHOICE)
+    options = {name: getattr(args, name, None) for name in sorted(names)}
+    facts = {
+        "options": options,
+        "num_iterations": args.num_iterations,
+        "model": model,
+        "reference": reference,
+        "prompts": _digest(prompts),
+        "rewards": scorer.identity,
+        "adapter": None if adapter is None else adapter.to_dict(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def _digest(prompts: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256(np.array([len(ids) for ids in prompts], dtype=np.int64).tobytes())
+    for ids in prompts:
+        digest.update(np.array(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
+    """Begin a run in a directory, or find what the one in it can go on from.
+
+    Args:
+        directory: the run's own; held by this process.
+        facts: `identity` of the run that wants to be in it.
+        resume: False or None for a new one; True for the last good checkpoint; or a checkpoint's directory, from which
+            a run with other options may branch off.
+
+    Returns:
+        The checkpoint, None for the beginning; what there is to say; and whether options have changed.
+
+    Raises:
+        UserError: the directory holds a run already, or none; or another one, or a damaged one.
+    """
+    path = directory / RUN_FILE
+    if not resume:
+        if holds_run(directory):
+            raise UserError(
+                f"output_dir {str(directory)!r} already holds a run: choose another, or go on with it by --resume "
+                "(resume_from_checkpoint=True)"
+            )
+        write_json(path, facts)
+        return None, [], False
+    if not path.exists():
+        if holds_run(directory):
+            raise UserError(f"{path} is missing, so that nobody can tell which run this was: want it back, to resume")
+        raise UserError(f"output_dir {str(directory)!r} holds no run: nothing to resume; start one without --resume")
+    for folder in (directory, directory / "pool"):
+        tidy(folder)
+    was = _read(path)
+    changed, others, notes = _compared(was, facts)
+    branches = isinstance(resume, str) and not others and not changed.keys() & _SETTLED
+    if (changed or others) and not branches:
+        raise UserError(
+            f"{str(directory)!r} holds another run ({'; '.join([*changed.values(), *others])}): resume with what it "
+            "began with, or choose another output_dir"
+        )
+    if isinstance(resume, str):
+        checkpoint: Path | None = Path(resume)
+        if wrong := flaw(Path(resume)):
+            raise UserError(f"resume_from_checkpoint {resume!r}: {wrong}; want a checkpoint that is whole")
+        if changed:
+            aside = _set_aside(directory, Path(resume), was["options"]["steps_per_iteration"])
+            notes.append(f"from here on {', '.join(changed.values())}; what had come after is in {aside}")
+    else:
+        checkpoint, damaged = last_good(directory)
+        notes += [f"left out {text}" for text in damaged]
+    write_json(path, facts)
+    return checkpoint, notes, bool(changed)
+
+
+def _set_aside(directory: Path, checkpoint: Path, steps_per_iteration: int) -> Path:
+    """Move what a run left after a checkpoint out of the way of another that begins there; says where to."""
+    step = step_of(checkpoint)
+    begun = -(-step // steps_per_iteration)
+    later = [path for path in checkpoints(directory) if step_of(path) > step]
+    for path in (directory / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
+        if int(path.stem.rpartition("-")[2]) >= begun:
+            later.append(path)
+    aside = next(path for n in itertools.count(1) if not (path := directory / f"aside-{n}").exists())
+    aside.mkdir()
+    for path in later:
+        os.rename(path, aside / path.name)
+    return aside
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+        dicts = [was[name] for name in ("options", "versions")] + was["rewards"]
+        if all(isinstance(value, dict) for value in dicts) and "steps_per_iteration" in was["options"]:
+            return was
+        error: Exception = ValueError("it lacks what quarkrl writes")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as found:
+        error = found
+    raise UserError(f"{path} is damaged ({error}): nobody can tell which run this was; want it back, to resume")
+
+
+def _compared(was: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
+    """How a run differs from what it was: options by name, other things, and what does no harm."""
+    before, after = was["options"], now["options"]
+    differ = [name for name in before if name in after and before[name] != after[name]]
+    changed = {name: f"{name} was {_short(before[name])}, is {_short(after[name])}" for name in differ}
+    kinds = {"model": "model", "reference": "reference model", "prompts": "prompts", "adapter": "adapter"}
+    others = [f"other {what}" for name, what in kinds.items() if was.get(name) != now[name]]
+    notes = []
+    if [_settled(one) for one in was["rewards"]] != [_settled(one) for one in now["rewards"]]:
+        others.append(f"rewards were {_short(was['rewards'])}, are {_short(now['rewards'])}")
+    elif was["rewards"] != now["rewards"]:
+        notes.append("the source of a reward has changed since")
+    for name, version in now["versions"].items():
+        if was["versions"].get(name) != version:
+            notes.append(f"{name} was {was['versions'].get(name)}, is {version}: the same to rounding only")
+    if was.get("num_iterations") != now["num_iterations"]:
+        lengths = f"num_iterations was {was.get('num_iterations')}, is {now['num_iterations']}"
+        notes.append(f"{lengths}: the learning rate follows the new length from here on")
+    return changed, others, notes
+
+
+def _settled(reward: dict[str, Any]) -> dict[str, Any]:
+    """Of a reward's identity, what may not change: a plain function's source may, for it to be mended."""
+    return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else reward
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+class ConfigFile(TrainerCallback):
+    """Writes a run's options to `config.yaml` in its directory, once it is clear that it may begin.
+
+    Args:
+        options: as given by flags and file.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = {name: value for name, value in options.items() if not name.startswith("resume")}
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            with written(Path(args.output_dir) / "config.yaml") as file:
+                file.write(yaml.safe_dump(self.options, sort_keys=False).encode())

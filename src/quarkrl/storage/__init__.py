@@ -1,0 +1,1 @@
+"""What a crash must not damage: atomic files, Parquet tables and JSON."""

@@ -1,0 +1,399 @@
+"""The command as its users type it: what it does, and one line for each of their mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from helpers.tiny import make_home, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quarkrl
+from quarkrl.cli import main as cli
+from quarkrl.cli.main import free_directory, main
+from quarkrl.cli.train_options import parse_train
+
+TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
+REWARDS = """
+def few_a(completions, **_):
+    return [-text.split().count("a") for text in completions]
+
+def broken(completions, **_):
+    raise RuntimeError("no\\nway")
+
+def too_few(completions, **_):
+    return [1.0]
+
+def words(completions, **_):
+    return [None if not text.strip() else float(len(text.split())) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A directory with a model, prompts, rewards and options."""
+    directory = tmp_path_factory.mktemp("home")
+    tiny_model("gpt2", TOKENIZER).save_pretrained(directory / "no_tokenizer")
+    (directory / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b c"}\n', encoding="utf-8")
+    (directory / "long.txt").write_text("a b\n" + "a " * 200 + "\nc\nd\n", encoding="utf-8")
+    return make_home(
+        directory,
+        TOKENIZER,
+        ["a b", "c", "d e f", "h g"],
+        REWARDS,
+        reward=str(directory / "rewards.py:few_a"),
+        num_iterations=1,
+        steps_per_iteration=2,
+        max_completion_length=5,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        save_strategy="no",
+        save_total_limit=None,
+        on_collapse="warn",  # So short a run may never sample an "a".
+    )
+
+
+@pytest.fixture(scope="module")
+def run(home) -> Path:
+    """A finished run."""
+    output_dir = home / "run"
+    options = [
+        "--output_dir",
+        str(output_dir),
+        "--steps_per_iteration=3",
+        "--entropy_coef",
+        "0",
+        "--num_iterations",
+        "2",
+    ]
+    assert main(["train", "--config", str(home / "run.yaml"), *options]) == 0
+    return output_dir
+
+
+def command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "quarkrl.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        **options,
+    )
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def said(capsys, *arguments: str | Path) -> str:
+    """What a command that succeeds writes to standard output."""
+    capsys.readouterr()
+    code = main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+# What it does
+
+
+def test_training_leaves_a_whole_run(run):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "pool", "metrics.jsonl", "final"}
+    assert {path.name for path in (run / "pool").iterdir()} == {f"iteration-{i:06d}.parquet" for i in range(2)}
+    assert AutoTokenizer.from_pretrained(run / "final")("a b")["input_ids"] == [11, 0, 1]
+    assert AutoModelForCausalLM.from_pretrained(run / "final").config.vocab_size == 12
+
+
+def test_a_flag_beats_the_file_and_what_was_given_is_kept(run, home):
+    kept = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    given = yaml.safe_load((home / "run.yaml").read_text(encoding="utf-8"))
+    expected = {**given, "steps_per_iteration": 3, "entropy_coef": 0, "num_iterations": 2, "output_dir": str(run)}
+    expected["reward"] = [given["reward"]]
+    assert {name: kept.get(name) for name in expected} == expected
+    facts = json.loads((run / "final" / "quark.json").read_text(encoding="utf-8"))
+    assert (facts["config"]["steps_per_iteration"], facts["config"]["max_completion_length"]) == (3, 5)
+    assert facts["config"]["save_total_limit"] is None
+
+
+def test_a_runs_config_repeats_it(run, home, tmp_path):
+    assert main(["train", "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again")]) == 0
+    for name in ("final/model.safetensors", "pool/iteration-000001.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_generate_writes_prompt_and_completion(run, home, capsys):
+    final = run / "final"
+    out = said(
+        capsys, "generate", final, "--prompt", "a b", "--prompt", "c", "--num_return_sequences", "2", "--seed", "1"
+    )
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert [line.startswith(prompt) for line, prompt in zip(lines, ["a b", "a b", "c", "c"], strict=True)] == [True] * 4
+    generate = ["generate", final, "--prompts", home / "prompts.txt", "--json", "--max_new_tokens", "4", "--quantile"]
+    for quantile in ("worst", "best", "0"):
+        rows = [json.loads(line) for line in said(capsys, *generate, quantile).splitlines()]
+        assert [row["prompt"] for row in rows] == ["a b", "c", "d e f", "h g"]
+        assert all(len(row["completions"]) == 1 and len(row["completions"][0].split()) <= 4 for row in rows)
+    assert said(capsys, *generate, "0") == said(capsys, *generate, "worst") != said(capsys, *generate, "best")
+    greedy = said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "1")
+    assert greedy == said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "2")
+
+
+def test_evaluate_prints_a_table_and_writes_json(run, home, capsys, tmp_path):
+    evaluate = ["evaluate", run / "final", "--prompts", home / "prompts.txt", "--reward", home / "rewards.py:few_a"]
+    out = said(capsys, *evaluate, "--samples", "3", "--limit", "2", "--output", tmp_path / "results.json")
+    header, *rows = out.splitlines()
+    assert [word for word in header.split() if word != "token"] == ["reference", "best", "worst"]
+    assert any(row.startswith("reward") for row in rows) and any(row.startswith("perplexity") for row in rows)
+    assert "2 prompts, 3 samples each" in rows[-1]
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["completions"] == "results.parquet" and results["protocol"]["samples_per_prompt"] == 3
+    out = said(capsys, *evaluate, "--samples", "2", "--reference", "none", "--quantiles", "1", "0")
+    assert [word for word in out.splitlines()[0].split() if word != "token"] == ["1", "0"]
+
+
+def test_score_reads_files_and_standard_input(home, capsys, monkeypatch, tmp_path):
+    reward = ["--reward", home / "rewards.py:few_a"]
+    assert said(capsys, "score", home / "prompts.txt", *reward).splitlines()[0] == "-1.0000\ta b"
+    rows = [json.loads(line) for line in said(capsys, "score", home / "prompts.txt", *reward, "--json").splitlines()]
+    assert rows[0] == {"text": "a b", "reward": -1.0} and len(rows) == 4
+    (tmp_path / "texts.csv").write_text("completion,other\na a,b\nc,d\n", encoding="utf-8")
+    assert said(capsys, "score", tmp_path / "texts.csv", *reward).splitlines() == ["-2.0000\ta a", "0.0000\tc"]
+    assert said(capsys, "score", tmp_path / "texts.csv", "--column", "other", *reward).startswith("0.0000\tb")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a a a\nb\n"))
+    assert said(capsys, "score", "-", *reward).splitlines() == ["-3.0000\ta a a", "0.0000\tb"]
+    assert main(["score", str(home / "prompts.txt"), *map(str, reward)]) == 0
+    assert "4 texts, 0 unscored; reward mean -0.2500" in capsys.readouterr().err
+
+
+def test_an_empty_completion_is_scored_and_not_the_prompts_in_its_place(home, capsys, tmp_path):
+    rows = [{"prompt": "a a", "completion": "a"}, {"prompt": "a a", "completion": ""}]
+    write_rows(tmp_path / "texts.jsonl", rows)
+    command = ["score", tmp_path / "texts.jsonl", "--reward", home / "rewards.py:few_a"]
+    assert said(capsys, *command).splitlines() == ["-1.0000\ta", "0.0000\t"]
+    write_rows(tmp_path / "texts.jsonl", [*rows, {"prompt": "a a", "completion": None}])
+    assert main([str(argument) for argument in command]) == 2
+    assert "texts.jsonl:3: the prompt is null" in capsys.readouterr().err
+    assert main([*map(str, command), "--skip_bad_prompts"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["-1.0000\ta", "0.0000\t"] and "2 texts, 0 unscored, 1 left out (no prompt)" in err
+
+
+def test_a_reward_that_reads_prompts_scores_nested_ones(home, capsys, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def both(prompts, completions): return [len(p + c) for p, c in zip(prompts, completions)]\n", encoding="utf-8"
+    )
+    write_rows(tmp_path / "texts.jsonl", [{"prompt": {"text": "ab", "toxicity": 0.5}, "completion": "c"}])
+    assert said(capsys, "score", tmp_path / "texts.jsonl", "--reward", tmp_path / "own.py:both") == "3.0000\tc\n"
+
+
+def test_generate_can_leave_bad_prompts_out(home, capsys):
+    command = ["generate", home / "model", "--prompts", home / "bad.jsonl", "--json"]
+    assert main([str(argument) for argument in command]) == 2
+    assert "--skip_bad_prompts" in capsys.readouterr().err
+    assert main([*map(str, command), "--skip_bad_prompts"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a", "b c"]
+    assert "prompts left out: 1 empty prompt" in err
+
+
+@pytest.mark.parametrize("spelt", [["--do_sample", "false"], ["--no_do_sample"], ["--config", "{file}"]])
+def test_what_is_switched_off_is_among_the_options_given(tmp_path, spelt):
+    (tmp_path / "own.yaml").write_text("do_sample: false\n", encoding="utf-8")
+    _, config, given = parse_train([*(flag.format(file=tmp_path / "own.yaml") for flag in spelt), "--output_dir", "o"])
+    assert given == {"do_sample": False, "output_dir": "o"} and config.do_sample is False
+    # As a run writes it, and reads it when it is resumed.
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert parse_train(["--resume", "--output_dir", str(tmp_path)])[1].do_sample is False
+
+
+@pytest.mark.parametrize(
+    ("named", "split", "wanted"),
+    [("same", (), "held out"), ("other", (), "trained on"), ("other", ("--eval_prompt_split", "test"), "held out")],
+)
+def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, wanted):
+    texts = {"train": "trained on", "test": "held out"}
+    rows = {name: datasets.Dataset.from_dict({"prompt": [text]}) for name, text in texts.items()}
+    for directory in ("same", "other"):
+        datasets.DatasetDict(rows).save_to_disk(tmp_path / directory)
+    command = ["--model", "m", "--prompts", str(tmp_path / "same"), "--reward", "vader", "--output_dir", "o"]
+    parsed, _, _ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
+    assert cli._held_out(parsed, False).prompts == [wanted]
+
+
+def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):
+    train = ["train", "--config", home / "run.yaml", "--prompts", home / "bad.jsonl", "--output_dir", tmp_path / "run"]
+    said(capsys, *train, "--skip_bad_prompts", "true")
+    assert main([*map(str, train[:-1]), str(tmp_path / "other"), "--skip_bad_prompts"]) == 0
+    assert "prompts left out: 1 " in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_its_checkpoint(home, capsys, tmp_path):
+    train = ["train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--save_strategy", "epoch"]
+    said(capsys, *train)
+    said(capsys, *train, "--num_iterations", "2", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2")
+    facts = json.loads((tmp_path / "run" / "final" / "quark.json").read_text(encoding="utf-8"))
+    assert facts["iterations"] == 2 and facts["pool_size"] == 8
+
+
+def test_training_an_adapter(home, capsys, tmp_path):
+    said(capsys, "train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--lora_rank", "2")
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+# Mistakes
+
+TRAIN = ("train", "--config", "{home}/run.yaml", "--output_dir", "{new}")
+GENERATE = ("generate", "{run}/final", "--prompt", "a")
+EVALUATE = ("evaluate", "{run}/final", "--prompts", "{home}/prompts.txt", "--reward", "{home}/rewards.py:few_a")
+MISTAKES = {
+    "no command": ((), "the following arguments are required: COMMAND"),
+    "unknown command": (("tran",), "invalid choice: 'tran'"),
+    "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "already holds a run"),
+    "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
+    "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff; did you mean --kl_coef?"),
+    "unknown flag with value": ((*TRAIN, "--num_itrations=1"), "unknown option --num_itrations; did you mean --num_it"),
+    "abbreviated flag": ((*TRAIN, "--kl_c", "1"), "unknown option --kl_c"),
+    "wrong type": ((*TRAIN, "--num_quantiles", "many"), "num-quantiles: invalid int value: 'many'"),
+    "not a choice": ((*TRAIN, "--draw", "best"), "draw"),
+    "impossible value": ((*TRAIN, "--num_quantiles", "1"), "num_quantiles 1: want at least 2"),
+    "impossible top_p": ((*TRAIN, "--top_p", "1.5"), "top_p 1.5: want more than 0 and at most 1"),
+    "impossible learning rate": ((*TRAIN, "--learning_rate", "-1"), "learning_rate -1.0: want at least 0"),
+    "impossible lora_rank": ((*TRAIN, "--lora_rank", "0"), "lora_rank 0: want at least 1"),
+    "impossible dtype": ((*TRAIN, "--dtype", "float33"), "float33"),
+    "impossible attention": ((*TRAIN, "--attn_implementation", "fast"), "fast"),
+    "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
+    "option of TrainingArguments that does nothing": ((*TRAIN, "--num_train_epochs", "4"), "num_train_epochs 4.0: not"),
+    "inconsistent TrainingArguments": (
+        (*TRAIN, "--load_best_model_at_end=1", "--save_strategy=steps", "--eval_prompts={home}/prompts.txt"),
+        "strateg",
+    ),
+    "no checkpoint": ((*TRAIN, "--resume_from_checkpoint", "{new}/checkpoint-9"), "resume_from_checkpoint"),
+    "no such config": (("train", "--config", "toxcity"), "no such file or preset; did you mean toxicity?"),
+    "unknown key": (
+        ("train", "--config", "{home}/typo.yaml"),
+        "typo.yaml: unknown key 'kl_coeff'; did you mean kl_coef?",
+    ),
+    "config of a config": (("train", "--config", "{home}/nested.yaml"), "nested.yaml: unknown key 'config'"),
+    "not YAML": (("train", "--config", "{home}/broken.yaml"), "broken.yaml: no valid YAML"),
+    "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml: want a mapping"),
+    "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num-iterations: invalid int value: 'often'"),
+    "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
+    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere' cannot be loaded"),
+    "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
+    "trained before": ((*TRAIN, "--model", "{run}/final"), "trained by Quark before"),
+    "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),
+    "no such column": ((*TRAIN, "--prompts", "{home}/bad.jsonl", "--prompt_column", "promt"), "promt"),
+    "bad prompt": ((*TRAIN, "--prompts", "{home}/bad.jsonl"), "bad.jsonl:2"),
+    "long prompt": ((*TRAIN, "--prompts", "{home}/long.txt"), "long.txt:2"),
+    "too few prompts": ((*TRAIN, "--num_quantiles", "9"), "num_quantiles 9"),
+    "no such reward": ((*TRAIN, "--reward", "profanty"), "did you mean 'profanity'"),
+    "no such reward file": ((*TRAIN, "--reward", "{home}/nowhere.py:few_a"), "nowhere.py"),
+    "no such reward function": ((*TRAIN, "--reward", "{home}/rewards.py:few_b"), "few_b"),
+    "reward that raises": (
+        (*TRAIN, "--reward", "{home}/rewards.py:broken"),
+        "reward 'broken' raised RuntimeError: no way",
+    ),
+    "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
+    "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "leave label out"),
+    "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "2 weights are given for 1 rewards"),
+    "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': want best, worst or a number from 0"),
+    "quantile of a plain model": (("generate", "{home}/model", "--prompt", "a", "--quantile", "0"), "has no quantiles"),
+    "no prompt": (("generate", "{run}/final"), "--prompt"),
+    "empty prompt": (("generate", "{run}/final", "--prompt", ""), "prompt"),
+    "prompt over the context": (("generate", "{run}/final", "--prompts", "{home}/long.txt"), "tokens"),
+    "no such model to generate": (("generate", "{home}/nowhere", "--prompt", "a"), "nowhere"),
+    "impossible temperature": ((*GENERATE, "--temperature", "0"), "temperature 0.0: want more than 0"),
+    "impossible length": ((*GENERATE, "--max_new_tokens", "0"), "max_new_tokens 0: want at least 1"),
+    "impossible seed": ((*GENERATE, "--seed", "-1"), "--seed: '-1': want a whole number, at least 0"),
+    "impossible count": ((*GENERATE, "--num_return_sequences", "0"), "'0': want a whole number, at least 1"),
+    "no number": ((*GENERATE, "--num_return_sequences", "two"), "'two': want a whole number, at least 1"),
+    "no such reference": ((*EVALUATE, "--reference", "{home}/nowhere"), "give --reference PATH"),
+    "unknown quantile to evaluate": ((*EVALUATE, "--quantiles", "best", "top"), "quantile 'top'"),
+    "no prompts to evaluate": (("evaluate", "{run}/final", "--reward", "vader"), "--prompts"),
+    "output in a directory": ((*EVALUATE, "--output", "{home}"), "'{home}' is a directory"),
+    "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "give --eval_prompts"),
+    "no texts": (("score", "{home}/nowhere.txt", "--reward", "vader"), "nowhere.txt"),
+    "no reward": (("score", "{home}/prompts.txt"), "--reward"),
+    "no such column to score": (("score", "{home}/bad.jsonl", "--column", "text", "--reward", "vader"), "text"),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(home) -> None:
+    (home / "typo.yaml").write_text("kl_coeff: 1\n", encoding="utf-8")
+    (home / "nested.yaml").write_text("config: toxicity\n", encoding="utf-8")
+    (home / "broken.yaml").write_text("a: [1\nb: 2\n", encoding="utf-8")
+    (home / "list.yaml").write_text("- a\n", encoding="utf-8")
+    (home / "type.yaml").write_text("num_iterations: often\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, home, run, configs, tmp_path, capsys):
+    arguments, message = MISTAKES[mistake]
+    places = {"home": home, "run": run, "new": tmp_path / "new"}
+    capsys.readouterr()
+    code = main([argument.format(**places) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and message.format(**places) in line
+
+
+def test_a_process_ends_as_main_does(home):
+    """Three real ones: no traceback, no warning of a library beside the line."""
+    for arguments, message in (
+        (["train", "--config", home / "run.yaml", "--kl_coeff", "1"], "unknown option --kl_coeff"),
+        (["generate", home / "nowhere", "--prompt", "a"], "cannot be loaded"),
+    ):
+        done = command(*arguments, cwd=home)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and message in line
+
+
+def test_training_as_a_process_shows_no_warnings(home, tmp_path):
+    done = command("train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--disable_tqdm", "false")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert "iteration 0/0" in done.stderr and "reward" in done.stderr
+    assert "final" in done.stderr.splitlines()[-1]
+
+
+def test_help_and_version_do_not_load_torch():
+    code = (
+        "import sys\nfrom quarkrl.cli.main import main\ntry:\n    main([sys.argv[1]])\nexcept SystemExit as end:\n    "
+    )
+    code += "assert not end.code\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'slow'\n"
+    for flag, text in (("--help", "evaluate"), ("--version", f"quarkrl {quarkrl.__version__}")):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert text in done.stdout
+
+
+def test_train_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("--config", "--reward", "--lora_rank", "--num_quantiles", "--kl_coef", "--bf16", "--report_to"):
+        assert option in out
+
+
+def test_a_second_demo_takes_the_next_free_directory(tmp_path):
+    wanted = str(tmp_path / "demo")
+    assert free_directory(wanted) == wanted
+    (tmp_path / "demo" / "pool").mkdir(parents=True)
+    (tmp_path / "demo-2" / "final").mkdir(parents=True)
+    (tmp_path / "demo-3").mkdir()  # Empty: it holds no run.
+    assert free_directory(wanted) == f"{wanted}-3"

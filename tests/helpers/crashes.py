@@ -1,0 +1,288 @@
+"""Small runs in processes of their own that end themselves by SIGKILL where they are told to, and what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.tiny import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
+PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a", "c c", "a", "h g", "b b b"]
+# Checkpoints amid iterations and at their ends, logs that fall between checkpoints, β and α that adapt, dropout.
+RUN = {
+    "num_quantiles": 3,
+    "num_iterations": 3,
+    "steps_per_iteration": 4,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 5,
+    "min_completion_length": 1,
+    "generation_batch_size": 5,
+    "learning_rate": 1e-3,
+    "logging_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 2,
+    "eval_strategy": "epoch",
+    "kl_target": 1e-3,
+    "entropy_target": 100.0,
+    "coef_horizon": 100,
+    "use_cpu": True,
+    "report_to": "none",
+}
+# Otherwise than in RUN: two iterations with a checkpoint after each.
+SHORT = {"num_iterations": 2, "steps_per_iteration": 2, "save_strategy": "epoch", "logging_steps": 1}
+# Rows of metrics.jsonl tell how long things took, too; what is read back from the disk took no time.
+CLOCKS = (
+    *("seconds_sample", "seconds_score", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
+    *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
+)
+
+
+def reward(completion_ids, asked: str | None = None, **_):
+    """A number for each completion, with few ties, and none for those that begin with "h"."""
+    if asked is not None:
+        with open(asked, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(ids) + "\n" for ids in completion_ids))
+    return [None if ids[0] == 7 else sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
+
+
+def trainer_of(directory: Path, callbacks: list | None = None, model=None, prompts=PROMPTS, scorer=None, **options):
+    """A trainer of `RUN`, otherwise as `options` say; what it scores is listed in `directory.asked`."""
+    from quarkrl import QuarkConfig, QuarkTrainer
+
+    def listed(completion_ids):
+        return reward(completion_ids, asked=f"{directory}.asked")
+
+    return QuarkTrainer(
+        model or tiny_model("gpt2", TOKENIZER),
+        scorer or listed,
+        QuarkConfig(output_dir=str(directory), **{**RUN, **options}),
+        prompts,
+        PROMPTS[:3] if {**RUN, **options}["eval_strategy"] != "no" else None,
+        TOKENIZER,
+        callbacks=callbacks,
+    )
+
+
+# Where to die.
+
+
+class Trap:
+    """Counts the calls of functions, and ends the process at one of them.
+
+    Args:
+        at: `module:name` or `module:Class.name`, as looked up there; None only counts.
+        when: before, after or amid: with half of the file written that the function writes.
+        call: which call, from 1.
+        number: the signal it sends to its own process; what is not SIGKILL lets the call go on.
+    """
+
+    # What a run does, one or two functions for each of its phases.
+    places = (
+        *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best", "quarkrl.training.trainer:score"),
+        *("quarkrl.training.exploration:FinishedBatches.keep", "quarkrl.training.exploration:FinishedBatches.clear"),
+        *(
+            "quarkrl.storage.atomic:pq.write_table",
+            "quarkrl.storage.atomic:os.replace",
+            "quarkrl.storage.atomic:os.rename",
+        ),
+        *(
+            "quarkrl.algorithm.pool:DataPool.save",
+            "quarkrl.algorithm.pool:DataPool.quantize",
+            "quarkrl.algorithm.pool:DataPool.draw",
+        ),
+        *("quarkrl.training.trainer:QuarkTrainer.compute_loss", "quarkrl.training.trainer:QuarkTrainer.adapt"),
+        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.progress:MetricsFile.on_log"),
+        *("quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "quarkrl.runs.checkpoints:save_file"),
+        *("quarkrl.runs.checkpoints:seal", "quarkrl.runs.checkpoints:remove", "quarkrl.runs.durable_trainer:publish"),
+        "quarkrl.training.trainer:save_steered",
+    )
+
+    def __init__(self, at: str | None = None, when: str = "before", call: int = 1, number: int = signal.SIGKILL):
+        self.at, self.when, self.call, self.number = at, when, call, number
+        self.calls: Counter[str] = Counter()
+
+    def set(self) -> None:
+        for place in self.places:
+            module, _, path = place.partition(":")
+            *owners, name = path.split(".")
+            owner: Any = importlib.import_module(module)
+            for step in owners:
+                owner = getattr(owner, step)
+            setattr(owner, name, self._watched(place, getattr(owner, name)))
+
+    def _watched(self, place: str, function: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.calls[place] += 1
+            due = place == self.at and self.calls[place] == self.call
+            if due and self.when == "amid":
+                AMID[place](function, *args, **kwargs)
+            if due and self.when != "after":
+                self._spring()
+            result = function(*args, **kwargs)
+            if due and self.when == "after":
+                self._spring()
+            return result
+
+        return watched
+
+    def _spring(self) -> None:
+        os.kill(os.getpid(), self.number)
+        if self.number == signal.SIGKILL:
+            threading.Event().wait()  # Until it has arrived.
+
+
+def _half_a_table(write, table, file, **kwargs):
+    whole = io.BytesIO()
+    write(table, whole, **kwargs)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+
+
+def _half_a_state(save, tensors, path, **kwargs):
+    save(tensors, path, **kwargs)
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def _half_a_row(_log, metrics, *_args, **_kwargs):
+    with open(metrics.path, "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "los')
+
+
+def _half_a_removal(_remove, directory):
+    for path in [path for path in sorted(directory.rglob("*")) if path.is_file()][::2]:
+        path.unlink()
+
+
+AMID = {
+    "quarkrl.storage.atomic:pq.write_table": _half_a_table,
+    "quarkrl.runs.checkpoints:save_file": _half_a_state,
+    "quarkrl.training.progress:MetricsFile.on_log": _half_a_row,
+}
+
+
+# Processes. A server imports what takes seconds, once, and each of them is forked from it.
+
+
+def _server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["quarkrl.training.trainer", "quarkrl.cli.main", "transformers.models.gpt2.modeling_gpt2"]
+    )
+    return context
+
+
+def in_a_process(target: Callable, *args: Any) -> tuple[int, str]:
+    """Call `target(*args)` in a process; gives its exit code, negative for a signal, and what it printed."""
+    process = started(target, *args)
+    process.join(120)
+    return process.exitcode, Path(process.log).read_text(encoding="utf-8")
+
+
+def started(target: Callable, *args: Any):
+    """The same, without waiting for its end; what it prints is in `.log`."""
+    log = f"{args[0]}.log"
+    os.environ["OMP_NUM_THREADS"] = "1"  # The server takes its environment from here, before it imports torch.
+    process = _server().Process(target=_begin, args=(log, target, args))
+    process.log = log
+    process.start()
+    return process
+
+
+def _begin(log: str, target: Callable, args: tuple) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    torch.set_num_threads(1)
+    gc.freeze()  # What was imported is here to stay; looking through it takes a third of a second each time.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+    sys.exit(target(*args) or 0)
+
+
+def run(directory: Path, resume: bool = False, trap: Trap | None = None, options: dict | None = None) -> None:
+    """A whole run; the calls of `Trap.places` are listed in `directory.calls`."""
+    trap = trap or Trap()
+    trap.set()
+    trainer = trainer_of(directory, **{**(options or {}), "disable_tqdm": True})
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_final()
+    Path(f"{directory}.calls").write_text(json.dumps(trap.calls), encoding="utf-8")
+
+
+def short_run(directory: Path) -> Path:
+    """A run of `SHORT`, in a process of its own; gives its directory."""
+    code, said = in_a_process(run, directory, False, None, SHORT)
+    assert code == 0, said
+    return directory
+
+
+def command(directory: Path, argv: list[str], trap: Trap | None = None) -> int:
+    """`quarkrl`, as typed; in the directory beside which its log goes."""
+    from quarkrl.cli.main import main
+
+    (trap or Trap()).set()
+    return main(list(map(str, argv)))
+
+
+# What is left.
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in CLOCKS} for line in lines]
+
+
+def files_of(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """To the bit: samples, metrics, weights, states of optimizer, schedule and random generators; no file too many."""
+    from quarkrl.storage.atomic import read_table
+
+    assert files_of(found) == files_of(expected)
+    for path in sorted(expected.rglob("*.parquet")):
+        (table, notes), (other, others) = read_table(path), read_table(found / path.relative_to(expected))
+        assert table.equals(other), path
+        assert notes == others
+    assert metrics_of(found) == metrics_of(expected)
+    for name in sorted(files_of(expected)):
+        # What a process has for itself holds the length of metrics.jsonl, which has times in it.
+        if name.endswith(".safetensors") and "process-" not in name:
+            assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+        if "process-" in name:
+            from quarkrl.runs.checkpoints import load_state
+
+            states = [load_state(directory / name) for directory in (found, expected)]
+            for state in states:
+                del state["metrics_bytes"]
+            assert_same(*states)
+    with contextlib.suppress(FileNotFoundError):
+        facts = [json.loads((directory / "final/quark.json").read_text()) for directory in (found, expected)]
+        assert facts[0].pop("config") is not None and facts[1].pop("config") is not None
+        assert facts[0] == facts[1]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert_same(found[name], expected[name])
+    else:
+        assert found == expected

@@ -1,0 +1,162 @@
+"""Runs of several processes, started by torchrun as a user starts them; and the script that it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
+from helpers.tiny import tiny_model
+
+from quarkrl.cli import main as cli
+from quarkrl.training.overlap import gloo_threads, leave
+
+TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
+STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout depends on who computes what.
+
+
+@dataclass
+class Ended:
+    """What a job ended with: its exit code, what it printed, how long it took."""
+
+    code: int
+    said: str
+    seconds: float
+
+
+def environment() -> dict[str, str]:
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
+    """A run of `crashes.RUN` in a directory, by torchrun at a port that is free; one process is one without torchrun.
+
+    Args:
+        directory: the run's.
+        processes: how many.
+        spec: `options`; `model`, fields of its config; `resume`; `trap`, {rank: the arguments of a `crashes.Trap`} for
+            processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each;
+            or, beside `trap`, `argv`: the command is run as it is typed, and the first process speaks late.
+    """
+    began = time.monotonic()
+    if processes == 1:
+        code, said = in_a_process(alone, directory, spec)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        python_path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        job = subprocess.run(
+            [*launcher, __file__, json.dumps({"directory": str(directory), **spec})],
+            env={**os.environ, **quiet, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        code, said = job.returncode, job.stdout
+    return Ended(code, said, time.monotonic() - began)
+
+
+def alone(directory: Path, spec: dict[str, Any]) -> int:
+    return main({"directory": str(directory), **spec})
+
+
+def seen(directory: Path, rank: int = 0) -> dict[str, Any]:
+    """What a process had in memory in the end."""
+    return json.loads(Path(f"{directory}.rank-{rank}.json").read_text(encoding="utf-8"))
+
+
+def scored(directory: Path) -> list[str]:
+    """Completions that were scored, each as often as it was, in a fixed order."""
+    return sorted(Path(f"{directory}.asked").read_text(encoding="utf-8").splitlines())
+
+
+def main(spec: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    directory, rank = Path(spec["directory"]), os.environ.get("RANK", "0")
+    if trap := spec.get("trap", {}).get(rank):
+        Trap(*trap).set()
+    if "argv" in spec:
+        note = cli._note
+        cli._note = lambda text: (time.sleep(6 if rank == "0" else 0), note(text))
+        return cli.main(spec["argv"])
+    place = directory
+    if spec.get("apart"):
+        home = directory.parent / f"rank-{rank}"
+        home.mkdir()
+        os.chdir(home)
+        place = Path("run")
+
+    scored_here = 0
+
+    def listed(completion_ids):
+        nonlocal scored_here
+        scored_here += len(completion_ids)
+        return reward(completion_ids, asked=f"{directory}.asked")
+
+    def fails(completion_ids):
+        if rank == "1":
+            raise ValueError("the scorer is down")
+        return reward(completion_ids)
+
+    model = tiny_model("gpt2", TOKENIZER, **spec.get("model", {}))
+    scorer = fails if spec.get("fails") else listed
+    options = {**spec.get("options", {}), "disable_tqdm": True}
+    trainer = trainer_of(place, model=model, scorer=scorer, **options)
+    trainer.train(resume_from_checkpoint=spec.get("resume", False))
+    trainer.save_final()
+    pool = trainer.pool
+    facts = {
+        "rewards": pool.rewards.tolist(),
+        "quantiles": pool.quantiles.tolist(),
+        "completions": [sample.completion_ids.tolist() for sample in pool],
+        "drawn": trainer.drawn.tolist(),
+        "scored": scored_here,
+        "logs": trainer.state.log_history,
+        "layers": [
+            type(next(model.transformer.h.parameters())).__name__ for model in (trainer.model, trainer.ref_model)
+        ],
+    }
+    Path(f"{directory}.rank-{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+    return 0
+
+
+def leaves(_log: Path) -> None:
+    """`leave` where gloo's threads hardly run, until five times one of them still held a tensor before it.
+
+    A torch whose threads let go before they tell that they are done never does: then 300 rounds have shown it.
+    """
+    core = min(os.sched_getaffinity(0))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    groups, held = [], 0
+    try:
+        for process in (busy.pid, 0):
+            os.sched_setaffinity(process, {core})
+        while held < 5 and len(groups) < 300:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+            groups.append(torch.distributed.group.WORLD)  # As sharded weights do.
+            for thread in gloo_threads():
+                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+            tensors = [torch.ones(10)]
+            seen = weakref.ref(tensors[0])
+            torch.distributed.all_reduce(tensors[0])
+            tensors.clear()
+            held += seen() is not None
+            leave()
+            assert seen() is None
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,111 @@
+"""One short real run for each kind of model: learning, sampling and the saved result, with every kind of tokenizer."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from helpers.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quarkrl import QuarkConfig, QuarkTrainer
+from quarkrl.algorithm.pool import DataPool
+
+PROMPTS = ["a b", "c", "d e f g h", "b a c", "e e e e", "f"]
+
+# Architecture, output embedding tied, BOS in front, PAD: each of the latter with and without, over all of them.
+CASES = [
+    ("gpt2", True, False, "eos"),
+    ("gpt2", False, False, None),
+    ("llama", False, True, "own"),
+    ("llama", True, True, None),
+    ("qwen3", True, False, "own"),
+    ("qwen3", False, False, "eos"),
+    ("mistral", False, True, "eos"),
+    ("gemma", True, True, "own"),
+    ("gemma2", True, True, "own"),
+    ("gpt_neox", False, False, "eos"),
+    ("gpt_neox", True, False, "own"),
+    ("opt", True, True, "own"),
+    ("opt", False, True, "eos"),
+]
+
+
+@lru_cache
+def tokenizer_of(bos: bool, pad: str | None):
+    return tiny_tokenizer(bos=bos, pad=pad, words=[*"abcdefgh"])
+
+
+def share_of_a_to_d(completion_ids, **_):
+    return [sum(i < 4 for i in ids) / len(ids) + 0.01 * ids[0] for ids in completion_ids]
+
+
+def run(model, tokenizer, directory) -> QuarkTrainer:
+    config = QuarkConfig(
+        output_dir=str(directory),
+        num_quantiles=3,
+        num_iterations=2,
+        steps_per_iteration=3,
+        per_device_train_batch_size=12,
+        max_completion_length=6,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        seed=0,
+    )
+    return QuarkTrainer(model, share_of_a_to_d, config, PROMPTS, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "bos", "pad"),
+    CASES,
+    ids=[f"{a}-{'tied' if t else 'untied'}-{'bos' if b else 'no_bos'}-pad_{p}" for a, t, b, p in CASES],
+)
+def test_a_run_moves_every_reward_token_and_samples_none(tmp_path, architecture, tied, bos, pad):
+    tokenizer = tokenizer_of(bos, pad)
+    model = tiny_model(architecture, tokenizer, tied=tied)
+    trainer = run(model, tokenizer, tmp_path)
+    conditioning = trainer.conditioning
+    assert conditioning.vocab_size == len(tokenizer)
+    rows = list(conditioning.token_ids[0])
+    weights = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
+    assert (weights["input"] is weights["output"]) is tied
+    before = {name: weight[rows].detach().clone() for name, weight in weights.items()}
+    trainer.train()
+
+    for name, weight in weights.items():
+        moved = (weight[rows] - before[name]).abs().amax(dim=1)
+        assert (moved > 1e-4).all(), name
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert isinstance(trainer.pool, DataPool) and len(trainer.pool) == 12
+    for sample in trainer.pool:
+        assert sample.completion_ids.max() < conditioning.vocab_size
+        assert not bos or sample.prompt_ids[0] == tokenizer.bos_token_id
+
+    final = trainer.save_final()
+    plain, steered = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    best = rows[-1]
+    expected = [*([tokenizer.bos_token_id] if bos else []), best, 0, 1]
+    assert steered("a b")["input_ids"] == expected
+    out = plain.generate(torch.tensor([expected] * 32), do_sample=True, max_new_tokens=8, pad_token_id=0)
+    assert (out[:, len(expected) :] < conditioning.vocab_size).all()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(out).logits, trainer.model.eval()(out).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path):
+    """Qwen and others have more rows than tokens; the reward tokens take from them, and none of the rest is sampled."""
+    tokenizer = tokenizer_of(False, "own")
+    model = tiny_model("qwen3", tokenizer, rows=len(tokenizer) + 8)
+    trainer = run(model, tokenizer, tmp_path)
+    trainer.train()
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 8
+    assert trainer.conditioning.vocab_size == len(tokenizer)
+    assert max(int(sample.completion_ids.max()) for sample in trainer.pool) < len(tokenizer)

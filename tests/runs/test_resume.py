@@ -1,0 +1,378 @@
+"""A run that is stopped anywhere and resumed ends as one that was not: to the bit, on a CPU, in one process.
+
+The runs are processes of their own (`crashes.py`). They end themselves by SIGKILL, at a call of a function that belongs
+to one of a run's phases, so that a test says when in the run it is and not after how many seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers.crashes import (
+    AMID,
+    PROMPTS,
+    RUN,
+    SHORT,
+    TOKENIZER,
+    Trap,
+    assert_same_run,
+    command,
+    files_of,
+    in_a_process,
+    metrics_of,
+    run,
+    short_run,
+    started,
+    trainer_of,
+)
+from helpers.tiny import make_home, tiny_model
+
+from quarkrl.errors import UserError
+from quarkrl.runs.interrupts import Stopped
+
+SCORE, TABLE, STATE = (
+    "quarkrl.training.trainer:score",
+    "quarkrl.storage.atomic:pq.write_table",
+    "quarkrl.runs.checkpoints:save_file",
+)
+LOG = "quarkrl.training.progress:MetricsFile.on_log"
+
+# Each is one kill in one go of the same run, in the order in which they come; a call counts from the go's beginning.
+HARD = [
+    (Trap(SCORE, "before", 2), "nothing restored: it is the first go"),
+    (Trap(TABLE, "amid", 3), "from the beginning (no checkpoint yet), pool 0 samples, 1 batches"),  # The pool's file.
+    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the exploration at hand"),
+    (
+        Trap("quarkrl.algorithm.pool:DataPool.save", "after", 1),
+        "pool 0 samples, 3 batches",
+    ),  # Between pool and checkpoint.
+    (Trap(STATE, "amid", 2), "pool 0 samples, 1 explored after that"),
+    (
+        Trap("quarkrl.storage.atomic:os.rename", "before", 1),
+        "pool 0 samples, 1 explored after that",
+    ),  # The checkpoint's.
+    (Trap("quarkrl.storage.atomic:os.rename", "after", 1), "pool 0 samples, 1 explored after that"),
+    (Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "after", 1), "iteration 0/2, step 3/12, pool 10 samples"),
+    (Trap(LOG, "amid", 3), "iteration 0/2, step 3/12, pool 10 samples"),
+    (
+        Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 4),
+        "iteration 0/2, step 3/12, pool 10 samples, 1 exp",
+    ),
+    (Trap("quarkrl.runs.checkpoints:remove", "before", 1), "iteration 1/2, step 6/12, pool 20 samples"),
+    (Trap("quarkrl.training.trainer:save_steered", "after", 1), "iteration 2/2, step 9/12, pool 31 samples"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    code, said = in_a_process(run, directory)
+    assert code == 0, said
+    return directory
+
+
+def test_a_run_killed_at_every_hard_place_ends_as_one_that_was_not(tmp_path, whole):
+    directory = tmp_path / "run"
+    for go, (trap, restored) in enumerate(HARD):
+        code, said = in_a_process(run, directory, go > 0, trap)
+        assert code == -signal.SIGKILL, f"{trap.at} was not called {trap.call} times: {said}"
+        assert go == 0 or restored in said, said
+    code, said = in_a_process(run, directory, True)
+    assert code == 0, said
+    assert_same_run(directory, whole)
+    # Scored twice is at most the batch at hand: in the first exploration one of 5, 5 and 2, in the second none.
+    asked, once = (Path(f"{place}.asked").read_text().splitlines() for place in (directory, whole))
+    evaluations = 3 * 3
+    assert len(once) == 36 + evaluations
+    assert len(asked) <= len(once) + 5 + 2 * evaluations
+
+
+SWEEPS = {
+    "steps": ({}, 20),
+    "epochs, the best": ({"save_strategy": "epoch", "load_best_model_at_end": True, "save_total_limit": 1}, 12),
+    "accumulation": (
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2, "save_total_limit": 1}
+        | {"eval_strategy": "steps", "eval_steps": 2, "logging_strategy": "epoch", "generation_batch_size": 12},
+        8,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "count"), SWEEPS.values(), ids=SWEEPS)
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(tmp_path, options, count):
+    code, said = in_a_process(run, tmp_path / "whole", False, None, options)
+    assert code == 0, said
+    calls = json.loads((tmp_path / "whole.calls").read_text())
+    assert set(Trap.places) - set(calls) <= {"quarkrl.runs.checkpoints:remove"}  # Every phase has its turn.
+    chance = random.Random(len(options))
+    places = chance.sample(sorted(calls), min(count, len(calls)))
+    places += chance.choices(sorted(calls), k=count - len(places))
+    for place in places:
+        trap = Trap(place, chance.choice(["before", "after", *["amid"] * 2 * (place in AMID)]), call=0)
+        trap.call = chance.randint(1, calls[place])
+        directory = tmp_path / "cut"
+        assert in_a_process(run, directory, False, trap, options)[0] == -signal.SIGKILL
+        code, said = in_a_process(run, directory, True, None, options)
+        assert code == 0, (vars(trap), said)
+        assert_same_run(directory, tmp_path / "whole")
+        shutil.rmtree(directory)
+
+
+# Signals
+
+
+REWARDS = """
+import os, signal, time
+from helpers.crashes import reward
+
+def own(completion_ids):
+    return reward(completion_ids)
+
+def hangs(completion_ids):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """What `quarkrl train` needs for the same run: a model, prompts, a reward, options."""
+    directory = tmp_path_factory.mktemp("command")
+    (directory / "held_out.txt").write_text("\n".join(PROMPTS[:3]), encoding="utf-8")
+    named = {"eval_prompts": str(directory / "held_out.txt"), "reward": f"{directory / 'rewards.py'}:own"}
+    return make_home(directory, TOKENIZER, PROMPTS, REWARDS, **named, **RUN)
+
+
+def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_on(tmp_path, home):
+    train = ["train", "--config", home / "run.yaml", "--output_dir"]
+    code, said = in_a_process(command, tmp_path / "whole", [*train, tmp_path / "whole"])
+    assert code == 0, said
+    directory = tmp_path / "run"
+    argv = [*train, directory]
+    # While exploring; while learning; at an iteration's last step, before its evaluation; amid that; at the very last.
+    goes = [
+        (Trap(SCORE, "before", 2, signal.SIGINT), 130, "Ctrl-C in iteration 0 after step 0"),
+        (
+            Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "after", 2, signal.SIGTERM),
+            143,
+            "SIGTERM in iteration 0 ",
+        ),
+        (
+            Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 2, signal.SIGTERM),
+            143,
+            "1 after step 4",
+        ),
+        (
+            Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "before", 1, signal.SIGINT),
+            130,
+            "iteration 1 after step 4",
+        ),
+        (Trap(SCORE, "after", 2, signal.SIGTERM), 143, "iteration 1 after step 4"),
+        (Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 8, signal.SIGTERM), 143, "after step 12"),
+    ]
+    for trap, expected, line in goes:
+        code, said = in_a_process(command, directory, argv, trap)
+        assert code == expected, said
+        last = said.splitlines()[-1]
+        assert line in last and last.endswith(f"all saved; go on with: quarkrl train --resume --output_dir {directory}")
+        assert "Traceback" not in said
+        argv = last.partition(": quarkrl ")[2].split()
+    code, said = in_a_process(command, directory, argv)
+    assert code == 0, said
+    # Checkpoints were saved where the signals came, which the other run has none of: the last is of both.
+    for path in [*directory.glob("checkpoint-*"), *(tmp_path / "whole").glob("checkpoint-*")]:
+        if path.name != "checkpoint-12":
+            shutil.rmtree(path)
+    (directory / "config.yaml").write_bytes((tmp_path / "whole/config.yaml").read_bytes())
+    assert_same_run(directory, tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once_a_reward_that_hangs(tmp_path, home):
+    began = time.monotonic()
+    flags = ["--output_dir", tmp_path / "run", "--reward", f"{home}/rewards.py:hangs"]
+    code, said = in_a_process(command, tmp_path / "run", ["train", "--config", home / "run.yaml", *flags])
+    assert code == 130 and said.splitlines()[-1] == "stopped at once"
+    assert time.monotonic() - began < 20
+
+
+def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):
+    trainer = trainer_of(tmp_path / "run", scorer=lambda completions: os.kill(os.getpid(), signal.SIGTERM) or SOME[:5])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM in iteration 0 after step 0") as stopped:
+        trainer.train()
+    assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    kept = {path.name for path in (tmp_path / "run/pool/partial-000000").iterdir()}  # The next may have begun.
+    assert {"000000000.parquet"} <= kept <= {"000000000.parquet", "000000005.parquet"}
+
+
+SOME = [0.1, 0.5, 0.2, 0.9, 0.3]
+
+
+# What is restored, and what is refused
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    return short_run(tmp_path_factory.mktemp("begun") / "run")
+
+
+def again(directory: Path, **options) -> None:
+    resume = options.pop("resume", True)
+    trainer_of(directory, **{**SHORT, **options}).train(resume_from_checkpoint=resume)
+
+
+@pytest.fixture
+def copied(tmp_path, begun) -> Path:
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+OTHERS = {
+    "options": (
+        {"kl_coef": 0.5, "top_p": 0.5},
+        r"holds another run \(kl_coef was 0.05, is 0.5; top_p was 1.0, is 0.5\)",
+    ),
+    "training options": ({"learning_rate": 1.0}, "learning_rate was 0.001, is 1.0"),
+    "batch": ({"per_device_train_batch_size": 8}, "draws_per_step was 4, is 8"),
+    "model": ({"model": tiny_model("gpt2", TOKENIZER, seed=1)}, "other model"),
+    "prompts": ({"prompts": PROMPTS[::-1]}, "other prompts"),
+    "reward": ({"scorer": "profanity"}, "rewards were .*listed.*, are .*profanity"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OTHERS.values(), ids=OTHERS)
+def test_another_run_is_refused_with_the_reason_and_nothing_is_touched(copied, options, message):
+    before = {name: (copied / name).read_bytes() for name in files_of(copied)}
+    with pytest.raises(UserError, match=message) as refused:
+        again(copied, **options)
+    assert len(str(refused.value).splitlines()) == 1
+    assert {name: (copied / name).read_bytes() for name in files_of(copied)} == before
+
+
+def test_what_changes_no_result_is_no_obstacle(copied, capsys):
+    harmless = {"report_to": ["none"], "logging_steps": 7, "logging_first_step": True, "save_total_limit": 9}
+    harmless |= {"disable_tqdm": True, "generation_batch_size": 3, "save_strategy": "steps", "run_name": "other"}
+    harmless |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_unscored_share": 0.9}
+    again(copied, **harmless)
+    assert f"resumed {copied} from iteration 1/1, step 4/4, pool 20 samples" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_it_says_how_many_scores_are_in_the_cache(tmp_path, capsys):
+    class Own:
+        identity = {"version": 1}  # noqa: RUF012 (what a Scorer reads)
+        reads = ("completions",)
+
+        def __call__(self, completions):
+            return [float(len(text)) + text.count("a") / 7 for text in completions]
+
+    options = {"num_iterations": 1, "eval_strategy": "no", "score_cache": str(tmp_path / "scores.sqlite")}
+    first = trainer_of(tmp_path / "run", scorer=Own(), **{**SHORT, **options})
+    first.train()
+    again(tmp_path / "run", scorer=Own(), **options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"pool 12 samples, {first.scorer.cached} scores in cache" in said and first.scorer.cached > 5
+
+
+def test_a_longer_run_goes_on_and_says_so(copied, capsys):
+    before = metrics_of(copied)[:-1]  # The last row is that of the end.
+    again(copied, num_iterations=3)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "num_iterations was 2, is 3: the learning rate follows the new length" in said
+    assert metrics_of(copied)[: len(before)] == before
+    assert [row["step"] for row in metrics_of(copied) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert (copied / "pool/iteration-000002.parquet").exists()
+
+
+def test_a_run_with_other_options_may_branch_off_from_a_checkpoint_one_names(copied, capsys):
+    checkpoint = str(copied / "checkpoint-2")
+    with pytest.raises(UserError, match="num_quantiles was 3, is 2"):  # Which the samples' tokens depend on.
+        again(copied, num_quantiles=2, resume=checkpoint)
+    again(copied, learning_rate=1e-4, resume=checkpoint)
+    assert f"from here on learning_rate was 0.001, is 0.0001; what had come after is in {copied}/aside-1" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert {"checkpoint-4", "iteration-000001.parquet"} == {path.name for path in (copied / "aside-1").iterdir()}
+    # One step of warming up, then linear to 0: 0, 3/3, 2/3 and 1/3 of the peak.
+    rates = [row["learning_rate"] for row in metrics_of(copied) if "loss" in row]
+    assert rates == pytest.approx([0, 1e-3, 2e-4 / 3, 1e-4 / 3])
+
+
+def test_nothing_to_resume_is_an_error_and_so_is_a_new_run_on_an_old_one(tmp_path, copied):
+    with pytest.raises(UserError, match=r"nowhere' holds no run: nothing to resume; start one without --resume"):
+        again(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"already holds a run: choose another, or go on with it by --resume"):
+        again(copied, resume=False)
+    with pytest.raises(UserError, match=r"already holds a run"):
+        again(copied, resume=None)
+    (copied / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run.json is missing, so that nobody can tell which run this was"):
+        again(copied)
+
+
+def test_scores_that_a_refused_exploration_lacked_are_asked_for_again(tmp_path):
+    asked: list[int] = []
+
+    def down(completion_ids):  # From the second batch on.
+        asked.append(len(completion_ids))
+        return [sum(ids) / len(ids) if len(asked) < 2 else None for ids in completion_ids]
+
+    options = {"num_iterations": 1, "steps_per_iteration": 2, "eval_strategy": "no", "save_strategy": "no"}
+    with pytest.raises(UserError, match="7 of 12 rewards of iteration 0 are None"):
+        trainer_of(tmp_path / "run", scorer=down, **options).train()
+    assert asked == [5, 5, 2]
+
+    def down(completion_ids):
+        asked.append(len(completion_ids))
+        return [sum(ids) / len(ids) for ids in completion_ids]
+
+    resumed = trainer_of(tmp_path / "run", scorer=down, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert asked == [5, 5, 2, 5, 2] and len(resumed.pool) == 12
+
+    whole = trainer_of(tmp_path / "whole", scorer=down, **options)
+    whole.train()
+    assert whole.pool.rewards.tolist() == resumed.pool.rewards.tolist()
+
+
+# Two at a time
+
+
+def _waits(directory: Path) -> None:
+    def slow(completion_ids):
+        Path(f"{directory}.begun").touch()
+        time.sleep(60)
+
+    trainer_of(directory, scorer=slow).train()
+
+
+def test_a_directory_has_one_run_and_a_dead_one_does_not_hold_it(tmp_path):
+    other = started(_waits, tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run.begun").exists():
+        assert other.is_alive() and time.monotonic() < deadline, Path(other.log).read_text()
+        time.sleep(0.02)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="run' is in use by another run"):
+            trainer_of(tmp_path / "run").train(resume_from_checkpoint=resume)
+    other.kill()
+    other.join()
+
+    def slow(completion_ids):
+        return [float(sum(ids)) for ids in completion_ids]
+
+    options = {"num_iterations": 1, "steps_per_iteration": 1, "kl_target": 1e-3}
+    with pytest.raises(UserError, match="steps_per_iteration was 4, is 1"):  # It is asked who it is: the lock is free.
+        trainer_of(tmp_path / "run", scorer=slow, **options).train(resume_from_checkpoint=True)

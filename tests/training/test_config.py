@@ -1,0 +1,168 @@
+"""`QuarkConfig`: the paper's settings by default, no option that does nothing, no impossible value."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+import quarkrl
+from quarkrl import QuarkConfig
+from quarkrl.cli.train_options import left_out, parse_train
+from quarkrl.errors import UserError
+from quarkrl.sampling.strategy import Sampling
+
+SOURCE = Path(quarkrl.__file__).parent
+OWN = sorted({f.name for f in fields(QuarkConfig)} - {f.name for f in fields(TrainingArguments)})
+
+
+def test_the_defaults_are_the_papers_toxicity_settings(tmp_path):
+    config = QuarkConfig(output_dir=str(tmp_path))
+    assert config.num_quantiles == 5
+    assert (config.kl_coef, config.kl_direction, config.entropy_coef) == (0.05, "policy_ref", 0.06)
+    assert (config.kl_target, config.entropy_target, config.coef_horizon) == (None, None, 2500)
+    assert (config.max_completion_length, config.min_completion_length) == (20, 3)
+    assert (config.temperature, config.top_p, config.eval_top_p) == ([1.0], 1.0, 0.9)
+    assert (config.learning_rate, config.adam_epsilon, config.max_grad_norm) == (1e-5, 1e-5, 0.0)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (128, 1)
+    assert (config.steps_per_iteration, config.samples_per_prompt, config.prompts_per_iteration) == (500, 1, None)
+    assert config.lr_scheduler_type == "linear"
+    steps = config.num_iterations * config.steps_per_iteration
+    assert 23_437 <= steps < 23_437 + 500  # The paper's steps, in whole iterations.
+    assert config.get_warmup_steps(steps) == pytest.approx(500, rel=0.1)
+    assert config.weight_decay == 0.0
+
+
+def test_an_iteration_is_an_epoch(tmp_path):
+    config = QuarkConfig(output_dir=str(tmp_path), num_iterations=7, steps_per_iteration=3)
+    assert config.num_train_epochs == 7
+    size = 4 * 2 * config.world_size
+    config = QuarkConfig(
+        output_dir=str(tmp_path), steps_per_iteration=3, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    assert (config.draws_per_step, config.draws_per_iteration) == (size, 3 * size)
+
+
+def test_temperatures_of_exploring_are_taken_in_turn(tmp_path):
+    def explored(temperature):
+        config = QuarkConfig(output_dir=str(tmp_path), temperature=temperature)
+        return [Sampling.exploring(config, iteration).temperature for iteration in range(5)]
+
+    assert explored([1.0, 0.2]) == [1.0, 0.2, 1.0, 0.2, 1.0]
+    assert explored(0.7) == [0.7] * 5
+
+
+def test_every_own_option_is_described():
+    described = {f.name: f.metadata.get("help") for f in fields(QuarkConfig) if f.name in OWN}
+    assert all(described.values()), described
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_own_option_is_read_somewhere(name):
+    """Official Quark parses --num-samples and --response-length and never reads them."""
+    files = [path for path in SOURCE.rglob("*.py") if path.name != "config.py"]
+    used = [path.name for path in files if re.search(rf"(args|config)\.{name}\b", path.read_text(encoding="utf-8"))]
+    if name in ("num_iterations", "steps_per_iteration"):  # config.py itself makes them epochs and draws.
+        used.append("config.py")
+    assert used, f"nothing reads {name}"
+
+
+IMPOSSIBLE = [
+    ({"num_quantiles": 1}, "num_quantiles 1: want at least 2"),
+    ({"num_iterations": 0}, "num_iterations 0: want at least 1"),
+    ({"steps_per_iteration": 0}, "steps_per_iteration 0: want at least 1"),
+    ({"prompts_per_iteration": 0}, "prompts_per_iteration 0: want at least 1"),
+    ({"samples_per_prompt": 0}, "samples_per_prompt 0: want at least 1"),
+    ({"max_completion_length": 0}, "max_completion_length 0: want at least 1"),
+    ({"min_completion_length": -1}, "min_completion_length -1: want at least 0"),
+    ({"min_completion_length": 9, "max_completion_length": 8}, "min_completion_length 9: want at most .*8"),
+    ({"generation_batch_size": 0}, "generation_batch_size 0: want at least 1"),
+    ({"eval_samples_per_prompt": 0}, "eval_samples_per_prompt 0: want at least 1"),
+    ({"coef_horizon": 0}, "coef_horizon 0: want at least 1"),
+    ({"kl_coef": -0.1}, "kl_coef -0.1: want at least 0"),
+    ({"kl_coef": float("nan")}, "kl_coef nan: want at least 0"),
+    ({"entropy_coef": -1.0}, "entropy_coef -1.0: want at least 0"),
+    ({"temperature": 0.0}, "temperature 0.0: want more than 0"),
+    ({"temperature": [1.0, -1.0]}, "temperature -1.0: want more than 0"),
+    ({"temperature": []}, "temperature is empty: want a number, or several for the iterations"),
+    ({"kl_target": 0.0}, "kl_target 0.0: want more than 0"),
+    ({"entropy_target": -40.0}, "entropy_target -40.0: want more than 0"),
+    ({"kl_target": 3.0, "kl_coef": 0.0}, "kl_target with kl_coef 0"),
+    ({"entropy_target": 40.0, "entropy_coef": 0.0}, "entropy_target with entropy_coef 0"),
+    ({"top_p": 0.0}, "top_p 0.0: want more than 0 and at most 1"),
+    ({"top_p": 1.1}, "top_p 1.1: want more than 0 and at most 1"),
+    ({"eval_top_p": 2.0}, "eval_top_p 2.0: want more than 0 and at most 1"),
+    ({"max_unscored_share": 1.5}, "max_unscored_share 1.5: want a share from 0 to 1"),
+    ({"max_unscored_share": -0.5}, "max_unscored_share -0.5: want a share from 0 to 1"),
+    ({"draw": "best"}, "draw 'best': want uniform or balanced"),
+    ({"kl_direction": "forward"}, "kl_direction 'forward': want policy_ref or ref_policy"),
+    ({"condition_on": "all"}, "condition_on 'all': want sum or each"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size 0: want at least 1"),
+    ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size 0: want at least 1"),
+    ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps 0: want at least 1"),
+    ({"learning_rate": -1e-5}, "learning_rate -1e-05: want at least 0"),
+    ({"warmup_steps": -1}, "warmup_steps -1: want at least 0"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm -1.0: want at least 0"),
+    ({"seed": -1}, "seed -1: want at least 0"),
+    ({"eval_temperature": 0.0}, "eval_temperature 0.0: want more than 0"),
+    ({"do_sample": False, "samples_per_prompt": 2}, "samples_per_prompt 2: with do_sample False all are the same"),
+    ({"eval_do_sample": False, "eval_samples_per_prompt": 4}, "eval_samples_per_prompt 4: with eval_do_sample False"),
+    ({"explore_guidance_scale": -1.0}, "explore_guidance_scale -1.0: want a number from 0"),
+    ({"explore_guidance_scale": [1.0, float("nan")]}, "explore_guidance_scale nan: want a number from 0"),
+    ({"explore_guidance_scale": []}, "explore_guidance_scale is empty: want a number, or several for the iterations"),
+    ({"eval_guidance_scale": float("inf")}, "eval_guidance_scale inf: want a number from 0"),
+    ({"eval_guidance_scale": 2.0, "guidance_from": "best"}, "guidance_from 'best': want worst, reference or a number"),
+    ({"eval_guidance_scale": 2.0, "guidance_from": "4"}, "guidance_from '4': want worst, reference or a number to 3"),
+    ({"guidance_from": "reference"}, "guidance_from 'reference' without guidance: set explore_guidance_scale"),
+    # Options of TrainingArguments that would do nothing here, or harm.
+    ({"max_steps": 10}, "max_steps 10: not used; set --num_iterations"),
+    ({"num_train_epochs": 4}, "num_train_epochs 4: not used; set --num_iterations"),
+    ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers"),
+    ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, "resume_from_checkpoint 'nowhere/checkpoint-3': want"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE, ids=lambda case: str(case)[:50])
+def test_an_impossible_value_is_one_error_with_name_value_and_limit(options, message, tmp_path):
+    with pytest.raises(UserError, match=f"^{message}") as caught:
+        QuarkConfig(output_dir=str(tmp_path), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bf16_run_on_a_cpu_is_possible(tmp_path):
+    assert QuarkConfig(output_dir=str(tmp_path), bf16=True).bf16
+
+
+def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monkeypatch):
+    for name in ("LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    flags = ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", '{"version": 2}', "--use_cpu"]
+    _, config, given = parse_train(["--output_dir", str(tmp_path), *flags])
+    assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
+    assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
+    assert left_out(given, config).startswith("one process, which has no use for ddp_backend and fsdp; ")
+    assert left_out({}, config) is None
+
+
+def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):
+    def scales(value):
+        return QuarkConfig(output_dir=str(tmp_path), explore_guidance_scale=value).explore_guidance_scale
+
+    assert QuarkConfig(output_dir=str(tmp_path)).explore_guidance_scale == [1.0]
+    assert scales(2) == [2.0] and scales([1, 1.5, 2]) == [1, 1.5, 2]
+    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
+    assert config.explore_guidance_scale == [1.0, 1.0, 2.5]
+    (tmp_path / "run.yaml").write_text("explore_guidance_scale: 3\nguidance_from: 1\ndo_sample: false\n")
+    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
+    assert (config.explore_guidance_scale, config.guidance_from, config.do_sample) == ([3.0], "1", False)
+
+
+def test_the_best_is_judged_by_the_reward_unless_told_otherwise(tmp_path):
+    options = {"output_dir": str(tmp_path), "eval_strategy": "epoch", "load_best_model_at_end": True}
+    config = QuarkConfig(**options)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("reward", True)
+    assert QuarkConfig(**options, metric_for_best_model="eos_share").metric_for_best_model == "eos_share"
+    assert QuarkConfig(output_dir=str(tmp_path)).metric_for_best_model is None

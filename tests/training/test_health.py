@@ -1,0 +1,317 @@
+"""Numbers that go bad in real runs: each is named at its step, and stops the run or is left out, as asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import SMALL_RUN, tiny_model, tiny_tokenizer
+from transformers import TrainerCallback
+
+from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
+from quarkrl.errors import UserError
+from quarkrl.training.health import LEAST_ENTROPY, MOST_SKIPPED_IN_A_ROW, all_the_same, not_finite, unranked
+
+# Ids: a to h are 0 to 7, <unk> 8, <eos> 9; then the reward tokens.
+TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
+PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a"]
+NAN, INF = math.nan, math.inf
+
+
+def distinct(completion_ids, **_):
+    return [sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
+
+
+class At(TrainerCallback):
+    """Does something at given steps (from 1), with their gradients ready or just before their batches are read."""
+
+    def __init__(self, steps, gradient=None, before=None):
+        self.steps, self.gradient, self.before = steps, gradient, before
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        if self.before and state.global_step + 1 in self.steps:
+            self.before(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        if self.gradient is not None and state.global_step + 1 in self.steps:
+            dict(model.named_parameters())["transformer.ln_f.bias"].grad[3] = self.gradient
+
+
+def trainer_of(directory: Path, *callbacks: TrainerCallback, reward=distinct, model=None, **options) -> QuarkTrainer:
+    """Of 2 iterations of 3 steps of 8 samples. `callbacks` come before what watches the run, as a bad step does."""
+    config = QuarkConfig(output_dir=str(directory), **{**SMALL_RUN, **options})
+    model = tiny_model("gpt2", TOKENIZER, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0) if model is None else model
+    return QuarkTrainer(model, reward, config, PROMPTS, processing_class=TOKENIZER, callbacks=[*callbacks])
+
+
+def logged(directory: Path) -> list[dict]:
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=no_constant) for line in lines]
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# What is not finite
+
+
+def test_what_is_not_finite_is_named():
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, NAN]), "c": torch.tensor([[INF]]), "d": None}
+    tensors |= {"e": torch.zeros(0), "f": torch.tensor([3e38, 3e38]), "g": torch.tensor([-INF], dtype=torch.bfloat16)}
+    assert not_finite(tensors.items()) == ["b", "c", "g"]
+    assert not_finite([("a", tensors["a"]), ("f", tensors["f"])]) == []  # Large, and their squares are not.
+    assert not_finite([]) == []
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, value):
+    trainer = trainer_of(tmp_path, At({5}, gradient=value))
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **_):
+            seen.append(weights_of(model))
+
+    trainer.add_callback(Seen())
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert str(error.value) == (
+        "step 5: the gradient of transformer.ln_f.bias is not finite; the weights are as before the step: lower "
+        "--learning_rate or set --max_grad_norm, or leave such steps out with --on_bad_numbers skip"
+    )
+    assert len(seen) == 4 and same(seen[-1], weights_of(trainer.model))
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_parts(tmp_path):
+    def ruin(model):
+        model.transformer.wte.weight.data[2, 0] = NAN
+
+    with pytest.raises(UserError, match="step 2: the nll, the kl, the entropy is not finite"):
+        trainer_of(tmp_path, At({2}, before=ruin)).train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_left_out_changes_nothing_and_is_counted(tmp_path, accumulation, caplog):
+    """Neither weights, nor the optimizer's moments, nor the adapting coefficients, nor the means in the log."""
+    options = {"gradient_accumulation_steps": accumulation, "kl_target": 3.0, "logging_steps": 3}
+    trainer = trainer_of(tmp_path, At({2, 6}, gradient=NAN), on_bad_numbers="skip", max_grad_norm=1.0, **options)
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **_):
+            moments = [s["exp_avg"].clone() for s in optimizer.state_dict()["state"].values()]
+            seen.append((weights_of(model), moments, trainer.coefs.kl_coef, optimizer.param_groups[0]["lr"]))
+
+    trainer.add_callback(Seen())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    unchanged = [n + 1 for n in range(1, 6) if same(seen[n][0], seen[n - 1][0])]
+    assert unchanged == [2, 6]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
+    assert seen[0][2] == seen[1][2] != seen[2][2]
+    assert trainer.state.global_step == 6 and len({lr for *_, lr in seen}) == 6  # The schedule goes on.
+    lines = logged(tmp_path)
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [1, 2]
+    losses = [line for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(math.isfinite(line[name]) for line in losses for name in ("nll", "kl", "loss"))
+    messages = [record.message for record in caplog.records if record.name == "quarkrl.training.health"]
+    assert messages[0] == "step 2: the gradient of transformer.ln_f.bias is not finite: left out (skipped_steps 1)"
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_loss_that_is_not_finite_is_left_out_of_the_means(tmp_path, every):
+    kept = {}
+
+    class Ruin(TrainerCallback):
+        """NaN in one row of the input, for step 2 alone."""
+
+        def on_step_begin(self, args, state, control, model=None, **_):
+            if state.global_step == 1:
+                kept["row"] = model.transformer.wpe.weight.data[1].clone()
+                model.transformer.wpe.weight.data[1] = NAN
+
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == 2:
+                model.transformer.wpe.weight.data[1] = kept["row"]
+
+    trainer = trainer_of(tmp_path, Ruin(), on_bad_numbers="skip", logging_steps=every)
+    trainer.train()
+    names = ("loss", "nll", "kl", "entropy")
+    losses = {line["step"]: [line[name] for name in names] for line in logged(tmp_path) if "loss" in line}
+    if every == 1:  # Where the bad step is all there is to tell of, nothing is told; null, as NaN is no JSON.
+        assert losses.pop(2) == [None] * 4
+        (line,) = [line for line in logged(tmp_path) if line["step"] == 2 and "loss" in line]
+        assert line["grad_norm"] is None
+    assert len(losses) == 6 // every - (every == 1)
+    assert all(math.isfinite(value) for values in losses.values() for value in values)
+    assert [line["skipped_steps"] for line in logged(tmp_path) if "skipped_steps" in line] == [1]
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+def test_too_many_steps_left_out_in_a_row_stop_the_run(tmp_path):
+    bad = {*range(2, 12), *range(13, 99)}  # Ten, one good one, and no end.
+    options = {"steps_per_iteration": 50, "num_iterations": 1, "on_bad_numbers": "skip"}
+    trainer = trainer_of(tmp_path, At(bad, gradient=INF), **options)
+    with pytest.raises(UserError, match=f"as in the {MOST_SKIPPED_IN_A_ROW} steps before it: go back to an earlier"):
+        trainer.train()
+    assert trainer.state.global_step == 12 + MOST_SKIPPED_IN_A_ROW + 1
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, strategy):
+    class Ruin(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **_):
+            if state.global_step == 5:  # The sixth, after which both strategies save.
+                model.transformer.ln_f.weight.data[0] = INF
+
+    trainer = trainer_of(tmp_path, Ruin(), save_strategy=strategy, save_steps=3)
+    with pytest.raises(UserError, match=r"step 6: the weights of transformer\.ln_f\.weight are not finite; nothing of"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_model_whose_logits_are_not_finite_samples_nothing(tmp_path):
+    model = tiny_model("gpt2", TOKENIZER)
+    model.transformer.wte.weight.data[2, 0] = NAN
+    for sampling in ({"do_sample": False}, {"top_p": 0.9}, {"top_p": 1.0}):
+        with pytest.raises(UserError, match="the model's logits are not finite: its weights are damaged"):
+            QuarkGenerator(model, TOKENIZER, None).generate("a b", **sampling)
+    with pytest.raises(UserError, match="logits are not finite"):
+        trainer_of(tmp_path, model=model).train()
+
+
+# What has collapsed
+
+
+@pytest.mark.parametrize(
+    ("completions", "texts", "expected"),
+    [
+        ([[1, 2], [1, 2]], ["b c", "b c"], "the same, 'b c'"),
+        ([[1, 2], [1, 3]], ["b c", "b d"], None),
+        ([[9], [9]], ["", ""], "empty"),
+        ([[9], [8, 9]], ["", " \n"], "empty"),
+        ([[9], [1, 9]], ["", "b"], None),
+        ([[1, 2]], ["b c"], None),
+        ([[1] * 99] * 2, ["b" * 99] * 2, "the same, '" + "b" * 59 + "…'"),
+    ],
+)
+def test_completions_that_are_all_the_same(completions, texts, expected):
+    assert all_the_same(completions, texts) == expected
+
+
+def test_rewards_that_rank_nothing():
+    rewards = np.array([[1.0, 2.0], [1.0, 3.0], [1.0, 4.0]])
+    assert unranked(rewards, ("x", "y")) == ["x"]
+    assert unranked(rewards, ("x", "y"), ceiling=2.0) == ["x", "y"]
+    assert unranked(rewards, ("x", "y"), ceiling=2.5) == ["x"]
+
+
+def of_one_word(model, word: int):
+    """The model, sure of one word whatever comes before."""
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.fill_(1.0)
+    model.lm_head.weight.data[word] = 100.0
+    return model
+
+
+COLLAPSED = {
+    "the same": (
+        {"model": 3},
+        "iteration 0: all 8 completions are the same, 'd d d d d d': nothing is left to learn from; look at the model",
+    ),
+    "empty": ({"model": 9, "min_completion_length": 0}, "iteration 0: all 8 completions are empty"),
+    "one reward": (
+        {"reward": lambda completions: [2.5] * len(completions)},
+        "iteration 0: all 8 samples of the pool have reward 2.5: nothing is left to learn from; want a reward that",
+    ),
+    "one of two rewards": (
+        {"reward": [distinct, lambda completions: [1.0] * len(completions)], "condition_on": "each"},
+        "iteration 0: all 8 samples of the pool have lambda 1",
+    ),
+    "all good enough": (
+        {"reward_ceiling": -1.0},
+        "iteration 0: all 8 samples of the pool have reward at reward_ceiling -1 or above",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_a_collapse_stops_the_run_or_is_told(tmp_path, name, caplog):
+    options, message = COLLAPSED[name]
+    for choice in ("stop", "warn"):
+        given = dict(options)
+        if "model" in given:
+            model = tiny_model("gpt2", TOKENIZER, tied=False)
+            given |= {"model": of_one_word(model, given["model"]), "reward": lambda completions: range_of(completions)}
+        trainer = trainer_of(tmp_path / choice, on_collapse=choice, **given)
+        if choice == "stop":
+            with pytest.raises(UserError) as error:
+                trainer.train()
+            assert str(error.value).startswith(message) and trainer.state.global_step == 0
+            assert str(error.value).endswith("; --on_collapse warn goes on all the same")
+        else:
+            with caplog.at_level(logging.WARNING):
+                trainer.train()
+            assert trainer.state.global_step == 6
+            assert any(record.message.startswith(message) for record in caplog.records)
+
+
+def range_of(completions) -> list[int]:
+    """Rewards that all differ, even of equal texts."""
+    return list(range(len(completions)))
+
+
+def test_a_policy_without_entropy_is_told_at_the_end_of_its_iteration(tmp_path):
+    """From the second iteration on it is sure of "c" wherever it stands; the first is healthy."""
+
+    def sure(model):
+        of_one_word(model, 2)
+
+    model = tiny_model("gpt2", TOKENIZER, tied=False)
+    trainer = trainer_of(tmp_path, At({4, 5, 6}, before=sure), model=model, save_strategy="epoch")
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    assert str(error.value).startswith("iteration 1: the policy's entropy is ")
+    assert "resume from an earlier checkpoint with a lower --learning_rate or a higher --kl_coef" in str(error.value)
+    assert trainer.state.global_step == 6
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]  # What has collapsed is not kept.
+    assert 0 < LEAST_ENTROPY < 0.1
+
+
+def test_a_healthy_run_is_as_it_was_whatever_is_asked_for(tmp_path, caplog):
+    found = []
+    for bad, collapse in (("stop", "stop"), ("skip", "warn")):
+        trainer = trainer_of(tmp_path / bad, on_bad_numbers=bad, on_collapse=collapse)
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert same(*found)
+    assert not [record for record in caplog.records if record.name == "quarkrl.training.health"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_bad_numbers": "ignore"}, "on_bad_numbers 'ignore': want stop or skip"),
+        ({"on_collapse": "skip"}, "on_collapse 'skip': want stop or warn"),
+        ({"reward_timeout": 0.0}, "reward_timeout 0.0: want more than 0"),
+        ({"reward_timeout": NAN}, "reward_timeout nan: want more than 0"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, options, message):
+    with pytest.raises(UserError) as error:
+        QuarkConfig(output_dir=str(tmp_path), **options)
+    assert str(error.value) == message

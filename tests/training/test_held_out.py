@@ -1,0 +1,311 @@
+"""What keeps a run honest: held-out rewards, the best checkpoint, an early stop; and decoding as it was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.small_runs import (
+    EOS_ID,
+    PROMPTS,
+    TOKENIZER,
+    assert_same_weights,
+    figures_of,
+    share_of_a_to_d,
+    still_model,
+    trainer_of,
+    watch,
+    weights_of,
+)
+from helpers.tiny import make_home
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from quarkrl.cli.main import main
+
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+# Rises with what is trained, and falls when that is overdone; `held_out` is a column of the held-out prompts only.
+REWARDS = """
+def overdone(completion_ids, held_out=None, **_):
+    shares = [sum(i < 4 for i in ids) / len(ids) for ids in completion_ids]
+    return shares if held_out is None else [1 - abs(share - 0.65) for share in shares]
+
+def never_better(completion_ids, held_out=None, **_):
+    return [sum(i < 4 for i in ids) / len(ids) if held_out is None else 0.5 for ids in completion_ids]
+"""
+HELD_OUT = [{"prompt": text, "held_out": True} for text in PROMPTS]
+GUARDED = {
+    "num_iterations": 12,
+    "steps_per_iteration": 10,
+    "per_device_train_batch_size": 32,
+    "warmup_steps": 2,
+    "lr_scheduler_type": "constant",
+    "learning_rate": 2e-2,
+    "kl_coef": 0.01,
+    "entropy_coef": 0.0,
+    "eval_strategy": "epoch",
+    "eval_samples_per_prompt": 8,
+    "save_strategy": "epoch",
+}
+
+
+class Written:
+    """A reward that judges the n-th evaluation by the n-th of these numbers, and training by what it finds."""
+
+    def __init__(self, *rewards: float):
+        self.rewards = iter(rewards)
+
+    def __call__(self, completion_ids, held_out=None, **_):
+        if held_out is None:
+            return share_of_a_to_d(completion_ids)
+        return [next(self.rewards)] * len(completion_ids)
+
+
+class Remember(TrainerCallback):
+    """Keeps the weights of each evaluation."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_evaluate(self, args, state, control, model, **_):
+        self.weights.append(weights_of(model))
+
+
+# Held out
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_its_best_is_final(tmp_path, lora):
+    remember = Remember()
+    trainer = trainer_of(
+        tmp_path,
+        Written(0.1, 0.5, 0.9, 0.4, 0.8, 0.95),
+        prompts=PROMPTS * 4,
+        eval_dataset=HELD_OUT,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(2), remember],
+        **{**GUARDED, "steps_per_iteration": 3},
+        **({"peft_config": lora} if lora else {}),
+    )
+    assert trainer.args.metric_for_best_model == "reward" and trainer.args.greater_is_better
+    trainer.train()
+    assert figures_of(tmp_path, "eval_reward") == pytest.approx([0.1, 0.5, 0.9, 0.4, 0.8])
+    assert trainer.pool.iterations.max() == 4  # No exploration after the stop.
+    checkpoint = tmp_path / "checkpoint-9"
+    assert Path(trainer.state.best_model_checkpoint).name == checkpoint.name
+    assert_same_weights(weights_of(trainer.model), remember.weights[2])
+    for other in (1, 3, 4):
+        with pytest.raises(AssertionError):
+            assert_same_weights(weights_of(trainer.model), remember.weights[other])
+    final = trainer.save_final()
+    model = AutoModelForCausalLM.from_pretrained(final).eval()
+    ids = torch.tensor([[token, *row] for token in trainer.conditioning.token_ids[0] for row in ([0, 1], [7, 3])])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    # What is said of final/ is what was true of the best.
+    facts, then = (json.loads((place / "quark.json").read_text()) for place in (final, checkpoint))
+    assert facts == then and facts["iterations"] == 3 and facts["pool_size"] == 3 * 32
+
+
+def test_a_run_that_keeps_no_best_ends_with_its_last(tmp_path):
+    options = {**GUARDED, "num_iterations": 3, "steps_per_iteration": 3, "metric_for_best_model": "reward"}
+    trainer = trainer_of(tmp_path, Written(0.9, 0.5, 0.1), prompts=PROMPTS * 4, eval_dataset=HELD_OUT, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    facts = json.loads((trainer.save_final() / "quark.json").read_text())
+    assert (facts["iterations"], facts["pool_size"]) == (3, 3 * 32)
+
+
+def test_several_rewards_have_a_mean_to_judge_by(tmp_path):
+    def calm(completion_ids, **_):
+        return [float(len(ids)) for ids in completion_ids]
+
+    options = {"eval_dataset": PROMPTS, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    trainer = trainer_of(tmp_path, [share_of_a_to_d, calm], condition_on="each", load_best_model_at_end=True, **options)
+    trainer.train()
+    names = ("eval_reward", "eval_share_of_a_to_d", "eval_calm")
+    means, shares, lengths = (figures_of(tmp_path, name) for name in names)
+    assert means == pytest.approx([(a + b) / 2 for a, b in zip(shares, lengths, strict=True)])
+    assert trainer.state.best_metric == max(means)
+
+
+# The command
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, HELD_OUT)), encoding="utf-8")
+    options = {
+        "eval_prompts": str(tmp_path / "held_out.jsonl"),
+        "reward": str(tmp_path / "rewards.py:overdone"),
+        "output_dir": str(tmp_path / "run"),
+        "num_quantiles": 3,
+        "max_completion_length": 6,
+        "min_completion_length": 1,
+        **{name: value for name, value in GUARDED.items() if name != "eval_strategy"},
+    }
+    return make_home(tmp_path, TOKENIZER, PROMPTS * 8, REWARDS, still_model(), **options)
+
+
+def iterations_of(final: Path) -> float:
+    return json.loads((final / "quark.json").read_text())["iterations"]
+
+
+def test_the_command_stops_when_training_overdoes_it_and_keeps_the_best(home):
+    run = home / "run"
+    assert main(["train", "--config", str(home / "run.yaml"), "--early_stopping_patience", "2"]) == 0
+    rewards = figures_of(run, "eval_reward")
+    best = int(np.argmax(rewards))
+    assert len(rewards) == best + 1 + 2 < GUARDED["num_iterations"]
+    assert iterations_of(run / "final") == best + 1
+    assert yaml.safe_load((run / "config.yaml").read_text())["early_stopping_patience"] == 2
+
+
+def test_a_resumed_run_goes_on_counting_to_its_early_stop(home):
+    train = ["train", "--config", str(home / "run.yaml"), "--reward", f"{home / 'rewards.py'}:never_better"]
+    train += ["--early_stopping_patience", "3", "--steps_per_iteration", "3"]
+    assert main([*train, "--num_iterations", "3"]) == 0
+    assert len(figures_of(home / "run", "eval_reward")) == 3  # The first, and two that are no better.
+    assert main([*train, "--resume_from_checkpoint", str(home / "run" / "checkpoint-9")]) == 0
+    assert len(figures_of(home / "run", "eval_reward")) == 4
+    assert iterations_of(home / "run" / "final") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--early_stopping_patience", "0"], "early_stopping_patience 0: want at least 1"),
+        (["--early_stopping_patience", "2", "--save_strategy", "no"], "with save_strategy no: there is no checkpoint"),
+        (["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end with save_strategy no"),
+        (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': want one of reward, reward_std, "),
+    ],
+)
+def test_a_guard_without_what_it_needs_is_one_line(home, capsys, flags, message):
+    assert main(["train", "--config", str(home / "run.yaml"), *flags]) == 2
+    assert message in (error := capsys.readouterr().err) and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--early_stopping_patience=2", "--load_best_model_at_end"])
+def test_a_guard_wants_held_out_prompts(home, capsys, flag):
+    entries = yaml.safe_load((home / "run.yaml").read_text())
+    del entries["eval_prompts"]
+    (home / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
+    assert main(["train", "--config", str(home / "run.yaml"), flag]) == 2
+    assert f"{flag[2:].split('=')[0]} without eval_prompts" in capsys.readouterr().err
+
+
+# Decoding as it was asked for
+
+
+def samples_of(trainer) -> list[list[int]]:
+    trainer.quantize(0)
+    return [sample.completion_ids.tolist() for sample in trainer.pool]
+
+
+def test_greedy_exploring_gives_a_prompt_one_answer(tmp_path):
+    found = []
+    for seed in (0, 1):
+        trainer = trainer_of(tmp_path / str(seed), do_sample=False, seed=seed, prompts=["a b"] * 4)
+        trainer.explore(0)
+        found.append(samples_of(trainer))
+    assert len(set(map(tuple, found[0]))) == 1 and found[0] == found[1]
+    chance = trainer_of(tmp_path / "chance", prompts=["a b"] * 4)
+    chance.explore(0)
+    assert len(set(map(tuple, samples_of(chance)))) > 1
+
+
+def test_evaluating_decodes_as_it_is_told_whatever_exploring_does(tmp_path):
+    seen: list[list[int]] = []
+
+    def reward(completion_ids, **_):
+        seen[:] = completion_ids
+        return [0.0] * len(completion_ids)
+
+    def evaluated(name, **options):
+        trainer_of(tmp_path / name, reward, eval_dataset=["a b"] * 8, **options).evaluate()
+        return list(map(tuple, seen))
+
+    greedy = evaluated("greedy", eval_do_sample=False)
+    assert len(set(greedy)) == 1
+    assert len(set(evaluated("chance", do_sample=False))) > 1
+    # At a temperature of (nearly) 0 chance has no say; at a high one it has all.
+    assert evaluated("cold", eval_temperature=1e-4) == greedy
+    assert evaluated("hot", eval_temperature=100.0) != evaluated("chance too")
+
+
+def test_eos_never_comes_where_the_shortest_is_the_longest(tmp_path):
+    """Not as the last token either, where the completion would be as long."""
+    for name, do_sample in (("chance", True), ("greedy", False)):
+        model = still_model()
+        model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor([EOS_ID]), 50.0))
+        trainer = trainer_of(tmp_path / name, model=model, min_completion_length=6, do_sample=do_sample)
+        trainer.explore(0)
+        assert all(len(ids) == 6 and EOS_ID not in ids for ids in samples_of(trainer))
+
+
+# Exploring with guidance
+
+
+def rows_sampled(calls) -> list[int]:
+    """How many rows were read at a time, where prompts were."""
+    return [len(ids) for _, what, _, ids in calls if what == "sample" and ids.shape[1] > 1]
+
+
+def test_exploring_follows_its_schedule_and_evaluating_its_own_scale(tmp_path):
+    count = len(PROMPTS)
+    trainer = trainer_of(
+        tmp_path,
+        num_iterations=5,
+        steps_per_iteration=1,
+        explore_guidance_scale=[3.0, 1.0, 2.0],
+        eval_dataset=PROMPTS[:3],
+        eval_strategy="epoch",
+        eval_guidance_scale=1.0,
+    )
+    calls = watch(trainer)
+    trainer.train()
+    # Iteration 0 is the reference's, unguided; 1 is plain; from 2 on the best and the worst are read together.
+    assert rows_sampled(calls) == [count, 3, count, 3, 2 * count, 3, 2 * count, 3, 2 * count, 3]
+    best, worst = trainer.conditioning.token_ids[0][-1], trainer.conditioning.token_ids[0][0]
+    last = next(ids for _, what, _, ids in reversed(calls) if what == "sample" and len(ids) == 2 * count)
+    ids = next(ids for _, what, _, ids in calls if what == "sample" and len(ids) == 2 * count and ids.shape[1] > 1)
+    assert (ids[:count] == best).sum(1).tolist() == [1] * count
+    assert (ids[count:] == worst).sum(1).tolist() == [1] * count
+    assert torch.equal(last[:count], last[count:])  # Both go on with the same tokens.
+
+
+def test_guided_evaluating_differs_from_plain(tmp_path):
+    def evaluated(name, **options):
+        small = {**GUARDED, "num_iterations": 1, "eval_strategy": "no", "save_strategy": "no"}
+        trainer = trainer_of(tmp_path / name, share_of_a_to_d, prompts=PROMPTS * 4, **small, **options)
+        trainer.train()
+        return trainer.evaluate(PROMPTS * 4)["eval_reward"]
+
+    assert evaluated("guided", eval_guidance_scale=3.0) > evaluated("plain") + 0.02
+
+
+@pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}, {}], ids=["lora", "no kl", "copy"])
+def test_guidance_from_the_reference_reads_the_model_as_it_was(tmp_path, options):
+    """Also where nothing else needs a reference, β = 0."""
+    trainer = trainer_of(
+        tmp_path, explore_guidance_scale=2.0, guidance_from="reference", learning_rate=3e-2, num_iterations=3, **options
+    )
+    seen = []
+    before = still_model()
+    ids, mask = torch.tensor([[0, 1], [3, 4]]), torch.ones(2, 2, dtype=torch.long)
+    calls = watch(trainer)
+    trainer.train()
+    with torch.no_grad(), trainer.reference() as reference:
+        seen = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : EOS_ID + 1]
+        torch.testing.assert_close(seen, before(ids).logits, rtol=1e-4, atol=1e-4)
+        policy = trainer.model.eval()
+    with torch.no_grad():
+        after = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : EOS_ID + 1]
+    assert (after - seen).abs().max() > 0.01
+    # In iterations 1 and 2 the prompts are read twice: behind the best token, and plainly.
+    read = [bool((ids > EOS_ID).any()) for _, what, _, ids in calls if what == "sample" and ids.shape[1] > 1]
+    assert read == [False, True, False, True, False]
