@@ -1,5 +1,34 @@
-"""The one exception that is the user's to mend; the command line turns it into one line and exit code 2."""
+"""`UserError` and the helpers that word messages. The command line prints a `UserError` as one line, exit code 2."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: what was given, what is wanted, what to do."""
+    """A mistake that the user can fix. The message is one line: `<option> <value>: must be <limit>. <Remedy>.`"""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:
+    """Return " Did you mean 'NAME'?" with the known name that is closest to `word`, or "" if none is close.
+
+    Args:
+        word: what the user wrote.
+        known: the valid names.
+        prefix: put before the name, such as "--".
+        cutoff: similarity from 0 to 1 that a name needs (`difflib.get_close_matches`).
+    """
+    matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {prefix + matches[0]!r}?" if matches else ""
+
+
+def shorten(value: object, width: int = 60) -> str:
+    """Return `repr(value)` on one line, truncated to `width` characters with an ellipsis."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def one_line(error: BaseException, width: int = 200) -> str:
+    """Return the first line of an exception's message without its full stop, or its type if it has no message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].rstrip(".")
+    return text if len(text) <= width else text[: width - 1] + "…"
