@@ -343,7 +343,7 @@ def _restored(trainer: Any) -> str:
     partial = trainer.pool_directory / f"partial-{step // each:06d}"
     if count := len(list(partial.glob("*.parquet"))):
         found.append(f"{count:,} batches of the exploration at hand")
-    if (cached := trainer.scorer.cached) is not None:
+    if (cached := trainer.scorer.cache_size) is not None:
         found.append(f"{cached:,} scores in cache")
     return ", ".join(found)
 

@@ -100,7 +100,9 @@ class QuarkTrainer(ResumableTrainer):
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
         self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer.from_config(reward_funcs, args)
+            reward_funcs = Scorer(
+                reward_funcs, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout
+            )
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
