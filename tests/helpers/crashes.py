@@ -106,7 +106,7 @@ class Trap:
             "quarkrl.algorithm.pool:DataPool.draw",
         ),
         *("quarkrl.training.trainer:QuarkTrainer.compute_loss", "quarkrl.training.trainer:QuarkTrainer.adapt"),
-        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.progress:MetricsFile.on_log"),
+        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.metrics_log:MetricsFile.on_log"),
         *("quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "quarkrl.runs.checkpoints:save_file"),
         *("quarkrl.runs.checkpoints:seal", "quarkrl.runs.checkpoints:remove", "quarkrl.runs.durable_trainer:publish"),
         "quarkrl.training.trainer:save_steered",
@@ -171,7 +171,7 @@ def _half_a_removal(_remove, directory):
 AMID = {
     "quarkrl.storage.atomic:pq.write_table": _half_a_table,
     "quarkrl.runs.checkpoints:save_file": _half_a_state,
-    "quarkrl.training.progress:MetricsFile.on_log": _half_a_row,
+    "quarkrl.training.metrics_log:MetricsFile.on_log": _half_a_row,
 }
 
 

@@ -42,7 +42,7 @@ SCORE, TABLE, STATE = (
     "quarkrl.storage.atomic:pq.write_table",
     "quarkrl.runs.checkpoints:save_file",
 )
-LOG = "quarkrl.training.progress:MetricsFile.on_log"
+LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 
 # Each is one kill in one go of the same run, in the order in which they come; a call counts from the go's beginning.
 HARD = [

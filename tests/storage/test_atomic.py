@@ -44,7 +44,7 @@ from quarkrl.storage.atomic import (
     written,
 )
 from quarkrl.training.exploration import FinishedBatches, Rollout, batches_left
-from quarkrl.training.progress import MetricsFile
+from quarkrl.training.metrics_log import MetricsFile
 
 # Files and directories
 

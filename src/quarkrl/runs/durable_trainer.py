@@ -32,7 +32,8 @@ from quarkrl.storage.atomic import publish, told
 from quarkrl.training import overlap as processes
 from quarkrl.training.exploration import FinishedBatches, Rollout, ask_again, batches_left, side_by_side
 from quarkrl.training.health import Health
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 # Where checkpoints are made; no name that `Trainer` takes for a checkpoint.
 _STAGE = "_saving.tmp"

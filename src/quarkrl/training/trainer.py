@@ -53,7 +53,8 @@ from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedu
 from quarkrl.training.health import Health
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
