@@ -106,7 +106,7 @@ class Trap:
             "quarkrl.algorithm.pool:DataPool.draw",
         ),
         *("quarkrl.training.trainer:QuarkTrainer.compute_loss", "quarkrl.training.trainer:QuarkTrainer.adapt"),
-        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.progress:MetricsFile.on_log"),
+        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.metrics_log:MetricsFile.on_log"),
         *("quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "quarkrl.runs.checkpoints:save_file"),
         *(
             "quarkrl.runs.checkpoints:seal",
@@ -175,7 +175,7 @@ def _half_a_removal(_remove, directory):
 AMID = {
     "quarkrl.storage.parquet:pq.write_table": _half_a_table,
     "quarkrl.runs.checkpoints:save_file": _half_a_state,
-    "quarkrl.training.progress:MetricsFile.on_log": _half_a_row,
+    "quarkrl.training.metrics_log:MetricsFile.on_log": _half_a_row,
 }
 
 

@@ -42,7 +42,7 @@ SCORE, TABLE, STATE = (
     "quarkrl.storage.parquet:pq.write_table",
     "quarkrl.runs.checkpoints:save_file",
 )
-LOG = "quarkrl.training.progress:MetricsFile.on_log"
+LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 
 # Each is one kill in one go of the same run, in the order in which they come; a call counts from the go's beginning.
 HARD = [
@@ -283,7 +283,7 @@ def test_it_says_how_many_scores_are_in_the_cache(tmp_path, capsys):
     first.train()
     again(tmp_path / "run", scorer=Own(), **options)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"pool 12 samples, {first.scorer.cached} scores in cache" in said and first.scorer.cached > 5
+    assert f"pool 12 samples, {first.scorer.cache_size} scores in cache" in said and first.scorer.cache_size > 5
 
 
 def test_a_longer_run_goes_on_and_says_so(copied, capsys):

@@ -43,7 +43,7 @@ from quarkrl.storage.atomic import (
 from quarkrl.storage.json import write_json
 from quarkrl.storage.parquet import read_table, write_table
 from quarkrl.training.exploration import FinishedBatches, Rollout, batches_left
-from quarkrl.training.progress import MetricsFile
+from quarkrl.training.metrics_log import MetricsFile
 
 # Files and directories
 

@@ -32,7 +32,8 @@ from quarkrl.storage.atomic import replace_directory, report_write_errors
 from quarkrl.training import overlap as processes
 from quarkrl.training.exploration import FinishedBatches, Rollout, ask_again, batches_left, side_by_side
 from quarkrl.training.health import Health
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 # Where checkpoints are made; no name that `Trainer` takes for a checkpoint.
 _STAGE = "_saving.tmp"
@@ -343,7 +344,7 @@ def _restored(trainer: Any) -> str:
     partial = trainer.pool_directory / f"partial-{step // each:06d}"
     if count := len(list(partial.glob("*.parquet"))):
         found.append(f"{count:,} batches of the exploration at hand")
-    if (cached := trainer.scorer.cached) is not None:
+    if (cached := trainer.scorer.cache_size) is not None:
         found.append(f"{cached:,} scores in cache")
     return ", ".join(found)
 

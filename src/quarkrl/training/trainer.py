@@ -53,7 +53,8 @@ from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedu
 from quarkrl.training.health import Health
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -100,7 +101,9 @@ class QuarkTrainer(ResumableTrainer):
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
         self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer.from_config(reward_funcs, args)
+            reward_funcs = Scorer(
+                reward_funcs, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout
+            )
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
