@@ -185,7 +185,7 @@ class QuarkTrainer(ResumableTrainer):
         if figures is None:
             rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = Sampling.exploring(args, iteration)
+                sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
@@ -344,7 +344,7 @@ class QuarkTrainer(ResumableTrainer):
         if prompts is None:
             raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
         args = self.args
-        sampling = Sampling.evaluating(args)
+        sampling = args.eval_sampling()
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
         with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
