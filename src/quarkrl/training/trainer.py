@@ -47,7 +47,7 @@ from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.storage.atomic import staged
+from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedule, score
 from quarkrl.training.health import Health, HealthCallback
@@ -193,7 +193,7 @@ class QuarkTrainer(ResumableTrainer):
         if figures is None:
             rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = Sampling.exploring(args, iteration)
+                sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
@@ -352,7 +352,7 @@ class QuarkTrainer(ResumableTrainer):
         if prompts is None:
             raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
         args = self.args
-        sampling = Sampling.evaluating(args)
+        sampling = args.eval_sampling()
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
         with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
@@ -379,7 +379,7 @@ class QuarkTrainer(ResumableTrainer):
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with staged(directory) as made:
+            with atomic_directory(directory) as made:
                 save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
         return directory
 
