@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from quarkrl.algorithm.pool_columns import Batch, SampleColumns, TokenLists, read_batch
 from quarkrl.errors import UserError, one_line
-from quarkrl.storage.atomic import read_table, write_table
+from quarkrl.storage.parquet import read_table, write_table
 
 logger = logging.getLogger(__name__)
 

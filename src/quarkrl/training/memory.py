@@ -16,7 +16,7 @@ import torch
 from transformers.activations import NewGELUActivation
 
 from quarkrl.algorithm.sliced_loss import GRADIENT_CHUNK_ELEMENTS, default_slice_length
-from quarkrl.models.completion_logits import is_one_product
+from quarkrl.models.head_access import is_one_product
 
 # Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus; and that a
 # contrast of two does (guidance.py).

@@ -40,22 +40,24 @@ from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import padded
-from quarkrl.models.completion_logits import completion_projection
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.export import facts_of, model_identity, save_steered
+from quarkrl.models.export import model_identity, save_steered
+from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.storage.atomic import staged
+from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, score
-from quarkrl.training.health import Health
+from quarkrl.training.facts import run_facts
+from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -102,7 +104,9 @@ class QuarkTrainer(ResumableTrainer):
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
         self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer.from_config(reward_funcs, args)
+            reward_funcs = Scorer(
+                reward_funcs, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout
+            )
         self.scorer = reward_funcs
         self.end_ids = eos_ids(model, tokenizer)
         self.reference_identity = model_identity(ref_model or model)
@@ -138,8 +142,8 @@ class QuarkTrainer(ResumableTrainer):
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
+        self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self._learned = LossMeans()
-        self.health = Health(self)
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
         self.forecast = Forecast(self, model)
@@ -157,7 +161,16 @@ class QuarkTrainer(ResumableTrainer):
         )
         # The loss is a sum over tokens divided by those of the whole step, so that accumulation does not change it.
         self.model_accepts_loss_kwargs = True
-        self.add_callback(self.health)
+        self.health = Health(
+            self.accelerator,
+            self._learned,
+            partial(tokenizer.decode, skip_special_tokens=True),
+            self.log,
+            on_bad_numbers=args.on_bad_numbers,
+            on_collapse=args.on_collapse,
+            reward_ceiling=args.reward_ceiling,
+        )
+        self.add_callback(HealthCallback(self.health))
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
         if self.ref_model is not None:
@@ -186,7 +199,7 @@ class QuarkTrainer(ResumableTrainer):
         if figures is None:
             rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = Sampling.exploring(args, iteration)
+                sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
@@ -301,12 +314,13 @@ class QuarkTrainer(ResumableTrainer):
     ) -> Any:
         """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        policy_head, ref_head = self.decide_heads()
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = None
         if args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names))
+                ref = completion_projection(reference, *(inputs[name] for name in names), ref_head)
             ref = ref.of_first(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
@@ -320,6 +334,18 @@ class QuarkTrainer(ResumableTrainer):
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * args.world_size
         return (total, {}) if return_outputs else total
+
+    def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
+        """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
+        if self._heads is None:
+            policy, prompt = self.accelerator.unwrap_model(self.model), self.prompts.ids[0]
+            with self.accelerator.autocast():
+                policy_head = ref_head = decide_head_access(policy, prompt)
+                with self.reference() as reference:
+                    if self.args.kl_coef and (reference is not policy or policy_head.sliced):
+                        ref_head = decide_head_access(reference, prompt)
+            self._heads = policy_head, ref_head
+        return self._heads
 
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
@@ -345,7 +371,7 @@ class QuarkTrainer(ResumableTrainer):
         if prompts is None:
             raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
         args = self.args
-        sampling = Sampling.evaluating(args)
+        sampling = args.eval_sampling()
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
         with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
@@ -372,13 +398,17 @@ class QuarkTrainer(ResumableTrainer):
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with staged(directory) as made:
+            with atomic_directory(directory) as made:
                 save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
         return directory
 
     def facts(self) -> dict[str, Any]:
         """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-        return facts_of(self)
+        args, state = self.args, self.state
+        ended_with_best = args.load_best_model_at_end and not self.is_in_train
+        best = state.best_model_checkpoint if ended_with_best else None
+        identities = self.scorer.identity, self.reference_identity
+        return run_facts(args, state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
     def _encoded(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
@@ -392,6 +422,9 @@ class _Iterations(TrainerCallback):
     def __init__(self, trainer: QuarkTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.decide_heads()
+
     def on_epoch_begin(self, args, state, control, **_):
         trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration
         if control.should_training_stop:
@@ -399,6 +432,7 @@ class _Iterations(TrainerCallback):
         if not (trainer.pool.iterations == iteration).any():
             trainer.explore(iteration)
         trainer.quantize(iteration)
+        trainer.health.check_exploration(trainer.pool, iteration)
 
     def on_step_end(self, args, state, control, **_):
         self.trainer.adapt()
