@@ -18,7 +18,7 @@ import yaml
 
 STYLE = Path(__file__).parents[1] / "styles" / "quarkrl"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[)\"”*]*\s+(?=[(\"“*]*[A-Z0-9\x00αβγΔ])")
-_BLOCK_START = re.compile(r"\s*(?:[-*+] |\d+\. |#+ |> )")
+_BLOCK_START = re.compile(r"^\s*(?:[-*+] |\d+\. |#+ |> )")
 
 
 @dataclass(frozen=True)
