@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 import unittest
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def flags() -> dict[str, set[str]]:
 def test_commands_on_the_page_use_options_that_exist(page, flags):
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
     for line in blocks.replace("\\\n", " ").splitlines():
-        for command, rest in re.findall(r"quarkrl(?:\.cli)? (\w+)(.*)", line.split("  #")[0]):
+        for command, rest in re.findall(r"(?<!from )quarkrl(?:\.cli)? (\w+)(.*)", line.split("  #")[0]):
             assert set(re.findall(r"(?<=\s)--\w+", rest)) <= flags[command], line
             for name in re.findall(r"--config (\S+)", rest):
                 assert name in {*preset_names(), "my.yaml"} or name.startswith("runs/") or (ROOT / name).is_file(), line
@@ -69,7 +70,7 @@ def home(tmp_path_factory) -> Path:
     """A working directory with what the pages name: models, prompts, texts, and a finished run."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = tiny_tokenizer(bos=True)
-    tiny_model("gpt2", tokenizer).save_pretrained(home / "gpt2")
+    tiny_model("gpt2", tokenizer, max_position_embeddings=1024).save_pretrained(home / "gpt2")
     tokenizer.save_pretrained(home / "gpt2")
     row = '{"prompt": "Once upon a time", "continuation": " there was a king"}\n'
     for name in ("prompts.jsonl", "held_out.jsonl"):
@@ -78,7 +79,9 @@ def home(tmp_path_factory) -> Path:
         patch.chdir(home)
         trainer = QuarkTrainer("gpt2", "repetition", small_config("runs/x"), train_dataset="prompts.jsonl")
         trainer.train()
-        trainer.save_final()
+        shutil.copytree(trainer.save_final(), "runs/kind/final")
+        evaluation = ["--prompts", "held_out.jsonl", "--reward", "repetition", "--samples", "2", "--resamples", "10"]
+        assert main(["evaluate", "runs/x/final", *evaluation, "--output", "results.json"]) == 0
     return home
 
 
@@ -111,7 +114,8 @@ def test_an_example_names_models_and_data_that_a_user_can_have(page):
 
 @pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_pages_import_public_names_only(page):
-    for module, names in re.findall(r"from (quarkrl[.\w]*) import ([\w, ]+)", page.read_text(encoding="utf-8")):
+    blocks = "\n".join(re.findall(r"```\w+\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    for module, names in re.findall(r"from (quarkrl[.\w]*) import ([\w, ]+)", blocks):
         assert module == "quarkrl"
         assert set(names.replace(" ", "").split(",")) <= set(quarkrl.__all__)
 
@@ -134,6 +138,8 @@ def test_a_test_that_the_page_names_exists(page, tests_of):
     for path, keywords in re.findall(r"(tests/[\w/]+\.py)(?: -k (\w+))?", text):
         assert path in tests_of, path
         assert any(keywords in name for name in tests_of[path]), f"{path} -k {keywords}"
+    for path, names in re.findall(r"`(tests/[\w/]+\.py)`(?: \(slow\))?:((?:\s+`test_\w+`,?)+)", text):
+        assert set(re.findall(r"test_\w+", names)) <= tests_of[path], path
     names = set(re.findall(r"\btest_\w+(?![\w.]*\.py)\b", re.sub(r"[\w/]+\.py", "", text)))
     assert names <= set.union(*tests_of.values())
 

@@ -174,12 +174,12 @@ def test_only_missing_distinct_texts_are_asked_for(tmp_path):
     first, second = Length(), Length()
     scoring = Scorer(first, cache=tmp_path / "c")
     assert ask(scoring, "a", "bb", "a", "", "bb") == [1, 2, 1, 0, 2]
-    assert first.asked == ["a", "bb", ""] and (scoring.asked, scoring.hits) == (3, 0)
+    assert first.asked == ["a", "bb", ""] and (scoring.cache_misses, scoring.cache_hits) == (3, 0)
     assert ask(scoring, "ccc", "bb") == [3, 2]
-    assert first.asked == ["a", "bb", "", "ccc"] and (scoring.asked, scoring.hits) == (4, 1)
+    assert first.asked == ["a", "bb", "", "ccc"] and (scoring.cache_misses, scoring.cache_hits) == (4, 1)
     again = Scorer(second, weights=[10], cache=tmp_path / "c")  # The weight is no part of who scored.
     assert ask(again, "bb", "", "bb") == [20, 0, 20]
-    assert second.asked == [] and (again.asked, again.hits) == (0, 3)
+    assert second.asked == [] and (again.cache_misses, again.cache_hits) == (0, 3)
     newer = Length(version=2)
     ask(Scorer(newer, cache=tmp_path / "c"), "bb")
     assert newer.asked == ["bb"]
@@ -216,7 +216,7 @@ def test_a_function_that_takes_whatever_there_is_is_asked_again_where_any_of_it_
     assert ask(scoring, "x", columns={"topic": [1]}) == [1]
     assert ask(scoring, "x", columns={"topic": [2]}) == [2]
     assert ask(scoring, "x", columns={"topic": [1]}) == [1]
-    assert (scoring.asked, scoring.hits) == (2, 1)
+    assert (scoring.cache_misses, scoring.cache_hits) == (2, 1)
     message = error_of(lambda: ask(scoring, "x", columns={"topic": [1], "image": [object()]}))
     assert "cannot be cached by" in message and "`reads`" in message
     on_topic.reads = ("completions", "theme")
@@ -300,7 +300,7 @@ def test_async_rewards_are_cached_and_run_at_the_same_time(tmp_path):
     scoring = Scorer([first, second], cache=tmp_path / "c")
     assert ask(scoring, "a", "bb", "a") == [2, 4, 2]
     assert ask(scoring, "a", "bb") == [2, 4] and first.asked == second.asked == ["a", "bb"]
-    assert (scoring.asked, scoring.hits) == (4, 4)
+    assert (scoring.cache_misses, scoring.cache_hits) == (4, 4)
 
 
 @pytest.mark.filterwarnings("error")

@@ -299,7 +299,7 @@ def test_each_score_is_kept_as_soon_as_it_is_there(tmp_path, server):
         ask(scorer(), texts)
     again = scorer()
     assert ask(again, texts) == [pytest.approx(1 - n / 100) for n in range(12)]
-    assert (again.asked, again.hits) == (1, 11)
+    assert (again.cache_misses, again.cache_hits) == (1, 11)
     assert server.count == {**dict.fromkeys(texts, 1), "text 11": 2}
 
 

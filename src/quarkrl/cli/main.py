@@ -267,7 +267,9 @@ def _scorer(
     from quarkrl.rewards.scorer import Scorer
 
     functions = [resolve(name, label=label) for name in rewards or []]
-    return Scorer.from_config(functions, config) if config else Scorer(functions, cache=cache)
+    if config is None:
+        return Scorer(functions, cache=cache)
+    return Scorer(functions, config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
 
 
 def _prompts(run: RunArguments, source: str, split: str, skip_bad: bool, builtin: str = "train") -> "Prompts":

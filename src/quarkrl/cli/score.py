@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace, scorer: "Scorer", note: Callable[[str], N
         print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{shown}\t{text}")
     found = rewards[~np.isnan(rewards)]
     left_out = "".join(f", {count} left out ({reason})" for reason, count in loaded.skipped.items())
-    cached = f", {scorer.hits} from cache" if arguments.score_cache else ""
+    cached = f", {scorer.cache_hits} from cache" if arguments.score_cache else ""
     if len(found):
         low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
         note(

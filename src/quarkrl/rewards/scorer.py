@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,10 +18,8 @@ from quarkrl.errors import UserError
 from quarkrl.rewards.cache import ScoreCache, digest
 from quarkrl.rewards.calling import InThread
 from quarkrl.rewards.custom import describe, identity_of, name_of, source_file
+from quarkrl.rewards.registry import resolve
 from quarkrl.rewards.validation import attribute_names, checked_scores, checked_weights
-
-if TYPE_CHECKING:
-    from quarkrl.training.config import QuarkConfig
 
 Reward = str | Callable[..., Any]
 
@@ -62,7 +60,7 @@ class Scorer:
         unwanted: what 1 - reward measures, such as "toxicity", where there is one reward, a probability.
         wanted: the class that the reward tells, such as "positive", where there is one reward of that kind.
         wanted_from: from which reward on a text counts as of that class; None for a probability, whose reader decides.
-        asked, hits: how many scores of cached rewards were asked for, and how many were found, since the beginning.
+        cache_misses, cache_hits: numbers of scores of cached rewards that were computed, and that the cache held.
 
     Raises:
         UserError: a reward cannot be resolved, the weights or the time-out do not fit, or the cache cannot be used.
@@ -76,8 +74,6 @@ class Scorer:
         cache: str | os.PathLike[str] | None = None,
         timeout: float | None = None,
     ):
-        from quarkrl.rewards.registry import resolve
-
         several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
         specs = list(cast(Sequence[Reward], reward_funcs)) if several else [cast(Reward, reward_funcs)]
         if not specs:
@@ -105,7 +101,7 @@ class Scorer:
         if self._weights == [1.0] and not self.unwanted:
             self.wanted = getattr(self._functions[0], "wanted", None)
             self.wanted_from = getattr(self._functions[0], "wanted_from", None)
-        self.asked = self.hits = 0
+        self.cache_misses = self.cache_hits = 0
         self._cache: ScoreCache | None = None
         if cache is not None:
             if not any(map(is_cached, self._functions)):
@@ -116,11 +112,6 @@ class Scorer:
             self._cache = ScoreCache(cache)
         self._calling = self._stopping = self._hangs = False
         self._unanswered: list[str] = []  # the rewards that are being asked
-
-    @classmethod
-    def from_config(cls, reward_funcs: Reward | Sequence[Reward], config: "QuarkConfig") -> "Scorer":
-        """A scorer of `reward_funcs` with the weights, `condition_on`, cache and time-out that `config` gives."""
-        return cls(reward_funcs, config.reward_weights, config.condition_on, config.score_cache, config.reward_timeout)
 
     def __call__(
         self,
@@ -166,7 +157,7 @@ class Scorer:
         return Scores(rewards.copy(), components, terms)
 
     @property
-    def cached(self) -> int | None:
+    def cache_size(self) -> int | None:
         """How many scores the cache holds, of this run and of others; None where there is no cache."""
         return None if self._cache is None else len(self._cache)
 
@@ -234,7 +225,7 @@ class Scorer:
         cache, identity = self._cache, identity_of(function)
         digests = _digests(name, function, given)
         scores = cache.get(identity, set(digests))
-        self.hits += sum(key in scores for key in digests)
+        self.cache_hits += sum(key in scores for key in digests)
         rows = {key: row for row, key in enumerate(digests) if key not in scores}
         starts = range(0, len(rows), _COMMIT_EVERY)
         parts = [dict(list(rows.items())[start : start + _COMMIT_EVERY]) for start in starts]
@@ -242,7 +233,7 @@ class Scorer:
         def ask(part: dict[bytes, int]) -> Any:
             if self._stopping:
                 raise CancelledError
-            self.asked += len(part)
+            self.cache_misses += len(part)
             keys = list(part)
 
             def on_score(row: int, score: float | None) -> None:
