@@ -1,4 +1,4 @@
-"""Options as dataclass fields. An option is declared once: help, limits, choices, and whether a resumed run may change it.
+"""Options as dataclass fields, each declared once: help, limits, choices, and whether a resumed run may change it.
 
 Checks (`check_options`), `--help`, the identity of a run and docs/options.md are derived from the declaration.
 """
@@ -22,7 +22,7 @@ class _Metadata(dict):
     """
 
     def keys(self) -> Any:
-        return dict(help=self["help"]).keys()
+        return self.copy().keys()
 
     def copy(self) -> dict[str, Any]:
         return {"help": self["help"]}

@@ -16,8 +16,9 @@ from helpers.tiny import make_home, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
-from quarkrl.cli import main as cli
-from quarkrl.cli.main import free_directory, main
+from quarkrl.cli.demo import free_directory
+from quarkrl.cli.main import main
+from quarkrl.cli.train import held_out_prompts
 from quarkrl.cli.train_options import parse_train
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
@@ -227,7 +228,7 @@ def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, w
         datasets.DatasetDict(rows).save_to_disk(tmp_path / directory)
     command = ["--model", "m", "--prompts", str(tmp_path / "same"), "--reward", "vader", "--output_dir", "o"]
     parsed, _, _ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
-    assert cli._held_out(parsed, False).prompts == [wanted]
+    assert held_out_prompts(parsed, False).prompts == [wanted]
 
 
 def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):

@@ -2,12 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class SamplingOptions:
     max_new_tokens: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="sampling")
     min_new_tokens: int = option(0, "Tokens before EOS may occur.", at_least=0, group="sampling")
     temperature: float = option(1.0, "Sampling temperature.", above=0, group="sampling")
-    top_p: float = option(0.9, "Nucleus sampling: cumulative probability to keep.", above=0, at_most=1, group="sampling")
+    top_p: float = option(0.9, "Nucleus sampling: probability to keep.", above=0, at_most=1, group="sampling")
     greedy: bool = option(False, "Take the most likely token at each step.", group="sampling")
     seed: int = option(0, "Seed of sampling. The same seed gives the same completions.", at_least=0, group="sampling")
     batch_size: int = option(128, "Completions sampled at a time.", at_least=1, group="sampling")

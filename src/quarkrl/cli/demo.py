@@ -15,7 +15,6 @@ HELP = "unlearn toxicity on the built-in model, in minutes on a laptop"
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl demo`."""
     parser.add_argument("--output_dir", metavar="DIR", help="directory of the run (runs/demo, or the next free name)")
-    parser.flag_names.append("output_dir")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -29,8 +29,13 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=_formatter, **kwargs)
         self.flag_names: list[str] = []
+        super().__init__(formatter_class=_formatter, **kwargs)
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        """Add an argument as `argparse` does, and remember its name if it is a flag."""
+        self.flag_names += [name[2:] for name in names if name.startswith("--")]
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         # argparse writes "argument --name: …"; ours is "name …".
@@ -41,7 +46,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as `argparse` does, after replacing hyphens in the names of flags."""
-        return super().parse_known_args([_underscored(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
+        argv = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(argument) for argument in argv], namespace)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse arguments.
@@ -82,7 +88,8 @@ def add_flags(
         target = parser.add_argument_group(title) if title else parser
         for field, kind in declared:
             if field.metadata.get("group", "") == title:
-                parser.flag_names.append(field.name)
+                if target is not parser:
+                    parser.flag_names.append(field.name)
                 _add_flag(target, field, kind, switches, describe(field).replace("%", "%%"))
 
 
