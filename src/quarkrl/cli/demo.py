@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         evaluation = evaluate(
             final,
             load_prompts(prompts_path(BUILTIN, "eval")),
-            RewardOptions(command.run.reward, command.run.reward_label).scorer(),
+            RewardOptions(command.run.reward or [], command.run.reward_label).scorer(),
             reference=model_path(BUILTIN),
             batch_size=command.config.generation_batch_size or 128,
             notify=notify,

@@ -164,7 +164,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']} without eval_prompts: give --eval_prompts")
     given = {name: value for name, value in values.items() if value != defaults[name]}
-    return TrainCommand(*parts, given)  # type: ignore[arg-type]
+    return TrainCommand(parts[0], parts[1], given)  # type: ignore[arg-type]
 
 
 def _check_guards(values: dict[str, Any]) -> None:
