@@ -173,7 +173,8 @@ def scorers(rewards: Sequence[str], label: str | None, judges: Sequence[str], ca
         UserError: one cannot be made, or the cache would keep nothing.
     """
     from quarkrl.rewards.registry import resolve
-    from quarkrl.rewards.scorer import Scorer, is_cached
+    from quarkrl.rewards.reward import is_cached
+    from quarkrl.rewards.scorer import Scorer
 
     groups = [[resolve(name, label=label) for name in rewards], *([resolve(name)] for name in judges)]
     kept = [any(map(is_cached, group)) for group in groups]
