@@ -133,7 +133,7 @@ class QuarkTrainer(ResumableTrainer):
             raise UserError("ref_model has fewer tokens than model: want one of the same tokenizer")
         if peft_config is not None:
             torch.manual_seed(args.seed)  # The adapter's first weights are random.
-            model = self.conditioning.with_adapter(model, peft_config)
+            model = self.conditioning.add_adapter(model, peft_config)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -151,7 +151,7 @@ class QuarkTrainer(ResumableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=self.conditioning.steered(extended),
+            processing_class=self.conditioning.steer_tokenizer(extended),
             callbacks=[*keepers, *(callbacks or [])],
             optimizers=optimizers,
         )
