@@ -287,7 +287,7 @@ def test_what_guidance_is_from():
     assert contrast_to(conditioning, [[5]], "worst", model) == {"contrast_ids": [[257, 5]]}
     assert contrast_to(conditioning, [[5]], 1, model) == {"contrast_ids": [[258, 5]]}
     assert contrast_to(conditioning, [[5]], "reference", model) == {"contrast_ids": [[5]], "contrast_model": model}
-    with pytest.raises(UserError, match="quantile 'base': want best"):
+    with pytest.raises(UserError, match="quantile 'base': must be"):
         contrast_to(conditioning, [[5]], "base", model)
 
 
@@ -421,7 +421,7 @@ def test_the_command_guides(final, capsys):
         ({"guidance_scale": float("nan")}, "guidance_scale nan: want"),
         ({"guidance_scale": float("inf")}, "guidance_scale inf: want"),
         ({"guidance_scale": 2, "guidance_from": "base"}, "quantile 'base': must be"),
-        ({"guidance_scale": 2, "guidance_from": 3}, "quantile 3: want"),
+        ({"guidance_scale": 2, "guidance_from": 3}, "quantile 3: must be"),
         ({"guidance_scale": 2, "guidance_from": "best"}, "guidance_from 'best' is the quantile asked for"),
         ({"guidance_scale": 2, "quantile": 0}, "guidance_from 'worst' is the quantile asked for"),
     ],
