@@ -1,19 +1,18 @@
 """The command `quarkrl evaluate`: its options, and what it does with them."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.train_options import positive
-from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
-    from quarkrl.sampling.strategy import Sampling
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +49,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(
     arguments: argparse.Namespace,
     *,
-    sampling: "Sampling",
     model_path: Callable[[str], str],
     prompts_path: Callable[[str], str],
     evaluate: Callable[..., Any],
@@ -61,53 +59,43 @@ def run(
 
     Args:
         arguments: as parsed.
-        sampling: how to decode.
         model_path: what a name given for a model means.
         prompts_path: what a name given for prompts means.
         evaluate: `evaluation.evaluate`, with its progress shown.
         console: where tables go.
         note: says where files are.
     """
-    from quarkrl.evaluation.plots import check_plot, plot_curves
-    from quarkrl.evaluation.results import checked_output
+    from quarkrl.evaluation.options import EvaluationOptions
+    from quarkrl.evaluation.plots import check_plot, no_curve, plot_curves
+    from quarkrl.evaluation.results import output_paths
     from quarkrl.evaluation.tables import print_table
 
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(EvaluationOptions)}
+    for name in ("reference", "perplexity_model"):
+        values[name] = values[name] and model_path(values[name])
+    options = EvaluationOptions(**values)
     # All that can be found wrong now is, before hours of sampling.
     if arguments.output:
-        checked_output(arguments.output)
+        output_paths(arguments.output)
     if arguments.plot:
         check_plot(arguments.plot)
-        if "all" not in arguments.quantiles and len(set(arguments.quantiles)) < 3 and not arguments.guidance_scales:
-            raise UserError("no curve to plot: want --quantiles all, or --guidance_scales 1 2 4")
+        if "all" not in options.quantiles and len(set(options.quantiles)) < 3 and not options.guidance_scales:
+            raise no_curve()
     scorer, *judges = scorers(arguments.reward, arguments.reward_label, arguments.judges, arguments.score_cache)
     evaluation = evaluate(
         model_path(arguments.model),
         prompt_sets(arguments.prompts, _loader(arguments, model_path, prompts_path), arguments.limit),
         scorer,
-        reference=model_path(arguments.reference) if arguments.reference else None,
-        quantiles=arguments.quantiles,
-        guidance_scales=arguments.guidance_scales,
-        guidance_from=arguments.guidance_from,
-        sampling=sampling,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
+        options,
         judges=judges,
-        threshold=arguments.threshold,
-        perplexity_model=model_path(arguments.perplexity_model) if arguments.perplexity_model else None,
-        human_column=arguments.human_column,
         corpus=corpus(arguments.corpus, arguments.limit) if arguments.corpus else None,
-        skip_bad=arguments.skip_bad_prompts,
-        dtype="bfloat16" if arguments.bf16 else None,
-        trust_remote_code=arguments.trust_remote_code,
-        resamples=arguments.resamples,
     )
     # Which files, and what was made of them; the rest says the same in other words.
     evaluation.protocol["options"] = {name: value for name, value in vars(arguments).items() if name != "run"}
     print_table(evaluation, console)
     if arguments.output:
         evaluation.save(arguments.output)
-        completions = checked_output(arguments.output)[1]
+        completions = output_paths(arguments.output)[1]
         note(f"figures and protocol: {arguments.output}   completions: {completions}")
     if arguments.plot:
         plot_curves(evaluation, arguments.plot)

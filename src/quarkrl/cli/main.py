@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from quarkrl.data.prompts import Prompts
-    from quarkrl.evaluation.evaluate import Evaluation
+    from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
     from quarkrl.training.config import QuarkConfig
 
@@ -211,7 +211,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _quiet()
     evaluate_command.run(
         arguments,
-        sampling=_sampling(arguments),
         model_path=_model_path,
         prompts_path=lambda name: _builtin_prompts("eval") if name == BUILTIN else name,
         evaluate=_evaluated,
@@ -226,6 +225,7 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from quarkrl.data.prompts import load_prompts
+    from quarkrl.evaluation.options import EvaluationOptions
     from quarkrl.evaluation.tables import print_side_by_side, print_table
 
     output_dir = arguments.output_dir or free_directory("runs/demo")
@@ -235,8 +235,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     _quiet()
     prompts = load_prompts(_builtin_prompts("eval"))
     scorer = _scorer(run.reward, run.reward_label)
-    at_once = config.generation_batch_size or 128
-    evaluation = _evaluated(final, prompts, scorer, reference=_model_path(BUILTIN), batch_size=at_once)
+    options = EvaluationOptions(reference=_model_path(BUILTIN), batch_size=config.generation_batch_size or 128)
+    evaluation = _evaluated(final, prompts, scorer, options)
     results = Path(output_dir) / "results.json"
     evaluation.save(results)
     print_table(evaluation, _console(stderr=False))

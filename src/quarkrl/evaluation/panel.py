@@ -13,7 +13,6 @@ from quarkrl.evaluation.intervals import Interval, Ratio, intervals
 from quarkrl.evaluation.mauve import mauve, text_features
 from quarkrl.evaluation.perplexity import PerplexityModel
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.sampling.generator import QuarkGenerator
 
 
 @dataclass(frozen=True)

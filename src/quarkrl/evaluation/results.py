@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
-from quarkrl.storage.atomic import written
-from quarkrl.storage.json import finite
+from quarkrl.storage.atomic import atomic_file, write_text
+from quarkrl.storage.json import nan_to_null
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Evaluation:
         json_path, parquet_path = output_paths(path)
         json_path.parent.mkdir(parents=True, exist_ok=True)
         table = completions_table(self)
-        with written(parquet_path) as file:
+        with atomic_file(parquet_path) as file:
             pq.write_table(table, file)
         document = {
             "protocol": self.protocol,
@@ -118,8 +118,7 @@ class Evaluation:
             "corpus": [_corpus_entry(row) for row in self.corpus],
             "completions": parquet_path.name,
         }
-        with written(json_path) as file:
-            file.write((json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
+        write_text(json_path, json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n")
 
 
 def output_paths(path: str | os.PathLike) -> tuple[Path, Path]:

@@ -15,7 +15,7 @@ _BAR_WIDTH = 12
 
 
 def print_table(evaluation: Evaluation, console: Console) -> None:
-    """Print a table per set of prompts, with a line per metric and a column per row; then the curves, if there are any."""
+    """Print a table per set of prompts, with a line per metric and a column per row, and the curves below."""
     protocol = evaluation.protocol
     several_sets = len(evaluation.prompt_sets) > 1
     for name in evaluation.prompt_sets:

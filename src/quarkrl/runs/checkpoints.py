@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from quarkrl.errors import UserError
-from quarkrl.storage.atomic import remove, sha256, write_json
+from quarkrl.storage.atomic import remove_directory, sha256
+from quarkrl.storage.json import write_json
 
 MANIFEST = "manifest.json"
 STATES = "training"  # A directory of its own: vLLM takes each safetensors file beside the weights for weights.
@@ -214,4 +215,4 @@ def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
     found = checkpoints(run)
     excess = len(found) - limit if limit else 0
     for checkpoint in [path for path in found if path not in keep][: max(excess, 0)]:
-        remove(checkpoint)
+        remove_directory(checkpoint)

@@ -28,7 +28,7 @@ from quarkrl.runs import directory as rundir
 from quarkrl.runs.checkpoints import load_state, save_state, states_path
 from quarkrl.runs.fsdp import ShardedTrainer
 from quarkrl.runs.interrupts import Interrupts, Stopped
-from quarkrl.storage.atomic import publish, told
+from quarkrl.storage.atomic import replace_directory, report_write_errors
 from quarkrl.training import overlap as processes
 from quarkrl.training.exploration import FinishedBatches, Rollout, ask_again, batches_left, side_by_side
 from quarkrl.training.health import Health
@@ -207,7 +207,7 @@ class ResumableTrainer(ShardedTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._staging = True
         try:
-            with told(directory / name):
+            with report_write_errors(directory / name):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 self._point_at_best(staged=name)
@@ -215,7 +215,7 @@ class ResumableTrainer(ShardedTrainer):
                     self.state.save_to_json(str(stage / name / "trainer_state.json"))
                     self.metrics_file.sync()
                     checkpoints.seal(stage / name)
-                    publish(stage / name, directory / name)
+                    replace_directory(stage / name, directory / name)
         finally:
             self._staging = False
             self.args.save_total_limit = limit

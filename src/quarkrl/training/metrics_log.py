@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from quarkrl.storage.atomic import told, written
-from quarkrl.storage.json import finite
+from quarkrl.storage.atomic import atomic_file, report_write_errors
+from quarkrl.storage.json import nan_to_null
 
 
 class MetricsFile(TrainerCallback):
@@ -22,7 +22,7 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if state.is_world_process_zero:
-            with told(self.path), open(self.path, "a", encoding="utf-8") as file:
+            with report_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **(logs or {})}))
 
     @property
@@ -42,12 +42,12 @@ class MetricsFile(TrainerCallback):
             if self.path.exists():
                 os.truncate(self.path, size)
             return
-        with written(self.path) as file:
+        with atomic_file(self.path) as file:
             file.writelines(_line(row).encode() for row in history)
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(finite(row)) + "\n"
+    return json.dumps(nan_to_null(row)) + "\n"
 
 
 class LossMeans:

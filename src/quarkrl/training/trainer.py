@@ -47,10 +47,10 @@ from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.storage.atomic import staged
+from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedule, score
-from quarkrl.training.health import Health
+from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
@@ -138,7 +138,6 @@ class QuarkTrainer(ResumableTrainer):
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
         self.coefs = Coefficients.of(args)
         self._learned = LossMeans()
-        self.health = Health(self)
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
         self.forecast = Forecast(self, model)
@@ -156,7 +155,16 @@ class QuarkTrainer(ResumableTrainer):
         )
         # The loss is a sum over tokens divided by those of the whole step, so that accumulation does not change it.
         self.model_accepts_loss_kwargs = True
-        self.add_callback(self.health)
+        self.health = Health(
+            self.accelerator,
+            self._learned,
+            partial(tokenizer.decode, skip_special_tokens=True),
+            self.log,
+            on_bad_numbers=args.on_bad_numbers,
+            on_collapse=args.on_collapse,
+            reward_ceiling=args.reward_ceiling,
+        )
+        self.add_callback(HealthCallback(self.health))
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
         if self.ref_model is not None:
@@ -185,7 +193,7 @@ class QuarkTrainer(ResumableTrainer):
         if figures is None:
             rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = Sampling.exploring(args, iteration)
+                sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
@@ -344,7 +352,7 @@ class QuarkTrainer(ResumableTrainer):
         if prompts is None:
             raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
         args = self.args
-        sampling = Sampling.evaluating(args)
+        sampling = args.eval_sampling()
         rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
         with self.progress.sampling("held out", len(rows)):
             found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
@@ -371,7 +379,7 @@ class QuarkTrainer(ResumableTrainer):
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with staged(directory) as made:
+            with atomic_directory(directory) as made:
                 save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
         return directory
 
@@ -398,6 +406,7 @@ class _Iterations(TrainerCallback):
         if not (trainer.pool.iterations == iteration).any():
             trainer.explore(iteration)
         trainer.quantize(iteration)
+        trainer.health.check_exploration(trainer.pool, iteration)
 
     def on_step_end(self, args, state, control, **_):
         self.trainer.adapt()
