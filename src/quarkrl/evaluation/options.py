@@ -24,7 +24,7 @@ class EvaluationOptions(SamplingOptions):
 
     reference: str | None = option(
         None,
-        "Model before training, for comparison; none: no comparison. Default: the model that MODEL was trained from.",
+        "Model before training, for comparison; none: no comparison (default: as trained).",
         group="models",
     )
     quantiles: tuple[str | int, ...] = option(
@@ -46,7 +46,7 @@ class EvaluationOptions(SamplingOptions):
     )
     perplexity_model: str | None = option(
         None,
-        "Model that computes perplexity and MAUVE's features. Default: the reference, or MODEL if there is none.",
+        "Model that computes perplexity and MAUVE's features (default: the reference, or MODEL without one).",
         metavar="MODEL",
         group="metrics",
     )
