@@ -31,7 +31,7 @@ def save_quantile_model(directory: Path, reference: Path) -> Path:
     model = tiny_model("gpt2", WORDS)
     conditioning, tokenizer = Conditioning.add_to(WORDS, model, 3)
     model.save_pretrained(directory)
-    conditioning.steered(tokenizer).save_pretrained(directory)
+    conditioning.steer_tokenizer(tokenizer).save_pretrained(directory)
     conditioning.save(directory, reference={"name": str(reference)})
     return directory
 

@@ -23,7 +23,7 @@ from quarkrl.evaluation.panel import Completions, Panel, human_texts
 from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
 from quarkrl.evaluation.results import Evaluation, Row
-from quarkrl.models.conditioning import reference_name
+from quarkrl.models.quark_json import reference_name
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator, complete
 from quarkrl.sampling.guidance import contrast_to
