@@ -8,7 +8,7 @@ from helpers.evaluating import EOS_ID, WORDS, nll_by_hand
 from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
-from quarkrl.evaluation.perplexity import PerplexityModel, batches_by_length, completion_nll, has_same_vocabulary
+from quarkrl.evaluation.perplexity import PerplexityModel, completion_nll, has_same_vocabulary
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.generator import QuarkGenerator
 
@@ -30,12 +30,6 @@ def test_the_nll_of_a_completion_does_not_depend_on_its_batch(architecture, batc
     sums = completion_nll(model, prompts, completions, batch_size)
     assert sums == pytest.approx(expected, rel=1e-4)
     assert sums[1] == sums[5]
-
-
-def test_batches_have_similar_lengths_and_at_most_4096_positions():
-    assert list(batches_by_length("abcde", [5, 1, 4, 2, 3], 2)) == [["b", "d"], ["e", "c"], ["a"]]
-    assert [len(batch) for batch in batches_by_length(range(5), [2000] * 5, 128)] == [2, 2, 1]  # 4,096 positions
-    assert [len(batch) for batch in batches_by_length([0, 1], [9000, 9000], 128)] == [1, 1]
 
 
 def test_a_model_with_the_same_vocabulary_reads_the_sampled_ids():

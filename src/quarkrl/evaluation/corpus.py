@@ -12,10 +12,9 @@ import torch
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Ratio, intervals
-from quarkrl.evaluation.perplexity import batches_by_length
 from quarkrl.evaluation.results import CorpusRow
 from quarkrl.metrics import last_seen
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
@@ -101,7 +100,7 @@ def _predict(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each chunk of n tokens, `(n - 1,)` NLL and `(n - 1,)` argmax prediction of its second to last token."""
     heads = [generator.condition(ids[:1], quantile) for ids in chunks]
-    batch = padded(heads, [ids[1:] for ids in chunks])
+    batch = build_batch(heads, [ids[1:] for ids in chunks])
     device = generator.model.device
     input_ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
-from quarkrl.evaluation.perplexity import batches_by_length
+from quarkrl.models.batching import batches_by_length, right_pad
 from quarkrl.sampling.generator import QuarkGenerator
 
 _RESAMPLES = 200
@@ -100,9 +100,7 @@ def text_features(
 @torch.inference_mode()
 def _last_states(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> np.ndarray:
     """`(n, d)`: the last layer's hidden state at the last token of each row."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    ids, mask = right_pad(rows, model.device)
     states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     last = torch.tensor([len(row) - 1 for row in rows], device=states.device)
     return states[torch.arange(len(rows)), last].float().cpu().numpy()

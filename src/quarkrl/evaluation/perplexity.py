@@ -1,6 +1,6 @@
 """Perplexity of completions under any causal language model, given their prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
-
-# Positions per batch. Their logits take 1.6 GB at a vocabulary of 50,000, the float32 copy included.
-_MAX_POSITIONS = 4096
 
 
 class PerplexityModel:
@@ -89,7 +86,7 @@ def completion_nll(
     lengths = [len(prompt) + len(completion) for prompt, completion in distinct_pairs]
     sums: dict[Any, float] = {}
     for rows in batches_by_length(distinct_pairs, lengths, batch_size):
-        batch = padded([prompt for prompt, _ in rows], [completion for _, completion in rows])
+        batch = build_batch([prompt for prompt, _ in rows], [completion for _, completion in rows])
         input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
         with torch.inference_mode():
             logits = completion_logits(model, input_ids, mask, labels)  # (completion tokens of the batch, vocab)
@@ -98,18 +95,6 @@ def completion_nll(
         for pair, values in zip(rows, np.split(nll.double().cpu().numpy(), ends[:-1]), strict=True):
             sums[pair] = float(values.sum())
     return [sums.get(pair, 0.0) for pair in pairs]
-
-
-def batches_by_length(items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
-    """Yield batches of items of similar length: at most `batch_size` items, and at most 4,096 padded positions."""
-    batch: list[Any] = []
-    for i in sorted(range(len(items)), key=lambda i: lengths[i]):
-        if batch and (len(batch) == batch_size or lengths[i] * (len(batch) + 1) > _MAX_POSITIONS):
-            yield batch
-            batch = []
-        batch.append(items[i])
-    if batch:
-        yield batch
 
 
 def _tokenize_pairs(
