@@ -8,6 +8,7 @@ merged copy that `save_final` makes of an adapter.
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
+from quarkrl.algorithm.loss import rows_per_slice
 from quarkrl.errors import UserError
 from quarkrl.models.completion_logits import is_one_product
 from quarkrl.training.config import QuarkConfig
@@ -28,6 +30,7 @@ REFUSAL_FACTOR = 1.25  # A run is refused if its estimate exceeds the free memor
 LARGEST_BATCH_CPU, LARGEST_BATCH_ACCELERATOR, SAMPLING_SHARE = 128, 512, 0.5
 # Numbers per trained parameter that an optimizer of transformers keeps; 2, as AdamW, if it is not listed.
 _OPTIMIZER_STATES = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
+_ADAPTER = "lora_|trainable_tokens"  # In the names of an adapter's parameters.
 # Folder, limit and use of the control group of a container, in the kernel's versions 2 and 1.
 _CONTROL_GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -41,10 +44,10 @@ class RunSize:
 
     weights: int  # the policy's parameters
     trained: int  # those of them that are trained
-    head: int  # the gradient of the output embedding, and its merged copy if an adapter trains some of its rows
+    loss: int  # one slice of the loss, and the gradient of the output embedding
     activations: int  # kept for the backward pass, per sample
     checkpointed: int  # the same with gradient checkpointing
-    logits: int  # per sample, if the loss needs all of them at once; 0 if it takes them in slices
+    logits: int  # per sample, if the loss cannot compute them in slices; else 0
     cache: int  # keys and values, per completion
     sampling: int  # other arrays while sampling, per completion
     batch: int  # samples of a micro-batch
@@ -77,13 +80,13 @@ def estimate(run: RunSize) -> Estimate:
     """Estimate the memory of a run, in bytes."""
     parts = {"weights": run.weights, "reference": run.reference, "gradients": run.trained}
     parts |= {"optimizer": int(run.trained * run.optimizer), "other": run.other}
-    parts |= {"activations": run.batch * run.activations, "logits": run.batch * run.logits}
+    parts |= {"activations": run.batch * run.activations, "loss": run.loss + run.batch * run.logits}
     parts |= {"cache": run.sampled * run.cache, "sampling": run.sampled * run.sampling}
     fixed = run.weights + run.reference + parts["optimizer"] + run.other
     # Gradients take the place of the activations, layer by layer, unless an earlier micro-batch has made them.
-    backward = SAFETY_FACTOR * (parts["activations"] + parts["logits"]) + (run.trained if run.accumulates else 0)
+    backward = SAFETY_FACTOR * parts["activations"] + parts["loss"] + (run.trained if run.accumulates else 0)
     exploring = fixed + SAFETY_FACTOR * (parts["cache"] + parts["sampling"])
-    return Estimate(parts, int(exploring), learning=int(fixed + run.head + max(backward, run.trained)))
+    return Estimate(parts, int(exploring), learning=int(fixed + max(backward, run.trained + run.loss)))
 
 
 def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, reference: Any = None) -> RunSize:
@@ -98,8 +101,11 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or width // heads
     # Autograd keeps about the input and the output of each linear map of a layer.
-    tables = {id(head), *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding))}
-    maps = [w for name, w in parameters.items() if w.ndim == 2 and id(w) not in tables and "lora_" not in name]
+    embeddings = {
+        id(head),
+        *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)),
+    }
+    maps = [w for n, w in parameters.items() if w.ndim == 2 and id(w) not in embeddings and not re.search(_ADAPTER, n)]
     linear = number * sum(sum(weight.shape) for weight in maps)
     # Attention that is not fused keeps its scores before and after the softmax, and after dropout. PyTorch has no fused
     # attention with dropout on a CPU.
@@ -108,6 +114,11 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     activations = length * (linear + (3 * 4 * layers * heads * length if unfused else 0))
     checkpointed = activations // layers + length * number * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
+    vocab = head.shape[0]
+    # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
+    # An adapter that trains some rows of the embedding also merges them into a copy.
+    tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
+    slice_rows = min(rows_per_slice(vocab), options.per_device_train_batch_size * options.max_completion_length)
     reads = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
     other = weights // 2 if mixed and head.element_size() == 4 else 0
     other += trained if options.world_size > 1 else 0
@@ -115,14 +126,14 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     return RunSize(
         weights=weights,
         trained=trained,
-        head=head.nbytes * (2 if any("trainable_tokens" in n for n in parameters) else 1) * head.requires_grad,
+        loss=5 * 4 * slice_rows * vocab + tables * head.nbytes,
         activations=checkpointed if is_checkpointed else activations,
         checkpointed=checkpointed,
-        # Those of policy and reference, and their gradient.
-        logits=0 if is_one_product(output) else 3 * 4 * options.max_completion_length * head.shape[0],
+        # The logits of policy and reference, and their gradient.
+        logits=0 if is_one_product(output) else 3 * 4 * options.max_completion_length * vocab,
         cache=reads * 2 * layers * kv_heads * head_width * number * length,
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
-        sampling=reads * max(prompt * linear // layers, 6 * 4 * head.shape[0]),
+        sampling=reads * max(prompt * linear // layers, 6 * 4 * vocab),
         batch=options.per_device_train_batch_size,
         sampled=count,
         reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
@@ -221,12 +232,13 @@ def plan_memory(
     if memory is not None:  # What the models take already is part of the estimate.
         parameters = [*model.parameters(), *(reference.parameters() if reference is not None else ())]
         free = memory[0] + sum(weight.nbytes for weight in parameters if weight.device.type == device.type)
-    if batch_size is None:
+    if batch_size is None and memory is not None:
         # Of main memory the total counts: what is free varies, and another batch size would round differently, so that
         # a resumed run would not be bit-identical.
-        cpu_limits = (memory[1] if memory else 0, LARGEST_BATCH_CPU)
-        limits = cpu_limits if device.type == "cpu" else (free, LARGEST_BATCH_ACCELERATOR)
-        batch_size = choose_sampling_batch(run, *limits, count) if memory else LARGEST_BATCH_CPU
+        main = device.type == "cpu"
+        limits = (memory[1], LARGEST_BATCH_CPU) if main else (free, LARGEST_BATCH_ACCELERATOR)
+        batch_size = choose_sampling_batch(run, *limits, count)
+    batch_size = batch_size or LARGEST_BATCH_CPU
     batches = {"generation_batch_size": min(batch_size, count)}
     if eval_prompt_lengths:
         evaluated = len(eval_prompt_lengths) * options.eval_samples_per_prompt
