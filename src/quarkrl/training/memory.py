@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 
-from quarkrl.algorithm.loss import rows_per_slice
+from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
-from quarkrl.models.completion_logits import is_one_product
+from quarkrl.models.head_access import is_one_product
 from quarkrl.training.config import QuarkConfig
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
     # An adapter that trains some rows of the embedding also merges them into a copy.
     tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
-    slice_rows = min(rows_per_slice(vocab), options.per_device_train_batch_size * options.max_completion_length)
+    slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     reads = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
     other = weights // 2 if mixed and head.element_size() == 4 else 0
     other += trained if options.world_size > 1 else 0
