@@ -23,7 +23,7 @@ from quarkrl.rewards.functions.judge import read_rating
 from quarkrl.rewards.spec import split_spec
 from quarkrl.rewards.validation import attribute_names, checked_scores
 from quarkrl.runs.checkpoints import load_state, save_state
-from quarkrl.storage.json import finite
+from quarkrl.storage.json import nan_to_null
 
 FIXTURES = HealthCheck.function_scoped_fixture  # A folder that each example overwrites.
 
@@ -326,5 +326,5 @@ def test_what_is_made_finite_is_json(value):
     def no_constant(name):
         raise AssertionError(name)
 
-    text = json.dumps(finite(value), allow_nan=False)
-    assert json.loads(text, parse_constant=no_constant) == finite(json.loads(json.dumps(value)))
+    text = json.dumps(nan_to_null(value), allow_nan=False)
+    assert json.loads(text, parse_constant=no_constant) == nan_to_null(json.loads(json.dumps(value)))

@@ -376,7 +376,7 @@ def test_saving_adds_what_is_new_and_leaves_nothing_else_behind(tmp_path):
     first = tmp_path / "iteration-000000.parquet"
     written = first.stat().st_mtime_ns, first.read_bytes()
     pool.add([[1]], [[2]], [4], iteration=1)
-    (tmp_path / "iteration-000001.tmp").write_bytes(b"left by a crash")
+    (tmp_path / "iteration-000001.parquet.tmp").write_bytes(b"left by a crash")
     pool.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration-000000.parquet", "iteration-000001.parquet"]
     assert (first.stat().st_mtime_ns, first.read_bytes()) == written
@@ -385,7 +385,7 @@ def test_saving_adds_what_is_new_and_leaves_nothing_else_behind(tmp_path):
 
 def test_an_unfinished_file_is_not_read(tmp_path):
     pool_of([1, 2, 3], 2).save(tmp_path)
-    (tmp_path / "iteration-000001.tmp").write_bytes(b"half")
+    (tmp_path / "iteration-000001.parquet.tmp").write_bytes(b"half")
     assert len(DataPool.load(tmp_path, 2, ("reward",))) == 3
 
 

@@ -96,7 +96,7 @@ class Trap:
         *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best", "quarkrl.training.trainer:score"),
         *("quarkrl.training.exploration:FinishedBatches.keep", "quarkrl.training.exploration:FinishedBatches.clear"),
         *(
-            "quarkrl.storage.atomic:pq.write_table",
+            "quarkrl.storage.parquet:pq.write_table",
             "quarkrl.storage.atomic:os.replace",
             "quarkrl.storage.atomic:os.rename",
         ),
@@ -106,9 +106,13 @@ class Trap:
             "quarkrl.algorithm.pool:DataPool.draw",
         ),
         *("quarkrl.training.trainer:QuarkTrainer.compute_loss", "quarkrl.training.trainer:QuarkTrainer.adapt"),
-        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.progress:MetricsFile.on_log"),
+        *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.metrics_log:MetricsFile.on_log"),
         *("quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "quarkrl.runs.checkpoints:save_file"),
-        *("quarkrl.runs.checkpoints:seal", "quarkrl.runs.checkpoints:remove", "quarkrl.runs.durable_trainer:publish"),
+        *(
+            "quarkrl.runs.checkpoints:seal",
+            "quarkrl.runs.checkpoints:remove_directory",
+            "quarkrl.runs.durable_trainer:replace_directory",
+        ),
         "quarkrl.training.trainer:save_steered",
     )
 
@@ -169,9 +173,9 @@ def _half_a_removal(_remove, directory):
 
 
 AMID = {
-    "quarkrl.storage.atomic:pq.write_table": _half_a_table,
+    "quarkrl.storage.parquet:pq.write_table": _half_a_table,
     "quarkrl.runs.checkpoints:save_file": _half_a_state,
-    "quarkrl.training.progress:MetricsFile.on_log": _half_a_row,
+    "quarkrl.training.metrics_log:MetricsFile.on_log": _half_a_row,
 }
 
 
@@ -252,7 +256,7 @@ def files_of(directory: Path) -> set[str]:
 
 def assert_same_run(found: Path, expected: Path) -> None:
     """To the bit: samples, metrics, weights, states of optimizer, schedule and random generators; no file too many."""
-    from quarkrl.storage.atomic import read_table
+    from quarkrl.storage.parquet import read_table
 
     assert files_of(found) == files_of(expected)
     for path in sorted(expected.rglob("*.parquet")):

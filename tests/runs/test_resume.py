@@ -39,10 +39,10 @@ from quarkrl.runs.interrupts import Stopped
 
 SCORE, TABLE, STATE = (
     "quarkrl.training.trainer:score",
-    "quarkrl.storage.atomic:pq.write_table",
+    "quarkrl.storage.parquet:pq.write_table",
     "quarkrl.runs.checkpoints:save_file",
 )
-LOG = "quarkrl.training.progress:MetricsFile.on_log"
+LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 
 # Each is one kill in one go of the same run, in the order in which they come; a call counts from the go's beginning.
 HARD = [
@@ -65,7 +65,7 @@ HARD = [
         Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 4),
         "iteration 0/2, step 3/12, pool 10 samples, 1 exp",
     ),
-    (Trap("quarkrl.runs.checkpoints:remove", "before", 1), "iteration 1/2, step 6/12, pool 20 samples"),
+    (Trap("quarkrl.runs.checkpoints:remove_directory", "before", 1), "iteration 1/2, step 6/12, pool 20 samples"),
     (Trap("quarkrl.training.trainer:save_steered", "after", 1), "iteration 2/2, step 9/12, pool 31 samples"),
 ]
 
@@ -112,7 +112,7 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(tmp_path, options, count
     code, said = in_a_process(run, tmp_path / "whole", False, None, options)
     assert code == 0, said
     calls = json.loads((tmp_path / "whole.calls").read_text())
-    assert set(Trap.places) - set(calls) <= {"quarkrl.runs.checkpoints:remove"}  # Every phase has its turn.
+    assert set(Trap.places) - set(calls) <= {"quarkrl.runs.checkpoints:remove_directory"}  # Every phase has its turn.
     chance = random.Random(len(options))
     places = chance.sample(sorted(calls), min(count, len(calls)))
     places += chance.choices(sorted(calls), k=count - len(places))

@@ -32,19 +32,18 @@ from quarkrl.runs.checkpoints import (
 )
 from quarkrl.storage import atomic as disk
 from quarkrl.storage.atomic import (
-    publish,
-    read_table,
-    remove,
+    atomic_directory,
+    atomic_file,
+    clean_up,
+    remove_directory,
+    replace_directory,
+    report_write_errors,
     sha256,
-    staged,
-    tidy,
-    told,
-    write_json,
-    write_table,
-    written,
 )
+from quarkrl.storage.json import write_json
+from quarkrl.storage.parquet import read_table, write_table
 from quarkrl.training.exploration import FinishedBatches, Rollout, batches_left
-from quarkrl.training.progress import MetricsFile
+from quarkrl.training.metrics_log import MetricsFile
 
 # Files and directories
 
@@ -59,12 +58,12 @@ def test_the_digest_of_several_files_is_that_of_one_with_all_their_bytes(tmp_pat
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), written(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
         raise ZeroDivisionError
     assert path.read_bytes() == b"old" and files_of(tmp_path) == {"file"}
-    with written(path) as file:
+    with atomic_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and files_of(tmp_path) == {"file"}
 
@@ -72,9 +71,9 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 def test_a_directory_is_whole_or_as_it_was(tmp_path):
     target = tmp_path / "final"
     for content in ("old", "new"):
-        with staged(target) as made:
+        with atomic_directory(target) as made:
             (made / "file").write_text(content)
-    with pytest.raises(ZeroDivisionError), staged(target) as made:
+    with pytest.raises(ZeroDivisionError), atomic_directory(target) as made:
         (made / "other").write_text("half")
         raise ZeroDivisionError
     assert files_of(tmp_path) == {"final/file"} and (target / "file").read_text() == "new"
@@ -94,11 +93,11 @@ def test_whenever_a_directory_is_replaced_one_of_both_is_there_afterwards(tmp_pa
 
     monkeypatch.setattr(disk.os, "rename", cut_off)
     try:
-        publish(tmp_path / "_saving.tmp/checkpoint-3", tmp_path / "checkpoint-3")
+        replace_directory(tmp_path / "_saving.tmp/checkpoint-3", tmp_path / "checkpoint-3")
     except KeyboardInterrupt:
         assert renames < 2
     monkeypatch.undo()
-    tidy(tmp_path)
+    clean_up(tmp_path)
     assert files_of(tmp_path) == {"checkpoint-3/file"}
     assert (tmp_path / "checkpoint-3/file").read_text() == ("new" if renames == 2 else "old")
 
@@ -110,10 +109,10 @@ def test_a_directory_is_gone_before_it_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         disk.shutil, "rmtree", lambda path, **_: (path / "model").unlink(missing_ok=True)
     )  # Half of it.
-    remove(tmp_path / "checkpoint-3")
+    remove_directory(tmp_path / "checkpoint-3")
     monkeypatch.undo()
     assert not (tmp_path / "checkpoint-3").exists()
-    tidy(tmp_path)
+    clean_up(tmp_path)
     assert files_of(tmp_path) == set()
 
 
@@ -127,13 +126,13 @@ def test_a_directory_is_gone_before_it_is_removed(tmp_path, monkeypatch):
     ],
 )
 def test_a_full_disk_is_told_alike_whichever_library_meets_it(error):
-    with pytest.raises(UserError) as caught, told("run/checkpoint-3"):
+    with pytest.raises(UserError) as caught, report_write_errors("run/checkpoint-3"):
         raise error
-    assert str(caught.value).startswith("'run/checkpoint-3' cannot be written: no space left on device; what was saved")
+    assert str(caught.value).startswith("'run/checkpoint-3' cannot be written: no space left on device. ")
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(ValueError, match="shapes differ"), told("run"):
+    with pytest.raises(ValueError, match="shapes differ"), report_write_errors("run"):
         raise ValueError("shapes differ")
 
 
@@ -390,7 +389,7 @@ def limited(directory: Path, resume: bool, largest: int, options: dict) -> int:
 def test_a_write_that_fails_is_one_error_and_the_run_goes_on_when_there_is_room(tmp_path, whole, largest):
     code, said = in_a_process(limited, tmp_path / "run", False, largest, SHORT)
     assert code == 2, said
-    assert "cannot be written: file too large; what was saved before is whole" in said.splitlines()[-1]
+    assert "cannot be written: file too large." in said.splitlines()[-1]
     code, said = in_a_process(run, tmp_path / "run", (tmp_path / "run/run.json").exists(), None, SHORT)
     assert code == 0, said
     assert_same_run(tmp_path / "run", whole)
@@ -424,7 +423,7 @@ def test_a_disk_that_fills_up_again_and_again_loses_nothing(tmp_path, whole, sma
         code, said = in_a_process(limited, directory, resume, resource.RLIM_INFINITY, SHORT)
         if code == 0:
             break
-        assert code == 2 and "no space left on device; what was saved before is whole" in said.splitlines()[-1], said
+        assert code == 2 and "no space left on device." in said.splitlines()[-1], said
         seen.add(said.splitlines()[-1].split("'")[1])
         size += used // 4
     assert code == 0 and len(seen) > 1, seen  # It has failed in several places.

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from quarkrl.errors import UserError
-from quarkrl.storage.atomic import read_table, write_table
+from quarkrl.storage.parquet import read_table, write_table
 
 logger = logging.getLogger(__name__)
 

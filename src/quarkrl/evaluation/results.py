@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quarkrl.errors import UserError
-from quarkrl.storage.json import finite
+from quarkrl.storage.json import nan_to_null
 
 if TYPE_CHECKING:
     from quarkrl.evaluation.evaluate import Evaluation
@@ -57,7 +57,7 @@ def save(evaluation: "Evaluation", path: str | os.PathLike) -> None:
         ],
         "completions": completions.name,
     }
-    text = json.dumps(finite(document), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n"
     _write(target, lambda file: file.write(text.encode("utf-8")))
 
 

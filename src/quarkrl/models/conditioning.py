@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from quarkrl.errors import UserError
-from quarkrl.storage.json import finite
+from quarkrl.storage.json import nan_to_null
 
 FACTS_FILE = "quark.json"
 
@@ -167,7 +167,7 @@ class Conditioning:
         target = Path(directory) / FACTS_FILE
         temporary = target.with_suffix(".tmp")
         temporary.write_text(
-            json.dumps(finite({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
+            json.dumps(nan_to_null({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
         )
         os.replace(temporary, target)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from quarkrl.errors import UserError
 from quarkrl.runs.states import states_path
-from quarkrl.storage.atomic import remove, sha256, write_json
+from quarkrl.storage.atomic import remove_directory, sha256
+from quarkrl.storage.json import write_json
 
 MANIFEST = "manifest.json"
 
@@ -85,4 +86,4 @@ def rotate(run: Path, limit: int | None, keep: set[Path]) -> None:
     checkpoints = list_checkpoints(run)
     excess = len(checkpoints) - limit if limit else 0
     for checkpoint in [path for path in checkpoints if path not in keep][: max(excess, 0)]:
-        remove(checkpoint)
+        remove_directory(checkpoint)

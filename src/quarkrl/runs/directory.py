@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
 from quarkrl.runs.checkpoints import checkpoints, flaw, last_good, step_of
-from quarkrl.storage.atomic import tidy, told, write_json, written
+from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
+from quarkrl.storage.json import write_json
 from quarkrl.training.config import QuarkConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         UserError: another process holds it, or the directory cannot be written.
     """
     directory = Path(directory)
-    with told(directory):
+    with report_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # One lock for a directory in a process, counted: `quarkrl train` takes it, and so does the trainer in it.
         lock = FileLock(directory.resolve() / LOCK_FILE, is_singleton=True)
@@ -145,7 +146,7 @@ def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) ->
             raise UserError(f"{path} is missing, so that nobody can tell which run this was: want it back, to resume")
         raise UserError(f"output_dir {str(directory)!r} holds no run: nothing to resume; start one without --resume")
     for folder in (directory, directory / "pool"):
-        tidy(folder)
+        clean_up(folder)
     was = _read(path)
     changed, others, notes = _compared(was, facts)
     branches = isinstance(resume, str) and not others and not changed.keys() & _SETTLED
@@ -238,5 +239,5 @@ class ConfigFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            with written(Path(args.output_dir) / "config.yaml") as file:
+            with atomic_file(Path(args.output_dir) / "config.yaml") as file:
                 file.write(yaml.safe_dump(self.options, sort_keys=False).encode())

@@ -38,7 +38,7 @@ from quarkrl.runs.states import (
     save_state,
     states_path,
 )
-from quarkrl.storage.atomic import publish, told
+from quarkrl.storage.atomic import replace_directory, report_write_errors
 
 # Where checkpoints are written. `Trainer` does not take this name for a checkpoint.
 _STAGE = "_saving.tmp"
@@ -218,14 +218,14 @@ class DurableTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `_rotate` removes old checkpoints.
         self._staging = True
         try:
-            with told(run / name):
+            with report_write_errors(run / name):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 self._correct_best_checkpoint(staged=name)
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(stage / name / "trainer_state.json"))
                     checkpoints.seal(stage / name)
-                    publish(stage / name, run / name)
+                    replace_directory(stage / name, run / name)
         finally:
             self._staging = False
             self.args.save_total_limit = limit

@@ -1,1 +1,1 @@
-"""What a crash must not damage: atomic files, Parquet tables and JSON."""
+"""What a crash must not damage: atomic files and directories, Parquet tables with checksums, and JSON."""

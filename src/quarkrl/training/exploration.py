@@ -17,7 +17,7 @@ import torch
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.rewards.scorer import Scorer, Scores
-from quarkrl.storage.atomic import read_table, write_table
+from quarkrl.storage.parquet import read_table, write_table
 
 logger = logging.getLogger(__name__)
 

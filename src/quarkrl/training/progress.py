@@ -1,23 +1,14 @@
 """What a run shows and writes while it goes: bars for explore, score and learn, and `metrics.jsonl`."""
 
-import json
-import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from torch import Tensor
 from transformers import TrainerCallback
-
-from quarkrl.storage.atomic import told, written
-from quarkrl.storage.json import finite
 
 
 def new_bars(console: Console, enabled: bool = True) -> Bars:
@@ -133,89 +124,3 @@ _NOT_IN_THE_LINE = ("iteration", "epoch", "seconds_sample", "seconds_score", "eo
 
 def _short(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-
-
-class MetricsFile(TrainerCallback):
-    """Appends everything that is logged to `metrics.jsonl` in the run's directory, a JSON object a line."""
-
-    def __init__(self, directory: str | os.PathLike):
-        self.path = Path(directory) / "metrics.jsonl"
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if state.is_world_process_zero:
-            with told(self.path), open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line({"step": state.global_step, **(logs or {})}))
-
-    @property
-    def size(self) -> int:
-        """In bytes; 0 where there is no file."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def sync(self) -> None:
-        """Flush to the disk what is written."""
-        if self.path.exists():
-            with open(self.path, "rb+") as file:
-                os.fsync(file.fileno())
-
-    def cut(self, size: int, history: list[dict[str, Any]]) -> None:
-        """Go back to a size it had; where it is shorter than that, rewrite it from what was logged until then."""
-        if size <= self.size:
-            if self.path.exists():
-                os.truncate(self.path, size)
-            return
-        with written(self.path) as file:
-            file.writelines(_line(row).encode() for row in history)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(finite(row)) + "\n"
-
-
-class LossMeans:
-    """Sums of the loss's parts over tokens: since the last log, and in the current step."""
-
-    names = ("nll", "kl", "entropy")
-
-    def __init__(self) -> None:
-        self._logged = self._step = torch.zeros(len(self.names) + 2, dtype=torch.float64)
-
-    def add(self, sums: Tensor, tokens: int, completions: int) -> None:
-        """Count a batch: the sum of each part over its tokens, its tokens, its completions."""
-        counts = torch.tensor([tokens, completions], dtype=torch.float64)
-        self._step = self._step + torch.cat((sums.double().cpu(), counts))
-
-    @property
-    def step(self) -> dict[str, float]:
-        """The current step's sums on this process, by name, and its `tokens`."""
-        return dict(zip((*self.names, "tokens"), self._step.tolist(), strict=False))
-
-    def drop_step(self) -> None:
-        """Nothing is learned from the current step."""
-        self._step = torch.zeros_like(self._step)
-
-    @property
-    def state(self) -> list[float]:
-        """The sums since the last log, to be put back by a resumed run."""
-        return self._logged.tolist()
-
-    @state.setter
-    def state(self, sums: list[float]) -> None:
-        self._logged = torch.tensor(sums, dtype=torch.float64)
-
-    def end_step(self) -> None:
-        """The optimizer has stepped."""
-        self._logged = self._logged + self._step
-        self._step = torch.zeros_like(self._step)
-
-    def last_per_completion(self, accelerator: Any) -> tuple[float, float]:
-        """Mean KL and entropy of a completion in the current step, over all processes."""
-        _nll, kl, entropy, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
-        return kl / completions, entropy / completions
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        """Means per token since the last drain, over all processes; NaN, also for the loss, where there was none."""
-        *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
-        self._logged = torch.zeros_like(self._logged)
-        if not tokens:
-            return dict.fromkeys((*self.names, "loss"), math.nan)
-        return {name: value / tokens for name, value in zip(self.names, sums, strict=True)}

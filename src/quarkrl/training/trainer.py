@@ -47,13 +47,14 @@ from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
-from quarkrl.storage.atomic import staged
+from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedule, score
 from quarkrl.training.health import Health
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
-from quarkrl.training.progress import LossMeans, MetricsFile, Progress
+from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.progress import Progress
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -370,7 +371,7 @@ class QuarkTrainer(ResumableTrainer):
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with staged(directory) as made:
+            with atomic_directory(directory) as made:
                 save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
         return directory
 
