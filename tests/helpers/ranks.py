@@ -119,7 +119,7 @@ def main(spec: dict[str, Any]) -> int:
         "rewards": pool.rewards.tolist(),
         "quantiles": pool.quantiles.tolist(),
         "completions": [sample.completion_ids.tolist() for sample in pool],
-        "drawn": trainer.drawn.tolist(),
+        "drawn": trainer.draws.tolist(),
         "scored": scored_here,
         "logs": trainer.state.log_history,
         "layers": [

@@ -38,9 +38,9 @@ from quarkrl.errors import UserError
 from quarkrl.runs.interrupts import Stopped
 
 SCORE, TABLE, STATE = (
-    "quarkrl.training.trainer:score",
+    "quarkrl.training.exploration:CompletionScorer.score",
     "quarkrl.storage.parquet:pq.write_table",
-    "quarkrl.runs.checkpoints:save_file",
+    "quarkrl.runs.states:save_file",
 )
 LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 

@@ -21,15 +21,12 @@ from helpers.crashes import SHORT, assert_same, assert_same_run, files_of, in_a_
 from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints
 from quarkrl.runs.checkpoints import (
-    flaw,
-    last_good,
-    load_state,
-    random_states,
+    find_damage,
+    last_good_checkpoint,
     rotate,
-    save_state,
     seal,
-    set_random_states,
 )
+from quarkrl.runs.states import load_state, random_states, restore_random_states, save_state
 from quarkrl.storage import atomic as disk
 from quarkrl.storage.atomic import (
     atomic_directory,
@@ -223,7 +220,7 @@ def test_random_generators_go_on_where_they_were(tmp_path):
     torch.rand(3), random.gauss(0, 1), np.random.standard_normal(3)
     save_state(tmp_path / "r.safetensors", random_states())
     expected = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
-    set_random_states(load_state(tmp_path / "r.safetensors"))
+    restore_random_states(load_state(tmp_path / "r.safetensors"))
     found = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1] and found[2].tolist() == expected[2].tolist()
 
@@ -292,11 +289,11 @@ def shorten(path: Path) -> None:
 @pytest.mark.parametrize("harm", [flip, shorten, Path.unlink], ids=lambda harm: harm.__name__)
 def test_harm_to_any_file_of_a_checkpoint_is_found(whole, tmp_path, harm):
     names = sorted(files_of(whole / "checkpoint-4"))
-    assert flaw(whole / "checkpoint-4") is None and "training/process-0.safetensors" in names
+    assert find_damage(whole / "checkpoint-4") is None and "training/process-0.safetensors" in names
     for name in names:
         checkpoint = Path(shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4", dirs_exist_ok=True))
         harm(checkpoint / name)
-        found = flaw(checkpoint)
+        found = find_damage(checkpoint)
         assert found is not None and (name in found or name == "manifest.json")
 
 
@@ -341,7 +338,7 @@ def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
         (tmp_path / "checkpoint-best").mkdir(exist_ok=True)  # Somebody else's.
 
     def left() -> list[int]:
-        return [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+        return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)]
 
     made(2, 10, 9)
     rotate(tmp_path, None, set())
@@ -355,18 +352,18 @@ def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
 
 
 def test_the_last_good_checkpoint_is_the_latest_that_is_whole(tmp_path):
-    assert last_good(tmp_path) == (None, [])
+    assert last_good_checkpoint(tmp_path) == (None, [])
     for step in (9, 10):
         save_state(tmp_path / f"checkpoint-{step}/training/optimizer.safetensors", {})
         write_json(tmp_path / f"checkpoint-{step}/trainer_state.json", {})
         seal(tmp_path / f"checkpoint-{step}")
-    assert last_good(tmp_path)[0] == tmp_path / "checkpoint-10"
+    assert last_good_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-11").mkdir()
-    good, wrong = last_good(tmp_path)
+    good, wrong = last_good_checkpoint(tmp_path)
     assert good == tmp_path / "checkpoint-10" and wrong[0].startswith("checkpoint-11: it has no manifest.json")
     (tmp_path / "checkpoint-10/training/optimizer.safetensors").unlink()
     seal(tmp_path / "checkpoint-10")
-    good, wrong = last_good(tmp_path)
+    good, wrong = last_good_checkpoint(tmp_path)
     assert good == tmp_path / "checkpoint-9" and "checkpoint-10: it has no optimizer state (save_only_model)" in wrong
 
 

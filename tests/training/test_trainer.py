@@ -63,7 +63,7 @@ def test_what_is_learned_from_has_its_quantiles_token_and_the_reference_sees_non
     numbers = range(8)
     batch = trainer.collate(numbers)
     for row, plain, number in zip(batch["input_ids"], batch["ref_input_ids"], numbers, strict=True):
-        sample = trainer.pool[int(trainer.drawn[number])]
+        sample = trainer.pool[int(trainer.draws[number])]
         ids = [*sample.prompt_ids.tolist(), *sample.completion_ids.tolist()]
         token = trainer.conditioning.token_ids[0][sample.quantiles[0]]
         assert row.tolist()[: len(ids) + 1] == [token, *ids]
@@ -135,17 +135,17 @@ def test_draws_are_a_function_of_seed_and_iteration_alone(tmp_path):
     trainer = trainer_of(tmp_path, distinct_rewards)
     trainer.explore(0)
     trainer.quantize(0)
-    first = trainer.drawn
+    first = trainer.draws
     np.random.seed(7)
     torch.manual_seed(7)
     trainer.quantize(1)
     assert len(first) == trainer.args.draws_per_iteration == 24
-    assert trainer.drawn.tolist() != first.tolist()
+    assert trainer.draws.tolist() != first.tolist()
     trainer.quantize(0)
-    assert trainer.drawn.tolist() == first.tolist()
+    assert trainer.draws.tolist() == first.tolist()
     trainer.args.seed = 1
     trainer.quantize(0)
-    assert trainer.drawn.tolist() != first.tolist()
+    assert trainer.draws.tolist() != first.tolist()
 
 
 def test_balanced_draws_take_a_rare_quantile_as_often_as_the_others(tmp_path):
@@ -158,7 +158,7 @@ def test_balanced_draws_take_a_rare_quantile_as_often_as_the_others(tmp_path):
         trainer = trainer_of(tmp_path / draw, one_is_worse, draw=draw, **options)
         trainer.explore(0)
         trainer.quantize(0)
-        shares.append(float(np.mean(trainer.pool.rewards[trainer.drawn] == 0)))
+        shares.append(float(np.mean(trainer.pool.rewards[trainer.draws] == 0)))
     assert shares == [pytest.approx(1 / 8, abs=0.05), pytest.approx(1 / 2, abs=0.08)]
 
 
@@ -228,7 +228,7 @@ def test_eos_is_a_label(tmp_path):
     trainer.explore(0)
     trainer.quantize(0)
     batch = trainer.collate(range(24))
-    with_eos = sum(EOS_ID in trainer.pool[int(i)].completion_ids for i in trainer.drawn)
+    with_eos = sum(EOS_ID in trainer.pool[int(i)].completion_ids for i in trainer.draws)
     assert with_eos > 0
     assert (batch["labels"] == EOS_ID).sum() == with_eos
 
@@ -252,11 +252,11 @@ def test_policy_and_reference_may_be_two_models(tmp_path):
     batch = trainer.collate(range(8))
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch)
-    trainer._learned.end_step()
-    measured = trainer._learned.drain(trainer.accelerator)["kl"]
+    trainer.loss_means.end_step()
+    measured = trainer.loss_means.drain(trainer.accelerator)["kl"]
     kls = []
     for number in range(8):
-        sample = trainer.pool[int(trainer.drawn[number])]
+        sample = trainer.pool[int(trainer.draws[number])]
         prompt, completion = sample.prompt_ids.tolist(), sample.completion_ids.tolist()
         conditioned = trainer.conditioning.prefix(prompt, sample.quantiles.tolist())
         with torch.no_grad():

@@ -112,7 +112,7 @@ class Health(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         """With the whole step's gradient, while the weights are as they were."""
-        trainer, learned = self.trainer, self.trainer._learned
+        trainer, learned = self.trainer, self.trainer.loss_means
         step = learned.step
         found = [f"the {name}" for name in learned.names if not math.isfinite(step[name])]
         scaler = getattr(trainer.accelerator, "scaler", None)
