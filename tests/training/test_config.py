@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,6 @@ import quarkrl
 from quarkrl import QuarkConfig
 from quarkrl.cli.train_options import left_out, parse_train
 from quarkrl.errors import UserError
-from quarkrl.sampling.strategy import Sampling
 
 SOURCE = Path(quarkrl.__file__).parent
 OWN = sorted({f.name for f in fields(QuarkConfig)} - {f.name for f in fields(TrainingArguments)})
@@ -49,7 +49,7 @@ def test_an_iteration_is_an_epoch(tmp_path):
 def test_temperatures_of_exploring_are_taken_in_turn(tmp_path):
     def explored(temperature):
         config = QuarkConfig(output_dir=str(tmp_path), temperature=temperature)
-        return [Sampling.exploring(config, iteration).temperature for iteration in range(5)]
+        return [config.sampling(iteration).temperature for iteration in range(5)]
 
     assert explored([1.0, 0.2]) == [1.0, 0.2, 1.0, 0.2, 1.0]
     assert explored(0.7) == [0.7] * 5
@@ -65,6 +65,9 @@ def test_every_own_option_is_read_somewhere(name):
     """Official Quark parses --num-samples and --response-length and never reads them."""
     files = [path for path in SOURCE.rglob("*.py") if path.name != "config.py"]
     used = [path.name for path in files if re.search(rf"(args|config)\.{name}\b", path.read_text(encoding="utf-8"))]
+    for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling):
+        if re.search(rf"self\.{name}\b", inspect.getsource(method)):
+            used.append(method.__name__)
     if name in ("num_iterations", "steps_per_iteration"):  # config.py itself makes them epochs and draws.
         used.append("config.py")
     assert used, f"nothing reads {name}"

@@ -2,17 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quarkrl.errors import UserError
-
-if TYPE_CHECKING:
-    from quarkrl.training.config import QuarkConfig
-
 
 # Sampling goes on in float32, whose range logits of some hundreds would leave if divided by next to nothing.
 LEAST_TEMPERATURE = 1e-6
@@ -93,19 +88,6 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: want more than 0 and at most 1")
-
-    @classmethod
-    def exploring(cls, args: "QuarkConfig", iteration: int) -> "Sampling":
-        """As a run explores in an iteration."""
-        lengths = (args.max_completion_length, args.min_completion_length)
-        temperature = args.temperature[iteration % len(args.temperature)]
-        return cls(*lengths, temperature, args.top_p, args.do_sample)
-
-    @classmethod
-    def evaluating(cls, args: "QuarkConfig") -> "Sampling":
-        """As a run evaluates held-out prompts: completions of the same lengths."""
-        lengths = (args.max_completion_length, args.min_completion_length)
-        return cls(*lengths, args.eval_temperature, args.eval_top_p, args.eval_do_sample)
 
     def uniforms(self, count: int, *seed: int) -> np.ndarray | None:
         """`(count, max_new_tokens)` random numbers for so many completions; a completion is settled by its row."""

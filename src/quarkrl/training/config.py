@@ -13,6 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.errors import UserError
 from quarkrl.sampling.guidance import checked_scale
+from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.health import MOST_SKIPPED_IN_A_ROW
 
 
@@ -293,6 +294,26 @@ class QuarkConfig(TrainingArguments):
     def explored_per_iteration(self, num_prompts: int) -> int:
         """Return the number of completions that an iteration explores, of so many prompts."""
         return min(self.prompts_per_iteration or num_prompts, num_prompts) * self.samples_per_prompt
+
+    def sampling(self, iteration: int) -> Sampling:
+        """Return the sampling options for exploration in an iteration; the temperatures take turns."""
+        return Sampling(
+            max_new_tokens=self.max_completion_length,
+            min_new_tokens=self.min_completion_length,
+            temperature=self.temperature[iteration % len(self.temperature)],
+            top_p=self.top_p,
+            do_sample=self.do_sample,
+        )
+
+    def eval_sampling(self) -> Sampling:
+        """Return the sampling options for held-out prompts; the completion lengths are those of exploration."""
+        return Sampling(
+            max_new_tokens=self.max_completion_length,
+            min_new_tokens=self.min_completion_length,
+            temperature=self.eval_temperature,
+            top_p=self.eval_top_p,
+            do_sample=self.eval_do_sample,
+        )
 
     @property
     def draws_per_step(self) -> int:

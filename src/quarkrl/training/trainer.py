@@ -46,7 +46,7 @@ from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import DurableTrainer, EventHooks
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.decoder import made_once
-from quarkrl.sampling.generator import Sampling, evaluating, sample, sample_best
+from quarkrl.sampling.generator import evaluating, sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
@@ -213,7 +213,7 @@ class QuarkTrainer(DurableTrainer):
             task = Task(
                 prompts=self.prompts,
                 rows=prompt_schedule(self.prompts.ids, iteration, count, repeats, args.seed),
-                sampling=Sampling.exploring(args, iteration),
+                sampling=args.sampling(iteration),
                 sampler=partial(self._exploring_sampler, iteration),
                 seed=(args.seed, iteration),
                 batch_size=self.forecast.explored_at_once,
@@ -356,7 +356,7 @@ class QuarkTrainer(DurableTrainer):
         task = Task(
             prompts=prompts,
             rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
-            sampling=Sampling.evaluating(args),
+            sampling=args.eval_sampling(),
             sampler=partial(self._policy_sampler, args.eval_guidance_scale),
             seed=(args.seed, _EVALUATION_SEED),
             batch_size=args.per_device_eval_batch_size,
