@@ -270,7 +270,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         if name.endswith(".safetensors") and "process-" not in name:
             assert (found / name).read_bytes() == (expected / name).read_bytes(), name
         if "process-" in name:
-            from quarkrl.runs.checkpoints import load_state
+            from quarkrl.runs.states import load_state
 
             states = [load_state(directory / name) for directory in (found, expected)]
             for state in states:

@@ -382,7 +382,7 @@ def test_the_reference_may_be_of_a_narrower_type(tmp_path):
 
 @pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}])
 def test_a_type_for_a_reference_that_is_not_there_is_an_error(tmp_path, options):
-    with pytest.raises(UserError, match="ref_dtype bfloat16: no reference of its own"):
+    with pytest.raises(UserError, match="ref_dtype bfloat16: must be same"):
         trainer_of(tmp_path, ref_dtype="bfloat16", **options)
 
 
@@ -427,7 +427,7 @@ def test_sampling_makes_each_weight_once_whether_it_is_learned_or_not(tmp_path, 
     assert sampled is not trainer.ref_model or not any(learned for learned, _ in before.values())
     table, made = tuple(sampled.get_input_embeddings().weight.shape), []
     for tokens in (6, 12):
-        with Work(sampled) as work, trainer.sampler(iteration) as complete:
+        with Work(sampled) as work, trainer.exploring_sampler(iteration) as complete:
             complete([[0, 1], [2]], Sampling(tokens, tokens, do_sample=False), None)
         assert max(work.casts.values()) == 1
         made.append(work.made[table])
@@ -444,7 +444,7 @@ def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path
             if "trainable_tokens" in name:
                 weight.add_(torch.randn(weight.shape))
     policy, sampling = trainer.model, Sampling(12, 12, do_sample=False)
-    with trainer.sampler(1) as complete:
+    with trainer.exploring_sampler(1) as complete:
         found = complete([[0, 1], [2]], sampling, None)
     wanted = sample_best(
         policy, trainer.conditioning, (1.0, "worst", None), [[0, 1], [2]], sampling, None, end_ids=trainer.end_ids
@@ -495,7 +495,7 @@ def test_too_many_missing_rewards_stop_the_run(tmp_path, share, values):
     def reward(completion_ids, **_):
         return [values[i % 2] for i, _ in enumerate(completion_ids)]
 
-    with pytest.raises(UserError, match=rf"of 8 rewards of iteration 0 .*{share} \(max_unscored_share\)"):
+    with pytest.raises(UserError, match=rf"max_unscored_share {share}: \d of 8 rewards in iteration 0"):
         trainer_of(tmp_path, reward, max_unscored_share=share).train()
 
 
@@ -556,7 +556,7 @@ def test_a_reward_ceiling_lets_the_best_quantile_keep_all_that_is_good_enough(tm
 
 
 def test_more_quantiles_than_samples_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"num_quantiles 3: .* 2 samples"):
+    with pytest.raises(UserError, match=r"num_quantiles 3: must be at most .* 2\."):
         trainer_of(tmp_path, prompts=["a", "b"])
     trainer_of(tmp_path, prompts=["a", "b"], samples_per_prompt=2)
 
@@ -568,7 +568,7 @@ def test_no_prompts_is_an_error(tmp_path):
 
 
 def test_evaluating_without_prompts_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="eval_dataset is missing"):
+    with pytest.raises(UserError, match="eval_dataset .* is missing"):
         trainer_of(tmp_path).evaluate()
 
 
@@ -582,7 +582,7 @@ def test_a_model_without_tokenizer_is_an_error(tmp_path):
 
 
 def test_a_reference_of_another_vocabulary_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="ref_model has fewer tokens than model"):
+    with pytest.raises(UserError, match="ref_model .* at least 10"):
         trainer_of(tmp_path, ref_model=still_model(rows=VOCAB - 1))
     trainer_of(tmp_path, ref_model=still_model(rows=VOCAB + 6)).train()  # Rows that pad the embedding are no tokens.
 

@@ -50,7 +50,7 @@ def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory:
     if later := len(list(directory.glob("iteration-*"))) - len(set(pool.iterations.tolist())):
         facts.append(f"{later} explored after that")
     if count := len(list((directory / f"partial-{iteration:06d}").glob("*.parquet"))):
-        facts.append(f"{count:,} finished batches of the current exploration")
+        facts.append(f"{count:,} batches of the current exploration")
     if cached is not None:
         facts.append(f"{cached:,} scores in cache")
     return ", ".join(facts)

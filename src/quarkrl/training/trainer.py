@@ -214,7 +214,7 @@ class QuarkTrainer(DurableTrainer):
                 prompts=self.prompts,
                 rows=prompt_schedule(self.prompts.ids, iteration, count, repeats, args.seed),
                 sampling=args.sampling(iteration),
-                sampler=partial(self._exploring_sampler, iteration),
+                sampler=partial(self.exploring_sampler, iteration),
                 seed=(args.seed, iteration),
                 batch_size=self.forecast.explored_at_once,
             )
@@ -237,11 +237,11 @@ class QuarkTrainer(DurableTrainer):
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
 
     @contextmanager
-    def _exploring_sampler(self, iteration: int) -> Iterator[Complete]:
+    def exploring_sampler(self, iteration: int) -> Iterator[Complete]:
         """Yield what completes plain prompts: p_0 in iteration 0, then the policy on its best token."""
         if iteration:
             scales = self.args.explore_guidance_scale
-            with self._policy_sampler(scales[min(iteration, len(scales) - 1)]) as complete:
+            with self.policy_sampler(scales[min(iteration, len(scales) - 1)]) as complete:
                 yield complete
             return
         policy = self.accelerator.unwrap_model(self.model)
@@ -249,7 +249,7 @@ class QuarkTrainer(DurableTrainer):
             yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
 
     @contextmanager
-    def _policy_sampler(self, guidance_scale: float) -> Iterator[Complete]:
+    def policy_sampler(self, guidance_scale: float) -> Iterator[Complete]:
         """Yield what completes plain prompts with the policy on its best token, with guidance."""
         policy, guidance = self.accelerator.unwrap_model(self.model), (guidance_scale, self.args.guidance_from)
         with self.accelerator.autocast(), made_once(policy, self.ref_model):
@@ -357,7 +357,7 @@ class QuarkTrainer(DurableTrainer):
             prompts=prompts,
             rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
             sampling=args.eval_sampling(),
-            sampler=partial(self._policy_sampler, args.eval_guidance_scale),
+            sampler=partial(self.policy_sampler, args.eval_guidance_scale),
             seed=(args.seed, _EVALUATION_SEED),
             batch_size=args.per_device_eval_batch_size,
         )
@@ -397,7 +397,7 @@ class QuarkTrainer(DurableTrainer):
         if begun := iterations_begun(step, each):
             self.quantize(begun - 1)
         if self.is_world_process_zero():
-            line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cached)
+            line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cache_size)
             self.progress.note("; ".join([line, *notes]))
         if state:
             self.loss_means.state = state["learned"]
