@@ -568,7 +568,7 @@ def test_no_prompts_is_an_error(tmp_path):
 
 
 def test_evaluating_without_prompts_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="eval_dataset .* is missing"):
+    with pytest.raises(UserError, match=r"eval_dataset .* is missing"):
         trainer_of(tmp_path).evaluate()
 
 
@@ -582,7 +582,7 @@ def test_a_model_without_tokenizer_is_an_error(tmp_path):
 
 
 def test_a_reference_of_another_vocabulary_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="ref_model .* at least 10"):
+    with pytest.raises(UserError, match=r"ref_model .* at least 10"):
         trainer_of(tmp_path, ref_model=still_model(rows=VOCAB - 1))
     trainer_of(tmp_path, ref_model=still_model(rows=VOCAB + 6)).train()  # Rows that pad the embedding are no tokens.
 

@@ -75,12 +75,14 @@ class DurableTrainer(Trainer):
         self.interrupts = Interrupts()
         self.stopping = False
         self._staging = self._branches = False
+        self._tr_loss: Any
         self._save_is_delayed = False
         self._resumed: dict[str, Any] | None = None  # This process's state in the checkpoint; None in a new run.
         self._resume_notes: list[str] = []
         hooks = EventHooks(
             on_train_begin=self._restore,
-            on_step_end=self._stop_or_delay_save,
+            on_epoch_begin=self._begin_epoch,
+            on_step_end=self._end_step,
             on_epoch_end=self._save_if_delayed,
             on_save=self._stop_if_agreed,
         )
@@ -88,6 +90,12 @@ class DurableTrainer(Trainer):
         fsdp.check_sharding(self.accelerator, has_adapter=hasattr(self.model, "peft_config"))
 
     # What a subclass overrides.
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare the data of an epoch, before its first step. Also called when a run resumes within the epoch."""
+
+    def end_step(self) -> None:
+        """React to an optimizer step."""
 
     def run_state(self) -> dict[str, Any]:
         """Return this process's part of the run's state when a checkpoint is saved (see `states.save_state`)."""
@@ -113,8 +121,8 @@ class DurableTrainer(Trainer):
     def save_run_files(self, output_dir: Path) -> None:
         """Write the subclass's own files beside saved weights. Only one process calls it."""
 
-    def prepare_frozen_models(self) -> None:
-        """Prepare models that are not trained, once the trained one is on its device."""
+    def prepare_models(self) -> None:
+        """Prepare models that are not trained, once the trained one is on its device, wrapped and sharded."""
 
     # Training and stopping.
 
@@ -188,7 +196,12 @@ class DurableTrainer(Trainer):
     # After an epoch's last step come its log and its evaluation. A save that is due waits for both, so that no
     # checkpoint is taken between them.
 
-    def _stop_or_delay_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def _begin_epoch(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not control.should_training_stop:  # Else a resumed run had stopped early, and only its end is missing.
+            self.begin_epoch(state.global_step // self.steps_per_epoch)
+
+    def _end_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.end_step()
         if self.agree_to_stop():
             control.should_save = True
         if control.should_save and state.global_step % self.steps_per_epoch == 0:
@@ -393,7 +406,7 @@ class DurableTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.prepare_frozen_models()
+        self.prepare_models()
         return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -408,7 +421,7 @@ class DurableTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """End training as `Trainer` does, but keep the last checkpoint: the final model is not saved yet."""
-        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")  # type: ignore[has-type]
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)

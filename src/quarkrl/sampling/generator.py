@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
-from quarkrl.models.completion_logits import is_spread
 from quarkrl.models.conditioning import Conditioning, reference_name
+from quarkrl.models.head_access import is_sharded
 from quarkrl.models.loading import context_length, eos_ids, first_line, load_model, load_tokenizer
 from quarkrl.sampling.decoder import Reader, Reading
 from quarkrl.sampling.guidance import GuidedReading, checked_scale, contrast_to
@@ -84,7 +84,7 @@ def sample(
             tokens = sampling.next_tokens(scores, None if numbers is None else numbers[going, step])
             written[going, step] = tokens
             ended |= torch.isin(tokens, ends)
-            if step + 1 == room or (ended.all() and not is_spread(model)):
+            if step + 1 == room or (ended.all() and not is_sharded(model)):
                 break
             if _LEAST_SHARE_TO_DROP * len(going) <= ended.sum() < len(going):
                 rest = torch.nonzero(~ended)[:, 0]

@@ -1,198 +1,281 @@
-"""Numbers that go bad, and runs that have nothing left to learn from: found, named, never trained through in silence.
+"""Checks that stop a run, or warn, when its numbers break or when nothing is left to learn.
 
-What is not finite (`on_bad_numbers`): the loss or the gradient of a step, before the step is made; the weights, before
-they are saved. What has collapsed (`on_collapse`): an exploration whose completions are all empty or all the same, a
-pool of one reward, a policy without entropy. All processes come to the same decision.
+Non-finite numbers (`on_bad_numbers`): the loss or a gradient of a step, checked before the optimizer changes the
+weights; the weights, checked before they are saved. Collapse (`on_collapse`): an exploration whose completions are all
+empty or all identical, a pool in which all rewards are equal, a policy without entropy. All processes take the same
+decision.
 """
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
-
-if TYPE_CHECKING:
-    from quarkrl.training.trainer import QuarkTrainer
+from quarkrl.training.metrics_log import LossMeans
 
 logger = logging.getLogger(__name__)
 
-# Steps in a row that may be left out. A loss scaler of fp16 leaves out some at first until it has found its scale.
+# Consecutive steps that may be skipped. A loss scaler of fp16 skips a few steps at the start until it finds its scale.
 MOST_SKIPPED_IN_A_ROW = 20
-# Nats per token: the next token has a probability of 0.999 and more. Language has some 3, a well-trained reward 1.
+# Nats per token. Below it the next token has a probability above 0.999. Human text has about 3, a well-trained policy
+# about 1.
 LEAST_ENTROPY = 0.01
 
 
-def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """The names of those that hold NaN or infinity; of a sharded one only what is here is looked at."""
-    named = {name: _local(tensor) for name, tensor in tensors if tensor is not None and tensor.numel()}
+def find_non_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """Return the names of the tensors that hold NaN or infinity. Of a sharded tensor only the local shard is checked.
+
+    Args:
+        tensors: pairs of a name and a tensor; None and empty tensors are ignored.
+    """
+    named = {name: _local_shard(tensor) for name, tensor in tensors if tensor is not None and tensor.numel()}
     if not named:
         return []
-    # All at once first, which waits for the device once and not for each. Where squares overflow, the second look is
-    # what counts; the largest value, which cannot, takes a CPU 19 times as long.
+    # One norm over all tensors syncs with the device once. The sum of squares can overflow for finite tensors, so
+    # an infinite norm is only a reason to look closer. The largest absolute value cannot overflow but is 19 times as
+    # slow on a CPU.
     if torch.nn.utils.get_total_norm(list(named.values())).isfinite():
         return []
     return [name for name, tensor in named.items() if not tensor.isfinite().all()]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_shard(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def all_the_same(completions: Sequence[Sequence[int]], texts: Iterable[str]) -> str | None:
-    """What completions have in common that they should not: "empty", or "the same, TEXT"; else None.
+def describe_identical(completions: Sequence[Sequence[int]], texts: Iterable[str]) -> str | None:
+    """Return "empty" if all completions are empty, "identical: TEXT" if all are equal, else None.
 
     Args:
-        completions: token ids; a single one has nothing to be the same as.
-        texts: what they say, in order; not read further than the first that is not empty.
+        completions: token ids. A single completion is never reported as identical.
+        texts: the decoded completions, in the same order. They are read up to the first that is not empty.
     """
     first = next((text for text in texts if text.strip()), None)
     if first is None:
         return "empty"
     if len(completions) > 1 and all(list(ids) == list(completions[0]) for ids in completions):
-        return f"the same, {first if len(first) <= 60 else first[:59] + '…'!r}"
+        return f"identical: {first if len(first) <= 60 else first[:59] + '…'!r}"
     return None
 
 
-def unranked(rewards: np.ndarray, attributes: Sequence[str], ceiling: float | None = None) -> list[str]:
-    """The attributes under which all of a pool is worth the same, so that no quantile is better than another.
+def constant_attributes(rewards: np.ndarray, attributes: Sequence[str], ceiling: float | None = None) -> list[str]:
+    """Return the attributes whose reward is the same for all samples, so that no quantile is better than another.
 
     Args:
         rewards: `(N, A)`.
         attributes: the A names.
-        ceiling: what is above counts as equal to it.
+        ceiling: larger rewards count as equal to it.
     """
     capped = rewards if ceiling is None else np.minimum(rewards, ceiling)
     return [name for name, column in zip(attributes, capped.T, strict=True) if column.min() == column.max()]
 
 
-class Health(TrainerCallback):
-    """Looks at what a trainer is about to learn from, before each step and at the end of each iteration.
+class Health:
+    """Checks what a trainer is about to learn from, each step, and each iteration's policy.
+
+    The trainer calls `check_exploration` after it has explored and quantized; `HealthCallback` makes the other calls.
+
+    Args:
+        accelerator: reduces numbers over processes; its gradient scaler is respected.
+        loss_means: the parts of the loss, with those of the current step.
+        decode: turns token ids into text without special tokens.
+        log: writes metrics to the trainer's log.
+        on_bad_numbers: "stop" or "skip".
+        on_collapse: "stop" or "warn".
+        reward_ceiling: larger rewards count as equal to it; None sets no ceiling.
 
     Attributes:
-        skipped: steps left out since the beginning.
+        skipped: steps that were skipped since the start of the run.
     """
 
-    def __init__(self, trainer: "QuarkTrainer"):
-        self.trainer = trainer
-        self.skipped = self._in_a_row = 0
-        self._problem = ""  # of the step under way, if it is left out
-        self._entropy = torch.zeros(2, dtype=torch.float64)  # its sum over this iteration's tokens, and their number
+    def __init__(
+        self,
+        accelerator: Any,
+        loss_means: LossMeans,
+        decode: Callable[[list[int]], str],
+        log: Callable[[dict[str, float]], None],
+        *,
+        on_bad_numbers: str,
+        on_collapse: str,
+        reward_ceiling: float | None,
+    ):
+        self.accelerator, self.loss_means, self.decode, self.log = accelerator, loss_means, decode, log
+        self.on_bad_numbers, self.on_collapse, self.reward_ceiling = on_bad_numbers, on_collapse, reward_ceiling
+        self.skipped = self._skipped_in_a_row = 0
+        self._problem = ""  # Why the current step is skipped; empty if it is not.
+        # The sum of the entropy over the iteration's tokens on this process, and the number of those tokens.
+        self._entropy = torch.zeros(2, dtype=torch.float64)
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "entropy": self._entropy}
+        """The counters that a checkpoint saves and a resumed run restores."""
+        return {"skipped": self.skipped, "in_a_row": self._skipped_in_a_row, "entropy": self._entropy}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.skipped, self._in_a_row, self._entropy = state["skipped"], state["in_a_row"], state["entropy"]
+        self.skipped, self._skipped_in_a_row, self._entropy = state["skipped"], state["in_a_row"], state["entropy"]
 
-    def on_epoch_begin(self, args, state, control, **_):
-        """After exploring and quantizing."""
-        trainer, pool, iteration = self.trainer, self.trainer.pool, state.global_step // args.steps_per_iteration
-        if state.global_step % args.steps_per_iteration == 0:  # Else resumed amid the iteration.
-            self._entropy = torch.zeros_like(self._entropy)
+    def check_exploration(self, pool: DataPool, iteration: int) -> None:
+        """Check the iteration's completions, and the rewards of the whole pool.
+
+        Raises:
+            UserError: they have collapsed and `on_collapse` is "stop".
+        """
         rows = np.flatnonzero(pool.iterations == iteration)
         completions = [pool[int(row)].completion_ids.tolist() for row in rows]
-        decode = trainer.plain_tokenizer.decode
-        if found := all_the_same(completions, (decode(ids, skip_special_tokens=True) for ids in completions)):
-            self._collapsed(f"iteration {iteration}: all {len(rows)} completions are {found}", iteration)
-        if names := unranked(pool.rewards, trainer.pool.attributes, args.reward_ceiling):
-            what = ", ".join(f"{name} {pool.rewards[0, pool.attributes.index(name)]:g}" for name in names)
-            if args.reward_ceiling is not None and pool.rewards.min() != pool.rewards.max():
-                what = f"{', '.join(names)} at reward_ceiling {args.reward_ceiling:g} or above"
-            self._collapsed(f"iteration {iteration}: all {len(pool)} samples of the pool have {what}", None)
+        if description := describe_identical(completions, (self.decode(ids) for ids in completions)):
+            self._report_collapse(f"iteration {iteration}: all {len(rows)} completions are {description}", iteration)
+        if names := constant_attributes(pool.rewards, pool.attributes, self.reward_ceiling):
+            values = ", ".join(f"{name} {pool.rewards[0, pool.attributes.index(name)]:g}" for name in names)
+            if self.reward_ceiling is not None and pool.rewards.min() != pool.rewards.max():
+                values = f"{', '.join(names)} at or above reward_ceiling {self.reward_ceiling:g}"
+            self._report_collapse(f"iteration {iteration}: all {len(pool)} samples of the pool have {values}", None)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        """With the whole step's gradient, while the weights are as they were."""
-        trainer, learned = self.trainer, self.trainer.loss_means
-        step = learned.step
-        found = [f"the {name}" for name in learned.names if not math.isfinite(step[name])]
-        scaler = getattr(trainer.accelerator, "scaler", None)
-        if not found and scaler is None:  # A scaler leaves out by itself what overflows.
-            found = [f"the gradient of {name}" for name in not_finite((n, p.grad) for n, p in model.named_parameters())]
-        if not self._anywhere(bool(found)):
-            self._entropy += torch.tensor([step["entropy"], step["tokens"]], dtype=torch.float64)
+    def start_iteration(self) -> None:
+        """Start the mean entropy of a new iteration."""
+        self._entropy = torch.zeros_like(self._entropy)
+
+    def check_step(self, model: torch.nn.Module, step: int) -> None:
+        """Check the loss and the gradients of the step that the optimizer is about to make; clear them to skip it.
+
+        Args:
+            model: has the gradients of the whole step.
+            step: its number, from 1.
+
+        Raises:
+            UserError: a number is not finite and `on_bad_numbers` is "stop".
+        """
+        sums = self.loss_means.step
+        names = [f"the {name}" for name in self.loss_means.names if not math.isfinite(sums[name])]
+        scaler = getattr(self.accelerator, "scaler", None)
+        if not names and scaler is None:  # A scaler skips steps with infinite gradients by itself.
+            gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+            names = [f"the gradient of {name}" for name in find_non_finite(gradients)]
+        if not self._on_any_process(bool(names)):
+            self._entropy += torch.tensor([sums["entropy"], sums["tokens"]], dtype=torch.float64)
             return
-        what = f"step {state.global_step + 1}: {_listed(found) or 'a number of another process'} is not finite"
-        if args.on_bad_numbers == "stop":
+        problem = f"step {step}: {_first_names(names) or 'a number of another process'} is not finite"
+        if self.on_bad_numbers == "stop":
             raise UserError(
-                f"{what}; the weights are as before the step: lower --learning_rate or set --max_grad_norm, or leave "
-                "such steps out with --on_bad_numbers skip"
+                f"{problem}. The weights are as before the step. Lower --learning_rate, set --max_grad_norm, or skip "
+                "such steps with --on_bad_numbers skip."
             )
-        self._problem = what
-        learned.drop_step()
+        self._problem = problem
+        self.loss_means.drop_step()
         if scaler is None:
-            model.zero_grad(set_to_none=True)  # An optimizer passes over what has no gradient.
+            model.zero_grad(set_to_none=True)  # An optimizer ignores parameters without a gradient.
 
-    def on_step_end(self, args, state, control, model=None, **_):
-        if self.trainer.accelerator.optimizer_step_was_skipped and not self._problem:
-            self._problem = f"step {state.global_step}: fp16 overflows at this loss scale"
-        should_log = control.should_log
-        self._count(self._problem)
-        control.should_log = should_log  # What is said of a step left out is not the log of the step.
-        self._problem = ""
-        if control.should_save:
-            self._check_weights(state.global_step, model)
+    def end_step(self, step: int) -> None:
+        """Count the step as skipped or made.
 
-    def on_epoch_end(self, args, state, control, model=None, **_):
-        self._check_weights(state.global_step, model)
-        entropy, tokens = self._summed(self._entropy).tolist()
-        if tokens and entropy / tokens < LEAST_ENTROPY:
-            iteration = (state.global_step - 1) // args.steps_per_iteration
-            what = f"the policy's entropy is {max(entropy, 0.0) / tokens:.2g} nats per token"
-            self._collapsed(f"iteration {iteration}: {what}", iteration)
+        Args:
+            step: its number, from 1.
 
-    def _count(self, what: str) -> None:
-        self._in_a_row = self._in_a_row + 1 if what else 0
-        if not what:
+        Raises:
+            UserError: more than `MOST_SKIPPED_IN_A_ROW` consecutive steps were skipped.
+        """
+        problem, self._problem = self._problem, ""
+        if self.accelerator.optimizer_step_was_skipped and not problem:
+            problem = f"step {step}: fp16 overflows at this loss scale"
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
+        if not problem:
             return
         self.skipped += 1
-        if self._in_a_row > MOST_SKIPPED_IN_A_ROW:
+        if self._skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{what}, as in the {MOST_SKIPPED_IN_A_ROW} steps before it: go back to an earlier checkpoint, with a "
-                "lower --learning_rate"
+                f"{problem}, and the {MOST_SKIPPED_IN_A_ROW} steps before it were skipped, too. Resume from an earlier "
+                "checkpoint with a lower --learning_rate."
             )
-        self.trainer.log({"skipped_steps": self.skipped})
-        if self.trainer.is_world_process_zero():
-            logger.warning(f"{what}: left out (skipped_steps {self.skipped})")
+        self.log({"skipped_steps": self.skipped})
+        self._warn(f"{problem}. The step is skipped (skipped_steps {self.skipped}).")
 
-    def _check_weights(self, step: int, model: Any) -> None:
-        """No checkpoint is written that is beyond use."""
-        found = not_finite(model.named_parameters())
-        if self._anywhere(bool(found)):
+    def check_weights(self, model: torch.nn.Module, step: int) -> None:
+        """Check the weights, so that no unusable checkpoint is written.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        names = find_non_finite(model.named_parameters())
+        if self._on_any_process(bool(names)):
             raise UserError(
-                f"step {step}: the weights of {_listed(found) or 'another process'} are not finite; nothing of it is "
-                "saved: resume from the last checkpoint with a lower --learning_rate, or set --max_grad_norm"
+                f"step {step}: the weights of {_first_names(names) or 'another process'} are not finite. They are not "
+                "saved. Resume from the last checkpoint with a lower --learning_rate, or set --max_grad_norm."
             )
 
-    def _collapsed(self, what: str, iteration: int | None) -> None:
-        """Stop or warn; `iteration` is that of a policy to be blamed, None where it is the reward."""
-        remedy = "want a reward that tells samples apart, or more prompts"
+    def check_entropy(self, iteration: int) -> None:
+        """Check the policy's mean entropy over the tokens of an iteration that has ended.
+
+        Raises:
+            UserError: it is below `LEAST_ENTROPY` and `on_collapse` is "stop".
+        """
+        entropy, tokens = self._sum_over_processes(self._entropy).tolist()
+        if tokens and entropy / tokens < LEAST_ENTROPY:
+            mean = max(entropy, 0.0) / tokens
+            self._report_collapse(
+                f"iteration {iteration}: the policy's entropy is {mean:.2g} nats per token", iteration
+            )
+
+    def _report_collapse(self, problem: str, iteration: int | None) -> None:
+        """Stop or warn. `iteration` is that of the policy that collapsed; None where the reward is the cause."""
+        remedy = "Choose a reward that distinguishes samples, or explore more prompts."
         if iteration is not None:
-            remedy = "resume from an earlier checkpoint with a lower --learning_rate or a higher --kl_coef"
+            remedy = "Resume from an earlier checkpoint with a lower --learning_rate or a higher --kl_coef."
         if iteration == 0:
-            remedy = "look at the model, the prompts and --max_completion_length"
-        if self.trainer.args.on_collapse == "stop":
-            raise UserError(f"{what}: nothing is left to learn from; {remedy}; --on_collapse warn goes on all the same")
-        if self.trainer.is_world_process_zero():
-            logger.warning(f"{what}: nothing is left to learn from; {remedy}")
+            remedy = "Check the model, the prompts and --max_completion_length."
+        message = f"{problem}. Nothing is left to learn. {remedy}"
+        if self.on_collapse == "stop":
+            raise UserError(f"{message} Set --on_collapse warn to continue all the same.")
+        self._warn(message)
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether it is so on any process."""
-        return bool(self._summed(torch.tensor(float(here))))
+    def _warn(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.warning(message)
 
-    def _summed(self, values: Tensor) -> Tensor:
-        accelerator = self.trainer.accelerator
-        return values if accelerator.num_processes == 1 else accelerator.reduce(values.to(accelerator.device)).cpu()
+    def _on_any_process(self, here: bool) -> bool:
+        """Return whether the condition holds on at least one process."""
+        return bool(self._sum_over_processes(torch.tensor(float(here))))
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device)).cpu()
 
 
-def _listed(names: list[str]) -> str:
+class HealthCallback(TrainerCallback):
+    """Calls the checks of `Health` for which `Trainer` offers only callback events.
+
+    It is the last callback, so that it sees gradients and weights as the callbacks before it leave them.
+    """
+
+    def __init__(self, health: Health):
+        self.health = health
+
+    def on_epoch_begin(self, args, state, control, **_):
+        if state.global_step % args.steps_per_iteration == 0:  # Otherwise the run resumes within the iteration.
+            self.health.start_iteration()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.health.check_step(model, state.global_step + 1)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        should_log = control.should_log
+        self.health.end_step(state.global_step)
+        control.should_log = should_log  # Logging a skipped step resets it, but the step's own log is still due.
+        if control.should_save:
+            self.health.check_weights(model, state.global_step)
+
+    def on_epoch_end(self, args, state, control, model=None, **_):
+        self.health.check_weights(model, state.global_step)
+        self.health.check_entropy((state.global_step - 1) // args.steps_per_iteration)
+
+
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,7 +16,7 @@ import torch
 from transformers.activations import NewGELUActivation
 
 from quarkrl.algorithm.loss import NUMBERS_PER_PIECE, rows_per_slice
-from quarkrl.models.completion_logits import is_one_product
+from quarkrl.models.head_access import is_one_product
 
 # Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus; and that a
 # contrast of two does (guidance.py).

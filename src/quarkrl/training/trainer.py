@@ -1,7 +1,7 @@
 """Quark: explore, quantize, learn (Lu et al., NeurIPS 2022, arXiv 2205.13636).
 
 Given a reference p_0, prompts x and any reward r(x, y), the policy p_θ starts as p_0 with K reward tokens r_k added.
-One iteration is one epoch of `transformers.Trainer`: `begin_iteration` explores and quantizes, and the epoch's steps
+One iteration is one epoch of `transformers.Trainer`: `begin_epoch` explores and quantizes, and the epoch's steps
 learn:
 
     explore     y ~ p_θ( . | best, x), scored and added to the pool D      (iteration 0: y ~ p_0( . | x))
@@ -38,12 +38,12 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import bucketed, padded
-from quarkrl.models.completion_logits import completion_projection
-from quarkrl.models.export import facts_of, save_steered
+from quarkrl.models.export import save_steered
+from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.directory import identity
-from quarkrl.runs.durable_trainer import DurableTrainer, EventHooks
+from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import evaluating, sample, sample_best
@@ -58,7 +58,8 @@ from quarkrl.training.exploration import (
     prompt_schedule,
     recall_iteration,
 )
-from quarkrl.training.health import Health
+from quarkrl.training.facts import run_facts
+from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
@@ -133,11 +134,10 @@ class QuarkTrainer(DurableTrainer):
         self.draws: np.ndarray = np.zeros(0, dtype=np.int64)  # Indices into the pool that an iteration learns from.
         self.coefs = Coefficients.of(args)
         self.loss_means = LossMeans()
+        self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        self.health = Health(self)
         self.forecast = Forecast(self, models.policy)
-        loop = EventHooks(on_epoch_begin=self.begin_iteration, on_step_end=self.end_step)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
 
@@ -157,12 +157,22 @@ class QuarkTrainer(DurableTrainer):
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The numbers of the draws.
             eval_dataset=cast(Any, self.eval_prompts),
             processing_class=models.steered_tokenizer,
-            # Callbacks run in this order: explore and quantize first, so that the others find the iteration's samples.
-            callbacks=[loop, self.forecast, self.metrics_file, self.progress, *(callbacks or []), self.health],
+            # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
+            callbacks=[self.forecast, self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
         )
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
+        self.health = Health(
+            self.accelerator,
+            self.loss_means,
+            partial(self.plain_tokenizer.decode, skip_special_tokens=True),
+            self.log,
+            on_bad_numbers=args.on_bad_numbers,
+            on_collapse=args.on_collapse,
+            reward_ceiling=args.reward_ceiling,
+        )
+        self.add_callback(HealthCallback(self.health))
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         if self.ref_model is not None:
@@ -176,17 +186,15 @@ class QuarkTrainer(DurableTrainer):
             stop_if_requested=self.stop_if_requested,
         )
 
-    # The outer loop. Trainer's loop over epochs calls `begin_iteration` at the beginning of each epoch. For
-    # each of its `steps_per_iteration` optimizer steps it calls `collate`, `compute_loss` and `end_step`.
+    # The outer loop: an epoch of Trainer is an iteration of Quark. Trainer calls `begin_epoch`. Then, for each of the
+    # epoch's `steps_per_iteration` optimizer steps, `collate`, `compute_loss` and `end_step`.
 
-    def begin_iteration(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def begin_epoch(self, iteration: int) -> None:
         """Explore and quantize. The steps of the epoch then learn."""
-        iteration = state.global_step // args.steps_per_iteration
-        if control.should_training_stop:
-            return  # A resumed run had stopped early; only its end is missing.
         if not (self.pool.iterations == iteration).any():
             self.explore(iteration)
         self.quantize(iteration)
+        self.health.check_exploration(self.pool, iteration)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `DurableTrainer.train`."""
@@ -308,12 +316,13 @@ class QuarkTrainer(DurableTrainer):
     ) -> Any:
         """Return Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        policy_head, ref_head = self.decide_heads()
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = None
         if args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
-                names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names))
+                ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
+                ref = completion_projection(reference, *ref_inputs, ref_head)
             ref = ref.of_first(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
@@ -328,8 +337,20 @@ class QuarkTrainer(DurableTrainer):
             total = total * tokens / num_items_in_batch * args.world_size
         return (total, {}) if return_outputs else total
 
-    def end_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After an optimizer step: adapt β and α, and add the step to the means of the loss."""
+    def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
+        """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
+        if self._heads is None:
+            policy, prompt = self.accelerator.unwrap_model(self.model), self.prompts.ids[0]
+            with self.accelerator.autocast():
+                policy_head = ref_head = decide_head_access(policy, prompt)
+                with self.reference() as reference:
+                    if self.args.kl_coef and (reference is not policy or policy_head.sliced):
+                        ref_head = decide_head_access(reference, prompt)
+            self._heads = policy_head, ref_head
+        return self._heads
+
+    def end_step(self) -> None:
+        """Adapt β and α, and add the step to the means of the loss."""
         self.adapt()
         self.loss_means.end_step()
 
@@ -416,10 +437,11 @@ class QuarkTrainer(DurableTrainer):
         """Write `quark.json` beside the weights."""
         self.conditioning.save(output_dir, **self.facts())
 
-    def prepare_frozen_models(self) -> None:
-        """Shard the reference as the policy is sharded."""
+    def prepare_models(self) -> None:
+        """Shard the reference as the policy is sharded, and decide how the loss gets the logits of both."""
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
+        self.decide_heads()
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).
@@ -440,7 +462,10 @@ class QuarkTrainer(DurableTrainer):
 
     def facts(self) -> dict[str, Any]:
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
-        return facts_of(self)
+        ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
+        best = self.state.best_model_checkpoint if ended_with_best else None
+        identities = self.scorer.identity, self.reference_identity
+        return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
     def _encode(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
