@@ -80,12 +80,12 @@ def prepare_models(
     policy: Any = model
     if peft_config is not None:
         torch.manual_seed(args.seed)  # The adapter starts from random weights.
-        policy = conditioning.with_adapter(model, peft_config)
+        policy = conditioning.add_adapter(model, peft_config)
     return Models(
         policy=policy,
         reference=reference,
         conditioning=conditioning,
-        steered_tokenizer=conditioning.steered(extended_tokenizer),
+        steered_tokenizer=conditioning.steer_tokenizer(extended_tokenizer),
         policy_digest=policy_identity["sha256"],
         reference_identity=reference_identity,
     )

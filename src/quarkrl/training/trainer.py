@@ -33,11 +33,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from quarkrl.algorithm.loss import Coefficients, quark_loss
+from quarkrl.algorithm.coefficients import Coefficients
+from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
+from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import bucketed, padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
@@ -55,7 +57,6 @@ from quarkrl.training.exploration import (
     Explorer,
     Processes,
     Task,
-    prompt_schedule,
     recall_iteration,
 )
 from quarkrl.training.facts import run_facts
@@ -132,7 +133,9 @@ class QuarkTrainer(DurableTrainer):
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.draws: np.ndarray = np.zeros(0, dtype=np.int64)  # Indices into the pool that an iteration learns from.
-        self.coefs = Coefficients.of(args)
+        self.coefs = Coefficients(
+            args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
+        )
         self.loss_means = LossMeans()
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
@@ -220,7 +223,7 @@ class QuarkTrainer(DurableTrainer):
             count, repeats = args.prompts_per_iteration, args.samples_per_prompt
             task = Task(
                 prompts=self.prompts,
-                rows=prompt_schedule(self.prompts.ids, iteration, count, repeats, args.seed),
+                rows=schedule_prompts(self.prompts.ids, iteration, count, repeats, args.seed),
                 sampling=args.sampling(iteration),
                 sampler=partial(self.exploring_sampler, iteration),
                 seed=(args.seed, iteration),
@@ -286,7 +289,7 @@ class QuarkTrainer(DurableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.draws = bucketed(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
+        self.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
 
     # Learn.
 
@@ -302,9 +305,9 @@ class QuarkTrainer(DurableTrainer):
         completions = [sample.completion_ids.tolist() for sample in samples]
         quantiles = [sample.quantiles.tolist() for sample in samples]
         conditioned = [self.conditioning.prefix(*pair) for pair in zip(prompts, quantiles, strict=True)]
-        batch = padded(conditioned, completions)
+        batch = build_batch(conditioned, completions)
         if self.args.kl_coef:
-            batch |= {f"ref_{name}": tensor for name, tensor in padded(prompts, completions).items()}
+            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
         return batch
 
     def compute_loss(
@@ -323,11 +326,12 @@ class QuarkTrainer(DurableTrainer):
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
                 ref = completion_projection(reference, *ref_inputs, ref_head)
-            ref = ref.of_first(self.conditioning.vocab_size)
+            ref = ref.limit_vocab(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
-            loss = quark_loss(policy.unended(*ends), ref and ref.unended(*ends), labels[labels != -100], **settings)
+            policy_logits, ref_logits = policy.suppress_early_eos(*ends), ref and ref.suppress_early_eos(*ends)
+            loss = quark_loss(policy_logits, ref_logits, labels[labels != -100], **settings)
         tokens = policy.shape[0]
         if self.model.training:
             self.loss_means.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
