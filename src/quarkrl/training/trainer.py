@@ -327,7 +327,11 @@ class QuarkTrainer(DurableTrainer):
                 ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
                 ref = completion_projection(reference, *ref_inputs, ref_head)
             ref = ref.limit_vocab(self.conditioning.vocab_size)
-        settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
+        settings: dict[str, Any] = {
+            **self.coefs.current,
+            "kl_direction": args.kl_direction,
+            "nll_temperature": args.nll_temperature,
+        }
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
             policy_logits, ref_logits = policy.suppress_early_eos(*ends), ref and ref.suppress_early_eos(*ends)
