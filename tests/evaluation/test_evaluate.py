@@ -18,7 +18,9 @@ from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.evaluate import evaluate
 from quarkrl.rewards import Scorer
-from quarkrl.sampling.generator import QuarkGenerator, Sampling, complete
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.sampler import complete
+from quarkrl.sampling.strategy import Sampling
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])  # a to h are 0 to 7, <unk> 8, <eos> 9.
 EOS_ID = 9

@@ -265,7 +265,7 @@ CASES |= {
         ([*GENERATE, *PROMPT], ["--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         ([*GENERATE, *PROMPT], ["--top_p", "0"], "top_p 0.0"),
         ([*GENERATE, *PROMPT], ["--top_p", "nan"], "top_p nan"),
-        ([*GENERATE, *PROMPT], ["--max_new_tokens", "-3"], "max_new_tokens -3: want at least 1"),
+        ([*GENERATE, *PROMPT], ["--max_new_tokens", "-3"], "max_new_tokens -3: must be at least 1"),
         ([*GENERATE, *PROMPT], ["--max_new_tokens", "1000"], "the model has room for"),
         ([*GENERATE, *PROMPT], ["--min_new_tokens", "9"], "min_new_tokens 9: want 0 to max_new_tokens"),
         ([*GENERATE, *PROMPT], ["--min_new_tokens", "-1"], "min_new_tokens -1"),

@@ -19,7 +19,8 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.models.batching import bucketed, padded
 from quarkrl.rewards import Scorer, Scores
-from quarkrl.sampling.generator import Sampling, sample
+from quarkrl.sampling.sampler import sample
+from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.exploration import Rollout, batches_left, prompt_schedule, side_by_side
 
 IDS = [[0] * length for length in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]  # Ten prompts, of these lengths.

@@ -318,7 +318,7 @@ def _lora(rank: int | None) -> Any:
 
 
 def _sampling(arguments: argparse.Namespace) -> Any:
-    from quarkrl.sampling.generator import Sampling
+    from quarkrl.sampling.strategy import Sampling
 
     return Sampling(
         max_new_tokens=arguments.max_new_tokens,

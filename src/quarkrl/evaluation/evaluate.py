@@ -19,8 +19,9 @@ from quarkrl.evaluation.perplexity import Fluency, completion_nll, shares_tokens
 from quarkrl.evaluation.provenance import model_source, surroundings, texts_read
 from quarkrl.models.conditioning import reference_name
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.sampling.generator import QuarkGenerator, complete
-from quarkrl.sampling.guidance import checked_scale
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.guidance import check_guidance_scale
+from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 
 __all__ = ["Evaluation", "Row", "completion_nll", "evaluate"]
@@ -130,7 +131,9 @@ class _Draw:
             done += count
             self.notify(title, done, len(plain))
 
-        guidance = generator.contrast(plain, self.guidance_from) if asked.guidance_scale != 1 else {}
+        contrast = None
+        if asked.guidance_scale != 1:
+            contrast = generator.contrast(plain, asked.guidance_scale, self.guidance_from)
         return complete(
             generator.model,
             [generator.condition(ids, asked.quantile) for ids in plain],
@@ -140,8 +143,7 @@ class _Draw:
             seed=self.seed,
             batch_size=self.batch_size,
             on_batch=on_batch,
-            guidance_scale=asked.guidance_scale,
-            **guidance,
+            contrast=contrast,
         )
 
 
@@ -296,7 +298,7 @@ def _asked(
     """The rows to come; what does not exist stops here, before any sampling."""
     asked = [_Asked("reference", base, "best")] if base else []
     if policy.conditioning is None:
-        if any(checked_scale(scale) != 1 for scale in guidance_scales):
+        if any(check_guidance_scale(scale) != 1 for scale in guidance_scales):
             raise UserError(
                 "guidance_scales: this model was not trained by Quark and has no quantiles to guide between"
             )
@@ -306,11 +308,11 @@ def _asked(
     asked += [_Asked(str(quantile), policy, quantile) for quantile in quantiles]
     known = {(each.number, 1.0) for each in asked if each.generator is policy}
     for scale in guidance_scales:
-        each = _Asked("best" if checked_scale(scale) == 1 else f"best γ={scale:g}", policy, "best", float(scale))
+        each = _Asked("best" if check_guidance_scale(scale) == 1 else f"best γ={scale:g}", policy, "best", float(scale))
         if (each.number, each.guidance_scale) not in known:
             asked.append(each)
     if guidance_scales:
-        policy.contrast([], guidance_from)
+        policy.contrast([], guidance_scales[0], guidance_from)
         policy.condition([], "best" if guidance_from == "reference" else guidance_from)
     for each in asked:
         each.generator.condition([], each.quantile)
