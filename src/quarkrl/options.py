@@ -1,16 +1,31 @@
-"""Options as dataclass fields. An option is declared once, with its help, limits, choices and resume rule.
+"""Options as dataclass fields, each declared once: help, limits, choices, and whether a resumed run may change it.
 
-Checks (`check_options`), `--help`, the identity of a run and the reference page are derived from the declaration.
+Checks (`check_options`), `--help`, the identity of a run and docs/options.md are derived from the declaration.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, did_you_mean
 
-Resume = Literal["free", "branch", "fixed"]
+# Whether a resumed run may change an option: always; only when it starts from an explicit checkpoint; never.
+# "selection" is "branch" in a run that keeps its best checkpoint, and "free" in any other.
+Resume = Literal["free", "branch", "fixed", "selection"]
+
+
+class _Metadata(dict):
+    """The declaration of an option. Only its help is listed; the rest is read by key.
+
+    transformers' `HfArgumentParser` and TRL's `TrlParser` pass every listed key to argparse, which knows only `help`.
+    """
+
+    def keys(self) -> Any:
+        return self.copy().keys()
+
+    def copy(self) -> dict[str, Any]:
+        return {"help": self["help"]}
 
 
 def option(
@@ -31,62 +46,87 @@ def option(
 
     Args:
         default, default_factory: as in `dataclasses.field`.
-        help: one sentence for `--help` and the reference page.
+        help: the first sentence is shown by `--help`, all of it in the reference page.
         at_least, above, at_most: limits of a number, or of each number in a list; None is not checked.
         choices: the valid values.
         infinite: whether infinity is valid.
         group: the heading in `--help`.
         metavar: the placeholder in `--help`.
-        resume: whether a resumed run may change the option: "free" always, "branch" only when it starts from an
-            explicit checkpoint, "fixed" never.
+        resume: whether a resumed run may change the option.
     """
-    metadata = {
-        "help": help,
-        "at_least": at_least,
-        "above": above,
-        "at_most": at_most,
-        "choices": choices,
-        "infinite": infinite,
-        "group": group,
-        "metavar": metavar,
-        "resume": resume,
-    }
+    metadata = _Metadata(
+        help=help,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        choices=choices,
+        infinite=infinite,
+        group=group,
+        metavar=metavar,
+        resume=resume,
+    )
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
-def check_options(options: Any) -> None:
+def default_of(field: dataclasses.Field) -> Any:
+    """Return the default of a dataclass field, or `dataclasses.MISSING`."""
+    factory: Callable[[], Any] | Any = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def check_options(options: Any, inherited: Mapping[str, dataclasses.Field] | None = None) -> None:
     """Check the value of every field declared with `option` against its limits and choices.
 
     Args:
         options: a dataclass instance.
+        inherited: declarations of fields that `options` inherits from a class that does not use `option`, by name.
 
     Raises:
         UserError: a value is out of its limits, or not one of its choices.
     """
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+    declared = {field.name: field for field in dataclasses.fields(options)} | dict(inherited or {})
+    for name, field in declared.items():
+        if field.metadata.get("resume") is None or not hasattr(options, name):
+            continue
+        value = getattr(options, name)
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is not None and (limit := _broken_limit(item, field.metadata)):
-                raise UserError(f"{field.name} {item!r}: must be {limit}. Set --{field.name} to such a value.")
+                raise UserError(f"{name} {item!r}: must be {limit}.{_remedy(name, field, item)}")
 
 
-def _broken_limit(value: Any, limits: Any) -> str | None:
-    """Return the limits of an option in words if the value breaks one of them."""
-    if choices := limits.get("choices"):
-        return None if value in choices else f"one of {', '.join(map(str, choices))}"
-    at_least, above, at_most = (limits.get(name) for name in ("at_least", "above", "at_most"))
-    if at_least is None and above is None and at_most is None:
-        return None
+def limits_in_words(metadata: Mapping[str, Any]) -> str:
+    """Return the limits of an option, such as "greater than 0 and at most 1", or "" if it has none."""
+    words = {"at_least": "at least", "above": "greater than", "at_most": "at most"}
+    limits = (f"{word} {metadata[key]}" for key, word in words.items() if metadata.get(key) is not None)
+    return " and ".join(limits)
+
+
+def _broken_limit(value: Any, metadata: Mapping[str, Any]) -> str:
+    """Return the limits of an option in words if the value breaks one of them, else ""."""
+    if choices := metadata.get("choices"):
+        return "" if value in choices else f"one of {listed(choices)}"
+    if isinstance(value, float) and not math.isfinite(value) and not (metadata.get("infinite") and value > 0):
+        return " and ".join(filter(None, [limits_in_words(metadata), "finite"]))
+    at_least, above, at_most = (metadata.get(name) for name in ("at_least", "above", "at_most"))
     inside = (
         (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (at_most is None or value <= at_most)
-        and (limits.get("infinite") or math.isfinite(value))
     )
-    if inside:
-        return None
-    words = [f"at least {at_least}"] if at_least is not None else []
-    words += [f"greater than {above}"] if above is not None else []
-    words += [f"at most {at_most}"] if at_most is not None else []
-    words += ["finite"] if isinstance(value, float) and not math.isfinite(value) else []
-    return " and ".join(words)
+    return "" if inside else limits_in_words(metadata)
+
+
+def _remedy(name: str, field: dataclasses.Field, value: Any) -> str:
+    if field.metadata.get("choices") and (hint := did_you_mean(str(value), field.metadata["choices"])):
+        return hint
+    default = default_of(field)
+    if default is dataclasses.MISSING or default is None:
+        return f" Set --{name} to such a value, or leave it out."
+    words = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+    return f" The default is --{name} {words}."
+
+
+def listed(words: Iterable[Any]) -> str:
+    """Return words as a list in a sentence, such as "a, b or c"."""
+    *first, last = map(str, words)
+    return f"{', '.join(first)} or {last}" if first else last

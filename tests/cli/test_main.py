@@ -16,8 +16,9 @@ from helpers.tiny import make_home, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
-from quarkrl.cli import main as cli
-from quarkrl.cli.main import free_directory, main
+from quarkrl.cli.demo import free_directory
+from quarkrl.cli.main import main
+from quarkrl.cli.train import held_out_prompts
 from quarkrl.cli.train_options import parse_train
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
@@ -203,7 +204,7 @@ def test_generate_can_leave_bad_prompts_out(home, capsys):
     assert main([*map(str, command), "--skip_bad_prompts"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["a", "b c"]
-    assert "prompts left out: 1 empty prompt" in err
+    assert "prompts skipped: 1 empty prompt" in err
 
 
 @pytest.mark.parametrize("spelt", [["--do_sample", "false"], ["--no_do_sample"], ["--config", "{file}"]])
@@ -227,14 +228,14 @@ def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, w
         datasets.DatasetDict(rows).save_to_disk(tmp_path / directory)
     command = ["--model", "m", "--prompts", str(tmp_path / "same"), "--reward", "vader", "--output_dir", "o"]
     parsed, _, _ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
-    assert cli._held_out(parsed, False).prompts == [wanted]
+    assert held_out_prompts(parsed, False).prompts == [wanted]
 
 
 def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):
     train = ["train", "--config", home / "run.yaml", "--prompts", home / "bad.jsonl", "--output_dir", tmp_path / "run"]
     said(capsys, *train, "--skip_bad_prompts", "true")
     assert main([*map(str, train[:-1]), str(tmp_path / "other"), "--skip_bad_prompts"]) == 0
-    assert "prompts left out: 1 " in capsys.readouterr().err
+    assert "prompts skipped: 1 " in capsys.readouterr().err
 
 
 def test_a_run_goes_on_from_its_checkpoint(home, capsys, tmp_path):
@@ -256,9 +257,12 @@ TRAIN = ("train", "--config", "{home}/run.yaml", "--output_dir", "{new}")
 GENERATE = ("generate", "{run}/final", "--prompt", "a")
 EVALUATE = ("evaluate", "{run}/final", "--prompts", "{home}/prompts.txt", "--reward", "{home}/rewards.py:few_a")
 MISTAKES = {
-    "no command": ((), "the following arguments are required: COMMAND"),
-    "unknown command": (("tran",), "invalid choice: 'tran'"),
-    "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "already holds a run"),
+    "no command": ((), "COMMAND is missing"),
+    "unknown command": (
+        ("tran",),
+        "COMMAND 'tran': must be one of demo, train, generate",
+    ),
+    "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "output_dir '{run}'"),
     "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
     "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff; did you mean --kl_coef?"),
     "unknown flag with value": ((*TRAIN, "--num_itrations=1"), "unknown option --num_itrations; did you mean --num_it"),
@@ -312,11 +316,11 @@ MISTAKES = {
     "empty prompt": (("generate", "{run}/final", "--prompt", ""), "prompt"),
     "prompt over the context": (("generate", "{run}/final", "--prompts", "{home}/long.txt"), "tokens"),
     "no such model to generate": (("generate", "{home}/nowhere", "--prompt", "a"), "nowhere"),
-    "impossible temperature": ((*GENERATE, "--temperature", "0"), "temperature 0.0: want more than 0"),
-    "impossible length": ((*GENERATE, "--max_new_tokens", "0"), "max_new_tokens 0: want at least 1"),
-    "impossible seed": ((*GENERATE, "--seed", "-1"), "--seed: '-1': want a whole number, at least 0"),
-    "impossible count": ((*GENERATE, "--num_return_sequences", "0"), "'0': want a whole number, at least 1"),
-    "no number": ((*GENERATE, "--num_return_sequences", "two"), "'two': want a whole number, at least 1"),
+    "impossible temperature": ((*GENERATE, "--temperature", "0"), "temperature 0.0: must be greater than 0"),
+    "impossible length": ((*GENERATE, "--max_new_tokens", "0"), "max_new_tokens 0: must be at least 1"),
+    "impossible seed": ((*GENERATE, "--seed", "-1"), "seed -1: must be at least 0"),
+    "impossible count": ((*GENERATE, "--num_return_sequences", "0"), "num_return_sequences 0: must be at least 1"),
+    "no number": ((*GENERATE, "--num_return_sequences", "two"), "num_return_sequences 'two': must be an integer"),
     "no such reference": ((*EVALUATE, "--reference", "{home}/nowhere"), "give --reference PATH"),
     "unknown quantile to evaluate": ((*EVALUATE, "--quantiles", "best", "top"), "quantile 'top'"),
     "no prompts to evaluate": (("evaluate", "{run}/final", "--reward", "vader"), "--prompts"),

@@ -89,6 +89,7 @@ def watch(trainer: QuarkTrainer) -> list[tuple[str, str, bool, torch.Tensor]]:
         what = "sample" if kwargs["use_cache"] else "learn"
         calls.append((name, what, any(m.training for m in module.modules()), kwargs["input_ids"]))
 
+    trainer.decide_heads()  # Its forward passes are neither.
     for name, model in {"policy": trainer.model, "reference": trainer.ref_model}.items():
         if model is not None:
             within = model.get_base_model() if hasattr(model, "get_base_model") else model  # Of an adapter's wrapper.

@@ -14,16 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MptConfig
 
-from quarkrl.algorithm import loss as loss_module
+from quarkrl.algorithm import sliced_loss
 from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
 from quarkrl.models.batching import padded
-from quarkrl.models.completion_logits import (
-    Projection,
-    completion_logits,
-    completion_projection,
-    is_one_product,
-    output_layer,
-)
+from quarkrl.models.completion_logits import Projection, completion_logits, output_layer
+from quarkrl.models.head_access import WHOLE_LOGITS, completion_projection, decide_head_access, is_one_product
 
 
 def rows_of_unequal_length() -> tuple[list[list[int]], list[list[int]]]:
@@ -34,6 +29,11 @@ def rows_of_unequal_length() -> tuple[list[list[int]], list[list[int]]]:
 
 def untied_or_tied(architecture: str, tied: bool):
     return tiny_model(architecture, tiny_tokenizer(bos=True), tied=tied)
+
+
+def projection_of(model, batch) -> Projection:
+    """The projection of a model that training starts with."""
+    return completion_projection(model, **batch, head=decide_head_access(model, [3, 1, 4]))
 
 
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -156,9 +156,9 @@ def losses(model, reference, batch, way, direction="policy_ref"):
     targets = batch["labels"][batch["labels"] != -100]
     model.zero_grad()
     if way == "projections":
-        policy = completion_projection(model, **batch)
+        policy = projection_of(model, batch)
         with torch.no_grad():
-            ref = completion_projection(reference, **batch).of_first(250)
+            ref = projection_of(reference, batch).of_first(250)
         assert policy.weight is not None and ref.weight is not None
         loss = quark_loss(policy, ref, targets, **COEFS, kl_direction=direction)
     else:
@@ -183,8 +183,7 @@ def assert_the_same(model, reference, batch, rtol=1e-5, **kwargs):
 @pytest.fixture(params=[1, 3, 256])
 def slices(request, monkeypatch):
     """Slices of so many positions."""
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", request.param)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: request.param)
 
 
 @EVERY_MODEL
@@ -289,8 +288,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_as_large_as_tokens_times_vocabulary_is_held(monkeypatch):
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: 8)
     model = tiny_model("llama", tiny_tokenizer(bos=True), rows=2000)
     tokens = 30 * 20
     batch = padded([[257, 3]] * 30, [list(range(20))] * 30)
@@ -322,8 +320,7 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"nll_temperature": 0.5}, {"kl_direction": "ref_policy"}])
 def test_slices_share_their_arrays(dtype, options, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: 8)
     made = []
     for slices in (1, 5):
         hidden, weight = torch.randn(8 * slices, 4, dtype=dtype), torch.randn(300, 4, dtype=dtype)
@@ -343,20 +340,27 @@ def test_a_reference_may_be_of_another_type():
     torch.testing.assert_close(found.kl, expected.kl, check_dtype=False, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("change", ["doubled", "low rank"])
-def test_a_head_out_of_reach_is_told_once_and_its_logits_held_whole(change, caplog):
+@pytest.mark.parametrize(
+    ("change", "reason"), [("scaled", "other logits"), ("doubled", "more than one"), ("low rank", "more than one")]
+)
+def test_a_head_that_is_no_plain_product_is_logged_once_and_its_logits_computed_whole(change, reason, caplog):
     model = untied_or_tied("llama", False).eval()
-    if change == "doubled":
+    if change == "scaled":
+        model.config.logit_scale = 2.0  # LLaMA does not use it.
+    elif change == "doubled":
         model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 2 * logits)
     else:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])).eval()
     batch = padded(*rows_of_unequal_length())
     with caplog.at_level(logging.WARNING):
+        head = decide_head_access(model, [3, 1, 4])
+        assert head == WHOLE_LOGITS
         for _ in range(2):
-            found = completion_projection(model, **batch)
+            found = completion_projection(model, **batch, head=head)
             assert found.weight is None
             torch.testing.assert_close(found.logits(), completion_logits(model, **batch))
-    assert sum("out of reach" in message for message in caplog.messages) == 1
+    (message,) = caplog.messages
+    assert "llama" in message and reason in message
 
 
 class ScaledInPlace(torch.nn.Linear):
@@ -396,22 +400,22 @@ def test_a_head_that_does_more_than_a_product_learns_even_where_it_starts_as_one
     batch = padded(*rows_of_unequal_length())
     targets = batch["labels"][batch["labels"] != -100]
     grads = []
-    for logits in (completion_projection, completion_logits):
+    for logits in (projection_of, lambda model, batch: completion_logits(model, **batch)):
         model.zero_grad()
-        quark_loss(logits(model, **batch), None, targets, **COEFS).total.backward()
+        quark_loss(logits(model, batch), None, targets, **COEFS).total.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     found, expected = grads
     assert found.keys() == expected.keys() and any(grad.norm() > 0.01 for grad in found.values())
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name])
-    if kind not in ("in place", "a cast"):  # These show with gradients, and with hidden states of another type, alone.
+    if kind != "a cast":  # It shows with hidden states of another type alone.
         assert not is_one_product(output_layer(model))
 
 
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_batch_without_completions_gives_zeros(reached):
     model = with_head(untied_or_tied("llama", False), torch.nn.Linear if reached else ScaledInPlace).eval()
-    projection = completion_projection(model, **padded([[257, 3, 4]], [[]]))
+    projection = projection_of(model, padded([[257, 3, 4]], [[]]))
     assert (projection.weight is not None) == reached
     found = quark_loss(projection, None, torch.zeros(0, dtype=torch.long), **COEFS)
     found.total.backward()
@@ -425,14 +429,14 @@ def test_a_scale_in_the_config_is_taken_in_or_falls_back(scale):
     config = MptConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, max_seq_len=64, logit_scale=scale)
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = padded(*rows_of_unequal_length())
-    found, expected = completion_projection(model, **batch), completion_logits(model, **batch)
+    found, expected = projection_of(model, batch), completion_logits(model, **batch)
     torch.testing.assert_close(found.logits(), expected)
 
 
 def test_a_projections_logits_are_the_models():
     model = untied_or_tied("gemma2", True).eval()
     batch = padded(*rows_of_unequal_length())
-    found, expected = completion_projection(model, **batch), completion_logits(model, **batch)
+    found, expected = projection_of(model, batch), completion_logits(model, **batch)
     assert found.shape == expected.shape
     torch.testing.assert_close(found.logits(), expected)
     torch.testing.assert_close(found.of_first(250).logits(slice(2, 4)), expected[2:4, :250])

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 import quarkrl
 from quarkrl import QuarkConfig
-from quarkrl.cli.train_options import left_out, parse_train
+from quarkrl.cli.train_options import parse_train
 from quarkrl.errors import UserError
 
 SOURCE = Path(quarkrl.__file__).parent
@@ -143,11 +143,12 @@ def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monke
     for name in ("LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     flags = ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", '{"version": 2}', "--use_cpu"]
-    _, config, given = parse_train(["--output_dir", str(tmp_path), *flags])
+    command = parse_train(["--output_dir", str(tmp_path), *flags])
+    config, given = command.config, command.given
     assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
     assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
-    assert left_out(given, config).startswith("one process, which has no use for ddp_backend and fsdp; ")
-    assert left_out({}, config) is None
+    assert command.ignored().startswith("ddp_backend and fsdp ignored")
+    assert command._replace(given={}).ignored() is None
 
 
 def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):

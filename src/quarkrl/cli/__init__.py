@@ -1,1 +1,16 @@
-"""The command `quarkrl`: one file per subcommand."""
+"""The command `quarkrl`: one file per subcommand, `main.py` that runs one, and what they share.
+
+A subcommand is a module with
+
+    NAME                    as typed: `quarkrl NAME`
+    HELP                    one line for `quarkrl --help`
+    add_options(parser)     its positional arguments, and `flags.add_flags(parser, SomeOptions, …)` for the rest
+    run(arguments)          what it does; a mistake of the user raises `UserError`
+
+`parse(argv)` is optional and replaces the parser made from `add_options`; `train` has it, since its options may come
+from a file. Options are dataclasses declared by `quarkrl.options.option`. These modules import torch, transformers and
+whatever imports them only inside functions, so that `--help` is immediate.
+
+    flags.py     dataclasses → flags → dataclasses, and the errors of parsing
+    common.py    options of sampling and of rewards, the names `builtin`, messages, progress bars
+"""

@@ -3,20 +3,31 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quarkrl.cli.train_options import positive
+from quarkrl.cli.common import (
+    RewardOptions,
+    SamplingOptions,
+    console,
+    hide_library_progress,
+    model_path,
+    note,
+    progress_bars,
+    prompts_path,
+)
+from quarkrl.cli.flags import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
-    from quarkrl.sampling.strategy import Sampling
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+NAME = "evaluate"
+HELP = "measure a model beside its reference"
+
+
+def add_options(parser: Parser) -> None:
     """What `quarkrl evaluate` takes beside the reward and the decoding."""
     parser.add_argument("model", help="a run's final/, a checkpoint, a hub name, or a plain model")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="in domain first, then any others")
@@ -24,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prompt_column", default="prompt", metavar="COLUMN", help="holds the prompt (default: prompt)"
     )
     parser.add_argument("--prompt_split", default="train", metavar="SPLIT", help="of a data set (default: train)")
-    parser.add_argument("--prompt_tokens", type=positive, metavar="N", help="cut texts to their first N tokens")
+    parser.add_argument("--prompt_tokens", type=_positive, metavar="N", help="cut texts to their first N tokens")
     parser.add_argument("--judges", nargs="+", default=[], metavar="REWARD", help="scorers to report beside the reward")
     parser.add_argument("--reference", help="the model before training; none goes without (default: as trained)")
     parser.add_argument(
@@ -34,44 +45,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--guidance_scales", nargs="+", type=float, default=[], metavar="X", help="a row each, on the best token"
     )
     parser.add_argument("--guidance_from", default="worst", metavar="FROM", help="a quantile or reference (worst)")
-    parser.add_argument("--samples", type=positive, default=25, help="completions for each prompt (default: 25)")
-    parser.add_argument("--limit", type=positive, help="the first so many prompts of each file, and texts")
+    parser.add_argument("--samples", type=_positive, default=25, help="completions for each prompt (default: 25)")
+    parser.add_argument("--limit", type=_positive, help="the first so many prompts of each file, and texts")
     parser.add_argument("--skip_bad_prompts", action="store_true", help="leave bad and too long prompts out, counted")
     parser.add_argument("--threshold", type=_share, default=0.5, help="where a class begins (default: 0.5)")
     parser.add_argument("--perplexity_model", metavar="MODEL", help="scores perplexity (default: the reference)")
     parser.add_argument("--human_column", metavar="COLUMN", help="people's continuations of the prompts: gives MAUVE")
     parser.add_argument("--corpus", metavar="FILE", help="people's texts: gives rep, wrep, accuracy and perplexity")
-    parser.add_argument("--resamples", type=positive, default=10_000, help="of the bootstrap (default: 10000)")
+    parser.add_argument("--resamples", type=_positive, default=10_000, help="of the bootstrap (default: 10000)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster, and a little off")
     parser.add_argument("--output", metavar="FILE", help="figures and protocol as JSON, completions as Parquet beside")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves: .png, .svg or .pdf")
+    add_flags(parser, RewardOptions, SamplingOptions)
 
 
-def run(
-    arguments: argparse.Namespace,
-    *,
-    sampling: "Sampling",
-    model_path: Callable[[str], str],
-    prompts_path: Callable[[str], str],
-    evaluate: Callable[..., Any],
-    console: "Console",
-    note: Callable[[str], None],
-) -> None:
-    """Evaluate, print, save.
-
-    Args:
-        arguments: as parsed.
-        sampling: how to decode.
-        model_path: what a name given for a model means.
-        prompts_path: what a name given for prompts means.
-        evaluate: `evaluation.evaluate`, with its progress shown.
-        console: where tables go.
-        note: says where files are.
-    """
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate, print, save."""
+    from quarkrl.evaluation.evaluate import evaluate
     from quarkrl.evaluation.plots import check_plot, plot_curves
     from quarkrl.evaluation.results import checked_output
     from quarkrl.evaluation.tables import print_table
 
+    hide_library_progress()
     # All that can be found wrong now is, before hours of sampling.
     if arguments.output:
         checked_output(arguments.output)
@@ -80,31 +75,34 @@ def run(
         if "all" not in arguments.quantiles and len(set(arguments.quantiles)) < 3 and not arguments.guidance_scales:
             raise UserError("no curve to plot: want --quantiles all, or --guidance_scales 1 2 4")
     scorer, *judges = scorers(arguments.reward, arguments.reward_label, arguments.judges, arguments.score_cache)
-    evaluation = evaluate(
-        model_path(arguments.model),
-        prompt_sets(arguments.prompts, _loader(arguments, model_path, prompts_path), arguments.limit),
-        scorer,
-        reference=model_path(arguments.reference) if arguments.reference else None,
-        quantiles=arguments.quantiles,
-        guidance_scales=arguments.guidance_scales,
-        guidance_from=arguments.guidance_from,
-        sampling=sampling,
-        samples=arguments.samples,
-        seed=arguments.seed,
-        batch_size=arguments.batch_size,
-        judges=judges,
-        threshold=arguments.threshold,
-        perplexity_model=model_path(arguments.perplexity_model) if arguments.perplexity_model else None,
-        human_column=arguments.human_column,
-        corpus=corpus(arguments.corpus, arguments.limit) if arguments.corpus else None,
-        skip_bad=arguments.skip_bad_prompts,
-        dtype="bfloat16" if arguments.bf16 else None,
-        trust_remote_code=arguments.trust_remote_code,
-        resamples=arguments.resamples,
-    )
+    sampling = options_from(arguments, SamplingOptions).strategy()
+    with progress_bars("evaluate") as notify:
+        evaluation = evaluate(
+            model_path(arguments.model),
+            prompt_sets(arguments.prompts, _loader(arguments), arguments.limit),
+            scorer,
+            reference=model_path(arguments.reference) if arguments.reference else None,
+            quantiles=arguments.quantiles,
+            guidance_scales=arguments.guidance_scales,
+            guidance_from=arguments.guidance_from,
+            sampling=sampling,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            judges=judges,
+            threshold=arguments.threshold,
+            perplexity_model=model_path(arguments.perplexity_model) if arguments.perplexity_model else None,
+            human_column=arguments.human_column,
+            corpus=corpus(arguments.corpus, arguments.limit) if arguments.corpus else None,
+            skip_bad=arguments.skip_bad_prompts,
+            dtype="bfloat16" if arguments.bf16 else None,
+            trust_remote_code=arguments.trust_remote_code,
+            resamples=arguments.resamples,
+            notify=notify,
+        )
     # Which files, and what was made of them; the rest says the same in other words.
     evaluation.protocol["options"] = {name: value for name, value in vars(arguments).items() if name != "run"}
-    print_table(evaluation, console)
+    print_table(evaluation, console(stderr=False))
     if arguments.output:
         evaluation.save(arguments.output)
         completions = checked_output(arguments.output)[1]
@@ -131,9 +129,7 @@ def prompt_sets(
     return sets
 
 
-def _loader(
-    arguments: argparse.Namespace, model_path: Callable[[str], str], prompts_path: Callable[[str], str]
-) -> "Callable[[str], Prompts]":
+def _loader(arguments: argparse.Namespace) -> "Callable[[str], Prompts]":
     """Reads the prompts of a source as the options say."""
     from quarkrl.data.prompts import load_prompts
     from quarkrl.data.truncation import cut
@@ -144,7 +140,7 @@ def _loader(
 
     def load(source: str) -> "Prompts":
         prompts = load_prompts(
-            prompts_path(source),
+            prompts_path(source, "eval"),
             split=arguments.prompt_split,
             column=arguments.prompt_column,
             skip_bad=arguments.skip_bad_prompts,
@@ -181,11 +177,17 @@ def scorers(rewards: Sequence[str], label: str | None, judges: Sequence[str], ca
     return [Scorer(group, cache=cache if keep else None) for group, keep in zip(groups, kept, strict=True)]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer of at least 1.")
+    return int(text)
+
+
 def _share(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: want a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be from 0 to 1.")
     return value

@@ -3,36 +3,31 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from quarkrl.rewards.scorer import Scorer
+from quarkrl.cli.common import RewardOptions, note
+from quarkrl.cli.flags import Parser, add_flags, options_from
+
+NAME = "score"
+HELP = "score texts, to get to know a reward before training on it"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """What `quarkrl score` takes beside the reward."""
     parser.add_argument("file", help="texts: .txt (one a line), .jsonl, .csv, .parquet; - reads lines from stdin")
     parser.add_argument("--column", help="column that holds the text (default: completion, text or prompt)")
     parser.add_argument("--skip_bad_prompts", action="store_true", help="leave bad rows out, counted")
     parser.add_argument("--json", action="store_true", help="a JSON object a line: text, reward")
+    add_flags(parser, RewardOptions)
 
 
-def run(arguments: argparse.Namespace, scorer: "Scorer", note: Callable[[str], None]) -> None:
-    """Score and print.
-
-    Args:
-        arguments: as parsed.
-        scorer: the reward.
-        note: says how the scores are spread.
-
-    Raises:
-        UserError: the texts cannot be read, or the reward fails.
-    """
+def run(arguments: argparse.Namespace) -> None:
+    """Score and print."""
     import numpy as np
 
     from quarkrl.data.prompts import load_prompts
 
+    scorer = options_from(arguments, RewardOptions).scorer()
     source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
     columns = arguments.column or ("completion", "text", "prompt")
     # A model may say nothing, and the reward of that is a reward.

@@ -1,14 +1,14 @@
 """The options of `quarkrl train`, from flags and a YAML file or preset, checked alike."""
 
-import argparse
 import dataclasses
 import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
+from quarkrl.cli.flags import Parser
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,26 +79,29 @@ class RunArguments:
                 raise UserError(f"{name} {getattr(self, name)}: want at least 1")
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere here."""
+class TrainCommand(NamedTuple):
+    """What `quarkrl train` runs.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+    Attributes:
+        run: options of the command itself.
+        config: options of the trainer.
+        given: the options that differ from their defaults, for `config.yaml`.
+    """
+
+    run: RunArguments
+    config: "QuarkConfig"
+    given: dict[str, Any]
+
+    def ignored(self) -> str | None:
+        """Return a message about options that `QuarkConfig` ignores in a single process, or None."""
+        names = [name for name in ("ddp_backend", "fsdp") if self.given.get(name) and not getattr(self.config, name)]
+        if not names:
+            return None
+        launch = "torchrun --nproc_per_node N -m quarkrl.cli train …"
+        return f"{' and '.join(names)} ignored: there is one process. To start several: {launch}"
 
 
-def natural(text: str, least: int = 0) -> int:
-    """A flag's whole number, not below `least`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: want a whole number, at least {least}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A flag's whole number, at least 1."""
-    return natural(text, least=1)
-
-
-def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[str, Any]]:
+def parse_train(argv: Sequence[str]) -> TrainCommand:
     """Flags and file of `quarkrl train` as objects, and the options given by either, for `config.yaml`.
 
     The file's entries become flags put before the user's own, so that both are read, checked and reported alike, and
@@ -161,16 +164,7 @@ def parse_train(argv: Sequence[str]) -> tuple[RunArguments, "QuarkConfig", dict[
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']} without eval_prompts: give --eval_prompts")
     given = {name: value for name, value in values.items() if value != defaults[name]}
-    return parts[0], parts[1], given  # type: ignore[return-value]
-
-
-def left_out(given: dict[str, Any], config: "QuarkConfig") -> str | None:
-    """What `QuarkConfig` has left out of the options that were given, as the process is the only one, in one line."""
-    names = [name for name in ("ddp_backend", "fsdp") if given.get(name) and not getattr(config, name)]
-    if not names:
-        return None
-    start = "torchrun --nproc_per_node N -m quarkrl.cli train"
-    return f"one process, which has no use for {' and '.join(names)}; to start several: {start} …"
+    return TrainCommand(parts[0], parts[1], given)  # type: ignore[arg-type]
 
 
 def _check_guards(values: dict[str, Any]) -> None:

@@ -6,21 +6,11 @@ weights, of which `loss.quark_loss` makes logits a slice of positions at a time,
 tokens x vocabulary is ever held. Whatever wraps the model (DDP, adapters, autocast) still happens.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
-
-logger = logging.getLogger(__name__)
-
-# Output layers whose logits are not to be had from hidden states and weights alone.
-_out_of_reach: WeakSet[nn.Module] = WeakSet()
 
 # The logit of what may not come: no probability, in any precision, and finite, so that 0 times its logarithm is 0.
 _NEVER = -1e4
@@ -105,90 +95,21 @@ def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     Returns:
         `(T, V)`, in the order of `labels[labels != -100]`, as the model computes them: soft-capped, scaled, cast.
     """
-    return _narrowed(model, input_ids, attention_mask, labels, positions=slice(None))[1]
+    return forward_at_completions(model, input_ids, attention_mask, labels)[1]
 
 
-def completion_projection(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Projection:
-    """`completion_logits`, still to be computed where the model's output layer can be reached.
-
-    It can where the layer is one matrix product, trained or not, with at most a known soft cap or scale behind it;
-    the model's own logits of the first position are held against it at every call. Where it cannot, which the log
-    says once, or where the weights are spread over processes, the logits are computed whole.
-    """
-    layer = output_layer(model)
-    if layer in _out_of_reach or is_spread(layer):
-        return Projection(completion_logits(model, input_ids, attention_mask, labels))
-    hidden, first = _narrowed(model, input_ids, attention_mask, labels, positions=slice(0, 1))
-    if operands := _operands(layer, hidden[:1]):
-        config = _unwrapped(model).config.get_text_config()
-        # None where a config has the entry and no scale (MPT); a scale by name is not known, and found out below.
-        factor, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
-        scale = (factor if isinstance(factor, float | int) else 1.0) / (divisor or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        projection = Projection(hidden, *operands, scale, cap)
-        with torch.no_grad():
-            off = (projection.logits(slice(0, 1)).to(first) - first).abs().amax(-1)  # Of no position, if there is none.
-            # Of the largest: bf16 rounds hidden states and weights, which the small logits are sums of too.
-            if _everywhere((off <= 2e-2 * first.abs().amax(-1)).all()):
-                return projection
-    logger.warning(f"the output layer of {type(_unwrapped(model)).__name__} is out of reach: its logits are held whole")
-    _out_of_reach.add(layer)
-    return completion_projection(model, input_ids, attention_mask, labels)
-
-
-def is_one_product(layer: nn.Module | None) -> bool:
-    """Whether an output layer is one matrix product, so that `completion_projection` will most likely reach it."""
-    weight = getattr(layer, "weight", None)
-    if layer is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-        return False
-    with torch.no_grad():
-        return _operands(layer, weight.new_zeros(1, weight.shape[1])) is not None
-
-
-def _operands(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that is one matrix product and nothing else; None of another.
-
-    What is learned before or behind the product would get no gradient, and may start as the identity (IA3, OFT), so
-    that values do not tell: the product's input and its result have to be the layer's own.
-    """
-    with _Products() as products:
-        logits = layer(hidden)
-    if len(products.noted) != 1:
-        return None
-    ((input, weight, bias, result, made_by),) = products.noted
-    alone = input is hidden and logits is result and logits.grad_fn is made_by  # Else it was changed in place.
-    return (weight, bias) if alone else None
-
-
-def _everywhere(here: Tensor) -> bool:
-    """Whether it is so in all processes: one that went a way of its own would call the model once more than others."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        here = here.float()
-        torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MIN)
-    return bool(here)
-
-
-def is_spread(module: nn.Module) -> bool:
-    """Whether its weights are spread over processes (FSDP, ZeRO), all of which must then call it equally often."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
-
-
-def output_layer(model: nn.Module) -> nn.Module:
-    """The layer that turns hidden states into logits, under whatever wraps the model."""
-    return _unwrapped(model).get_output_embeddings()
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    # By class: a DeepSpeed engine passes on what it has not, and has a `config` of its own.
-    while not hasattr(type(model), "get_output_embeddings") and "module" in model._modules:
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
-def _narrowed(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: slice
+def forward_at_completions(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, logits_at: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states `(T, width)` before each completion token, and the logits of those at some `positions`."""
+    """Run a model whose output layer sees only the positions that predict a completion token.
+
+    Args:
+        model, input_ids, attention_mask, labels: as in `completion_logits`.
+        logits_at: which of the T positions get logits.
+
+    Returns:
+        The last hidden states, `(T, width)`, and the logits of the chosen positions, `(R, V)`.
+    """
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != -100
     narrowed: list[Tensor] = []
@@ -196,7 +117,7 @@ def _narrowed(
     def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (hidden,) = inputs  # (batch, length, width)
         narrowed.append(hidden[predicts])
-        return (narrowed[0][positions],)
+        return (narrowed[0][logits_at],)
 
     handle = output_layer(model).register_forward_pre_hook(narrow)
     try:
@@ -206,18 +127,14 @@ def _narrowed(
     return narrowed[0], logits
 
 
-class _Products(TorchFunctionMode):
-    """Notes every `F.linear` while it lasts: input, weight and bias, such as an adapter puts together, and result."""
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer of a model, wrapped or not, that turns hidden states into logits."""
+    return unwrapped(model).get_output_embeddings()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Any]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is F.linear:
-            self._note(result, *args, **(kwargs or {}))
-        return result
-
-    def _note(self, result: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.noted.append((input, weight, bias, result, result.grad_fn))
+def unwrapped(model: nn.Module) -> Any:
+    """The model without its wrappers (DDP, DeepSpeed)."""
+    # Checked on the class: a DeepSpeed engine forwards unknown attributes and has a `config` of its own.
+    while not hasattr(type(model), "get_output_embeddings") and "module" in model._modules:
+        model = model.module  # type: ignore[assignment]
+    return model

@@ -1,17 +1,14 @@
-"""A trained policy as an ordinary checkpoint, what is said of it there, and which model its reference is."""
+"""A trained policy as an ordinary checkpoint, and the identity of a model."""
 
 import copy
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.models.conditioning import Conditioning, load_facts
-
-if TYPE_CHECKING:
-    from quarkrl.training.trainer import QuarkTrainer
+from quarkrl.models.conditioning import Conditioning
 
 
 def save_steered(
@@ -44,28 +41,6 @@ def save_steered(
         model.generation_config, model.config.use_cache = saved_config, saved_cache
     tokenizer.save_pretrained(directory)
     conditioning.save(directory, **facts)
-
-
-def facts_of(trainer: "QuarkTrainer") -> dict[str, Any]:
-    """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-    args = trainer.args
-    return {
-        "quantile_edges": trainer.pool.edges.tolist(),
-        "iterations": trainer.state.global_step / args.steps_per_iteration,
-        "pool_size": len(trainer.pool),
-        "reference": trainer.reference_identity,
-        "rewards": trainer.scorer.identity,
-        "coefs": {"kl_coef": trainer.coefs.kl_coef, "entropy_coef": trainer.coefs.entropy_coef},
-        "config": {name: getattr(args, name) for name in (*args.__annotations__, "seed", "bf16", "fp16")},
-    } | _best_facts(trainer)
-
-
-def _best_facts(trainer: "QuarkTrainer") -> dict[str, Any]:
-    """The facts of the best checkpoint, once a run has ended by loading it; nothing for any other run."""
-    best = trainer.state.best_model_checkpoint
-    if trainer.is_in_train or not (trainer.args.load_best_model_at_end and best):
-        return {}
-    return {name: value for name, value in (load_facts(best) or {}).items() if name != "conditioning"}
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:

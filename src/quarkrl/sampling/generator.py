@@ -150,11 +150,12 @@ class QuarkGenerator:
             contrast = self.contrast(plain_ids, guidance_scale, guidance_from)
             if prompt_ids and contrast.prompt_ids == prompt_ids:
                 raise UserError(f"guidance_from {guidance_from!r}: must differ from quantile {quantile!r}.")
-        longest, limit = max(map(len, prompt_ids), default=0), self.context_length - sampling.max_new_tokens
-        if longest > limit:
+        longest = max(map(len, prompt_ids), default=0)
+        if longest + sampling.max_new_tokens > self.context_length:
             raise UserError(
-                f"prompt of {longest} tokens: must have at most {limit}, the context length without the completion. "
-                "Shorten the prompt or max_new_tokens."
+                f"max_new_tokens {sampling.max_new_tokens}: must be at most {max(0, self.context_length - longest)}, "
+                f"because a prompt has {longest} tokens and the context length is {self.context_length}. "
+                "Lower it, or shorten the prompt."
             )
         completion_ids = complete(
             self.model,

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quarkrl.errors import UserError
-from quarkrl.models.completion_logits import is_spread
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.head_access import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, GuidedDecoder, make_contrast
 from quarkrl.sampling.strategy import Sampling
@@ -67,7 +67,7 @@ def sample(
             completions[active, position] = tokens
             ended |= torch.isin(tokens, eos)
             # A sharded model needs the same number of forward passes in each process.
-            if position + 1 == length or (ended.all() and not is_spread(model)):
+            if position + 1 == length or (ended.all() and not is_sharded(model)):
                 break
             if _MIN_SHARE_TO_REMOVE * len(active) <= ended.sum() < len(active):
                 remaining = torch.nonzero(~ended)[:, 0]

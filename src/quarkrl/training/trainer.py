@@ -33,15 +33,17 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from quarkrl.algorithm.loss import Coefficients, quark_loss
+from quarkrl.algorithm.coefficients import Coefficients
+from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
+from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import bucketed, padded
-from quarkrl.models.completion_logits import completion_projection
+from quarkrl.models.batching import padded
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.export import facts_of, model_identity, save_steered
+from quarkrl.models.export import model_identity, save_steered
+from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.directory import identity
@@ -52,7 +54,8 @@ from quarkrl.sampling.sampler import eval_mode, sample, sample_best
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
-from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedule, score
+from quarkrl.training.exploration import FinishedBatches, Rollout, score
+from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory_check import Forecast
@@ -139,7 +142,10 @@ class QuarkTrainer(ResumableTrainer):
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.coefs = Coefficients.of(args)
+        self.coefs = Coefficients(
+            args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
+        )
+        self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
@@ -194,7 +200,7 @@ class QuarkTrainer(ResumableTrainer):
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
         figures, seconds = self.recalled(self.pool_directory, iteration), {}
         if figures is None:
-            rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
+            rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
@@ -281,7 +287,7 @@ class QuarkTrainer(ResumableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.drawn = bucketed(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
+        self.drawn = bucket_by_length(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
 
     # Learn.
 
@@ -311,12 +317,13 @@ class QuarkTrainer(ResumableTrainer):
     ) -> Any:
         """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels)
+        policy_head, ref_head = self.decide_heads()
+        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = None
         if args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names))
+                ref = completion_projection(reference, *(inputs[name] for name in names), ref_head)
             ref = ref.of_first(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
@@ -330,6 +337,18 @@ class QuarkTrainer(ResumableTrainer):
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * args.world_size
         return (total, {}) if return_outputs else total
+
+    def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
+        """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
+        if self._heads is None:
+            policy, prompt = self.accelerator.unwrap_model(self.model), self.prompts.ids[0]
+            with self.accelerator.autocast():
+                policy_head = ref_head = decide_head_access(policy, prompt)
+                with self.reference() as reference:
+                    if self.args.kl_coef and (reference is not policy or policy_head.sliced):
+                        ref_head = decide_head_access(reference, prompt)
+            self._heads = policy_head, ref_head
+        return self._heads
 
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
@@ -388,7 +407,11 @@ class QuarkTrainer(ResumableTrainer):
 
     def facts(self) -> dict[str, Any]:
         """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-        return facts_of(self)
+        args, state = self.args, self.state
+        ended_with_best = args.load_best_model_at_end and not self.is_in_train
+        best = state.best_model_checkpoint if ended_with_best else None
+        identities = self.scorer.identity, self.reference_identity
+        return run_facts(args, state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
     def _encoded(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
@@ -401,6 +424,9 @@ class _Iterations(TrainerCallback):
 
     def __init__(self, trainer: QuarkTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.decide_heads()
 
     def on_epoch_begin(self, args, state, control, **_):
         trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration

@@ -1,0 +1,149 @@
+"""What subcommands share: options of sampling and of rewards, the names `builtin`, messages and progress bars."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from quarkrl.options import check_options, option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quarkrl.data.prompts import Prompts
+    from quarkrl.rewards.scorer import Scorer
+    from quarkrl.sampling.strategy import Sampling
+
+BUILTIN = "builtin"  # names the embedded model, and its prompts
+REWARD_HELP = (
+    "Rewards: profanity, vader, repetition, perspective, judge, a classifier (directory or hub name), module:function "
+    "or file.py:function. Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
+)
+REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
+SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever run or command it occurs."
+
+
+# Options
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How completions are sampled, for subcommands that sample from a finished model."""
+
+    max_new_tokens: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="sampling")
+    min_new_tokens: int = option(0, "Tokens before EOS may occur.", at_least=0, group="sampling")
+    temperature: float = option(1.0, "Sampling temperature.", above=0, group="sampling")
+    top_p: float = option(0.9, "Nucleus sampling: probability to keep.", above=0, at_most=1, group="sampling")
+    greedy: bool = option(False, "Take the most likely token at each step.", group="sampling")
+    seed: int = option(0, "Seed of sampling. The same seed gives the same completions.", at_least=0, group="sampling")
+    batch_size: int = option(128, "Completions sampled at a time.", at_least=1, group="sampling")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group="sampling")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def strategy(self) -> "Sampling":
+        """Return how the next token is chosen."""
+        from quarkrl.sampling.strategy import Sampling
+
+        return Sampling(self.max_new_tokens, self.min_new_tokens, self.temperature, self.top_p, not self.greedy)
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Which rewards score texts."""
+
+    reward: list[str] = option(help=REWARD_HELP, metavar="REWARD", group="reward")
+    reward_label: str | None = option(None, REWARD_LABEL_HELP, metavar="LABEL", group="reward")
+    score_cache: str | None = option(None, SCORE_CACHE_HELP, metavar="FILE", group="reward")
+
+    def scorer(self) -> "Scorer":
+        """Return the scorer of these rewards.
+
+        Raises:
+            UserError: a reward cannot be made, or none of them can be cached and a cache is given.
+        """
+        from quarkrl.rewards.registry import resolve
+        from quarkrl.rewards.scorer import Scorer
+
+        return Scorer([resolve(name, label=self.reward_label) for name in self.reward], cache=self.score_cache)
+
+
+# Names
+
+
+def model_path(name: str) -> str:
+    """Return the directory of the embedded model for `builtin`, and any other name unchanged."""
+    from quarkrl.builtin import model_path
+
+    return str(model_path()) if name == BUILTIN else name
+
+
+def prompts_path(name: str, split: Literal["train", "eval"]) -> str:
+    """Return the file of the embedded prompts for `builtin`, and any other name unchanged."""
+    from quarkrl.builtin import prompts_path
+
+    return str(prompts_path(split)) if name == BUILTIN else name
+
+
+# Messages and progress
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Print a message to standard error, from the first process only."""
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
+
+
+def note_skipped(prompts: "Prompts") -> None:
+    """Say how many prompts were skipped, by reason."""
+    if prompts.skipped:
+        note(f"prompts skipped: {', '.join(f'{count} {reason}' for reason, count in prompts.skipped.items())}")
+
+
+def console(stderr: bool = True) -> "Console":
+    """Return a console that prints text as it is."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False)
+
+
+def hide_library_progress() -> None:
+    """Switch off the progress bars of transformers, which interrupt ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar per named task.
+
+    Args:
+        verb: precedes the name of each task.
+
+    Yields:
+        A function of a task's name, the number of finished items, and the number of all items.
+    """
+    from quarkrl.training.progress import new_bars
+
+    bars, tasks = new_bars(console()), {}
+
+    def notify(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            bars.start()  # Not earlier: bars without a task print an empty line, also beside an error message.
+            tasks[name] = bars.add_task(f"{verb}  {name}", total=total, figures="")
+        bars.update(tasks[name], completed=done)
+
+    try:
+        yield notify
+    finally:
+        if tasks:
+            bars.stop()

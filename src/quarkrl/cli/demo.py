@@ -1,0 +1,52 @@
+"""`quarkrl demo`: unlearn toxicity on the embedded model, then compare it with its reference."""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from quarkrl.cli import train
+from quarkrl.cli.common import BUILTIN, RewardOptions, console, model_path, note, progress_bars, prompts_path
+from quarkrl.cli.flags import Parser
+
+NAME = "demo"
+HELP = "unlearn toxicity on the built-in model, in minutes on a laptop"
+
+
+def add_options(parser: Parser) -> None:
+    """Add the arguments of `quarkrl demo`."""
+    parser.add_argument("--output_dir", metavar="DIR", help="directory of the run (runs/demo, or the next free name)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train with the preset tiny-toxicity, evaluate, and print tables and examples."""
+    from quarkrl.data.prompts import load_prompts
+    from quarkrl.evaluation.evaluate import evaluate
+    from quarkrl.evaluation.tables import print_side_by_side, print_table
+
+    output_dir = arguments.output_dir or free_directory("runs/demo")
+    command = train.parse(["--config", "tiny-toxicity", "--output_dir", output_dir])
+    note("Unlearning toxicity on the built-in 1M-parameter model: explore, quantize, learn.")
+    final = train.run(command)
+    with progress_bars("evaluate") as notify:
+        evaluation = evaluate(
+            final,
+            load_prompts(prompts_path(BUILTIN, "eval")),
+            RewardOptions(command.run.reward or [], command.run.reward_label).scorer(),
+            reference=model_path(BUILTIN),
+            batch_size=command.config.generation_batch_size or 128,
+            notify=notify,
+        )
+    results = Path(output_dir) / "results.json"
+    evaluation.save(results)
+    print_table(evaluation, console(stderr=False))
+    print_side_by_side(evaluation, 3, console(stderr=False))
+    note(f"model: {final}   samples: {output_dir}/pool   results: {results}")
+    note(f'try it: quarkrl generate {final} --prompt "You are" --quantile worst')
+
+
+def free_directory(name: str) -> str:
+    """Return `name`, or the first of `name-2`, `name-3`, … that holds no run."""
+    from quarkrl.runs.directory import holds_run
+
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if not holds_run(Path(candidate)))

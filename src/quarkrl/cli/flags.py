@@ -1,0 +1,186 @@
+"""Flags of the command line, built from dataclasses whose fields are declared by `quarkrl.options.option`.
+
+`add_flags` declares them, `Parser.parse` reads them, and `options_from` makes the dataclass. Errors are `UserError`s.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from quarkrl.errors import UserError, did_you_mean
+from quarkrl.options import default_of, listed
+
+Options = TypeVar("Options")
+
+_METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s and that accepts hyphens for underscores in names of flags.
+
+    Attributes:
+        flag_names: names of all flags, without dashes; an unknown flag is compared with them.
+    """
+
+    def __init__(self, **kwargs: Any):
+        self.flag_names: list[str] = []
+        super().__init__(formatter_class=_formatter, **kwargs)
+
+    def add_argument(self, *names: str, **settings: Any) -> Any:
+        """Add an argument as `argparse` does, and remember its name if it is a flag."""
+        self.flag_names += [name[2:] for name in names if name.startswith("--")]
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse writes "argument --name: …"; ours is "name …".
+        message = re.sub(r"^argument -{0,2}([^\s:/]+)[^\s:]*: ", r"\1 ", message)
+        message = re.sub(r" invalid (\w+) value: (.*)$", r" \2: must be of type \1.", message)
+        message = re.sub(r" invalid choice: (.*) \(choose from (.*)\)$", r" \1: must be one of \2.", message)
+        raise UserError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as `argparse` does, after replacing hyphens in the names of flags."""
+        argv = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(argument) for argument in argv], namespace)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse arguments.
+
+        Raises:
+            UserError: a flag is unknown (the message names the nearest known one) or has an invalid value.
+        """
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            if not flag.startswith("-"):
+                raise UserError(f"argument {flag!r}: must be preceded by a flag.")
+            raise UserError(f"unknown option {flag}.{did_you_mean(flag.lstrip('-'), self.flag_names, '--')}")
+        return arguments
+
+
+def add_flags(
+    parser: Parser,
+    *classes: type,
+    groups: Sequence[str] = (),
+    switches: bool = True,
+    describe: Callable[[dataclasses.Field], str] | None = None,
+) -> None:
+    """Add a flag for each field of dataclasses.
+
+    Args:
+        parser: receives the flags.
+        classes: dataclasses; a field without a default is a required flag.
+        groups: headings of `--help`, in order; a field's own heading is its metadata `group`.
+        switches: whether an option that is False by default is a bare flag; otherwise it takes an optional value, as
+            the flags of transformers do, which a subcommand with positional arguments cannot have.
+        describe: makes the text for `--help` from a field; `summary` by default.
+    """
+    describe = describe or summary
+    declared = [(field, kind) for options in classes for field, kind in typed_fields(options)]
+    titles = dict.fromkeys([*groups, *(field.metadata.get("group", "") for field, _ in declared)])
+    for title in titles:
+        target = parser.add_argument_group(title) if title else parser
+        for field, kind in declared:
+            if field.metadata.get("group", "") == title:
+                if target is not parser:
+                    parser.flag_names.append(field.name)
+                _add_flag(target, field, kind, switches, describe(field).replace("%", "%%"))
+
+
+def options_from(arguments: argparse.Namespace, options: type[Options]) -> Options:
+    """Make a dataclass from the parsed arguments of its fields' names.
+
+    Raises:
+        UserError: a value is invalid.
+    """
+    names = [field.name for field in dataclasses.fields(options) if field.init]  # type: ignore[arg-type]
+    return options(**{name: getattr(arguments, name) for name in names})
+
+
+def typed_fields(options: type) -> list[tuple[dataclasses.Field, Any]]:
+    """Return each field of a dataclass with its type, where `X | None` counts as X."""
+    hints = get_type_hints(options)
+    return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(options) if field.init]
+
+
+def summary(field: dataclasses.Field) -> str:
+    """Return an option's text for `--help`: the first sentence of its help, and its default."""
+    text = re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".")
+    default = default_of(field)
+    if default in (None, False, dataclasses.MISSING, []):
+        return text
+    return f"{text} ({' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+def takes_list(kind: Any) -> bool:
+    """Return whether a flag of this type takes several values."""
+    return (get_origin(kind) or kind) in (list, tuple)
+
+
+def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, text: str) -> None:
+    default = default_of(field)
+    settings: dict[str, Any] = {"help": text, "required": default is dataclasses.MISSING, "dest": field.name}
+    settings["default"] = None if settings["required"] else default
+    if kind is bool and switches and not default:
+        target.add_argument(f"--{field.name}", action="store_true", **settings)
+        return
+    of_item = get_args(kind)[0] if takes_list(kind) else kind
+    settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(of_item, "NAME")
+    settings["type"] = _reader(of_item, field.metadata.get("choices"))
+    if takes_list(kind):
+        settings["nargs"] = "+"
+    if kind is bool:
+        settings |= {"nargs": "?", "const": True}
+    target.add_argument(f"--{field.name}", **settings)
+    if kind is bool and default is True:
+        target.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
+
+
+def _reader(kind: Any, choices: Iterable[str] | None) -> Callable[[str], Any]:
+    """Return a function that reads the text of a flag as a type."""
+    valid = tuple(choices or (get_args(kind) if get_origin(kind) is Literal else ()))
+
+    def read(text: str) -> Any:
+        if valid and text not in valid:
+            hint = did_you_mean(text, valid)
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {'one of ' * (len(valid) > 1)}{listed(valid)}.{hint}")
+        if kind is bool:
+            if text.lower() not in (*_TRUE, *_FALSE):
+                raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")
+            return text.lower() in _TRUE
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                noun = "an integer" if kind is int else "a number"
+                raise argparse.ArgumentTypeError(f"{text!r}: must be {noun}.") from None
+        return text
+
+    return read
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        kinds = [member for member in get_args(kind) if member is not type(None)]
+        return kinds[0] if len(kinds) == 1 else kind
+    return kind
+
+
+def _underscored(argument: str) -> str:
+    """Replace hyphens by underscores in `--some-flag` and `--some-flag=value`."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a help formatter with one line per option; a narrow terminal wraps it, so that the line count holds."""
+    width = max(100, min(120, shutil.get_terminal_size((120, 24)).columns))
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=38, width=width)

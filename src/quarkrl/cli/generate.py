@@ -1,0 +1,69 @@
+"""`quarkrl generate`: completions of a trained model, for any quantile."""
+
+import argparse
+import dataclasses
+import json
+
+from quarkrl.cli.common import SamplingOptions, hide_library_progress, model_path, note_skipped
+from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.errors import UserError
+from quarkrl.options import check_options, option
+
+NAME = "generate"
+HELP = "completions of a trained model, for any quantile"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """What is generated, and how it is printed."""
+
+    prompts: str | None = option(None, "Prompts: a file or a data set.", metavar="FILE")
+    skip_bad_prompts: bool = option(False, "Skip invalid prompts, and count them.")
+    quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
+    num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
+    json: bool = option(False, "Print one JSON object per line: prompt, completions.")
+    guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)
+    guidance_from: str = option("worst", "Guidance steers away from a quantile, or from the reference.", metavar="FROM")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def add_options(parser: Parser) -> None:
+    """Add the arguments of `quarkrl generate`."""
+    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, or a plain model")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    add_flags(parser, GenerateOptions, SamplingOptions)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate and print."""
+    from quarkrl.data.prompts import load_prompts
+    from quarkrl.sampling.generator import QuarkGenerator
+
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("--prompt or --prompts is missing, or both are given: give one of them.")
+    options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
+    hide_library_progress()
+    strategy = sampling.strategy()
+    prompts = load_prompts(arguments.prompt or options.prompts, skip_bad=options.skip_bad_prompts)
+    note_skipped(prompts)
+    generator = QuarkGenerator.from_pretrained(
+        model_path(arguments.model), trust_remote_code=sampling.trust_remote_code
+    )
+    completions = generator.generate(
+        prompts.prompts,
+        quantile=options.quantile,
+        num_return_sequences=options.num_return_sequences,
+        seed=sampling.seed,
+        guidance_scale=options.guidance_scale,
+        guidance_from=options.guidance_from,
+        batch_size=sampling.batch_size,
+        **dataclasses.asdict(strategy),
+    )
+    for prompt, texts in zip(prompts.prompts, completions, strict=True):
+        if options.json:
+            print(json.dumps({"prompt": prompt, "completions": texts}, ensure_ascii=False))
+        else:
+            for text in texts:
+                print(f"{prompt}{text}" if isinstance(prompt, str) else text)

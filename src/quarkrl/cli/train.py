@@ -1,0 +1,122 @@
+"""`quarkrl train`: train a model with Quark. `train_options.py` reads its options."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quarkrl.cli.common import hide_library_progress, is_first_process, model_path, note, note_skipped, prompts_path
+from quarkrl.cli.flags import Parser
+from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, preset_names
+from quarkrl.errors import UserError
+
+if TYPE_CHECKING:
+    from quarkrl.data.prompts import Prompts
+    from quarkrl.rewards.scorer import Scorer
+    from quarkrl.training.config import QuarkConfig
+
+NAME = "train"
+HELP = "train a model with Quark"
+
+
+def add_options(parser: Parser) -> None:
+    """Not used: `parse` makes its own parser."""
+
+
+def parse(argv: Sequence[str]) -> TrainCommand:
+    """Read the options of `quarkrl train` from flags and a YAML file."""
+    return parse_train(argv)
+
+
+def run(command: TrainCommand) -> Path:
+    """Train; return the directory of the final model."""
+    from transformers import EarlyStoppingCallback
+
+    from quarkrl.models.loading import load_model, load_tokenizer
+    from quarkrl.runs.directory import ConfigFile, holds_run, locked
+    from quarkrl.training.held_out import check_metric
+    from quarkrl.training.trainer import QuarkTrainer
+
+    run, config = command.run, command.config
+    _check_required(run, config)
+    if line := command.ignored():
+        note(line)
+    hide_library_progress()
+    output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
+    with locked(output_dir) if is_first_process() else nullcontext():
+        if not resume and holds_run(output_dir):
+            raise UserError(
+                f"output_dir {str(output_dir)!r}: must not hold a run already. Set another --output_dir, or resume the "
+                "run with --resume."
+            )
+        scorer = _scorer(run, config)
+        check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
+        path, patience = model_path(run.model or ""), run.early_stopping_patience
+        trainer = QuarkTrainer(
+            load_model(path, run.trust_remote_code, dtype=run.dtype, attn_implementation=run.attn_implementation),
+            scorer,
+            config,
+            train_dataset=train_prompts(run, config.skip_bad_prompts),
+            eval_dataset=held_out_prompts(run, config.skip_bad_prompts) if run.eval_prompts else None,
+            processing_class=load_tokenizer(path, run.trust_remote_code),
+            ref_model=load_model(model_path(run.ref_model), run.trust_remote_code) if run.ref_model else None,
+            peft_config=_lora(run.lora_rank),
+            callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
+        )
+        note_skipped(trainer.prompts)
+        trainer.interrupts.at_once = True
+        trainer.train(resume_from_checkpoint=resume)
+        final = trainer.save_final()
+    note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")
+    return final
+
+
+def train_prompts(run: RunArguments, skip_bad: bool) -> "Prompts":
+    """Load the prompts to explore."""
+    return _load_prompts(run, prompts_path(run.prompts or "", "train"), run.prompt_split, skip_bad)
+
+
+def held_out_prompts(run: RunArguments, skip_bad: bool) -> "Prompts":
+    """Load the held-out prompts. If they come from the data set of the training prompts, its test split is used."""
+    split = run.eval_prompt_split or ("test" if run.eval_prompts == run.prompts else "train")
+    return _load_prompts(run, prompts_path(run.eval_prompts or "", "eval"), split, skip_bad)
+
+
+def _load_prompts(run: RunArguments, path: str, split: str, skip_bad: bool) -> "Prompts":
+    from quarkrl.data.prompts import load_prompts
+    from quarkrl.data.truncation import cut
+    from quarkrl.models.loading import load_tokenizer
+
+    prompts = load_prompts(path, split=split, column=run.prompt_column, skip_bad=skip_bad)
+    if run.prompt_tokens is None:
+        return prompts
+    return cut(prompts, load_tokenizer(model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens)
+
+
+def _check_required(run: RunArguments, config: "QuarkConfig") -> None:
+    for name in ("model", "prompts", "reward"):
+        if getattr(run, name) is None:
+            if run.resume:
+                raise UserError(f"output_dir {config.output_dir!r}: must hold config.yaml to resume. Set --config.")
+            raise UserError(f"{name} is missing. Set --{name}, or --config with one of {', '.join(preset_names())}.")
+
+
+def _scorer(run: RunArguments, config: "QuarkConfig") -> "Scorer":
+    from quarkrl.rewards.registry import resolve
+    from quarkrl.rewards.scorer import Scorer
+
+    return Scorer(
+        [resolve(name, label=run.reward_label) for name in run.reward or []],
+        weights=config.reward_weights,
+        condition_on=config.condition_on,
+        cache=config.score_cache,
+        timeout=config.reward_timeout,
+    )
+
+
+def _lora(rank: int | None) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,0 +1,45 @@
+"""What `quark.json` says about a run, beside the reward tokens."""
+
+import os
+from typing import Any
+
+from quarkrl.algorithm.coefficients import Coefficients
+from quarkrl.algorithm.pool import DataPool
+from quarkrl.models.conditioning import load_facts
+from quarkrl.training.config import QuarkConfig
+
+
+def run_facts(
+    config: QuarkConfig,
+    step: int,
+    pool: DataPool,
+    coefs: Coefficients,
+    rewards: Any,
+    reference: dict[str, Any],
+    best_checkpoint: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Collect the facts that are saved with a run's weights.
+
+    Args:
+        config: the options of the run.
+        step: optimizer steps done.
+        pool: the samples, quantized.
+        coefs: weights of the KL and entropy terms, as they stand.
+        rewards: identity of the rewards (`Scorer.identity`).
+        reference: identity of the reference (`model_identity`).
+        best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
+            step. None if the weights are those of the last step.
+    """
+    facts = {
+        "quantile_edges": pool.edges.tolist(),
+        "iterations": step / config.steps_per_iteration,
+        "pool_size": len(pool),
+        "reference": reference,
+        "rewards": rewards,
+        "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
+        "config": {name: getattr(config, name) for name in (*config.__annotations__, "seed", "bf16", "fp16")},
+    }
+    if best_checkpoint:
+        best = load_facts(best_checkpoint) or {}
+        facts |= {name: value for name, value in best.items() if name != "conditioning"}
+    return facts
