@@ -52,8 +52,8 @@ class QuarkGenerator:
         rows = model.get_input_embeddings().weight.shape[0]
         if conditioning and (highest := max(map(max, conditioning.token_ids))) >= rows:
             raise UserError(
-                f"quark.json: reward token ids must be below {rows}, the embedding rows of the model, and one is "
-                f"{highest}. The file is damaged or belongs to another model."
+                f"quark.json is damaged or belongs to another model: reward token id {highest} must be below {rows}, "
+                "the number of embedding rows. Restore the file."
             )
         self.vocab_size = conditioning.vocab_size if conditioning else min(rows, len(tokenizer))
 
