@@ -17,7 +17,8 @@ from quarkrl import metrics
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import Conditioning, reference_name
+from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.quark_json import reference_name
 from quarkrl.rewards.functions.endpoint import _seconds
 from quarkrl.rewards.functions.judge import read_rating
 from quarkrl.rewards.spec import split_spec

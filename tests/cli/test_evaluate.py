@@ -38,7 +38,7 @@ def home(tmp_path_factory) -> Path:
     TOKENIZER.save_pretrained(directory / "base")
     conditioning, tokenizer = Conditioning.add_to(TOKENIZER, model, 3)
     model.save_pretrained(directory / "final")
-    conditioning.steered(tokenizer).save_pretrained(directory / "final")
+    conditioning.steer_tokenizer(tokenizer).save_pretrained(directory / "final")
     conditioning.save(directory / "final", reference={"name": str(directory / "base")})
     (directory / "prompts.txt").write_text("a b\nc\nd e f\nh g\n", encoding="utf-8")
     (directory / "other.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b c"}\n', encoding="utf-8")

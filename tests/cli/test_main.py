@@ -310,7 +310,7 @@ MISTAKES = {
     "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
     "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "leave label out"),
     "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "2 weights are given for 1 rewards"),
-    "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': want best, worst or a number from 0"),
+    "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': must be"),
     "quantile of a plain model": (("generate", "{home}/model", "--prompt", "a", "--quantile", "0"), "has no quantiles"),
     "no prompt": (("generate", "{run}/final"), "--prompt"),
     "empty prompt": (("generate", "{run}/final", "--prompt", ""), "prompt"),

@@ -219,7 +219,7 @@ def test_a_reference_that_has_gone_is_an_error_with_the_way_out(trained, tmp_pat
 
 def test_an_unknown_quantile_is_an_error_before_anything_is_sampled(trained):
     done = []
-    with pytest.raises(UserError, match="quantile '7': want best, worst or a number from 0"):
+    with pytest.raises(UserError, match="quantile '7': must be"):
         evaluate(
             trained, load_prompts(TEXTS), Scorer(few_b), quantiles=["best", "7"], notify=lambda *what: done.append(what)
         )

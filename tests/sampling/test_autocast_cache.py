@@ -17,7 +17,7 @@ def adapted():
     model = tiny_model("llama", tokenizer)
     conditioning, _ = Conditioning.add_to(tokenizer, model, 3)
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = conditioning.with_adapter(model, config).eval()
+    model = conditioning.add_adapter(model, config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "trainable_tokens" in name:

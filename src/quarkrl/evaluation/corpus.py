@@ -16,7 +16,7 @@ from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval, Ratio, intervals
 from quarkrl.evaluation.perplexity import by_length
 from quarkrl.metrics import last_seen
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
@@ -119,7 +119,7 @@ def _predict(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each piece, NLL and argmax prediction of its second to last token."""
     given = [generator.condition(ids[:1], quantile) for ids in pieces]
-    batch = padded(given, [ids[1:] for ids in pieces])
+    batch = build_batch(given, [ids[1:] for ids in pieces])
     device = generator.model.device
     input_ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
     with torch.inference_mode():

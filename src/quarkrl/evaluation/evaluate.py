@@ -17,7 +17,7 @@ from quarkrl.evaluation.mauve import load_mauve
 from quarkrl.evaluation.panel import Panel, human_texts
 from quarkrl.evaluation.perplexity import Fluency, completion_nll, shares_tokens
 from quarkrl.evaluation.provenance import model_source, surroundings, texts_read
-from quarkrl.models.conditioning import reference_name
+from quarkrl.models.quark_json import reference_name
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import check_guidance_scale

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
@@ -82,7 +82,7 @@ def completion_nll(
     todo = list(dict.fromkeys(pair for pair in pairs if pair[1]))
     sums: dict[Any, float] = {}
     for rows in by_length(todo, [len(prompt) + len(completion) for prompt, completion in todo], batch_size):
-        batch = padded([prompt for prompt, _ in rows], [completion for _, completion in rows])
+        batch = build_batch([prompt for prompt, _ in rows], [completion for _, completion in rows])
         input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
         with torch.inference_mode():
             logits = completion_logits(model, input_ids, mask, labels)

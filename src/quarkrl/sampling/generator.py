@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.encoding import Prompt, RefusedChat, decode_completions, encode_prompts
 from quarkrl.errors import UserError, did_you_mean, shorten
-from quarkrl.models.conditioning import Conditioning, reference_name
+from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
+from quarkrl.models.quark_json import reference_name
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling

@@ -40,7 +40,7 @@ from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -138,7 +138,7 @@ class QuarkTrainer(ResumableTrainer):
             raise UserError("ref_model has fewer tokens than model: want one of the same tokenizer")
         if peft_config is not None:
             torch.manual_seed(args.seed)  # The adapter's first weights are random.
-            model = self.conditioning.with_adapter(model, peft_config)
+            model = self.conditioning.add_adapter(model, peft_config)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -158,7 +158,7 @@ class QuarkTrainer(ResumableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=self.conditioning.steered(extended),
+            processing_class=self.conditioning.steer_tokenizer(extended),
             callbacks=[*keepers, *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -303,9 +303,9 @@ class QuarkTrainer(ResumableTrainer):
         completions = [sample.completion_ids.tolist() for sample in samples]
         asked = [sample.quantiles.tolist() for sample in samples]
         conditioned = [self.conditioning.prefix(ids, quantiles) for ids, quantiles in zip(prompts, asked, strict=True)]
-        batch = padded(conditioned, completions)
+        batch = build_batch(conditioned, completions)
         if self.args.kl_coef:
-            batch |= {f"ref_{name}": tensor for name, tensor in padded(prompts, completions).items()}
+            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
         return batch
 
     def compute_loss(
@@ -324,11 +324,16 @@ class QuarkTrainer(ResumableTrainer):
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
                 ref = completion_projection(reference, *(inputs[name] for name in names), ref_head)
-            ref = ref.of_first(self.conditioning.vocab_size)
+            ref = ref.limit_vocab(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
-            loss = quark_loss(policy.unended(*ends), ref and ref.unended(*ends), labels[labels != -100], **settings)
+            loss = quark_loss(
+                policy.suppress_early_eos(*ends),
+                ref and ref.suppress_early_eos(*ends),
+                labels[labels != -100],
+                **settings,
+            )
         tokens = policy.shape[0]
         if self.model.training:
             self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
