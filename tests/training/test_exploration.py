@@ -12,7 +12,8 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.models.batching import build_batch
-from quarkrl.sampling.generator import Sampling, sample
+from quarkrl.sampling.sampler import sample
+from quarkrl.sampling.strategy import Sampling
 
 WORDS = tiny_tokenizer(words=[*"abcdefgh"])
 MODEL = tiny_model("gpt2", WORDS)

@@ -11,10 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from quarkrl.algorithm.pool import DataPool
+from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.collectives import broadcast
-from quarkrl.sampling.generator import decode
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.overlap import SharedBatches, Workers, check_same_pool, sample_and_score
 from quarkrl.training.progress import Progress
@@ -62,7 +62,7 @@ class CompletionScorer:
     def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-        texts = decode(self.tokenizer, completions)
+        texts = decode_completions(self.tokenizer, completions)
         return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from quarkrl.errors import UserError
+from quarkrl.rewards.calling import current_gpu
 from quarkrl.rewards.scorer import Scores
 from quarkrl.training.rollout import Rollout
 
@@ -71,9 +72,7 @@ def sample_and_score(
         return part
 
     pending: list[Future[Rollout]] = []
-    # The current GPU belongs to a thread. A reward function expects that of this thread.
-    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: no GPU.
-    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(gpu,))
+    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(current_gpu(),))
     try:
         for batch in itertools.takewhile(lambda _: not workers.stop_requested(), batches):
             for future in pending:

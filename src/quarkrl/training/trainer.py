@@ -18,6 +18,7 @@ sampling to training, EOS is trained, reward tokens are never sampled, exactly K
 quantile, and dropout is on while learning.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,8 +48,9 @@ from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
-from quarkrl.sampling.decoder import made_once
-from quarkrl.sampling.generator import evaluating, sample, sample_best
+from quarkrl.sampling.autocast_cache import prepare_weights_once
+from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.sampler import eval_mode, sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
@@ -62,12 +64,15 @@ from quarkrl.training.exploration import (
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
-from quarkrl.training.memory_check import Forecast
+from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
 from quarkrl.training.rollout import FinishedBatches
+from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.setup import prepare_models
+
+logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -140,7 +145,12 @@ class QuarkTrainer(DurableTrainer):
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        self.forecast = Forecast(self, models.policy)
+        limit_onednn_caches()
+        lengths, eval_lengths = (
+            [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
+            for prompts in (self.prompts, self.eval_prompts)
+        )
+        self.memory_plan = plan_memory(models.policy, args, lengths, eval_lengths, self.ref_model)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
 
@@ -161,7 +171,7 @@ class QuarkTrainer(DurableTrainer):
             eval_dataset=cast(Any, self.eval_prompts),
             processing_class=models.steered_tokenizer,
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
-            callbacks=[self.forecast, self.metrics_file, self.progress, *(callbacks or [])],
+            callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
         )
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
@@ -227,7 +237,7 @@ class QuarkTrainer(DurableTrainer):
                 sampling=args.sampling(iteration),
                 sampler=partial(self.exploring_sampler, iteration),
                 seed=(args.seed, iteration),
-                batch_size=self.forecast.explored_at_once,
+                batch_size=self.memory_plan.generation_batch_size,
             )
             with self.progress.sampling(f"iteration {iteration}", len(task.rows)):
                 rollout = self.explorer.roll_out(task, finished)
@@ -256,15 +266,16 @@ class QuarkTrainer(DurableTrainer):
                 yield complete
             return
         policy = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast(), made_once(policy, self.ref_model), self.reference() as reference:
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model), self.reference() as reference:
             yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
 
     @contextmanager
     def policy_sampler(self, guidance_scale: float) -> Iterator[Complete]:
         """Yield what completes plain prompts with the policy on its best token, with guidance."""
-        policy, guidance = self.accelerator.unwrap_model(self.model), (guidance_scale, self.args.guidance_from)
-        with self.accelerator.autocast(), made_once(policy, self.ref_model):
-            yield partial(sample_best, policy, self.conditioning, (*guidance, self.reference), end_ids=self.end_ids)
+        policy = self.accelerator.unwrap_model(self.model)
+        guidance = GuidanceOptions(guidance_scale, self.args.guidance_from, self.reference)
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
+            yield partial(sample_best, policy, self.conditioning, guidance, end_ids=self.end_ids)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -276,7 +287,7 @@ class QuarkTrainer(DurableTrainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif hasattr(policy, "disable_adapter"):
-            with policy.disable_adapter(), evaluating(policy):  # p_0 has no dropout, whatever the policy's mode.
+            with policy.disable_adapter(), eval_mode(policy):  # p_0 has no dropout, whatever the policy's mode.
                 yield policy
         else:
             yield policy
@@ -450,6 +461,10 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
+        if self.memory_plan.message and self.is_world_process_zero():
+            logger.info(self.memory_plan.message)
+            if self.progress.enabled:
+                self.progress.note(self.memory_plan.message)
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).
