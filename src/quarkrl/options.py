@@ -86,7 +86,7 @@ def check_options(options: Any, inherited: Mapping[str, dataclasses.Field] | Non
     """
     declared = {field.name: field for field in dataclasses.fields(options)} | dict(inherited or {})
     for name, field in declared.items():
-        if field.metadata.get("resume") is None or not hasattr(options, name):
+        if "resume" not in field.metadata or not (_has_limits(field) and hasattr(options, name)):
             continue
         value = getattr(options, name)
         for item in value if isinstance(value, list | tuple) else [value]:
