@@ -47,7 +47,7 @@ class ResumableTrainer(ShardedTrainer):
         stopping: all processes have agreed to stop.
     """
 
-    identity: dict[str, Any]
+    identity: rundir.RunIdentity
     pool: DataPool
     coefs: Coefficients
     health: Health

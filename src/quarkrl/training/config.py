@@ -64,8 +64,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         for switch, name in (("do_sample", "samples_per_prompt"), ("eval_do_sample", "eval_samples_per_prompt")):
             if not getattr(self, switch) and getattr(self, name) > 1:
                 raise UserError(
-                    f"{name} {getattr(self, name)}: must be 1 if {switch} is False, since greedy completions of a prompt "
-                    f"are equal. Set --{name} 1."
+                    f"{name} {getattr(self, name)}: must be 1 if {switch} is False, since greedy completions "
+                    f"of a prompt are equal. Set --{name} 1."
                 )
 
     def _check_guidance(self) -> None:
@@ -73,7 +73,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         sources = ("worst", "reference", *quantiles)
         if str(self.guidance_from) not in sources:
             raise UserError(
-                f"guidance_from {self.guidance_from!r}: must be worst, reference or a quantile from 0 to {quantiles[-1]}."
+                f"guidance_from {self.guidance_from!r}: must be worst, reference or a quantile from 0 to "
+                f"{quantiles[-1]}."
             )
         if self.guidance_from != "worst" and {self.eval_guidance_scale, *self.explore_guidance_scale} == {1}:
             raise UserError(

@@ -43,7 +43,6 @@ from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.rewards.scorer import Scorer, Scores
-from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
@@ -53,6 +52,7 @@ from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedu
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
+from quarkrl.training.identity import run_identity
 from quarkrl.training.memory_check import Forecast
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
@@ -113,7 +113,7 @@ class QuarkTrainer(ResumableTrainer):
         self.prompts = self._encoded(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
         shas = begins_as["sha256"], self.reference_identity["sha256"]
-        self.identity = identity(args, *shas, self.prompts.ids, self.scorer, peft_config)
+        self.identity = run_identity(args, *shas, self.prompts.ids, self.scorer.identity, peft_config)
         explored = min(args.prompts_per_iteration or len(self.prompts), len(self.prompts)) * args.samples_per_prompt
         if explored < args.num_quantiles:
             raise UserError(f"num_quantiles {args.num_quantiles}: an iteration has {explored} samples; explore more")
