@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is installed is what the constraints file pins; the stamp notices when either file changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-all check format benchmarks benchmarks-quick audit clean
+.PHONY: install demo test test-all check prose format benchmarks benchmarks-quick audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,10 +28,13 @@ test: install  ## the fast tests
 test-all: test  ## every test, the slow ones too, two at a time
 	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadgroup
 
-check: install  ## what CI runs beside the tests: lint, format, types
+check: install prose  ## what CI runs besides the tests: lint, format, types, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+prose: install  ## the style of README and docs: sentence length and glossary (styles/quarkrl)
+	$(BIN)/python tools/prose.py README.md AGENTS.md CHANGELOG.md docs
 
 format: install  ## put the code in order
 	$(BIN)/ruff check --fix .

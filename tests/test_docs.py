@@ -1,43 +1,158 @@
-"""What README.md and docs/ tell people to type: every command and every option of it exists."""
+"""What README.md and docs/ tell readers to type works: commands, options, Python and YAML blocks, names of tests."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+import shutil
+import unittest
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.tiny import tiny_model, tiny_tokenizer
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+import quarkrl
+from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.cli.main import main
-from quarkrl.cli.train_options import preset_names
+from quarkrl.cli.train_options import parse_train, preset_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 
 
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
     """The options of each command, as its help lists them."""
-    found = {}
+    options = {}
     for command in ("train", "generate", "evaluate", "score", "demo"):
-        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
+        with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             main([command, "--help"])
-        found[command] = set(re.findall(r"--\w+", said.getvalue()))
-    return found
+        options[command] = set(re.findall(r"--\w+", output.getvalue()))
+    return options
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_on_the_page_have_the_options_they_are_given(page, flags):
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
+def test_commands_on_the_page_use_options_that_exist(page, flags):
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
     for line in blocks.replace("\\\n", " ").splitlines():
-        for command, rest in re.findall(r"quarkrl (\w+)(.*)", line.split("  #")[0]):
+        for command, rest in re.findall(r"(?<!from )quarkrl(?:\.cli)? (\w+)(.*)", line.split("  #")[0]):
             assert set(re.findall(r"(?<=\s)--\w+", rest)) <= flags[command], line
             for name in re.findall(r"--config (\S+)", rest):
-                assert name in preset_names() or name.startswith("runs/") or (ROOT / name).is_file(), line
+                assert name in {*preset_names(), "my.yaml"} or name.startswith("runs/") or (ROOT / name).is_file(), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_options_named_in_the_text_exist(page, flags):
     known = set.union(*flags.values())
     assert set(re.findall(r"`(--\w+)", page.read_text(encoding="utf-8"))) <= known
+
+
+# Python and YAML blocks
+
+
+def check_config(example) -> None:
+    """Parse a YAML block as `quarkrl train --config` parses it, so that a wrong key or value fails."""
+    Path("block.yaml").write_text(example.parsed, encoding="utf-8")
+    parse_train(["--config", "block.yaml"])
+
+
+BLOCKS = Sybil([PythonCodeBlockParser(), CodeBlockParser(language="yaml", evaluator=check_config), SkipParser()])
+PAGES_WITH_BLOCKS = [page for page in PAGES if re.search(r"^```(python|yaml)", page.read_text(encoding="utf-8"), re.M)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A working directory with what the pages name: models, prompts, texts, and a finished run."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = tiny_tokenizer(bos=True)
+    tiny_model("gpt2", tokenizer, max_position_embeddings=1024).save_pretrained(home / "gpt2")
+    tokenizer.save_pretrained(home / "gpt2")
+    row = '{"prompt": "Once upon a time", "continuation": " there was a king"}\n'
+    for name in ("prompts.jsonl", "held_out.jsonl"):
+        (home / name).write_text(row * 4, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        trainer = QuarkTrainer("gpt2", "repetition", small_config("runs/x"), train_dataset="prompts.jsonl")
+        trainer.train()
+        shutil.copytree(trainer.save_final(), "runs/kind/final")
+        evaluation = ["--prompts", "held_out.jsonl", "--reward", "repetition", "--samples", "2", "--resamples", "10"]
+        assert main(["evaluate", "runs/x/final", *evaluation, "--output", "results.json"]) == 0
+    return home
+
+
+def small_config(output_dir: str, **options) -> QuarkConfig:
+    """`QuarkConfig` for a run of one second, whatever the page asks for."""
+    options |= {"num_iterations": 1, "steps_per_iteration": 1, "per_device_train_batch_size": 2}
+    options |= {"num_quantiles": 2, "max_completion_length": 4, "use_cpu": True, "report_to": []}
+    options |= {"on_collapse": "warn"}
+    return QuarkConfig(output_dir, **options)
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, **BY_NAME)
+def test_python_and_yaml_blocks_run(page, home, monkeypatch):
+    """The blocks of a page run in order and share their names. `gpt2` is a tiny model, and runs take one step."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(quarkrl, "QuarkConfig", small_config)
+    for example in BLOCKS.parse(page).examples():
+        torch.manual_seed(0)
+        with contextlib.suppress(unittest.SkipTest):
+            example.evaluate()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda page: page.name)
+def test_an_example_names_models_and_data_that_a_user_can_have(page):
+    run, config, _ = parse_train(["--config", str(page)])
+    assert run.model and run.prompts and run.reward
+    assert config.output_dir.startswith("runs/")
+    assert not any(".." in str(name) for name in (run.model, run.prompts, *run.reward))
+
+
+@pytest.mark.parametrize("page", PAGES, **BY_NAME)
+def test_pages_import_public_names_only(page):
+    blocks = "\n".join(re.findall(r"```\w+\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    for module, names in re.findall(r"from (quarkrl[.\w]*) import ([\w, ]+)", blocks):
+        assert module == "quarkrl"
+        assert set(names.replace(" ", "").split(",")) <= set(quarkrl.__all__)
+
+
+# References
+
+
+@pytest.fixture(scope="module")
+def tests_of() -> dict[str, set[str]]:
+    """The test functions of each test file, by path from the root."""
+    return {
+        path.relative_to(ROOT).as_posix(): set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+        for path in (ROOT / "tests").rglob("test_*.py")
+    }
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md"], **BY_NAME)
+def test_a_test_that_the_page_names_exists(page, tests_of):
+    text = page.read_text(encoding="utf-8")
+    for path, keywords in re.findall(r"(tests/[\w/]+\.py)(?: -k (\w+))?", text):
+        assert path in tests_of, path
+        assert any(keywords in name for name in tests_of[path]), f"{path} -k {keywords}"
+    for path, names in re.findall(r"`(tests/[\w/]+\.py)`(?: \(slow\))?:((?:\s+`test_\w+`,?)+)", text):
+        assert set(re.findall(r"test_\w+", names)) <= tests_of[path], path
+    names = set(re.findall(r"\btest_\w+(?![\w.]*\.py)\b", re.sub(r"[\w/]+\.py", "", text)))
+    assert names <= set.union(*tests_of.values())
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md", ROOT / "CHANGELOG.md"], **BY_NAME)
+def test_links_between_pages_lead_somewhere(page):
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not heading or heading in headings_of(path), f"{target}#{heading}"
+
+
+def headings_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, MptConfig
 
-from quarkrl.algorithm import loss as loss_module
+from quarkrl.algorithm import sliced_loss
 from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
 from quarkrl.models.batching import padded
 from quarkrl.models.completion_logits import Projection, completion_logits, output_layer
@@ -183,8 +183,7 @@ def assert_the_same(model, reference, batch, rtol=1e-5, **kwargs):
 @pytest.fixture(params=[1, 3, 256])
 def slices(request, monkeypatch):
     """Slices of so many positions."""
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", request.param)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: request.param)
 
 
 @EVERY_MODEL
@@ -289,8 +288,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_as_large_as_tokens_times_vocabulary_is_held(monkeypatch):
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: 8)
     model = tiny_model("llama", tiny_tokenizer(bos=True), rows=2000)
     tokens = 30 * 20
     batch = padded([[257, 3]] * 30, [list(range(20))] * 30)
@@ -322,8 +320,7 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"nll_temperature": 0.5}, {"kl_direction": "ref_policy"}])
 def test_slices_share_their_arrays(dtype, options, monkeypatch):
-    monkeypatch.setattr(loss_module, "_LEAST_ROWS_PER_SLICE", 8)
-    monkeypatch.setattr(loss_module, "_NUMBERS_PER_SLICE", 1)
+    monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: 8)
     made = []
     for slices in (1, 5):
         hidden, weight = torch.randn(8 * slices, 4, dtype=dtype), torch.randn(300, 4, dtype=dtype)

@@ -324,7 +324,7 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused(copied):
 
 def test_a_damaged_sample_file_is_named(copied):
     shorten(copied / "pool/iteration-000000.parquet")
-    with pytest.raises(UserError, match=r"iteration-000000.parquet: not a pool file with reward, or a damaged one"):
+    with pytest.raises(UserError, match=r"iteration-000000.parquet: must be an undamaged pool file with reward"):
         again(copied)
 
 

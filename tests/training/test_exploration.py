@@ -17,52 +17,16 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
-from quarkrl.models.batching import bucketed, padded
+from quarkrl.models.batching import padded
 from quarkrl.rewards import Scorer, Scores
 from quarkrl.sampling.generator import Sampling, sample
-from quarkrl.training.exploration import Rollout, batches_left, prompt_schedule, side_by_side
-
-IDS = [[0] * length for length in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]  # Ten prompts, of these lengths.
+from quarkrl.training.exploration import Rollout, batches_left, side_by_side
 
 
 def rollout(rewards, completions=None, rows=None, start: int = 0) -> Rollout:
     rewards = np.array(rewards, dtype=float)
     n = len(rewards)
     return Rollout(rows or list(range(n)), completions or [[1]] * n, rewards.reshape(n, -1), 1.0, 2.0, start)
-
-
-# The schedule
-
-
-@pytest.mark.parametrize("count", [1, 3, 4, 7, 10])
-def test_every_prompt_comes_once_in_each_pass(count):
-    """Iterations take their prompts from one long row of passes; each ten of it are all ten prompts."""
-    long_row: list[list[int]] = [sorted(prompt_schedule(IDS, i, count, 1, seed=5)) for i in range(10)]
-    taken = [row for rows in long_row for row in rows]
-    assert len(taken) == 10 * count
-    assert sorted(taken) == sorted(list(range(10)) * count)
-    if count in (1, 10):  # No iteration straddles two passes.
-        assert all(sorted(taken[i : i + 10]) == list(range(10)) for i in range(0, len(taken), 10))
-
-
-def test_without_a_count_or_with_too_large_a_one_all_prompts_are_taken():
-    for count in (None, 10, 99):
-        assert sorted(prompt_schedule(IDS, 3, count, 1, seed=0)) == list(range(10))
-
-
-def test_the_schedule_is_a_pure_function_of_its_arguments():
-    first = prompt_schedule(IDS, 2, 4, 2, seed=1)
-    np.random.default_rng().random(3)
-    np.random.seed(99)
-    assert prompt_schedule(IDS, 2, 4, 2, seed=1) == first
-    assert prompt_schedule(IDS, 0, 4, 2, seed=1) != first != prompt_schedule(IDS, 2, 4, 2, seed=2)
-
-
-def test_within_an_iteration_prompts_go_by_length_and_repeats_stand_together():
-    rows = prompt_schedule(IDS, 0, None, 3, seed=0)
-    lengths = [len(IDS[row]) for row in rows]
-    assert lengths == sorted(lengths)
-    assert all(len(set(rows[i : i + 3])) == 1 for i in range(0, 30, 3))
 
 
 # What was sampled
@@ -322,20 +286,6 @@ def test_a_second_run_pays_for_nothing_that_the_first_has_paid_for(tmp_path):
 
 
 # Batches
-
-
-@pytest.mark.parametrize(("count", "size"), [(8, 8), (24, 4), (400, 4), (1000, 8)])
-def test_bucketing_is_a_permutation_with_like_lengths_in_a_batch(count, size):
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(100, size=count)
-    lengths = rng.integers(1, 50, size=count)
-    order = bucketed(np.arange(count), lengths, size, np.random.default_rng(1))
-    assert sorted(order) == list(range(count))
-    again = bucketed(drawn, lengths, size, np.random.default_rng(1))
-    assert again.tolist() == drawn[order].tolist()
-    if count > size:
-        spread = np.ptp(lengths[order].reshape(-1, size), axis=1).mean()
-        assert spread < np.ptp(lengths.reshape(-1, size), axis=1).mean() / 2
 
 
 def test_batches_are_padded_on_the_right_and_labelled_at_completions_only():

@@ -16,7 +16,7 @@ from helpers.small_runs import LORA, PROMPTS, TOKENIZER, distinct_rewards, model
 from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
-from quarkrl.algorithm.loss import rows_per_slice
+from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
 from quarkrl.training import memory
 from quarkrl.training import memory_check as fitting
@@ -116,7 +116,7 @@ def test_the_loss_holds_a_slice_of_the_logits_and_all_of_them_only_if_it_cannot_
     def loss(model, places):
         return estimate(model, replace(FEW, batch=places, completion=1)).loss
 
-    rows = rows_per_slice(SMALL.vocab)
+    rows = default_slice_length(SMALL.vocab)
     array = 4 * rows * 100
     assert loss(SMALL, 10 * rows) == 4 * array + 4 * 10 * rows * 8
     # The gradient of an output matrix that is learned.

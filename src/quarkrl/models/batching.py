@@ -1,20 +1,9 @@
-"""Batches to learn from: which samples stand together, and what tensors they become."""
+"""Batches to learn from: samples as padded tensors."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-
-
-def bucketed(drawn: np.ndarray, lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """The draws with those of like length side by side: within stretches of 50 batches, whose order stays random."""
-    order = []
-    for stretch in np.split(np.arange(len(drawn)), range(50 * batch_size, len(drawn), 50 * batch_size)):
-        by_length = stretch[np.argsort(lengths[stretch], kind="stable")]
-        batches = by_length.reshape(-1, batch_size)
-        order.append(rng.permutation(batches).reshape(-1))
-    return drawn[np.concatenate(order)]
 
 
 def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from quarkrl.algorithm.loss import Coefficients
+from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.rewards.scorer import Scorer, Scores
@@ -181,12 +181,12 @@ class ResumableTrainer(ShardedTrainer):
         return Rollout.join(done)
 
     def recalled(self, directory: Path, iteration: int) -> dict[str, Any] | None:
-        """`DataPool.recall` in all processes.
+        """`DataPool.restore_iteration` in all processes.
 
         Raises:
             UserError: they have not all read the same.
         """
-        figures = self.pool.recall(directory, iteration)
+        figures = self.pool.restore_iteration(directory, iteration)
         if self.args.world_size > 1:
             processes.same_pool(self.pool, directory)
         return figures

@@ -248,23 +248,3 @@ def ask_again(
             for name, values in part.terms.items():
                 values[places] = scores.terms[name]
             keep(part)
-
-
-def prompt_schedule(
-    prompt_ids: Sequence[Sequence[int]], iteration: int, count: int | None, samples_per_prompt: int, seed: int
-) -> list[int]:
-    """The rows of the prompts that an iteration explores, each `samples_per_prompt` times.
-
-    Iterations take `count` prompts each (None: all), in turn through shuffled passes over all. Within an iteration
-    they go by length, so that a batch needs little padding. A pure function of its arguments: a resumed run explores
-    the same.
-    """
-    total = len(prompt_ids)
-    count = min(count or total, total)
-    first, last = iteration * count, (iteration + 1) * count
-    passes = range(first // total, (last - 1) // total + 1)
-    shuffled = np.concatenate([np.random.default_rng((seed, number)).permutation(total) for number in passes])
-    start = first % total
-    rows = shuffled[start : start + count]
-    lengths = np.array([len(prompt_ids[row]) for row in rows])
-    return np.repeat(rows[np.argsort(lengths, kind="stable")], samples_per_prompt).tolist()

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from quarkrl.algorithm.loss import Coefficients
+from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.models.conditioning import load_facts
 from quarkrl.training.config import QuarkConfig

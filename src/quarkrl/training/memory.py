@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.activations import NewGELUActivation
 
-from quarkrl.algorithm.loss import NUMBERS_PER_PIECE, rows_per_slice
+from quarkrl.algorithm.sliced_loss import GRADIENT_CHUNK_ELEMENTS, default_slice_length
 from quarkrl.models.head_access import is_one_product
 
 # Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus; and that a
@@ -204,7 +204,7 @@ def estimate(model: Anatomy, load: Load) -> Estimate:
     if load.mixed and model.size == 4:  # Autocast keeps copies for the backward pass, of all but the embeddings.
         kept += (model.weights - table * (1 if model.tied else 2)) // 2
     kept += (gradients if load.accumulates else 0) + (model.merged if model.head else 0)
-    slice_ = min(load.batch * load.completion, rows_per_slice(model.vocab)) * model.vocab * max(4, model.size)
+    slice_ = min(load.batch * load.completion, default_slice_length(model.vocab)) * model.vocab * max(4, model.size)
     loss, gradient = loss_bytes(model, load, slice_)
     comes_and_goes = max(
         kept + room(loss, slice_),
@@ -286,7 +286,7 @@ def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
     gradient = (head + places * model.width) * wide  # In the output matrix and in what goes into it.
     casts = (1 + load.kl) * model.vocab * model.width * narrow if load.mixed else 0
     if narrow < wide:  # Products in less precision, then widened: a slice's logits, pieces of the matrix's gradient.
-        arrays += array * narrow // wide + min(head, NUMBERS_PER_PIECE) * (narrow + wide)
+        arrays += array * narrow // wide + min(head, GRADIENT_CHUNK_ELEMENTS) * (narrow + wide)
     return gradient + casts + arrays, gradient
 
 

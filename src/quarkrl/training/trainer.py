@@ -33,11 +33,13 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from quarkrl.algorithm.loss import Coefficients, quark_loss
+from quarkrl.algorithm.coefficients import Coefficients
+from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
+from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import bucketed, padded
+from quarkrl.models.batching import padded
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -48,7 +50,7 @@ from quarkrl.sampling.decoder import made_once
 from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
-from quarkrl.training.exploration import FinishedBatches, Rollout, prompt_schedule, score
+from quarkrl.training.exploration import FinishedBatches, Rollout, score
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
@@ -137,7 +139,9 @@ class QuarkTrainer(ResumableTrainer):
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.coefs = Coefficients.of(args)
+        self.coefs = Coefficients(
+            args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
+        )
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
@@ -193,7 +197,7 @@ class QuarkTrainer(ResumableTrainer):
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
         figures, seconds = self.recalled(self.pool_directory, iteration), {}
         if figures is None:
-            rows = prompt_schedule(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
+            rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = args.sampling(iteration)
                 found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
@@ -280,7 +284,7 @@ class QuarkTrainer(ResumableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.drawn = bucketed(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
+        self.drawn = bucket_by_length(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
 
     # Learn.
 

@@ -1,0 +1,288 @@
+"""The loss of Quark over slices of positions: values and gradients in one pass.
+
+The logits of a slice are computed, turned into their gradient in place and overwritten by the next slice, so that no
+array of tokens x vocabulary is held. Buffers are reused from slice to slice.
+
+With p the policy over V + K tokens, p' the policy renormalised on the V original tokens, q the reference and z the
+policy's logits, the gradients in z are:
+
+    NLL              p - onehot(target)                   at temperature T: (p_T - onehot(target)) / T
+    KL(p' || q)      p' * (log p' - log q - KL)
+    KL(q || p')      p' - q
+    H                -p' * (log p' + H)
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quarkrl.models.completion_logits import Projection
+
+KLDirection = Literal["policy_ref", "ref_policy"]
+
+# A slice of logits has about this many elements, to stay in the CPU cache ...
+_SLICE_ELEMENTS = 2**18
+# ... but at least this many positions, because narrow matrix products are slow.
+_MIN_SLICE_LENGTH = 256
+# Elements of the output matrix's gradient that are accumulated at a time if they have to be widened first.
+GRADIENT_CHUNK_ELEMENTS = 2**22
+
+
+def default_slice_length(vocab_size: int) -> int:
+    """Return the number of positions whose logits are computed at a time."""
+    return max(_SLICE_ELEMENTS // vocab_size, _MIN_SLICE_LENGTH)
+
+
+class LossSettings(NamedTuple):
+    """The options of `quark_loss`."""
+
+    kl_coef: float
+    entropy_coef: float
+    kl_direction: KLDirection
+    nll_temperature: float
+
+
+class LossInputs(NamedTuple):
+    """The arguments of `quark_loss`, bundled for autograd."""
+
+    policy: Projection  # (T, V + K)
+    ref: Projection | None  # (T, V)
+    targets: Tensor  # (T,)
+    settings: LossSettings
+    slice_length: int | None
+
+
+class SlicedQuarkLoss(torch.autograd.Function):
+    """Autograd function of the policy's hidden states, output weight and bias; returns total, NLL, KL and entropy."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, inputs):
+        tokens, vocab_size = inputs.policy.shape
+        kl_coef, entropy_coef, _, _ = inputs.settings
+        # Cast once, because autocast would cast again for every slice.
+        policy, ref = _cast_as_autocast(inputs.policy), inputs.ref and _cast_as_autocast(inputs.ref)
+        dtypes = [projection.hidden.dtype for projection in (policy, ref) if projection is not None]
+        dtype = reduce(torch.promote_types, dtypes, torch.float32)  # That of the loss: at least float32.
+        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3])
+        sums = torch.zeros(3, dtype=dtype, device=hidden.device)
+        step = inputs.slice_length or default_slice_length(vocab_size)
+        buffers = _Buffers(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, tokens, step):
+                rows = slice(start, start + step)
+                target = inputs.targets[rows, None]  # (R, 1)
+                z = _compute_logits(policy, rows, buffers, "z", dtype)
+                log_q = None if ref is None else _compute_log_q(ref, rows, buffers, dtype)
+                terms = _compute_terms(z, log_q, target, inputs.settings, buffers)
+                sums += torch.stack((terms.nll.value.sum(), terms.kl.sum(), terms.entropy.sum()))
+                if any(ctx.needs_input_grad):
+                    # The gradient overwrites the logits, unless they are the caller's or the soft cap needs them.
+                    reusable = policy.weight is not None and policy.cap is None
+                    dz = z if reusable else buffers.empty_like(z, "dz")
+                    _compute_gradient(terms, target, inputs.settings, dz)
+                    gradients.add(policy, rows, policy.before_the_cap(dz, z), buffers)
+        ctx.gradients = gradients.cast_as((hidden, weight, bias))
+        ctx.tokens = tokens
+        nll, kl, entropy = sums / max(tokens, 1)
+        total = nll + kl_coef * kl - entropy_coef * entropy
+        ctx.mark_non_differentiable(nll, kl, entropy)
+        return total, nll, kl, entropy
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        scale = grad_total / max(ctx.tokens, 1)
+        return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in ctx.gradients), None
+
+
+def _cast_as_autocast(projection: Projection) -> Projection:
+    """Cast a projection to the dtype in which autocast would compute it."""
+    device = projection.hidden.device.type
+    if projection.weight is None or not torch.is_autocast_enabled(device):
+        return projection
+    dtype = torch.get_autocast_dtype(device)
+    bias = None if projection.bias is None else projection.bias.to(dtype)
+    return projection._replace(hidden=projection.hidden.to(dtype), weight=projection.weight.to(dtype), bias=bias)
+
+
+@dataclass
+class _Buffers:
+    """Uninitialised arrays, by name and dtype, that slices share.
+
+    Filling freshly allocated memory takes a CPU about ten times as long as filling memory that is in use.
+    """
+
+    device: torch.device
+    arrays: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def empty(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return the array of this name with the given shape; its contents are arbitrary."""
+        count, key = math.prod(shape), (name, dtype)
+        if key not in self.arrays or len(self.arrays[key]) < count:
+            self.arrays[key] = torch.empty(count, dtype=dtype, device=self.device)
+        return self.arrays[key][:count].view(*shape)
+
+    def empty_like(self, tensor: Tensor, name: str) -> Tensor:
+        """Return the array of this name with the shape and dtype of `tensor`."""
+        return self.empty(name, tensor.shape, tensor.dtype)
+
+
+def _compute_logits(projection: Projection, rows: slice, buffers: _Buffers, name: str, dtype: torch.dtype) -> Tensor:
+    """Return `(R, vocab)` logits in `dtype`, in the buffer `name` unless the projection already has them."""
+    if projection.weight is None:
+        return projection.logits(rows).to(dtype)
+    narrow = projection.hidden.dtype
+    shape = len(projection.hidden[rows]), len(projection.weight)
+    if narrow == dtype:
+        return projection.logits(rows, out=buffers.empty(name, shape, dtype))
+    return buffers.empty(name, shape, dtype).copy_(projection.logits(rows, out=buffers.empty("narrow", shape, narrow)))
+
+
+def _compute_log_q(ref: Projection, rows: slice, buffers: _Buffers, dtype: torch.dtype) -> Tensor:
+    """Return `(R, V)`, the reference's log-probabilities."""
+    logits = _compute_logits(ref, rows, buffers, "p", dtype)  # The policy's p needs its buffer only later.
+    return torch.log_softmax(logits, -1, out=buffers.empty_like(logits, "log_q"))
+
+
+class _Nll(NamedTuple):
+    """The NLL of R positions, and what its gradient needs: the first two tensors at temperature 1, else the third."""
+
+    value: Tensor  # (R, 1)
+    log_reward_odds: Tensor | None = None  # (R, K), log of a reward token's probability relative to all V tokens
+    log_norm: Tensor | None = None  # (R, 1), log of the sum of p over V + K relative to the sum over V
+    log_p_tempered: Tensor | None = None  # (R, V + K)
+
+
+class _Terms(NamedTuple):
+    """The loss terms of R positions, and what their gradient needs."""
+
+    nll: _Nll
+    kl: Tensor  # (R, 1)
+    entropy: Tensor  # (R, 1)
+    p: Tensor  # (R, V), p'
+    log_p: Tensor  # (R, V), log p'
+    log_ratio: Tensor | None  # (R, V), log p' - log q, for KL(p' || q)
+    q: Tensor | None  # (R, V), for KL(q || p')
+
+
+def _compute_nll(z: Tensor, log_p: Tensor, target: Tensor) -> _Nll:
+    """Compute the NLL at temperature 1, where p is p' but for the reward tokens' share."""
+    vocab_size = log_p.shape[-1]
+    # Logits are relative to the target's: relative to a fixed token's, which may be extreme, they would be inexact.
+    token = target.clamp(max=vocab_size - 1)
+    z_token, log_p_token = z.gather(-1, token), log_p.gather(-1, token)
+    log_reward_odds = z[:, vocab_size:] - z_token + log_p_token
+    log_norm = F.softplus(log_reward_odds.logsumexp(-1, keepdim=True))
+    nll = log_norm - log_p_token - (z.gather(-1, target) - z_token)
+    return _Nll(nll, log_reward_odds, log_norm)
+
+
+def _compute_tempered_nll(z: Tensor, target: Tensor, temperature: float, buffers: _Buffers) -> _Nll:
+    """Compute the NLL of softmax(z / temperature)."""
+    tempered = torch.div(z, temperature, out=buffers.empty_like(z, "tempered"))
+    log_p_tempered = torch.log_softmax(tempered, -1, out=buffers.empty_like(z, "log_p_tempered"))
+    return _Nll(-log_p_tempered.gather(-1, target), log_p_tempered=log_p_tempered)
+
+
+def _compute_terms(
+    z: Tensor, log_q: Tensor | None, target: Tensor, settings: LossSettings, buffers: _Buffers
+) -> _Terms:
+    """Compute NLL, KL and entropy of R positions.
+
+    Args:
+        z: `(R, V + K)`, the policy's logits.
+        log_q: `(R, V)`, the reference's log-probabilities, or None; overwritten.
+        target: `(R, 1)`, token ids.
+        settings: the options of the loss.
+        buffers: memory for intermediate results.
+    """
+    vocab_size = z.shape[-1] if log_q is None else log_q.shape[-1]
+    original = z[:, :vocab_size]
+    p = buffers.empty_like(original, "p").copy_(original)  # The logits for now, contiguous for the softmax.
+    log_p = torch.log_softmax(p, -1, out=buffers.empty_like(p, "log_p"))
+    if settings.nll_temperature == 1:
+        nll = _compute_nll(z, log_p, target)
+    else:
+        nll = _compute_tempered_nll(z, target, settings.nll_temperature, buffers)
+    torch.exp(log_p, out=p)
+    entropy = -torch.einsum("rv,rv->r", p, log_p)[:, None]
+    kl, log_ratio, q = torch.zeros_like(nll.value), None, None
+    if log_q is not None and settings.kl_direction == "policy_ref":
+        # Subtracted before it is summed: a difference of two sums would cancel.
+        log_ratio = torch.sub(log_p, log_q, out=log_q)
+        kl = torch.einsum("rv,rv->r", p, log_ratio)[:, None]
+    elif log_q is not None:
+        q = torch.exp(log_q, out=buffers.empty_like(log_q, "q"))
+        kl = torch.einsum("rv,rv->r", q, log_q.sub_(log_p))[:, None]
+    kl.clamp_(min=0)  # Rounding can make it negative if the two distributions are nearly equal.
+    return _Terms(nll, kl, entropy, p, log_p, log_ratio, q)
+
+
+def _compute_gradient(terms: _Terms, target: Tensor, settings: LossSettings, dz: Tensor) -> None:
+    """Write the gradient in z of the loss's sum over R positions to `dz`, `(R, V + K)`; overwrites the terms.
+
+    Over the original tokens, without KL(q || p'), it is p' * (entropy_coef * log p' + kl_coef * log_ratio + shift).
+    """
+    kl_coef, entropy_coef, _, temperature = settings
+    nll, vocab_size = terms.nll, terms.p.shape[-1]
+    shift = entropy_coef * terms.entropy
+    if nll.log_norm is not None:
+        shift = shift + torch.exp(-nll.log_norm)
+    if terms.log_ratio is not None:
+        shift = shift - kl_coef * terms.kl
+    inner = torch.add(shift, terms.log_p, alpha=entropy_coef, out=terms.log_p)
+    if terms.log_ratio is not None:
+        inner.add_(terms.log_ratio, alpha=kl_coef)
+    gradient = torch.mul(inner, terms.p, out=dz[:, :vocab_size])
+    if terms.q is not None:
+        gradient.add_(terms.p.sub_(terms.q), alpha=kl_coef)
+    if nll.log_reward_odds is not None:
+        torch.exp(nll.log_reward_odds - nll.log_norm, out=dz[:, vocab_size:])
+    else:
+        dz[:, vocab_size:] = 0
+        dz.add_(nll.log_p_tempered.exp_(), alpha=1 / temperature)
+    dz.scatter_add_(-1, target, torch.full_like(nll.value, -1 / temperature))
+
+
+class _Gradients(NamedTuple):
+    """Gradients that slices accumulate, at least in float32; None where none is needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> "_Gradients":
+        return cls(
+            *(
+                torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if wanted else None
+                for tensor, wanted in zip(tensors, needed, strict=True)
+            )
+        )
+
+    def add(self, policy: Projection, rows: slice, dz: Tensor, buffers: _Buffers) -> None:
+        """Add the contribution of one slice, from the gradient `(R, V + K)` in its logits before scale and cap."""
+        if self.bias is not None:
+            self.bias.add_(dz.sum(0))
+        if policy.weight is None:
+            if self.hidden is not None:
+                self.hidden[rows] = dz
+            return
+        if dz.dtype != policy.weight.dtype:
+            dz = buffers.empty("narrow", dz.shape, policy.weight.dtype).copy_(dz)
+        if self.hidden is not None:
+            self.hidden[rows] = dz @ policy.weight
+        if self.weight is not None and self.weight.dtype == dz.dtype:
+            self.weight.addmm_(dz.T, policy.hidden[rows])
+        elif self.weight is not None:  # In chunks, because the product is widened in a copy before it is added.
+            length = max(GRADIENT_CHUNK_ELEMENTS // self.weight.shape[1], 1)
+            for dz_chunk, weight_chunk in zip(dz.T.split(length), self.weight.split(length), strict=True):
+                weight_chunk += dz_chunk @ policy.hidden[rows]
+
+    def cast_as(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(self, tensors, strict=True)]
