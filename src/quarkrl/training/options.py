@@ -19,7 +19,10 @@ class QuarkOptions:
     """Options of Quark, and options of `TrainingArguments` with another default. Defaults: the paper's for toxicity."""
 
     ref_dtype: Literal["same", "float32", "bfloat16", "float16"] = option(
-        "same", "Data type of the reference's weights. Only for a reference that is a separate model.", group="model"
+        "same",
+        "Data type of the reference's weights. Only for a reference that is a separate model.",
+        group="model",
+        metavar="DTYPE",
     )
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid prompts. Otherwise the first one is an error.", group="prompts", resume="free"
@@ -54,7 +57,7 @@ class QuarkOptions:
     )
     max_unscored_share: float = option(
         0.5,
-        "Stop if a larger share of an iteration's rewards is None or non-finite.",
+        "Stop if a larger share of rewards is None or non-finite.",
         at_least=0,
         at_most=1,
         resume="free",
@@ -72,7 +75,7 @@ class QuarkOptions:
     max_completion_length: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="exploring")
     min_completion_length: int = option(
         3,
-        "Tokens before EOS may occur (official code: 3). If it equals max_completion_length, EOS never occurs.",
+        "Tokens before EOS may occur. If it equals max_completion_length, EOS never occurs.",
         at_least=0,
         group="exploring",
     )
@@ -96,7 +99,7 @@ class QuarkOptions:
     )
     guidance_from: str = option(
         "worst",
-        "Guidance steers away from: worst, a quantile's number, or reference.",
+        "Guidance steers away from worst, a quantile's number, or reference.",
         metavar="FROM",
         group="exploring",
     )
@@ -113,15 +116,16 @@ class QuarkOptions:
         5, "Quantiles K, and reward tokens, per attribute.", at_least=2, resume="fixed", group="learning"
     )
     draw: Literal["uniform", "balanced"] = option(
-        "uniform", "Draw uniformly over samples, or over quantiles and then samples (balanced).", group="learning"
+        "uniform", "Draw uniformly over samples, or over quantiles first (balanced).", group="learning"
     )
 
     # Learning: the objective
     kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
-        "KL(policy || ref) as in the official code, or KL(ref || policy) as in the paper.",
+        "Direction of the KL term: policy_ref (official code) or ref_policy (paper).",
         group="learning",
+        metavar="NAME",
     )
     kl_target: float | None = option(
         None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning"
@@ -130,9 +134,7 @@ class QuarkOptions:
     entropy_target: float | None = option(
         None, "Adapt α to this entropy per completion, in nats (official code: 40).", above=0, group="learning"
     )
-    coef_horizon: int = option(
-        2500, "Samples over which β and α adapt (official code: 2500).", at_least=1, group="learning"
-    )
+    coef_horizon: int = option(2500, "Samples over which β and α adapt.", at_least=1, group="learning")
     nll_temperature: float = option(
         1.0,
         "Divides the logits in the NLL term. The temperature of exploration, if it is below 1, learns the sampled "
@@ -150,7 +152,7 @@ class QuarkOptions:
     )
     learning_rate: float = option(1e-5, "Peak learning rate, which decays linearly to 0.", at_least=0, group="learning")
     warmup_steps: float = option(
-        0.02, "Warm-up steps, or below 1 their share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
+        0.02, "Warm-up steps; below 1, a share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
     )
     adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning")
     max_grad_norm: float = option(0.0, "Clip gradients at this norm; 0 does not clip.", at_least=0, group="learning")
@@ -202,7 +204,7 @@ class QuarkOptions:
     )
     eval_top_p: float = option(
         0.9,
-        "Nucleus sampling of evaluation (paper: 0.9).",
+        "Nucleus sampling of evaluation; 1 keeps all tokens.",
         above=0,
         at_most=1,
         resume="selection",
