@@ -285,7 +285,7 @@ MISTAKES = {
     "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
     "option of TrainingArguments that does nothing": (
         (*TRAIN, "--num_train_epochs", "4"),
-        "num_train_epochs 4.0: must be left out",
+        "num_train_epochs 4.0",
     ),
     "inconsistent TrainingArguments": (
         (*TRAIN, "--load_best_model_at_end=1", "--save_strategy=steps", "--eval_prompts={home}/prompts.txt"),
