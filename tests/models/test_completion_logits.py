@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MptConfig
 
 from quarkrl.algorithm import sliced_loss
 from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.completion_logits import Projection, completion_logits, output_layer
 from quarkrl.models.head_access import WHOLE_LOGITS, completion_projection, decide_head_access, is_one_product
 
@@ -44,7 +44,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @TIED
 def test_completion_logits_are_the_full_logits_where_completions_are_predicted(architecture, tied):
     model = untied_or_tied(architecture, tied)
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     narrow = completion_logits(model, **batch)
     full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     # Row 0 predicts its four tokens from positions 2 to 5, row 1 two from 1 and 2, row 2 one from 5.
@@ -54,7 +54,7 @@ def test_completion_logits_are_the_full_logits_where_completions_are_predicted(a
 
 def test_gemma2_logits_are_capped():
     model = tiny_model("gemma2", tiny_tokenizer(), final_logit_softcapping=0.5)
-    logits = completion_logits(model, **padded([[1, 2]], [[3, 4, 5]]))
+    logits = completion_logits(model, **build_batch([[1, 2]], [[3, 4, 5]]))
     assert 0.3 < logits.abs().max() < 0.5
 
 
@@ -77,7 +77,7 @@ def lora(model, **kwargs):
 )
 def test_completion_logits_under_an_adapter(tied, options):
     model = lora(untied_or_tied("llama", tied), **options)
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     narrow = completion_logits(model, **batch)
     full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(narrow, full[:, :-1][batch["labels"][:, 1:] != -100])
@@ -96,7 +96,7 @@ def test_completion_logits_through_a_wrapper():
         def forward(self, **kwargs):
             return self.module(**kwargs)
 
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     assert output_layer(Wrapper(Wrapper(model))) is model.lm_head
     torch.testing.assert_close(completion_logits(Wrapper(model), **batch), completion_logits(model, **batch))
 
@@ -110,7 +110,7 @@ def test_a_batch_of_one_gives_what_a_padded_batch_gives(architecture, tied):
     prompts, completions = rows_of_unequal_length()
 
     def losses(rows: slice) -> Tensor:
-        batch = padded(prompts[rows], completions[rows])
+        batch = build_batch(prompts[rows], completions[rows])
         with torch.no_grad():
             ref = completion_logits(reference, **batch)[:, :250]
         policy = completion_logits(model, **batch)
@@ -130,14 +130,14 @@ def test_a_batch_of_one_gives_what_a_padded_batch_gives(architecture, tied):
 
 def test_what_stands_in_the_padding_does_not_matter():
     model = untied_or_tied("gpt2", True)
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     other = {**batch, "input_ids": batch["input_ids"].where(batch["attention_mask"] == 1, 99)}
     torch.testing.assert_close(completion_logits(model, **batch), completion_logits(model, **other))
 
 
 def test_the_model_is_whole_again_afterwards_even_after_an_error():
     model = untied_or_tied("gpt2", True)
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     completion_logits(model, **batch)
     with pytest.raises(IndexError):
         completion_logits(model, batch["input_ids"] + 10_000, batch["attention_mask"], batch["labels"])
@@ -158,7 +158,7 @@ def losses(model, reference, batch, way, direction="policy_ref"):
     if way == "projections":
         policy = projection_of(model, batch)
         with torch.no_grad():
-            ref = projection_of(reference, batch).of_first(250)
+            ref = projection_of(reference, batch).limit_vocab(250)
         assert policy.weight is not None and ref.weight is not None
         loss = quark_loss(policy, ref, targets, **COEFS, kl_direction=direction)
     else:
@@ -190,20 +190,20 @@ def slices(request, monkeypatch):
 @TIED
 def test_loss_and_gradient_from_projections_are_those_of_whole_logits(architecture, tied, slices):
     model, reference = (tiny_model(architecture, tiny_tokenizer(bos=True), tied=tied, seed=seed) for seed in (0, 1))
-    assert_the_same(model.eval(), reference.eval(), padded(*rows_of_unequal_length()))
+    assert_the_same(model.eval(), reference.eval(), build_batch(*rows_of_unequal_length()))
 
 
 @pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
 def test_both_directions_and_a_cap_that_bends(direction, slices):
     models = [tiny_model("gemma2", tiny_tokenizer(bos=True), final_logit_softcapping=0.5, seed=s) for s in (0, 1)]
-    assert_the_same(*(model.eval() for model in models), padded(*rows_of_unequal_length()), direction=direction)
+    assert_the_same(*(model.eval() for model in models), build_batch(*rows_of_unequal_length()), direction=direction)
 
 
 def test_a_bias_in_the_head(slices):
     models = [tiny_model("gpt2", tiny_tokenizer(bos=True), tied=False, seed=s).eval() for s in (0, 1)]
     for model in models:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(model.lm_head.out_features))
-    assert_the_same(*models, padded(*rows_of_unequal_length()))
+    assert_the_same(*models, build_batch(*rows_of_unequal_length()))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -214,26 +214,26 @@ def test_under_an_adapter(tied, options):
     if tied and "modules_to_save" in options:
         pytest.skip("peft ties no copies")
     model = lora(untied_or_tied("llama", tied), **options)
-    assert_the_same(model, untied_or_tied("llama", tied).eval(), padded(*rows_of_unequal_length()))
+    assert_the_same(model, untied_or_tied("llama", tied).eval(), build_batch(*rows_of_unequal_length()))
 
 
 def test_with_gradient_checkpointing():
     model = untied_or_tied("llama", True).train()
     model.gradient_checkpointing_enable()
-    assert_the_same(model, untied_or_tied("llama", True).eval(), padded(*rows_of_unequal_length()))
+    assert_the_same(model, untied_or_tied("llama", True).eval(), build_batch(*rows_of_unequal_length()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_in_other_types(dtype):
     models = [untied_or_tied("llama", True).to(dtype).eval() for _ in range(2)]
-    assert_the_same(*models, padded(*rows_of_unequal_length()), rtol=1e-12 if dtype == torch.float64 else 2e-3)
+    assert_the_same(*models, build_batch(*rows_of_unequal_length()), rtol=1e-12 if dtype == torch.float64 else 2e-3)
 
 
 def test_under_autocast():
     models = [tiny_model("gpt2", tiny_tokenizer(bos=True), seed=seed).eval() for seed in (0, 1)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert_the_same(*models, padded(*rows_of_unequal_length()), rtol=4e-3)
-    assert_the_same(*models, padded(*rows_of_unequal_length()))
+        assert_the_same(*models, build_batch(*rows_of_unequal_length()), rtol=4e-3)
+    assert_the_same(*models, build_batch(*rows_of_unequal_length()))
 
 
 def test_the_gradient_is_that_of_the_value():
@@ -255,7 +255,8 @@ def test_where_no_end_may_come_it_is_as_if_there_were_none(reached):
     logits = policy.clone().requires_grad_()
     labels = torch.tensor([[-100, 0, 2, -100]])
     projections = [
-        Projection(each, torch.eye(3) if reached else None).unended(labels, 1, [2]) for each in (logits, ref.clone())
+        Projection(each, torch.eye(3) if reached else None).suppress_early_eos(labels, 1, [2])
+        for each in (logits, ref.clone())
     ]
     found = quark_loss(*projections, torch.tensor([0, 2]), kl_coef=1, entropy_coef=0)
     # First (3/4, 1/4) against (1/2, 1/2), then (3, 1, 4) / 8 against (1, 1, 2) / 4.
@@ -291,7 +292,7 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_held(monkeypatch):
     monkeypatch.setattr(sliced_loss, "default_slice_length", lambda vocab_size: 8)
     model = tiny_model("llama", tiny_tokenizer(bos=True), rows=2000)
     tokens = 30 * 20
-    batch = padded([[257, 3]] * 30, [list(range(20))] * 30)
+    batch = build_batch([[257, 3]] * 30, [list(range(20))] * 30)
     largest = {}
     for way in ("projections", "whole logits"):
         with Largest() as seen:
@@ -351,7 +352,7 @@ def test_a_head_that_is_no_plain_product_is_logged_once_and_its_logits_computed_
         model.lm_head.register_forward_hook(lambda _module, _inputs, logits: 2 * logits)
     else:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])).eval()
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     with caplog.at_level(logging.WARNING):
         head = decide_head_access(model, [3, 1, 4])
         assert head == WHOLE_LOGITS
@@ -397,7 +398,7 @@ MORE_THAN_A_PRODUCT = {
 @pytest.mark.parametrize("kind", MORE_THAN_A_PRODUCT)
 def test_a_head_that_does_more_than_a_product_learns_even_where_it_starts_as_one(kind):
     model = MORE_THAN_A_PRODUCT[kind](untied_or_tied("llama", False)).eval()
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     targets = batch["labels"][batch["labels"] != -100]
     grads = []
     for logits in (projection_of, lambda model, batch: completion_logits(model, **batch)):
@@ -415,7 +416,7 @@ def test_a_head_that_does_more_than_a_product_learns_even_where_it_starts_as_one
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_batch_without_completions_gives_zeros(reached):
     model = with_head(untied_or_tied("llama", False), torch.nn.Linear if reached else ScaledInPlace).eval()
-    projection = projection_of(model, padded([[257, 3, 4]], [[]]))
+    projection = projection_of(model, build_batch([[257, 3, 4]], [[]]))
     assert (projection.weight is not None) == reached
     found = quark_loss(projection, None, torch.zeros(0, dtype=torch.long), **COEFS)
     found.total.backward()
@@ -428,15 +429,15 @@ def test_a_batch_without_completions_gives_zeros(reached):
 def test_a_scale_in_the_config_is_taken_in_or_falls_back(scale):
     config = MptConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, max_seq_len=64, logit_scale=scale)
     model = AutoModelForCausalLM.from_config(config).eval()
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     found, expected = projection_of(model, batch), completion_logits(model, **batch)
     torch.testing.assert_close(found.logits(), expected)
 
 
 def test_a_projections_logits_are_the_models():
     model = untied_or_tied("gemma2", True).eval()
-    batch = padded(*rows_of_unequal_length())
+    batch = build_batch(*rows_of_unequal_length())
     found, expected = projection_of(model, batch), completion_logits(model, **batch)
     assert found.shape == expected.shape
     torch.testing.assert_close(found.logits(), expected)
-    torch.testing.assert_close(found.of_first(250).logits(slice(2, 4)), expected[2:4, :250])
+    torch.testing.assert_close(found.limit_vocab(250).logits(slice(2, 4)), expected[2:4, :250])

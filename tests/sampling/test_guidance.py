@@ -260,7 +260,7 @@ def adapted():
     """A policy with an adapter that says something else than its base."""
     model, conditioning = trained("llama")
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    return conditioning.with_adapter(model, config).eval(), conditioning
+    return conditioning.add_adapter(model, config).eval(), conditioning
 
 
 def test_an_adapter_guides_from_its_worst_token_and_from_the_model_without_it():
@@ -287,7 +287,7 @@ def test_what_guidance_is_from():
     assert contrast_to(conditioning, [[5]], "worst", model) == {"contrast_ids": [[257, 5]]}
     assert contrast_to(conditioning, [[5]], 1, model) == {"contrast_ids": [[258, 5]]}
     assert contrast_to(conditioning, [[5]], "reference", model) == {"contrast_ids": [[5]], "contrast_model": model}
-    with pytest.raises(UserError, match="quantile 'base': want best"):
+    with pytest.raises(UserError, match="quantile 'base': must be"):
         contrast_to(conditioning, [[5]], "base", model)
 
 
@@ -350,7 +350,7 @@ def final(tmp_path):
         for parameter in model.model.layers.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(tmp_path / "final")
-    conditioning.steered(extended).save_pretrained(tmp_path / "final")
+    conditioning.steer_tokenizer(extended).save_pretrained(tmp_path / "final")
     conditioning.save(tmp_path / "final", reference={"name": str(tmp_path / "base")})
     return tmp_path / "final"
 
@@ -420,8 +420,8 @@ def test_the_command_guides(final, capsys):
         ({"guidance_scale": -1}, "guidance_scale -1: want a number from 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale nan: want"),
         ({"guidance_scale": float("inf")}, "guidance_scale inf: want"),
-        ({"guidance_scale": 2, "guidance_from": "base"}, "quantile 'base': want best, worst or a number"),
-        ({"guidance_scale": 2, "guidance_from": 3}, "quantile 3: want"),
+        ({"guidance_scale": 2, "guidance_from": "base"}, "quantile 'base': must be"),
+        ({"guidance_scale": 2, "guidance_from": 3}, "quantile 3: must be"),
         ({"guidance_scale": 2, "guidance_from": "best"}, "guidance_from 'best' is the quantile asked for"),
         ({"guidance_scale": 2, "quantile": 0}, "guidance_from 'worst' is the quantile asked for"),
     ],

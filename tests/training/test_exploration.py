@@ -17,7 +17,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.rewards import Scorer, Scores
 from quarkrl.sampling.generator import Sampling, sample
 from quarkrl.training.exploration import Rollout, batches_left, side_by_side
@@ -289,10 +289,10 @@ def test_a_second_run_pays_for_nothing_that_the_first_has_paid_for(tmp_path):
 
 
 def test_batches_are_padded_on_the_right_and_labelled_at_completions_only():
-    batch = padded([[7], [8, 9, 7]], [[5, 0, 6], [4]])
+    batch = build_batch([[7], [8, 9, 7]], [[5, 0, 6], [4]])
     assert batch["input_ids"].tolist() == [[7, 5, 0, 6], [8, 9, 7, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 5, 0, 6], [-100, -100, -100, 4]]
-    batch = padded([[7], [8, 9, 7]], [[5], [4, 3]])
+    batch = build_batch([[7], [8, 9, 7]], [[5], [4, 3]])
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 5, -100, -100, -100], [-100, -100, -100, 4, 3]]

@@ -86,7 +86,7 @@ class SlicedQuarkLoss(torch.autograd.Function):
                     reusable = policy.weight is not None and policy.cap is None
                     dz = z if reusable else buffers.empty_like(z, "dz")
                     _compute_gradient(terms, target, inputs.settings, dz)
-                    gradients.add(policy, rows, policy.before_the_cap(dz, z), buffers)
+                    gradients.add(policy, rows, policy.product_grad(dz, z), buffers)
         ctx.gradients = gradients.cast_as((hidden, weight, bias))
         ctx.tokens = tokens
         nll, kl, entropy = sums / max(tokens, 1)

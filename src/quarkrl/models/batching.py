@@ -1,24 +1,77 @@
-"""Batches to learn from: samples as padded tensors."""
+"""Batches for a model: token sequences of unequal length as padded tensors, and items grouped by length.
 
-from collections.abc import Sequence
+The padding id is 0: the mask marks padding, the id never does.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# Positions of a batch, padding included, that `batches_by_length` allows: a bound on memory.
+_MAX_POSITIONS = 4096
 
-def padded(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Prompts and completions as right-padded tensors; padding is told by the mask, never by the id.
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Pad sequences of token ids on the left, for a model that continues them.
+
+    Returns:
+        The ids and the attention mask (1 = counts), each `(batch, length)`.
+    """
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return _to_tensor(ids, device), _to_tensor(mask, device)
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Pad sequences of token ids on the right, for a model that reads them once.
+
+    Returns:
+        The ids and the attention mask (1 = counts), each `(batch, length)`.
+    """
+    width = max(map(len, rows))
+    ids = [list(row) + [0] * (width - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return _to_tensor(ids, device), _to_tensor(mask, device)
+
+
+def build_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Join prompts and completions into a right-padded batch with labels at the completion tokens.
+
+    Args:
+        prompts: token ids, one sequence per row of the batch.
+        completions: token ids, as many sequences.
 
     Returns:
         `input_ids`, `attention_mask` (1 = counts) and `labels` (-100 outside the completion), each `(batch, length)`.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, -100)
+    input_ids, attention_mask = right_pad(rows)
+    labels = torch.full_like(input_ids, -100)
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
         labels[i, len(prompt) : len(row)] = input_ids[i, len(prompt) : len(row)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def batches_by_length(items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
+    """Yield batches of items of similar length, shortest first, so that little is padded.
+
+    Args:
+        items: what to group.
+        lengths: of each item, in tokens.
+        batch_size: most items in a batch. A batch has fewer where its padded size would exceed 4,096 tokens.
+    """
+    batch: list[Any] = []
+    for i in sorted(range(len(items)), key=lambda i: lengths[i]):
+        if batch and (len(batch) == batch_size or lengths[i] * (len(batch) + 1) > _MAX_POSITIONS):
+            yield batch
+            batch = []
+        batch.append(items[i])
+    if batch:
+        yield batch
+
+
+def _to_tensor(rows: list[list[int]], device: torch.device | str | None) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=device)

@@ -1,9 +1,9 @@
-"""Logits at completion positions only, and not even those at once.
+"""Logits of the completion tokens only, and logits that are computed later, some positions at a time.
 
-A model's last hidden states are narrowed to the completion tokens on their way into its output layer. From there
-`completion_logits` takes the model's own logits, and `completion_projection` stops: hidden states and the layer's
-weights, of which `loss.quark_loss` makes logits a slice of positions at a time, so that nothing of the size
-tokens x vocabulary is ever held. Whatever wraps the model (DDP, adapters, autocast) still happens.
+`completion_logits` lets a model's output layer see only the positions that predict a completion token; prompts and
+padding get no logits. A `Projection` goes further: it holds hidden states and the output layer's weights in place of
+logits. The loss computes logits from it in slices, so nothing of size tokens x vocabulary is ever in memory.
+Everything that wraps the model (DDP, adapters, autocast) still takes effect.
 """
 
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# The logit of what may not come: no probability, in any precision, and finite, so that 0 times its logarithm is 0.
-_NEVER = -1e4
+# Logit of a suppressed token: probability 0 in every precision, but finite, so that 0 times its logarithm is 0.
+_SUPPRESSED_LOGIT = -1e4
 
 
 class Projection(NamedTuple):
-    """Logits that are still to be computed: `scale * (hidden @ weight.T + bias)`, soft-capped.
+    """Logits that are not computed yet: `scale * (hidden @ weight.T + bias)`, soft-capped.
 
     Attributes:
-        hidden: `(T, width)`; without a weight these are the logits themselves, `(T, vocab)`.
+        hidden: `(T, width)` hidden states; without a weight, the logits themselves, `(T, vocab)`.
         weight: `(vocab, width)`.
         bias: `(vocab,)`.
-        scale: a factor.
-        cap: `cap * tanh(logits / cap)`, as Gemma 2 has it.
-        ruled_out: which positions, `(T,)` bool, may not have which tokens, `(E,)` ids: their logits are `_NEVER` there.
+        scale: a factor on the logits.
+        cap: soft cap of the logits, `cap * tanh(logits / cap)`, as in Gemma 2.
+        suppressed: positions, `(T,)` bool, and token ids, `(E,)`, that have no probability at these positions.
     """
 
     hidden: Tensor
@@ -33,58 +33,63 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
-    ruled_out: tuple[Tensor, Tensor] | None = None
+    suppressed: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(T, vocab)`."""
         return len(self.hidden), self.hidden.shape[1] if self.weight is None else len(self.weight)
 
-    def of_first(self, vocab_size: int) -> "Projection":
-        """Without the logits of other than the first tokens."""
+    def limit_vocab(self, vocab_size: int) -> "Projection":
+        """Return the projection on the first `vocab_size` token ids."""
         if self.weight is None:
             return self._replace(hidden=self.hidden[:, :vocab_size])
         return self._replace(
             weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
         )
 
+    def suppress_early_eos(self, labels: Tensor, min_length: int, eos_ids: Sequence[int]) -> "Projection":
+        """Return the projection without EOS in the first `min_length` tokens of each completion, as in sampling.
+
+        Args:
+            labels: `(batch, length)`, -100 except at the T completion tokens.
+            min_length: tokens of a completion before its EOS, at least.
+            eos_ids: the ids that end a completion.
+        """
+        if min_length == 0:
+            return self
+        completion = labels != -100
+        early = completion.cumsum(-1)[completion] <= min_length
+        return self._replace(suppressed=(early, torch.tensor(eos_ids, dtype=torch.long, device=labels.device)))
+
     def logits(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
-        """`(R, vocab)` of the given positions; the matrix product goes into `out`, where one is given and needed."""
+        """Compute the logits of some positions, `(R, vocab)`.
+
+        Args:
+            rows: the positions.
+            out: memory for the matrix product; unused if the projection holds logits.
+        """
         if self.weight is None:
-            logits = self.hidden[rows] if self.ruled_out is None else self.hidden[rows].clone()
+            logits = self.hidden[rows] if self.suppressed is None else self.hidden[rows].clone()
         elif self.bias is None:
             logits = torch.mm(self.hidden[rows], self.weight.T, out=out)
         else:
             logits = torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
         logits = logits if self.scale == 1 else logits * self.scale
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-        if self.ruled_out is not None:
-            positions, tokens = self.ruled_out
-            logits[positions[rows].nonzero(), tokens] = _NEVER
+        if self.suppressed is not None:
+            positions, tokens = self.suppressed
+            logits[positions[rows].nonzero(), tokens] = _SUPPRESSED_LOGIT
         return logits
 
-    def unended(self, labels: Tensor, least: int, end_ids: Sequence[int]) -> "Projection":
-        """Of completions that cannot end before they have `least` tokens: no EOS where it was ruled out in sampling.
-
-        Args:
-            labels: `(batch, length)`, -100 but for the T completion tokens.
-            least: tokens of a completion that are not EOS.
-            end_ids: EOS ids.
-        """
-        if least == 0:
-            return self
-        completion = labels != -100
-        early = completion.cumsum(-1)[completion] <= least
-        return self._replace(ruled_out=(early, torch.tensor(end_ids, dtype=torch.long, device=labels.device)))
-
-    def before_the_cap(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """The gradient in `hidden @ weight.T + bias`, from that in the logits."""
-        grad = grad if self.cap is None else grad * (1 - (logits / self.cap) ** 2)
+    def product_grad(self, logits_grad: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient with respect to `hidden @ weight.T + bias`, given that with respect to the logits."""
+        grad = logits_grad if self.cap is None else logits_grad * (1 - (logits / self.cap) ** 2)
         return grad if self.scale == 1 else grad * self.scale
 
 
 def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The logits that predict the completion tokens, and no others: prompts' and padding's are never computed.
+    """Run a model and return the logits that predict the completion tokens.
 
     Args:
         model: a causal language model of transformers, wrapped or not.

@@ -1,29 +1,22 @@
-"""Conditioning: which tokens, put before a prompt, ask for which quantile.
+"""Reward tokens: special tokens before a prompt that ask the model for one quantile of the reward.
 
-Each attribute has K reward tokens, `<|reward_0|>` (worst) to `<|reward_K-1|>` (best), added to the tokenizer and to
-the model as new rows. They stand after BOS, where the tokenizer adds one, and before the prompt. They are conditions,
-never outputs: every sampler here suppresses them. The tokenizer that `steered` gives puts them there by itself, and
-so does its chat template, so that a saved model is steered wherever plain transformers loads it.
+Each attribute (a reward that conditions) has K reward tokens, `<|reward_0|>` (worst) to `<|reward_K-1|>` (best). They
+are added to the tokenizer and, as new embedding rows, to the model. They come after BOS, if the tokenizer adds one, and
+before the prompt. They are conditions, never outputs: every sampler suppresses them.
 """
 
 import copy
-import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from quarkrl.errors import UserError
-from quarkrl.storage.json import nan_to_null
-
-FACTS_FILE = "quark.json"
+from quarkrl.models.quark_json import damaged, read_quark_json, write_quark_json
+from quarkrl.models.steering import steer_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,8 +26,8 @@ class Conditioning:
     Attributes:
         attributes: names of the A rewards that condition.
         token_ids: `(A, K)` ids of the reward tokens, worst first.
-        bos_id: the token that stays in front of them, where a prompt begins with it.
-        vocab_size: V, how many token ids are the model's original ones; outputs are always below it.
+        bos_id: the BOS id; the reward tokens follow it where a prompt starts with it. None for a tokenizer without BOS.
+        vocab_size: V, the number of original token ids. Every generated id is below it.
     """
 
     attributes: tuple[str, ...]
@@ -44,12 +37,18 @@ class Conditioning:
 
     @property
     def num_quantiles(self) -> int:
+        """K, the number of quantiles."""
         return len(self.token_ids[0])
 
     @property
     def best(self) -> tuple[int, ...]:
-        """The best quantile under every attribute."""
+        """The best quantile of each attribute, K - 1."""
         return (self.num_quantiles - 1,) * len(self.attributes)
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        """The ids of all A * K reward tokens."""
+        return [i for row in self.token_ids for i in row]
 
     @classmethod
     def add_to(
@@ -60,23 +59,30 @@ class Conditioning:
         attributes: Sequence[str] = ("reward",),
         seed: int = 0,
     ) -> tuple["Conditioning", PreTrainedTokenizerBase]:
-        """Add reward tokens to a model in place, and to a copy of its tokenizer.
+        """Add reward tokens to a model, in place, and to a copy of its tokenizer.
 
-        The new rows are drawn, per dimension, from N(mean, std) of the existing rows (paper, section 2; official
-        code), for the input and, if it is not tied, the output embedding.
+        The new embedding rows are drawn, per dimension, from N(mean, std) of the old rows (paper, section 2; official
+        code). An output embedding that is not tied gets rows of its own.
+
+        Args:
+            tokenizer: the model's; it is not changed.
+            model: a causal language model.
+            num_quantiles: K.
+            attributes: names of the rewards that condition.
+            seed: of the new rows.
 
         Returns:
-            The conditioning and the tokenizer that knows its tokens.
+            The conditioning, and the tokenizer with the reward tokens.
 
         Raises:
-            UserError: the tokenizer already has reward tokens (the model was trained by Quark before).
+            UserError: the tokenizer already has reward tokens, because Quark trained this model before.
         """
         names = [reward_token(name, k) for name in attributes for k in range(num_quantiles)]
-        known = set(tokenizer.get_vocab())
-        if taken := [name for name in names if name in known]:
+        vocabulary = set(tokenizer.get_vocab())
+        if existing := [name for name in names if name in vocabulary]:
             raise UserError(
-                f"the tokenizer already has the reward token {taken[0]}: this model was trained by Quark before; "
-                "start from the model it was made of"
+                f"model: its tokenizer already has the reward token {existing[0]}, so Quark trained this model before. "
+                "Start from the original model."
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens(names, special_tokens=True)
@@ -86,7 +92,7 @@ class Conditioning:
             attributes=tuple(attributes),
             token_ids=tuple(tuple(ids[a * num_quantiles : (a + 1) * num_quantiles]) for a in range(len(attributes))),
             bos_id=tokenizer.bos_token_id,
-            # Rows that pad the embedding beyond the tokenizer are no tokens; a tokenizer larger than it has no rows.
+            # An embedding can have more rows than the tokenizer has tokens (padding), or fewer: neither are outputs.
             vocab_size=min(rows, *ids),
         )
         if max(ids) >= rows:
@@ -95,167 +101,120 @@ class Conditioning:
         return conditioning, tokenizer
 
     def prefix(self, prompt_ids: Sequence[int], quantiles: Sequence[int]) -> list[int]:
-        """The prompt's ids with the reward token of each attribute's quantile before it (after BOS)."""
-        tokens = [self.token_ids[a][q] for a, q in enumerate(quantiles)]
+        """Return the prompt's ids with one reward token per attribute before them, after BOS.
+
+        Args:
+            prompt_ids: a prompt without reward tokens.
+            quantiles: one per attribute.
+        """
         start = int(len(prompt_ids) > 0 and prompt_ids[0] == self.bos_id)
-        return [*prompt_ids[:start], *tokens, *prompt_ids[start:]]
+        return [*prompt_ids[:start], *self._tokens_of(quantiles), *prompt_ids[start:]]
 
     def strip(self, ids: Sequence[int]) -> list[int]:
-        """The ids without any reward token: what a steered tokenizer gave, as a plain one would give it."""
-        reward_tokens = {i for row in self.token_ids for i in row}
+        """Return the ids without reward tokens: the inverse of `prefix`."""
+        reward_tokens = set(self.all_token_ids)
         return [int(i) for i in ids if i not in reward_tokens]
 
     def quantiles_of(self, quantile: str | int) -> tuple[int, ...]:
-        """One quantile per attribute from what a user asks for.
+        """Return a quantile given by name or number as one number per attribute.
 
         Args:
             quantile: "best", "worst", or a number from 0 (worst) to K - 1 (best).
 
         Raises:
-            UserError: anything else.
+            UserError: it is none of these.
         """
         named = {"best": self.num_quantiles - 1, "worst": 0}
         text = str(quantile)
         number = named.get(text, int(text) if text.isdecimal() else -1)
         if not 0 <= number < self.num_quantiles:
             raise UserError(
-                f"quantile {quantile!r}: want best, worst or a number from 0 (worst) to {self.num_quantiles - 1} (best)"
+                f"quantile {quantile!r}: must be best, worst, or a number from 0 (worst) to "
+                f"{self.num_quantiles - 1} (best)."
             )
         return (number,) * len(self.attributes)
 
-    def steered(
+    def steer_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, quantiles: Sequence[int] | None = None
     ) -> PreTrainedTokenizerBase:
-        """A copy of the tokenizer that puts the reward tokens of `quantiles` (default: the best) first by itself.
+        """Return a copy of the tokenizer that puts the reward tokens of `quantiles` first by itself.
+
+        Args:
+            tokenizer: the one with reward tokens that `add_to` returned.
+            quantiles: one per attribute; the best by default.
 
         Raises:
-            UserError: the tokenizer is not a fast one, whose post-processor can be set.
+            UserError: the tokenizer is not a fast one.
         """
-        if not tokenizer.is_fast:
-            raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer: Quark needs a fast one (tokenizer.json)")
-        tokens = [self.token_ids[a][q] for a, q in enumerate(quantiles or self.best)]
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
-        before, after = full[:start], full[start + len(plain) :]
-        single = [*before, *tokens, "$A", *after]
-        pair = [*single, *before, "$B:1", *after]
-        steered = copy.deepcopy(tokenizer)
-        named = {i: steered.convert_ids_to_tokens(i) for i in (*before, *tokens, *after)}
-        steered.backend_tokenizer.post_processor = TemplateProcessing(
-            single=[named.get(piece, piece) for piece in single],
-            pair=[named.get(piece, piece) for piece in pair],
-            special_tokens=[(name, i) for i, name in named.items()],
-        )
-        steered._should_update_post_processor = False
-        if isinstance(steered.chat_template, str):
-            text = "".join(steered.convert_ids_to_tokens(tokens))
-            steered.chat_template = _steered_template(steered.chat_template, text, steered.bos_token)
-        return steered
+        return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best))
 
-    def with_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
-        """The model with an adapter of `peft`, whose reward-token rows are trained too."""
+    def add_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
+        """Return the model with an adapter of `peft` that also trains the embedding rows of the reward tokens."""
         from peft import get_peft_model
 
         peft_config = copy.deepcopy(peft_config)
         if getattr(peft_config, "trainable_token_indices", False) is None and not peft_config.modules_to_save:
-            peft_config.trainable_token_indices = [i for row in self.token_ids for i in row]
+            peft_config.trainable_token_indices = self.all_token_ids
         return get_peft_model(model, peft_config)
 
     def save(self, directory: str | os.PathLike, **facts: Any) -> None:
-        """Write `quark.json`: the conditioning, and whatever facts of the run belong with the model."""
-        target = Path(directory) / FACTS_FILE
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps(nan_to_null({"conditioning": asdict(self), **facts}), indent=2) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, target)
+        """Write `quark.json`, atomically: the conditioning, and facts of the run that belong with the model.
+
+        Raises:
+            UserError: the operating system refuses the write, for example on a full disk.
+        """
+        write_quark_json(directory, {"conditioning": asdict(self), **facts})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Conditioning | None":
-        """Read the conditioning of a model, from a directory or the hub; None if Quark did not train it.
+    def load(cls, model: str | os.PathLike) -> "Conditioning | None":
+        """Read the conditioning of a model, from its directory or the hub; None if Quark did not train the model.
 
         Raises:
             UserError: `quark.json` is damaged.
         """
-        facts = load_facts(path)
+        facts = read_quark_json(model)
         if facts is None:
             return None
         try:
-            found = facts["conditioning"]
-            if not isinstance(found["attributes"], list):
-                raise TypeError("attributes: want a list")
-            ids = tuple(map(tuple, found["token_ids"]))
-            loaded = cls(tuple(found["attributes"]), ids, found["bos_id"], found["vocab_size"])
+            fields = facts["conditioning"]
+            if not isinstance(fields["attributes"], list):
+                raise TypeError("attributes: must be a list")
+            token_ids = tuple(map(tuple, fields["token_ids"]))
+            conditioning = cls(tuple(fields["attributes"]), token_ids, fields["bos_id"], fields["vocab_size"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, repr(error)) from error
-        if problem := loaded._problem():
-            raise _damaged(path, problem)
-        return loaded
+            raise damaged(model, repr(error)) from error
+        if problem := conditioning._inconsistency():
+            raise damaged(model, problem)
+        return conditioning
 
-    def _problem(self) -> str | None:
-        """What cannot be so, of a conditioning that was read from a file."""
-        ids = [i for row in self.token_ids for i in row]
+    def _tokens_of(self, quantiles: Sequence[int]) -> list[int]:
+        """The reward token of each attribute's quantile."""
+        return [self.token_ids[a][q] for a, q in enumerate(quantiles)]
+
+    def _inconsistency(self) -> str | None:
+        """What is wrong with values that were read from a file; None if they are consistent."""
+        ids = self.all_token_ids
         if not all(isinstance(name, str) for name in self.attributes) or not len(self.attributes) >= 1:
-            return f"attributes {self.attributes!r}"
+            return f"attributes {self.attributes!r}: must be at least one name"
         if len(self.token_ids) != len(self.attributes) or len(set(map(len, self.token_ids))) != 1:
-            return "token_ids: want as many for each attribute"
+            return "token_ids: must be equally many for each attribute"
         if self.num_quantiles < 2 or len(set(ids)) < len(ids) or not all(type(i) is int for i in ids):
-            return "token_ids: want two and more for each attribute, all different"
+            return "token_ids: must be at least two different numbers for each attribute"
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= min(ids):
-            return f"vocab_size {self.vocab_size!r}: want the number of ids before the reward tokens"
+            return f"vocab_size {self.vocab_size!r}: must be the number of ids below the reward tokens"
         if not (self.bos_id is None or (type(self.bos_id) is int and 0 <= self.bos_id < self.vocab_size)):
-            return f"bos_id {self.bos_id!r}"
+            return f"bos_id {self.bos_id!r}: must be an id below vocab_size, or null"
         return None
-
-
-def load_facts(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What `quark.json` says of a model, from a directory or the hub; None if there is none.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    file = cached_file(
-        str(path),
-        FACTS_FILE,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
-        return None
-    try:
-        facts = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(facts, dict):
-        raise _damaged(path, "no JSON object")
-    return facts
-
-
-def reference_name(path: str | os.PathLike) -> str | None:
-    """The model that one was trained from, by what `quark.json` says; None where it says nothing.
-
-    Raises:
-        UserError: `quark.json` is damaged.
-    """
-    reference = (load_facts(path) or {}).get("reference") or {}
-    name = reference.get("name") if isinstance(reference, dict) else reference
-    if not isinstance(reference, dict) or not isinstance(name, str | None):
-        raise _damaged(path, f"reference {reference!r}")
-    return name
-
-
-def _damaged(path: str | os.PathLike, problem: str) -> UserError:
-    return UserError(f"{path}: {FACTS_FILE} is damaged ({problem}); want what `quarkrl train` wrote")
 
 
 def reward_token(attribute: str, quantile: int) -> str:
-    """The text of a reward token, as the tokenizer lists it."""
+    """The text of a reward token in the tokenizer's vocabulary."""
     return f"<|{attribute}_{quantile}|>"
 
 
 @torch.no_grad()
 def _draw_rows(model: PreTrainedModel, ids: Sequence[int], vocab_size: int, seed: int) -> None:
+    """Draw the rows of new tokens, in the input embedding and in an output embedding (and bias) that is not tied."""
     generator = torch.Generator().manual_seed(seed)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [inputs.weight] if outputs is None or outputs.weight is inputs.weight else [inputs.weight, outputs.weight]
@@ -264,16 +223,3 @@ def _draw_rows(model: PreTrainedModel, ids: Sequence[int], vocab_size: int, seed
         old = weight[:vocab_size].float()
         noise = torch.randn((len(ids), *old.shape[1:]), generator=generator).to(old.device)
         weight[list(ids)] = (old.mean(0) + old.std(0) * noise).to(weight.dtype)
-
-
-def _steered_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
-    """A chat template that renders as before, with the reward tokens in front (after BOS, if it renders BOS)."""
-    # transformers' environment drops a newline behind a tag, blanks before one, and the newline that ends a template:
-    # so the template starts on a line of its own, the closing tag keeps (+) what is before it, and that newline goes.
-    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
-    bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))
-    return (
-        "{% set quark_text %}\n" + body + "{%+ endset %}"
-        "{% set quark_bos = " + bos + " if quark_text.startswith(" + bos + ") else '' %}"
-        "{{ quark_bos + " + tokens + " + quark_text[quark_bos | length:] }}"
-    )

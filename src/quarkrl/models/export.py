@@ -33,7 +33,7 @@ def save_steered(
         model = copy.deepcopy(model).merge_and_unload()
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
-    model.generation_config.suppress_tokens = [i for row in conditioning.token_ids for i in row]
+    model.generation_config.suppress_tokens = conditioning.all_token_ids
     model.config.use_cache = True  # Off while training.
     try:
         model.save_pretrained(directory, state_dict=state_dict)

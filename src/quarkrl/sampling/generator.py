@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import Conditioning, reference_name
+from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.head_access import is_sharded
 from quarkrl.models.loading import context_length, eos_ids, first_line, load_model, load_tokenizer
+from quarkrl.models.quark_json import reference_name
 from quarkrl.sampling.decoder import Reader, Reading
 from quarkrl.sampling.guidance import GuidedReading, checked_scale, contrast_to
 from quarkrl.sampling.strategy import Sampling

@@ -5,7 +5,7 @@ from typing import Any
 
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
-from quarkrl.models.conditioning import load_facts
+from quarkrl.models.quark_json import read_quark_json
 from quarkrl.training.config import QuarkConfig
 
 
@@ -40,6 +40,6 @@ def run_facts(
         "config": config.recorded_options(),
     }
     if best_checkpoint:
-        best = load_facts(best_checkpoint) or {}
+        best = read_quark_json(best_checkpoint) or {}
         facts |= {name: value for name, value in best.items() if name != "conditioning"}
     return facts

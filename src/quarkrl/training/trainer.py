@@ -18,6 +18,7 @@ is on while learning.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import padded
+from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -55,9 +56,12 @@ from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.identity import run_identity
-from quarkrl.training.memory_check import Forecast
+from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+
+logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -135,7 +139,7 @@ class QuarkTrainer(ResumableTrainer):
             raise UserError("ref_model has fewer tokens than model: want one of the same tokenizer")
         if peft_config is not None:
             torch.manual_seed(args.seed)  # The adapter's first weights are random.
-            model = self.conditioning.with_adapter(model, peft_config)
+            model = self.conditioning.add_adapter(model, peft_config)
         self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -146,8 +150,13 @@ class QuarkTrainer(ResumableTrainer):
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        self.forecast = Forecast(self, model)
-        keepers = _Iterations(self), Resumption(self), self.forecast, self.metrics_file, self.progress
+        limit_onednn_caches()
+        lengths, eval_lengths = (
+            [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
+            for prompts in (self.prompts, self.eval_prompts)
+        )
+        self.memory_plan = plan_memory(model, args, lengths, eval_lengths, self.ref_model)
+        keepers = _Iterations(self), Resumption(self), MallocTrimCallback(), self.metrics_file, self.progress
 
         super().__init__(
             model=model,
@@ -155,7 +164,7 @@ class QuarkTrainer(ResumableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=self.conditioning.steered(extended),
+            processing_class=self.conditioning.steer_tokenizer(extended),
             callbacks=[*keepers, *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -200,7 +209,9 @@ class QuarkTrainer(ResumableTrainer):
             rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = args.sampling(iteration)
-                found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
+                found = self.rollout(
+                    self.prompts, rows, sampling, iteration, self.memory_plan.generation_batch_size, finished
+                )
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
                 [self.prompts.ids[found.rows[i]] for i in scored],
@@ -300,9 +311,9 @@ class QuarkTrainer(ResumableTrainer):
         completions = [sample.completion_ids.tolist() for sample in samples]
         asked = [sample.quantiles.tolist() for sample in samples]
         conditioned = [self.conditioning.prefix(ids, quantiles) for ids, quantiles in zip(prompts, asked, strict=True)]
-        batch = padded(conditioned, completions)
+        batch = build_batch(conditioned, completions)
         if self.args.kl_coef:
-            batch |= {f"ref_{name}": tensor for name, tensor in padded(prompts, completions).items()}
+            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
         return batch
 
     def compute_loss(
@@ -321,11 +332,16 @@ class QuarkTrainer(ResumableTrainer):
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
                 ref = completion_projection(reference, *(inputs[name] for name in names), ref_head)
-            ref = ref.of_first(self.conditioning.vocab_size)
+            ref = ref.limit_vocab(self.conditioning.vocab_size)
         settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
-            loss = quark_loss(policy.unended(*ends), ref and ref.unended(*ends), labels[labels != -100], **settings)
+            loss = quark_loss(
+                policy.suppress_early_eos(*ends),
+                ref and ref.suppress_early_eos(*ends),
+                labels[labels != -100],
+                **settings,
+            )
         tokens = policy.shape[0]
         if self.model.training:
             self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
@@ -423,6 +439,10 @@ class _Iterations(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **_):
+        if self.trainer.memory_plan.message and state.is_world_process_zero:
+            logger.info(self.trainer.memory_plan.message)
+            if self.trainer.progress.enabled:
+                self.trainer.progress.note(self.trainer.memory_plan.message)
         self.trainer.decide_heads()
 
     def on_epoch_begin(self, args, state, control, **_):

@@ -1,0 +1,70 @@
+"""`quark.json`: the file beside a model's weights that says how Quark trained it.
+
+It holds the reward tokens (`conditioning.Conditioning`) and facts of the run, such as the name of the reference.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from quarkrl.errors import UserError
+from quarkrl.storage.atomic import write_text
+from quarkrl.storage.json import nan_to_null
+
+FILE_NAME = "quark.json"
+
+
+def write_quark_json(directory: str | os.PathLike, facts: Mapping[str, Any]) -> None:
+    """Write `quark.json` into a model's directory, atomically; NaN and infinity become null.
+
+    Raises:
+        UserError: the operating system refuses the write, for example on a full disk.
+    """
+    write_text(Path(directory) / FILE_NAME, json.dumps(nan_to_null(facts), indent=2) + "\n")
+
+
+def read_quark_json(model: str | os.PathLike) -> dict[str, Any] | None:
+    """Read the `quark.json` of a model, from its directory or the hub; None if the model has none.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    path = cached_file(
+        str(model),
+        FILE_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(model, str(error)) from error
+    if not isinstance(facts, dict):
+        raise damaged(model, "not a JSON object")
+    return facts
+
+
+def reference_name(model: str | os.PathLike) -> str | None:
+    """The name or directory of the model that this one was trained from; None if `quark.json` does not name it.
+
+    Raises:
+        UserError: `quark.json` is damaged.
+    """
+    reference = (read_quark_json(model) or {}).get("reference") or {}
+    name = reference.get("name") if isinstance(reference, dict) else reference
+    if not isinstance(reference, dict) or not isinstance(name, str | None):
+        raise damaged(model, f"reference {reference!r}")
+    return name
+
+
+def damaged(model: str | os.PathLike, problem: str) -> UserError:
+    """The error for a `quark.json` that `quarkrl` cannot have written."""
+    return UserError(
+        f"{str(model)!r}: {FILE_NAME} is damaged ({problem}). Restore the file that quarkrl train wrote with the model."
+    )
