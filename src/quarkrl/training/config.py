@@ -126,6 +126,10 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         names = [option.name for option in fields(QuarkOptions)]
         return {name: getattr(self, name) for name in (*names, *_OVERRIDDEN, "seed", "bf16", "fp16")}
 
+    def explored_per_iteration(self, num_prompts: int) -> int:
+        """Return the number of completions that an iteration explores, of so many prompts."""
+        return min(self.prompts_per_iteration or num_prompts, num_prompts) * self.samples_per_prompt
+
     def sampling(self, iteration: int) -> Sampling:
         """Return the sampling options for exploration in an iteration; the temperatures take turns."""
         return Sampling(
