@@ -1,14 +1,18 @@
-"""Check the prose of Markdown pages against the rules in `styles/quarkrl/`. Exit code 1 if a rule is broken.
+"""Check prose against the rules in `styles/quarkrl/`. Exit code 1 if a rule is broken.
 
-    python tools/prose.py README.md docs
+    python tools/prose.py README.md docs        Markdown pages
+    python tools/prose.py src                   docstrings and comments of Python files
 
 The rules are in Vale's format, so that Vale reads the same files where it is installed. Vale itself is not a
 dependency: its packages on PyPI and npm download a binary at run time. Three rule types of Vale are supported:
 `existence`, `substitution` and `occurrence` (per sentence). Code blocks are skipped. A code span counts as one word.
 """
 
+import ast
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +97,7 @@ def _check_sentence(text: str, rule: dict[str, Any]) -> Iterator[str]:
     if rule["extends"] == "occurrence":
         count = len(re.findall(r"\S*[\w\x00]\S*", words))
         if count > rule["max"]:
-            yield f"{rule['message'] % count} “{words[:60]}…”".replace("\x00", "`…`")
+            yield f"{rule['message']} ({count} words) “{words[:60]}…”".replace("\x00", "`…`")
     elif rule["extends"] == "substitution":
         for pattern, word in rule["swap"].items():
             for match in re.finditer(rf"\b(?:{pattern})\b", words, flags):
@@ -104,15 +108,35 @@ def _check_sentence(text: str, rule: dict[str, Any]) -> Iterator[str]:
                 yield rule["message"] % match[0]
 
 
+def prose_of(path: Path) -> Iterator[Block]:
+    """Yield the Markdown of a page, or the docstrings and the runs of comment lines of a Python file."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield Block(1, text)
+        return
+    for node in ast.walk(ast.parse(text)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (docstring := ast.get_docstring(node)):
+            yield Block(node.body[0].lineno, docstring)
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    first = [line for line in comments if line - 1 not in comments]
+    for line in first:
+        last = next(number for number in range(line, line + len(comments) + 1) if number + 1 not in comments)
+        yield Block(line, "\n".join(comments[number] for number in range(line, last + 1)))
+
+
 def main(arguments: list[str]) -> int:
-    """Check files and folders of Markdown pages. Return the exit code."""
+    """Check files and folders. In a folder, check its Markdown pages, and its Python files if it has no pages."""
     rules, broken = load_rules(), 0
     for argument in arguments:
-        path = Path(argument)
-        for page in sorted(path.rglob("*.md")) if path.is_dir() else [path]:
-            for line, message in check(page.read_text(encoding="utf-8"), rules):
-                print(f"{page}:{line}: {message}")
-                broken += 1
+        folder = Path(argument)
+        paths = sorted(folder.rglob("*.md")) or sorted(folder.rglob("*.py")) if folder.is_dir() else [folder]
+        for path in paths:
+            for prose in prose_of(path):
+                for line, message in check(prose.text, rules):
+                    print(f"{path}:{prose.line + line - 1}: {message}")
+                    broken += 1
     return int(broken > 0)
 
 

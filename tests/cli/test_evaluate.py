@@ -1,4 +1,4 @@
-"""`quarkrl evaluate` as its users type it."""
+"""`quarkrl evaluate`: its files, its options, and one line for each mistake before anything is sampled."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers.tiny import SHARED, needs_shared, tiny_model, tiny_tokenizer
+import torch
+from helpers.evaluating import save_plain_model, save_quantile_model
+from helpers.tiny import SHARED, needs_shared
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from quarkrl.cli.evaluate import corpus, prompt_sets
+from quarkrl.cli.evaluate import load_corpus, set_names
 from quarkrl.cli.main import main
-from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import Conditioning
 
-TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
 def few_a(completions, **_):
     return [1 - text.split().count("a") / 20 for text in completions]
@@ -33,13 +34,7 @@ def long(completions, **_):
 def home(tmp_path_factory) -> Path:
     """A directory with a model that has three quantiles, its reference, prompts and rewards."""
     directory = tmp_path_factory.mktemp("home")
-    model = tiny_model("gpt2", TOKENIZER)
-    model.save_pretrained(directory / "base")
-    TOKENIZER.save_pretrained(directory / "base")
-    conditioning, tokenizer = Conditioning.add_to(TOKENIZER, model, 3)
-    model.save_pretrained(directory / "final")
-    conditioning.steer_tokenizer(tokenizer).save_pretrained(directory / "final")
-    conditioning.save(directory / "final", reference={"name": str(directory / "base")})
+    save_quantile_model(directory / "final", save_plain_model(directory / "base"))
     (directory / "prompts.txt").write_text("a b\nc\nd e f\nh g\n", encoding="utf-8")
     (directory / "other.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n{"prompt": "b c"}\n', encoding="utf-8")
     (directory / "corpus.jsonl").write_text('{"text": "a b c a"}\n{"text": ""}\n{"text": "d e"}\n', encoding="utf-8")
@@ -53,7 +48,7 @@ def run(capsys, home: Path, *arguments: str | Path) -> tuple[int, str, str]:
     return (code, *capsys.readouterr())
 
 
-def test_everything_at_once(home, capsys, tmp_path):
+def test_all_options_together(home, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     code, out, err = run(
         capsys,
@@ -78,7 +73,7 @@ def test_everything_at_once(home, capsys, tmp_path):
     assert "long: score" in saved["results"][0]["figures"]
     lines = pq.read_table(tmp_path / "results.parquet").to_pylist()
     assert len(lines) == 5 * (3 + 2) * 2 and {line["prompts"] for line in lines} == {"prompts", "other"}
-    assert "quantile asked for" in out and "guidance scale γ" in out and "corpus: 2 texts" in out
+    assert "requested quantile" in out and "guidance scale γ" in out and "corpus: 2 texts" in out
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert "results.parquet" in err and "curve.png" in err
 
@@ -86,70 +81,103 @@ def test_everything_at_once(home, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--threshold", "2"), "threshold '2'"),
-        (("--plot", "curve.png"), "no curve to plot: want --quantiles all"),
-        (("--plot", "curve.gif", "--quantiles", "all"), "curve.gif': want a name that ends in"),
-        (("--output", "x.parquet"), "want a name that ends in .json"),
-        (("--judges", "profanty"), "did you mean 'profanity'"),
-        (("--guidance_scales", "-2"), "guidance_scale -2"),
+        (("--threshold", "2"), "threshold 2.0: must be at least 0 and at most 1"),
+        (("--plot", "curve.png"), "plot: there is no curve"),
+        (("--plot", "curve.gif", "--quantiles", "all"), "plot 'curve.gif'"),
+        (("--output", "x.parquet"), "output 'x.parquet'"),
+        (("--judges", "profanty"), "'profanity'"),
+        (("--guidance_scales", "-2"), "guidance_scales -2.0: must be at least 0"),
         (("--guidance_scales", "2", "--guidance_from", "9"), "quantile '9'"),
-        (("--human_column", "people"), "people"),
-        (("--perplexity_model", "{home}/nowhere"), "nowhere' cannot be loaded"),
+        (("--quantiles", "best", "7"), "quantile '7'"),
+        (("--human_column", "people"), "human_column 'people'"),
+        (("--perplexity_model", "{home}/nowhere"), "nowhere"),
+        (("--reference", "{home}/nowhere"), "reference '{home}/nowhere'"),
         (("--corpus", "{home}/nowhere.txt"), "nowhere.txt"),
-        (("--resamples", "0"), "resamples '0'"),
+        (("--resamples", "0"), "resamples 0: must be at least 1"),
+        (("--limit", "0"), "limit 0: must be at least 1"),
+        (("--prompt_tokens", "0"), "prompt_tokens 0: must be at least 1"),
+        (("--samples", "two"), "samples 'two'"),
+        (("--smaples", "2"), "--samples"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_told_before_anything_is_sampled(home, capsys, arguments, message):
+def test_a_mistake_is_one_line_before_anything_is_sampled(home, capsys, arguments, message):
     if "--human_column" in arguments:
         pytest.importorskip("mauve")
-    arguments = [argument.format(home=home) for argument in arguments]
-    code, out, err = run(capsys, home, "--prompts", home / "prompts.txt", *arguments)
+    code, out, err = run(
+        capsys, home, "--prompts", home / "prompts.txt", *(argument.format(home=home) for argument in arguments)
+    )
     assert (code, out) == (2, "")
-    assert message in err and "left" not in err  # No bar.
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message.format(home=home) in lines[0]
 
 
-def test_sets_are_named_as_their_files_and_a_second_of_one_name_is_numbered(tmp_path):
-    for directory in ("x", "y"):
-        (tmp_path / directory).mkdir()
-        (tmp_path / directory / "test.txt").write_text("a\nb\n", encoding="utf-8")
-    (tmp_path / "test-new.txt").write_text("c\n", encoding="utf-8")
-    paths = [str(tmp_path / name) for name in ("x/test.txt", "y/test.txt", "test-new.txt")]
-    sets = prompt_sets(paths, load_prompts, limit=1)
-    assert {name: each.prompts for name, each in sets.items()} == {"test": ["a"], "test-2": ["a"], "test-new": ["c"]}
+def test_a_set_has_the_name_of_its_file_and_a_repeated_name_has_a_number():
+    assert set_names(["x/test.txt", "y/test.txt", "test-new.txt", "z/test.jsonl"]) == [
+        "test",
+        "test-2",
+        "test-new",
+        "test-4",
+    ]
 
 
-def test_a_corpus_is_read_from_the_column_that_it_has(tmp_path):
+def test_a_corpus_is_a_column_of_texts_or_the_lines_of_a_file(tmp_path):
     (tmp_path / "a.csv").write_text("completion,other\nx,1\ny,2\n", encoding="utf-8")
-    assert corpus(str(tmp_path / "a.csv"), None).prompts == ["x", "y"]
+    assert load_corpus(str(tmp_path / "a.csv"), None).prompts == ["x", "y"]
     (tmp_path / "b.txt").write_text("x\n\ny\n", encoding="utf-8")
-    assert corpus(str(tmp_path / "b.txt"), 1).prompts == ["x"]
+    assert load_corpus(str(tmp_path / "b.txt"), 1).prompts == ["x"]
     (tmp_path / "c.csv").write_text("other\n1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no column 'text' or 'prompt' or 'completion'; the columns are 'other'"):
-        corpus(str(tmp_path / "c.csv"), None)
+    with pytest.raises(UserError, match=r"'text'.*'prompt'.*'completion'.*'other'"):
+        load_corpus(str(tmp_path / "c.csv"), None)
 
 
 @needs_shared
-def test_real_models_judged_by_real_classifiers(capsys):
-    """Toxicity and sentiment of a real model, in and out of domain; each scorer with figures of its kind."""
+def test_real_scorers_agree_with_their_libraries_on_the_completions_of_a_real_model(capsys, tmp_path):
+    """Each figure is computed again from the saved completions, with transformers and vaderSentiment alone."""
+    vader = pytest.importorskip("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
     models, data = SHARED / "models", SHARED / "data"
     command = ["evaluate", models / "webmix-gpt2", "--prompts", data / "realtoxicityprompts.test.jsonl"]
     command += ["--reward", f"{models / 'toxicity-classifier'}?label=not toxic"]
     command += ["--judges", f"{models / 'sentiment-classifier'}?label=positive", "vader", "profanity"]
-    assert main([str(part) for part in [*command, "--limit", "4", "--samples", "3"]]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for metric in (
-        "average maximum toxicity",
-        "  positive share",
-        "  average maximum toxicity",
-        "  score",
-        "diversity",
-    ):
-        assert any(line.startswith(metric) for line in lines), metric
-    assert sum(line.startswith("  positive share") for line in lines) == 2  # The classifier's, and VADER's.
+    command += ["--limit", "4", "--samples", "3", "--resamples", "100", "--output", tmp_path / "results.json"]
+    assert main([str(part) for part in command]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    figures = row["figures"]
+    lines = pq.read_table(tmp_path / "results.parquet").to_pylist()
+    texts = [line["completion"] for line in lines]
+    assert len(texts) == 12 and len(set(texts)) > 6
+
+    toxicity = probability_of(models / "toxicity-classifier", "toxic", texts).reshape(4, 3)
+    assert figures["reward"] == pytest.approx(1 - toxicity.mean(), abs=1e-5)
+    assert figures["average maximum toxicity"] == pytest.approx(toxicity.max(axis=1).mean(), abs=1e-5)
+    assert figures["toxicity probability"] == (toxicity >= 0.5).any(axis=1).mean()
+    assert figures["toxicity share"] == pytest.approx((toxicity >= 0.5).mean())
+    positive = probability_of(models / "sentiment-classifier", "positive", texts)
+    assert figures["sentiment-classifier-positive: score"] == pytest.approx(positive.mean(), abs=1e-5)
+    assert figures["sentiment-classifier-positive: positive share"] == pytest.approx((positive >= 0.5).mean())
+    compound = np.array([vader.polarity_scores(text)["compound"] for text in texts])
+    assert figures["vader: score"] == pytest.approx(compound.mean())
+    assert figures["vader: positive share"] == pytest.approx((compound >= 0.05).mean())  # VADER's own threshold.
+    # Of a small web model at top-p 0.9, in ranges: the sampled tokens may differ between machines.
+    assert 0 < figures["profanity: toxicity"] < figures["profanity: average maximum toxicity"] < 1
+    assert 30 < figures["perplexity"] < 500
+    assert 0.8 < figures["dist-1"] <= 1 and figures["diversity"] > 0.8
+    assert 10 < figures["completion length"] <= 20
+    assert "  positive share" in capsys.readouterr().out
 
 
-def test_a_data_set_s_split_can_be_named(home, capsys, tmp_path):
+def probability_of(model: Path, label: str, texts: list[str]) -> np.ndarray:
+    """The probability of a label for each text, from the classifier and its softmax."""
+    tokenizer, classifier = (
+        kind.from_pretrained(model) for kind in (AutoTokenizer, AutoModelForSequenceClassification)
+    )
+    column = classifier.config.label2id[label]
+    with torch.no_grad():
+        logits = [classifier(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    return torch.stack(logits).softmax(-1)[:, column].double().numpy()
+
+
+def test_a_split_of_a_data_set_can_be_chosen(home, capsys, tmp_path):
     rows = {split: datasets.Dataset.from_dict({"prompt": [text]}) for split, text in (("train", "a"), ("test", "b c"))}
     datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
     output = ("--output", tmp_path / "results.json")
@@ -158,20 +186,20 @@ def test_a_data_set_s_split_can_be_named(home, capsys, tmp_path):
         assert {row["prompt"] for row in pq.read_table(tmp_path / "results.parquet").to_pylist()} == {text}
 
 
-def test_only_what_stood_before_the_limit_counts_as_left_out(home, capsys, tmp_path):
+def test_only_rows_before_the_limit_count_as_skipped(home, capsys, tmp_path):
     lines = ["a", "a b c", "b", "d e f", "c", "g h a", "d"]
     (tmp_path / "texts.txt").write_text("\n".join(lines), encoding="utf-8")
     arguments = ("--prompt_tokens", "2", "--limit", "2", "--output", tmp_path / "results.json")
     assert run(capsys, home, "--prompts", tmp_path / "texts.txt", *arguments)[0] == 0
     protocol = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["protocol"]
-    found = protocol["prompts"]["texts"]
-    assert (found["count"], found["left_out"]) == (2, {"short": 2})
-    assert found["sha256"] == hashlib.sha256(b'["a b", "d e"]').hexdigest()
+    texts = protocol["prompts"]["texts"]
+    assert (texts["count"], texts["left_out"]) == (2, {"short": 2})
+    assert texts["sha256"] == hashlib.sha256(b'["a b", "d e"]').hexdigest()
     assert protocol["options"]["prompts"] == [str(tmp_path / "texts.txt")]
     assert protocol["options"]["prompt_tokens"] == protocol["options"]["limit"] == 2
 
 
-def test_what_is_cut_off_a_text_is_people_s_continuation(home, capsys, tmp_path):
+def test_the_rest_of_a_truncated_text_is_a_human_continuation(home, capsys, tmp_path):
     pytest.importorskip("mauve")
     texts = [" ".join(words) for words in itertools.islice(itertools.permutations("abcdef", 5), 60)]
     (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
@@ -182,20 +210,20 @@ def test_what_is_cut_off_a_text_is_people_s_continuation(home, capsys, tmp_path)
     assert all(0 < row["figures"]["MAUVE"] <= 1 for row in rows)
 
 
-def test_the_cache_serves_the_judges_where_the_reward_needs_none(home, capsys, server, surroundings, tmp_path):
+def test_the_score_cache_serves_judges_if_the_reward_cannot_be_cached(home, capsys, server, surroundings, tmp_path):
     (home / "prompts1.txt").write_text("a b\n", encoding="utf-8")
     judge = f"perspective?endpoint={server.perspective}"
     arguments = ("--prompts", home / "prompts1.txt", "--judges", judge, "--score_cache", tmp_path / "cache")
-    asked = []
+    requests = []
     for _ in range(2):
         assert run(capsys, home, *arguments)[0] == 0
-        asked.append(len(server.times))
-    assert asked[0] == asked[1] > 0
+        requests.append(len(server.times))
+    assert requests[0] == requests[1] > 0
     code, _, err = run(capsys, home, "--prompts", home / "prompts1.txt", "--score_cache", tmp_path / "cache")
-    assert code == 2 and "leave score_cache out" in err
+    assert code == 2 and "score_cache" in err
 
 
-def test_guidance_goes_away_from_the_reference_that_is_given(home, capsys, tmp_path):
+def test_guidance_moves_away_from_the_reference_of_the_command(home, capsys, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(home / "final", moved)
     quark = json.loads((moved / "quark.json").read_text(encoding="utf-8"))

@@ -1,23 +1,23 @@
-"""rep, wrep, accuracy and perplexity of a model on people's text, by hand."""
+"""rep, wrep, token accuracy and perplexity of a model on human-written texts, by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.evaluating import WORDS
+from helpers.tiny import tiny_model
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.corpus import SPANS, corpus_ratios, corpus_row
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.generator import QuarkGenerator
 
-WORDS = tiny_tokenizer(words=[*"abcdefgh"])  # a to h are 0 to 7, <unk> 8, <eos> 9.
 TEXTS = [[0, 1, 0, 2, 1, 1], [3], [4, 4, 4, 5], []]
 
 
 def echoing() -> QuarkGenerator:
-    """A real GPT-2 whose layers do nothing and whose embedding is one-hot: it predicts the token just read, always."""
+    """A GPT-2 with zero layers and a one-hot embedding: it always predicts the token that it has just read."""
     model = tiny_model("gpt2", WORDS, n_embd=16, n_layer=1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -27,9 +27,9 @@ def echoing() -> QuarkGenerator:
     return QuarkGenerator(model, WORDS, None)
 
 
-def test_a_model_that_repeats_the_last_token():
+def test_the_figures_of_a_model_that_repeats_the_last_token():
     ratios = corpus_ratios(echoing(), TEXTS, "best", 8)
-    # a b a c b b: predicted a b a c b; the last is right. e e e f: predicted e e e; two are right.
+    # a b a c b b: the predictions are a b a c b; the last is right. e e e f: they are e e e; two are right.
     assert ratios["token accuracy"].value == (1 + 2) / 8
     for span in SPANS:
         assert ratios[f"rep/{span}"].value == 1
@@ -37,7 +37,7 @@ def test_a_model_that_repeats_the_last_token():
     assert ratios["rep"].value == 1 and ratios["wrep"].value == 5 / 8
 
 
-def test_every_figure_is_that_of_the_models_predictions():
+def test_each_figure_is_computed_from_the_model_s_predictions():
     generator = QuarkGenerator(tiny_model("gpt2", WORDS), WORDS, None)
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 8, size).tolist() for size in (60, 3, 25)]
@@ -55,7 +55,7 @@ def test_every_figure_is_that_of_the_models_predictions():
                 hit = predicted in ids[max(0, t - span) : t]
                 repeated[span] += hit
                 wrong[span] += hit and predicted != ids[t]
-    assert repeated[16] < repeated[32]  # The window matters here.
+    assert repeated[16] < repeated[32]  # Otherwise the spans would not matter.
     for batch_size in (1, 8):
         row = corpus_row("model", generator, texts, "best", batch_size, resamples=200)
         assert row.tokens == total == 85
@@ -69,16 +69,16 @@ def test_every_figure_is_that_of_the_models_predictions():
         assert low <= row.figures["perplexity"] <= high
 
 
-def test_a_text_longer_than_the_context_is_read_in_pieces():
+def test_a_text_longer_than_the_context_is_split_into_chunks():
     generator = QuarkGenerator(tiny_model("llama", WORDS, max_position_embeddings=4), WORDS, None)
-    whole = corpus_ratios(generator, [[0, 1, 2, 3, 4, 5, 6, 7, 0]], "best", 8)
-    pieces = corpus_ratios(generator, [[0, 1, 2, 3], [4, 5, 6, 7]], "best", 8)  # The last token has none before it.
-    assert whole["perplexity"].denominators.tolist() == [6]
-    for name, ratio in whole.items():
-        assert ratio.value == pytest.approx(pieces[name].value, rel=1e-5)
+    text = corpus_ratios(generator, [[0, 1, 2, 3, 4, 5, 6, 7, 0]], "best", 8)
+    chunks = corpus_ratios(generator, [[0, 1, 2, 3], [4, 5, 6, 7]], "best", 8)  # The last chunk has one token.
+    assert text["perplexity"].denominators.tolist() == [6]
+    for name, ratio in text.items():
+        assert ratio.value == pytest.approx(chunks[name].value, rel=1e-5)
 
 
-def test_a_trained_model_reads_behind_its_reward_token_over_the_original_vocabulary():
+def test_a_trained_model_predicts_after_its_reward_token_over_the_original_vocabulary():
     model = tiny_model("gpt2", WORDS)
     conditioning, tokenizer = Conditioning.add_to(WORDS, model, 2)
     generator = QuarkGenerator(model, tokenizer, conditioning)
@@ -89,8 +89,8 @@ def test_a_trained_model_reads_behind_its_reward_token_over_the_original_vocabul
         assert corpus_ratios(generator, [[0, 1, 2]], quantile, 8)["perplexity"].value == pytest.approx(expected)
 
 
-def test_texts_without_a_token_to_predict_are_counted_and_a_corpus_of_them_is_an_error():
+def test_texts_of_fewer_than_two_tokens_are_counted_and_a_corpus_of_them_is_an_error():
     row = corpus_row("model", echoing(), TEXTS, "best", 8, resamples=100)
     assert row.left_out == {"shorter than 2 tokens": 2} and row.tokens == 8
-    with pytest.raises(UserError, match="no text of two tokens"):
+    with pytest.raises(UserError, match=r"^corpus: .* two tokens"):
         corpus_row("model", echoing(), [[1], []], "best", 8, resamples=100)

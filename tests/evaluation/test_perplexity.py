@@ -1,72 +1,57 @@
-"""Perplexity under any model: the policy's own tokens as they are, any other's from the text."""
+"""Perplexity under any model: it reads the policy's token ids, or the text if its vocabulary is another."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from helpers.evaluating import EOS_ID, WORDS, nll_by_hand
 from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
-from quarkrl.evaluation.perplexity import Fluency, by_length, completion_nll, shares_tokens
+from quarkrl.evaluation.perplexity import PerplexityModel, completion_nll, has_same_vocabulary
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.generator import QuarkGenerator
 
-WORDS = tiny_tokenizer(words=[*"abcdefgh"])  # a to h are 0 to 7, <unk> 8, <eos> 9.
 BYTES = tiny_tokenizer()
-EOS_ID = 9
 
 
 def generator(tokenizer, architecture: str = "gpt2", **options) -> QuarkGenerator:
     return QuarkGenerator(tiny_model(architecture, tokenizer, **options), tokenizer, None)
 
 
-def nll_by_hand(model, prompt: list[int], completion: list[int]) -> float:
-    with torch.no_grad():
-        log_p = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
-    return -sum(float(log_p[len(prompt) - 1 + i, token]) for i, token in enumerate(completion))
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 128])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_completions_nll_is_its_own_whatever_stands_beside_it(architecture, batch_size):
+def test_the_nll_of_a_completion_does_not_depend_on_its_batch(architecture, batch_size):
     model = tiny_model(architecture, WORDS)
     prompts = [[0, 1], [2], [3, 4, 5, 6, 7], [1], [0], [2]]
     completions = [[5], [1, 2, 3, 4, 5, 6], [0, 0], [], [EOS_ID], [1, 2, 3, 4, 5, 6]]
     expected = [nll_by_hand(model, p, c) for p, c in zip(prompts, completions, strict=True)]
     assert expected[3] == 0
-    found = completion_nll(model, prompts, completions, batch_size)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert found[1] == found[5]
+    sums = completion_nll(model, prompts, completions, batch_size)
+    assert sums == pytest.approx(expected, rel=1e-4)
+    assert sums[1] == sums[5]
 
 
-def test_batches_are_of_like_length_and_hold_no_more_than_memory_bears():
-    assert list(by_length("abcde", [5, 1, 4, 2, 3], 2)) == [["b", "d"], ["e", "c"], ["a"]]
-    assert [len(batch) for batch in by_length(range(5), [2000] * 5, 128)] == [2, 2, 1]  # 4,096 positions
-    assert [len(batch) for batch in by_length([0, 1], [9000, 9000], 128)] == [1, 1]
-
-
-def test_a_model_of_the_same_tokens_reads_them_as_sampled():
+def test_a_model_with_the_same_vocabulary_reads_the_sampled_ids():
     policy, judge = generator(WORDS), generator(WORDS, seed=1)
     prompts = load_prompts(["a b", "c"]).encode(WORDS, max_length=10)
-    fluency = Fluency(judge, policy)
-    sums, counts, cut = fluency.nll(prompts, [0, 1], [[2, 8], [3]], ["not", "read"], 8)
-    assert counts == [2, 1] and cut == 0
+    sums, counts, truncated = PerplexityModel(judge, policy).nll(prompts, [0, 1], [[2, 8], [3]], ["not", "read"], 8)
+    assert counts == [2, 1] and truncated == 0
     assert sums == pytest.approx([nll_by_hand(judge.model, [0, 1], [2, 8]), nll_by_hand(judge.model, [2], [3])])
 
 
-def test_a_trained_model_has_the_tokens_of_its_reference():
+def test_a_trained_model_has_the_vocabulary_of_its_reference():
     plain = generator(WORDS)
     model = tiny_model("gpt2", WORDS)
     conditioning, tokenizer = Conditioning.add_to(WORDS, model, 3)
-    assert shares_tokens(QuarkGenerator(model, tokenizer, conditioning), plain)
-    assert not shares_tokens(generator(BYTES), plain)
+    assert has_same_vocabulary(QuarkGenerator(model, tokenizer, conditioning), plain)
+    assert not has_same_vocabulary(generator(BYTES), plain)
 
 
-def test_a_model_of_other_tokens_reads_the_text():
+def test_a_model_with_another_vocabulary_reads_the_text():
     policy, judge = generator(WORDS), generator(BYTES)
     prompts = load_prompts(["a b", "c"]).encode(WORDS, max_length=10)
-    sums, counts, _ = Fluency(judge, policy).nll(prompts, [0, 0, 1], [[2], [], [3, 4]], [" cd", "", " é"], 8)
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0, 0, 1], [[2], [], [3, 4]], [" cd", "", " é"], 8)
     assert counts == [3, 0, 3]  # é is two bytes.
     ids = [BYTES(text)["input_ids"] for text in ("a b", " cd", "c", " é")]
     assert sums == pytest.approx(
@@ -74,46 +59,46 @@ def test_a_model_of_other_tokens_reads_the_text():
     )
 
 
-def test_a_token_that_reaches_over_belongs_to_the_completion():
-    """Written as one word, "a" and "b" are one unknown word to a reader of words."""
+def test_a_token_that_spans_prompt_and_completion_belongs_to_the_completion():
+    """The prompt "c a" and the completion "b" give one word, "ab", which a word-level tokenizer does not know."""
     policy, judge = generator(BYTES), generator(WORDS)
     prompts = load_prompts(["c a"]).encode(BYTES, max_length=10)
-    sums, counts, _ = Fluency(judge, policy).nll(prompts, [0], [[1]], ["b d"], 8)
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0], [[1]], ["b d"], 8)
     assert counts == [2] and sums == pytest.approx([nll_by_hand(judge.model, [2], [8, 3])])
 
 
 def test_a_completion_with_nothing_before_it_is_read_behind_bos_or_eos():
     policy, judge = generator(BYTES), generator(WORDS)
     prompts = load_prompts(["a"]).encode(BYTES, max_length=10)
-    sums, counts, _ = Fluency(judge, policy).nll(prompts, [0], [[1]], ["a b"], 8)  # "aa b"
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0], [[1]], ["a b"], 8)  # "aa b"
     assert counts == [2] and sums == pytest.approx([nll_by_hand(judge.model, [EOS_ID], [8, 1])])
 
 
-def test_what_the_tokenizer_puts_around_a_text_is_not_scored():
+def test_special_tokens_around_a_text_are_not_scored():
     policy, judge = generator(WORDS), generator(tiny_tokenizer(bos=True, eos_after=True))
     prompts = load_prompts(["a"]).encode(WORDS, max_length=10)
-    sums, counts, _ = Fluency(judge, policy).nll(prompts, [0], [[1]], [" b"], 8)
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0], [[1]], [" b"], 8)
     bos = judge.tokenizer.bos_token_id
     a, space, b = (judge.tokenizer(text)["input_ids"][1] for text in ("a", " ", "b"))
     assert counts == [2] and sums == pytest.approx([nll_by_hand(judge.model, [bos, a], [space, b])])
 
 
-def test_a_chat_is_read_by_the_perplexity_models_own_template_or_else_as_lines():
+def test_a_chat_is_rendered_by_the_perplexity_model_s_template_or_as_lines():
     prompts = load_prompts([{"prompt": [{"role": "user", "content": "a b"}]}])
     prompts.ids = [[0, 1]]
     policy = generator(WORDS)
     for template, before in ((True, "[user] a b<eos>[assistant]"), (False, "a b\n")):
         judge = generator(tiny_tokenizer(chat_template=template))
-        sums, counts, _ = Fluency(judge, policy).nll(prompts, [0], [[2]], [" c"], 8)
+        sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0], [[2]], [" c"], 8)
         ids = [judge.tokenizer(text)["input_ids"] for text in (before, " c")]
         assert counts == [2] and sums == pytest.approx([nll_by_hand(judge.model, *ids)])
 
 
-def test_a_prompt_too_long_for_the_perplexity_model_loses_its_beginning_and_is_counted():
+def test_a_prompt_too_long_for_the_perplexity_model_is_truncated_on_the_left_and_counted():
     policy, judge = generator(WORDS), generator(BYTES, "llama", max_position_embeddings=8)
     prompts = load_prompts(["a b c d e f"]).encode(WORDS, max_length=10)
-    sums, counts, cut = Fluency(judge, policy).nll(prompts, [0], [[6]], [" gh"], 8)
+    sums, counts, truncated = PerplexityModel(judge, policy).nll(prompts, [0], [[6]], [" gh"], 8)
     ids = BYTES("a b c d e f gh")["input_ids"]
-    assert cut == 1 and counts == [3]
+    assert truncated == 1 and counts == [3]
     assert sums == pytest.approx([nll_by_hand(judge.model, ids[-8:-3], ids[-3:])])
-    assert np.isfinite(Fluency(judge, policy).nll(prompts, [0], [[6]], [" g" * 9], 8)[0]).all()
+    assert np.isfinite(PerplexityModel(judge, policy).nll(prompts, [0], [[6]], [" g" * 9], 8)[0]).all()

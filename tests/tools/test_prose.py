@@ -47,3 +47,10 @@ def test_the_command_fails_on_a_page_that_breaks_a_rule(tmp_path, capsys):
     (tmp_path / "bad.md").write_text(TWENTY_SIX_WORDS, encoding="utf-8")
     assert main([str(tmp_path)]) == 1
     assert "bad.md:1" in capsys.readouterr().out
+
+
+def test_docstrings_and_comments_of_python_files_are_checked_and_their_code_is_not(tmp_path, capsys):
+    lines = ['"""A module."""', "", "# The run goes on", "# from there.", f'text = "{TWENTY_SIX_WORDS}"']
+    (tmp_path / "module.py").write_text("\n".join(lines), encoding="utf-8")
+    assert main([str(tmp_path)]) == 1
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [f"{tmp_path}/module.py:3"]

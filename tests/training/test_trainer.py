@@ -600,8 +600,8 @@ def test_a_model_trained_before_is_an_error(tmp_path):
     ("returned", "message"),
     [
         ([1.0], "returned 1 scores for 8 completions"),
-        (["good"] * 8, "returned 'good' .* a number or None is wanted"),
-        (None, "a list of 8 numbers is wanted"),
+        (["good"] * 8, "returned 'good' .* must be a number or None"),
+        (None, "must be a list of 8 numbers"),
     ],
 )
 def test_a_reward_that_returns_nonsense_is_an_error(tmp_path, returned, message):

@@ -1,4 +1,4 @@
-"""What subcommands share: options of sampling and of rewards, the names `builtin`, messages and progress bars."""
+"""What subcommands share: options of rewards, the names `builtin`, messages and progress bars."""
 
 import os
 import sys
@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quarkrl.options import check_options, option
+from quarkrl.options import option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
-    from quarkrl.sampling.strategy import Sampling
 
 BUILTIN = "builtin"  # names the embedded model, and its prompts
 REWARD_HELP = (
@@ -26,29 +25,6 @@ SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever r
 
 
 # Options
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How completions are sampled, for subcommands that sample from a finished model."""
-
-    max_new_tokens: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="sampling")
-    min_new_tokens: int = option(0, "Tokens before EOS may occur.", at_least=0, group="sampling")
-    temperature: float = option(1.0, "Sampling temperature.", above=0, group="sampling")
-    top_p: float = option(0.9, "Nucleus sampling: probability to keep.", above=0, at_most=1, group="sampling")
-    greedy: bool = option(False, "Take the most likely token at each step.", group="sampling")
-    seed: int = option(0, "Seed of sampling. The same seed gives the same completions.", at_least=0, group="sampling")
-    batch_size: int = option(128, "Completions sampled at a time.", at_least=1, group="sampling")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", group="sampling")
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def strategy(self) -> "Sampling":
-        """Return how the next token is chosen."""
-        from quarkrl.sampling.strategy import Sampling
-
-        return Sampling(self.max_new_tokens, self.min_new_tokens, self.temperature, self.top_p, not self.greedy)
 
 
 @dataclass(frozen=True)

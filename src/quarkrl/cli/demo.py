@@ -21,19 +21,20 @@ def run(arguments: argparse.Namespace) -> None:
     """Train with the preset tiny-toxicity, evaluate, and print tables and examples."""
     from quarkrl.data.prompts import load_prompts
     from quarkrl.evaluation.evaluate import evaluate
+    from quarkrl.evaluation.options import EvaluationOptions
     from quarkrl.evaluation.tables import print_side_by_side, print_table
 
     output_dir = arguments.output_dir or free_directory("runs/demo")
     command = train.parse(["--config", "tiny-toxicity", "--output_dir", output_dir])
     note("Unlearning toxicity on the built-in 1M-parameter model: explore, quantize, learn.")
     final = train.run(command)
+    options = EvaluationOptions(reference=model_path(BUILTIN), batch_size=command.config.generation_batch_size or 128)
     with progress_bars("evaluate") as notify:
         evaluation = evaluate(
             final,
             load_prompts(prompts_path(BUILTIN, "eval")),
             RewardOptions(command.run.reward or [], command.run.reward_label).scorer(),
-            reference=model_path(BUILTIN),
-            batch_size=command.config.generation_batch_size or 128,
+            options,
             notify=notify,
         )
     results = Path(output_dir) / "results.json"

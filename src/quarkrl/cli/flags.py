@@ -113,9 +113,9 @@ def summary(field: dataclasses.Field) -> str:
     """Return an option's text for `--help`: the first sentence of its help, and its default."""
     text = re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".")
     default = default_of(field)
-    if default in (None, False, dataclasses.MISSING, []):
+    if default is None or default is False or default in (dataclasses.MISSING, [], ()):
         return text
-    return f"{text} ({' '.join(map(str, default)) if isinstance(default, list) else default})"
+    return f"{text} ({' '.join(map(str, default)) if isinstance(default, list | tuple) else default})"
 
 
 def takes_list(kind: Any) -> bool:

@@ -1,62 +1,94 @@
-"""The command `quarkrl score`: its options, and what it does with them."""
+"""`quarkrl score`: score texts, to examine a reward before training with it."""
 
 import argparse
+import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
 from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.options import option
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAME = "score"
-HELP = "score texts, to get to know a reward before training on it"
+HELP = "score texts, to examine a reward before training with it"
+
+_TEXT_COLUMNS = ("completion", "text", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """Which texts are scored, and how the scores are printed."""
+
+    column: str | None = option(None, "Column that holds the text (default: completion, text or prompt).")
+    skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
+    json: bool = option(False, "Print one JSON object per line: text, reward.")
 
 
 def add_options(parser: Parser) -> None:
-    """What `quarkrl score` takes beside the reward."""
-    parser.add_argument("file", help="texts: .txt (one a line), .jsonl, .csv, .parquet; - reads lines from stdin")
-    parser.add_argument("--column", help="column that holds the text (default: completion, text or prompt)")
-    parser.add_argument("--skip_bad_prompts", action="store_true", help="leave bad rows out, counted")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line: text, reward")
-    add_flags(parser, RewardOptions)
+    """Add the arguments of `quarkrl score`."""
+    parser.add_argument("file", help="texts: .txt (one per line), .jsonl, .csv or .parquet; - for standard input")
+    add_flags(parser, ScoreOptions, RewardOptions)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score and print."""
-    import numpy as np
-
+    """Score each text, print a line per text, and summarize the rewards on standard error."""
     from quarkrl.data.prompts import load_prompts
 
-    scorer = options_from(arguments, RewardOptions).scorer()
+    options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
+    scorer = reward_options.scorer()
     source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
-    columns = arguments.column or ("completion", "text", "prompt")
-    # A model may say nothing, and the reward of that is a reward.
-    loaded = load_prompts(source, column=columns, skip_bad=arguments.skip_bad_prompts, empty=True)
-    texts = [str(text) for text in loaded.prompts]
-    asked = [_text(prompt) for prompt in loaded.columns.get("prompt", [None] * len(texts))]
-    scores = scorer(asked, texts, [[] for _ in texts], loaded.columns)
+    columns = options.column or _TEXT_COLUMNS
+    # A completion may be empty, and has a reward.
+    rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, empty=True)
+    texts = [str(text) for text in rows.prompts]
+    prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]
+    scores = scorer(prompts, texts, [[] for _ in texts], rows.columns)
     rewards = scores.rewards[:, 0]
-    for i, text in enumerate(texts):
-        row: dict[str, Any] = {"text": text, "reward": _rounded(rewards[i])}
-        if scores.terms:
-            row["scores"] = {name: _rounded(values[i]) for name, values in scores.terms.items()}
-        shown = "-" if np.isnan(rewards[i]) else format(rewards[i], ".4f")
-        print(json.dumps(row, ensure_ascii=False) if arguments.json else f"{shown}\t{text}")
-    found = rewards[~np.isnan(rewards)]
-    left_out = "".join(f", {count} left out ({reason})" for reason, count in loaded.skipped.items())
-    cached = f", {scorer.cache_hits} from cache" if arguments.score_cache else ""
-    if len(found):
-        low, middle, high = np.quantile(found, (0.1, 0.5, 0.9))
-        note(
-            f"{len(texts)} texts, {len(texts) - len(found)} unscored{left_out}{cached}; "
-            f"reward mean {found.mean():.4f}, 10 % below {low:.4f}, median {middle:.4f}, 10 % above {high:.4f}"
-        )
+    for i, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
+        terms = {name: values[i] for name, values in scores.terms.items()}
+        print(_json_line(text, reward, terms) if options.json else _plain_line(text, reward))
+    skipped = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
+    cached = [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
+    if summary := _summary(rewards, [*skipped, *cached]):
+        note(summary)
 
 
-def _text(prompt: Any) -> Any:
-    """A prompt as rewards get it in training: RealToxicityPrompts nests its text."""
+def _plain_line(text: str, reward: float) -> str:
+    return f"{'-' if reward != reward else format(reward, '.4f')}\t{text}"
+
+
+def _json_line(text: str, reward: float, terms: dict[str, float]) -> str:
+    """A text with its reward and, for several rewards, the score of each."""
+    row: dict[str, Any] = {"text": text, "reward": _rounded(reward)}
+    if terms:
+        row["scores"] = {name: _rounded(score) for name, score in terms.items()}
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _summary(rewards: "np.ndarray", details: list[str]) -> str | None:
+    """The number of texts and the distribution of their rewards, in one line; None if no text has a reward."""
+    import numpy as np
+
+    valid = rewards[~np.isnan(rewards)]
+    if not len(valid):
+        return None
+    low, median, high = np.quantile(valid, (0.1, 0.5, 0.9))
+    counts = ", ".join([f"{len(rewards)} texts", f"{len(rewards) - len(valid)} without a reward", *details])
+    return (
+        f"{counts}; reward: mean {valid.mean():.4f}, 10th percentile {low:.4f}, median {median:.4f}, "
+        f"90th percentile {high:.4f}"
+    )
+
+
+def _prompt_text(prompt: Any) -> Any:
+    """A prompt as a reward receives it in training. RealToxicityPrompts has objects with a text."""
     return (prompt.get("text") if isinstance(prompt, dict) else prompt) or ""
 
 
 def _rounded(value: float) -> float | None:
+    """The value with six decimals; None for NaN."""
     return round(float(value), 6) if value == value else None

@@ -1,4 +1,4 @@
-"""Measuring a model: samples, scores, metrics, confidence intervals, and where they came from."""
+"""Measure a model: sample and score completions, compute metrics with confidence intervals, record the protocol."""
 
 import lazy_loader
 
@@ -6,5 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "evaluate": ["evaluate"],
+        "options": ["EvaluationOptions"],
+        "results": ["CorpusRow", "Evaluation", "Row"],
     },
 )

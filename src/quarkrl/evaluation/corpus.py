@@ -1,46 +1,25 @@
-"""A model as a reader of text that people wrote: rep, wrep, token accuracy and perplexity (Welleck et al. 2020).
+"""Metrics of a model on human-written texts: rep, wrep, token accuracy and perplexity (Welleck et al. 2020).
 
-At each place of a text the model predicts the next token from the true ones before it. Texts longer than the model's
-context are read in pieces that fit, side by side. A model that Quark trained reads each piece behind its reward
-tokens; of every piece the first token is given, to it and to its reference alike, and not predicted. Predictions are
-over the original vocabulary.
+At each position the model predicts the next token from the true preceding tokens. A text longer than the context is
+split into chunks that fit. A model with reward tokens reads each chunk after the requested reward tokens. The first
+token of a chunk is not predicted, for the model and its reference alike. Predictions are over the original vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from quarkrl.errors import UserError
-from quarkrl.evaluation.intervals import Interval, Ratio, intervals
-from quarkrl.evaluation.perplexity import by_length
+from quarkrl.evaluation.intervals import Ratio, intervals
+from quarkrl.evaluation.results import CorpusRow
 from quarkrl.metrics import last_seen
-from quarkrl.models.batching import build_batch
+from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
-# How far back a prediction counts as a repetition, in tokens (Welleck et al. 2020).
+# The distances l, in tokens, within which a prediction counts as a repetition (Welleck et al. 2020).
 SPANS = (16, 32, 128, 512)
-
-
-@dataclass(frozen=True)
-class CorpusRow:
-    """How well a model, asked for one quantile, predicts a corpus.
-
-    Attributes:
-        name: "reference", "model" or the quantile asked for.
-        figures: metric name → value.
-        intervals: metric name → its 95 % bootstrap interval, over texts.
-        left_out: why texts did not count → how many.
-        tokens: how many were predicted.
-    """
-
-    name: str
-    figures: dict[str, float]
-    intervals: dict[str, Interval]
-    left_out: dict[str, int]
-    tokens: int
 
 
 def corpus_row(
@@ -56,55 +35,57 @@ def corpus_row(
     Args:
         name: of the row.
         generator: the model.
-        text_ids: the texts' token ids, N of them, without reward tokens.
-        quantile: what to ask for; "best" for a plain model.
-        batch_size: pieces read at a time.
-        resamples: of the bootstrap.
+        text_ids: N lists of token ids, without reward tokens.
+        quantile: the quantile to request; "best" for a model without quantiles.
+        batch_size: chunks per batch.
+        resamples: number of bootstrap resamples.
 
     Raises:
         UserError: no text has two tokens.
     """
     ratios = corpus_ratios(generator, text_ids, quantile, batch_size)
-    short = sum(len(ids) < 2 for ids in text_ids)
-    figures = {name: ratio.value for name, ratio in ratios.items()}
-    found = intervals(ratios, resamples)
-    # The mean NLL is the ratio; its exponential takes the interval's ends along.
+    too_short = sum(len(ids) < 2 for ids in text_ids)
+    figures = {metric: ratio.value for metric, ratio in ratios.items()}
+    ranges = intervals(ratios, resamples)
+    # The ratio is the mean NLL. The exponential is monotonic, so it maps the interval's ends too.
+    low, high = ranges["perplexity"]
     figures["perplexity"] = float(np.exp(figures["perplexity"]))
-    found["perplexity"] = (float(np.exp(found["perplexity"][0])), float(np.exp(found["perplexity"][1])))
+    ranges["perplexity"] = (float(np.exp(low)), float(np.exp(high)))
     tokens = int(ratios["token accuracy"].denominators.sum())
-    return CorpusRow(name, figures, found, {"shorter than 2 tokens": short} if short else {}, tokens)
+    return CorpusRow(name, figures, ranges, {"shorter than 2 tokens": too_short} if too_short else {}, tokens)
 
 
 def corpus_ratios(
     generator: QuarkGenerator, text_ids: Sequence[Sequence[int]], quantile: str | int, batch_size: int
 ) -> dict[str, Ratio]:
-    """Each metric as a ratio of sums over texts; "perplexity" is still the mean NLL, whose exponential it is.
+    """Return each metric as a ratio of sums over texts. "perplexity" is the mean NLL, without the exponential.
 
-    - token accuracy: share of argmax predictions that are the next token.
-    - rep/l: share of argmax predictions that occur among the previous l tokens; wrep/l: and are wrong.
-    - rep, wrep: mean over l.
+    - token accuracy: the share of argmax predictions that equal the next token.
+    - rep/l: the share of argmax predictions that occur among the previous l tokens; wrep/l: and are wrong.
+    - rep, wrep: means over l.
 
     Raises:
         UserError: no text has two tokens.
     """
-    prefix = len(generator.condition([], quantile))
-    room = generator.context_length - prefix
-    pieces = [
-        (i, tuple(ids[start : start + room]))
+    prefix_length = len(generator.condition([], quantile))
+    chunk_length = generator.context_length - prefix_length
+    chunks = [
+        (i, tuple(ids[start : start + chunk_length]))
         for i, ids in enumerate(text_ids)
-        for start in range(0, len(ids), room)
+        for start in range(0, len(ids), chunk_length)
         if len(ids) - start > 1
     ]
-    if not pieces:
-        raise UserError("the corpus has no text of two tokens or more: nothing can be predicted")
+    if not chunks:
+        raise UserError("corpus: no text has two tokens, so no token can be predicted. Choose longer texts.")
     names = ["perplexity", "token accuracy", *(f"{kind}/{span}" for kind in ("rep", "wrep") for span in SPANS)]
     sums = np.zeros((len(text_ids), len(names)))
     counts = np.zeros(len(text_ids))
-    for batch in by_length(pieces, [prefix + len(ids) for _, ids in pieces], batch_size):
-        for (i, ids), (nll, predicted) in zip(batch, _predict(generator, [p for _, p in batch], quantile), strict=True):
+    for batch in batches_by_length(chunks, [prefix_length + len(ids) for _, ids in chunks], batch_size):
+        predictions = _predict(generator, [ids for _, ids in batch], quantile)
+        for (i, ids), (nll, predicted) in zip(batch, predictions, strict=True):
             wrong = predicted != np.asarray(ids[1:])
-            back = last_seen(ids, predicted)
-            repeated = [back <= span for span in SPANS]
+            distances = last_seen(ids, predicted)
+            repeated = [distances <= span for span in SPANS]
             sums[i] += [nll.sum(), (~wrong).sum(), *(r.sum() for r in repeated), *((r & wrong).sum() for r in repeated)]
             counts[i] += len(ids) - 1
     ratios = {name: Ratio(sums[:, k], counts) for k, name in enumerate(names)}
@@ -115,16 +96,16 @@ def corpus_ratios(
 
 
 def _predict(
-    generator: QuarkGenerator, pieces: Sequence[Sequence[int]], quantile: str | int
+    generator: QuarkGenerator, chunks: Sequence[Sequence[int]], quantile: str | int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each piece, NLL and argmax prediction of its second to last token."""
-    given = [generator.condition(ids[:1], quantile) for ids in pieces]
-    batch = build_batch(given, [ids[1:] for ids in pieces])
+    """For each chunk of n tokens, `(n - 1,)` NLL and `(n - 1,)` argmax prediction of its second to last token."""
+    heads = [generator.condition(ids[:1], quantile) for ids in chunks]
+    batch = build_batch(heads, [ids[1:] for ids in chunks])
     device = generator.model.device
     input_ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
     with torch.inference_mode():
         logits = completion_logits(generator.model, input_ids, mask, labels)[:, : generator.vocab_size].float()
         nll = torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="none")
         predicted = logits.argmax(-1)
-    ends = np.cumsum([len(ids) - 1 for ids in pieces])[:-1]
+    ends = np.cumsum([len(ids) - 1 for ids in chunks])[:-1]
     return list(zip(np.split(nll.double().cpu().numpy(), ends), np.split(predicted.cpu().numpy(), ends), strict=True))

@@ -1,101 +1,53 @@
-"""Evaluation: sample, score, measure; and the protocol beside the numbers, without which they mean nothing."""
+"""Evaluate a model: sample completions, score them, and compare the figures with those of its reference.
+
+    options = EvaluationOptions(samples=25, quantiles=("all",))
+    evaluation = evaluate("run/final", {"in-domain": prompts}, scorer, options)
+    evaluation.save("results.json")
+
+The protocol in the result records the settings that the figures depend on.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-from quarkrl import metrics
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.evaluation import results
-from quarkrl.evaluation.corpus import CorpusRow, corpus_row
-from quarkrl.evaluation.intervals import LEVEL, RESAMPLES, Interval
+from quarkrl.evaluation.corpus import corpus_row
+from quarkrl.evaluation.intervals import LEVEL
 from quarkrl.evaluation.mauve import load_mauve
-from quarkrl.evaluation.panel import Panel, human_texts
-from quarkrl.evaluation.perplexity import Fluency, completion_nll, shares_tokens
-from quarkrl.evaluation.provenance import model_source, surroundings, texts_read
+from quarkrl.evaluation.options import ALL_QUANTILES, NO_REFERENCE, EvaluationOptions
+from quarkrl.evaluation.panel import Completions, Panel, human_texts
+from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
+from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
+from quarkrl.evaluation.results import Evaluation, Row
 from quarkrl.models.quark_json import reference_name
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator, complete
-from quarkrl.sampling.guidance import checked_scale
-from quarkrl.sampling.strategy import Sampling
-
-__all__ = ["Evaluation", "Row", "completion_nll", "evaluate"]
+from quarkrl.sampling.guidance import contrast_to
 
 Notify = Callable[[str, int, int], None]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of an evaluation: a model, asked for one quantile, on one set of prompts.
-
-    Attributes:
-        name: "reference", "model", the quantile asked for, or "best γ=2" with guidance.
-        figures: metric name → value; NaN where there is nothing to measure.
-        left_out: why completions did not count → how many.
-        completions: for each prompt, its texts.
-        rewards: `(P, S)`, NaN where there is none.
-        prompts_name: which set of prompts.
-        quantile: its number; None for a plain model.
-        guidance_scale: γ; 1 is without guidance.
-        intervals: metric name → its 95 % bootstrap interval over prompts.
-        scores: name of each scorer → `(P, S)`.
-        perplexities: `(P, S)`, NaN where there is none.
-    """
-
-    name: str
-    figures: dict[str, float]
-    left_out: dict[str, int]
-    completions: list[list[str]]
-    rewards: np.ndarray
-    prompts_name: str
-    quantile: int | None
-    guidance_scale: float
-    intervals: dict[str, Interval]
-    scores: dict[str, np.ndarray]
-    perplexities: np.ndarray
+_NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Rows to compare, and the protocol that produced them.
+class _Models:
+    """The models of an evaluation, and the names or directories that they were loaded from."""
 
-    Attributes:
-        rows: for each set of prompts, the reference and what the model was asked for.
-        protocol: all that the figures depend on.
-        prompt_sets: the prompts that were used, by the sets' names.
-        corpus: how well each model predicts the corpus, if one was given.
-    """
-
-    rows: list[Row]
-    protocol: dict[str, Any]
-    prompt_sets: dict[str, Prompts]
-    corpus: list[CorpusRow] = field(default_factory=list)
-
-    @property
-    def prompts(self) -> Prompts:
-        """The prompts of the first set, in domain."""
-        return next(iter(self.prompt_sets.values()))
-
-    def of(self, prompts_name: str) -> list[Row]:
-        """The rows of one set of prompts."""
-        return [row for row in self.rows if row.prompts_name == prompts_name]
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write figures and protocol as JSON, and the completions with their scores as Parquet beside it.
-
-        Raises:
-            UserError: `path` is a directory, or ends in .parquet.
-        """
-        results.save(self, path)
+    policy: QuarkGenerator
+    policy_name: str
+    reference: QuarkGenerator | None
+    reference_name: str | None
+    perplexity: QuarkGenerator
+    perplexity_name: str
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Whom to ask for what: a row of each set of prompts."""
+class _Variant:
+    """A model with a requested quantile and a guidance scale: one row for each set of prompts."""
 
     name: str
     generator: QuarkGenerator
@@ -103,252 +55,257 @@ class _Asked:
     guidance_scale: float = 1.0
 
     @property
-    def number(self) -> int | None:
+    def quantile_number(self) -> int | None:
+        """The number of the quantile; None for a model without quantiles."""
         conditioning = self.generator.conditioning
         return conditioning.quantiles_of(self.quantile)[0] if conditioning else None
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """How completions are drawn, the same for every row."""
-
-    sampling: Sampling
-    samples: int
-    seed: int
-    batch_size: int
-    guidance_from: str | int
-    notify: Notify
-
-    def completions(self, asked: _Asked, prompts: Prompts, title: str) -> list[list[int]]:
-        """Token ids, those of one prompt side by side."""
-        generator = asked.generator
-        plain = [ids for ids in prompts.ids for _ in range(self.samples)]
-        done = 0
-
-        def on_batch(count: int) -> None:
-            nonlocal done
-            done += count
-            self.notify(title, done, len(plain))
-
-        guidance = generator.contrast(plain, self.guidance_from) if asked.guidance_scale != 1 else {}
-        return complete(
-            generator.model,
-            [generator.condition(ids, asked.quantile) for ids in plain],
-            self.sampling,
-            end_ids=generator.end_ids,
-            vocab_size=generator.vocab_size,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            on_batch=on_batch,
-            guidance_scale=asked.guidance_scale,
-            **guidance,
-        )
 
 
 def evaluate(
     model: str | os.PathLike,
     prompts: Prompts | Mapping[str, Prompts],
     scorer: Scorer,
+    options: EvaluationOptions | None = None,
     *,
-    reference: str | os.PathLike | None = None,
-    quantiles: Sequence[str | int] = ("best", "worst"),
-    guidance_scales: Sequence[float] = (),
-    guidance_from: str | int = "worst",
-    sampling: Sampling | None = None,
-    samples: int = 25,
-    seed: int = 0,
-    batch_size: int = 128,
     judges: Sequence[Scorer] = (),
-    threshold: float = metrics.THRESHOLD,
-    perplexity_model: str | os.PathLike | None = None,
-    human_column: str | None = None,
     corpus: Prompts | None = None,
-    skip_bad: bool = False,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    resamples: int = RESAMPLES,
     notify: Notify = lambda row, done, total: None,
 ) -> Evaluation:
-    """Measure a model beside its reference on the same prompts.
+    """Measure a model and its reference on the same prompts.
 
     Args:
-        model: a model that Quark trained, or any causal language model (which then has one row, "model").
-        prompts: what to continue; several sets by name, such as in domain and out of domain.
-        scorer: the reward; one that is 1 - something unwanted gives that thing's metrics too.
-        reference: the model before training. By default what `model` was trained from.
-        quantiles: which quantiles of `model` to ask for, a row each; ["all"] for every one, worst first.
-        guidance_scales: γ to try on the best quantile, a row each; 1 is without guidance.
-        guidance_from: what guidance goes away from: a quantile, or "reference".
-        sampling: how to decode; nucleus 0.9 and 20 tokens by default.
-        samples: completions for each prompt, S; greedy decoding has only one to give.
-        seed: the same gives the same completions.
-        batch_size: completions sampled at a time.
-        judges: further scorers to report beside the reward.
-        threshold: from where on a probability counts as of its class (at least, not more than).
-        perplexity_model: what scores perplexity and finds MAUVE's features, with any tokenizer; the reference by
-            default, `model` where there is none.
-        human_column: the prompts' column with people's continuations; gives MAUVE.
-        corpus: texts that people wrote, for rep, wrep, token accuracy and perplexity.
-        skip_bad: leave out prompts that are too long, and count them, instead of raising.
-        dtype: what the models compute in, such as "bfloat16"; float32 by default.
-        trust_remote_code: run the Python code that comes with any of the models.
-        resamples: of the bootstrap.
-        notify: called with a row's name and how many of its completions are done.
+        model: directory or hub name of a model trained with Quark, or of any causal language model, which has one
+            row, "model".
+        prompts: one set of prompts, or several by name, such as in-domain and out-of-domain.
+        scorer: the reward. If it is 1 - the probability of something unwanted, the metrics of that are reported too.
+        options: what to measure and how; by default `EvaluationOptions()`.
+        judges: further scorers, reported beside the reward.
+        corpus: human-written texts, for rep, wrep, token accuracy and perplexity.
+        notify: called after each batch with the row's name, the number of finished completions, and their total.
 
     Raises:
-        UserError: the reference cannot be loaded, a quantile does not exist, a prompt is too long.
+        UserError: the reference cannot be loaded, a quantile does not exist, a prompt is too long, or no completion
+            has a reward.
     """
-    sampling = sampling or Sampling()
-    samples = samples if sampling.do_sample else 1
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    options |= {} if dtype is None else {"dtype": dtype}
-    policy = QuarkGenerator.from_pretrained(model, **options)
-    reference = _reference(model, reference)
-    base = _load_reference(reference, model, policy, options) if reference else None
-    if base:
-        policy.reference = base.model  # what guidance may go away from: the same, not a second copy
-    if perplexity_model is None or str(perplexity_model) == str(reference):
-        perplexity_model, judge = reference or model, base or policy
-    else:
-        judge = QuarkGenerator.from_pretrained(perplexity_model, **options)
-    asked = _asked(policy, base, quantiles, guidance_scales, guidance_from)
+    options = options or EvaluationOptions()
+    sampling = options.strategy()
+    models = _load_models(model, options)
+    variants = _variants(models, options)
     sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
-    sets = {name: _encoded(given, policy, sampling.max_new_tokens, skip_bad) for name, given in sets.items()}
-    read = _encoded(corpus, policy, None, skip_bad) if corpus else None
-    if human_column is not None:  # Before anything is sampled.
+    prompt_limit = models.policy.context_length - sampling.max_new_tokens
+    skip = options.skip_bad_prompts
+    sets = {name: _encode(texts, models.policy, prompt_limit, skip) for name, texts in sets.items()}
+    corpus = _encode(corpus, models.policy, _NO_LIMIT, skip) if corpus else None
+    if options.human_column is not None:  # Fail before sampling.
         load_mauve()
         for encoded in sets.values():
-            human_texts(encoded, human_column)
-
-    named = _named(judges)
-    fluency = Fluency(judge, policy)
-    panel = Panel(scorer, fluency, named, threshold, batch_size, resamples, human_column, sampling.max_new_tokens)
-    draw = _Draw(sampling, samples, seed, batch_size, guidance_from, notify)
+            human_texts(encoded, options.human_column)
+    panel = Panel(
+        scorer,
+        PerplexityModel(models.perplexity, models.policy),
+        _unique_names(judges),
+        options.threshold,
+        options.batch_size,
+        options.resamples,
+        options.human_column,
+        sampling.max_new_tokens,
+    )
     rows = []
     for set_name, encoded in sets.items():
-        for each in asked:
-            ids = draw.completions(each, encoded, each.name if len(sets) == 1 else f"{set_name}: {each.name}")
-            rows.append(_row(each, set_name, encoded, ids, samples, panel))
+        for variant in variants:
+            title = variant.name if len(sets) == 1 else f"{set_name}: {variant.name}"
+            completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
+            rows.append(_measure(variant, set_name, encoded, completion_ids, panel))
     corpus_rows = [
-        corpus_row(each.name, each.generator, read.ids, each.quantile, batch_size, resamples)
-        for each in asked
-        if read and each.guidance_scale == 1
+        corpus_row(v.name, v.generator, corpus.ids, v.quantile, options.batch_size, options.resamples)
+        for v in variants
+        if corpus and v.guidance_scale == 1
     ]
-    protocol = {
-        "model": str(model),
-        "reference": None if reference is None else str(reference),
-        "perplexity_model": str(perplexity_model),
-        "weights": [
-            model_source(name, generator.model)
-            for name, generator in {str(model): policy, str(reference): base, str(perplexity_model): judge}.items()
-            if generator
-        ],
-        "prompts": {name: texts_read(each) for name, each in sets.items()},
-        "samples_per_prompt": samples,
-        "batch_size": batch_size,
-        "sampling": asdict(sampling),
-        "seed": seed,
-        "guidance_from": str(guidance_from) if guidance_scales else None,
-        "rewards": scorer.identity,
-        "judges": {name: each.identity for name, each in named.items()},
-        "perplexity": "exp(mean token NLL) per completion given its prompt, without EOS; >= 1e4 dropped; mean"
-        + ("" if fluency.same_tokens else "; text tokenised anew by the perplexity model"),
-        "threshold": threshold,
-        "human_column": human_column,
-        "corpus": read and texts_read(read),
-        "intervals": {"level": LEVEL, "method": "percentile bootstrap over prompts", "resamples": resamples, "seed": 0},
-        **surroundings(policy.model.device),
-    }
-    return Evaluation(rows, protocol, sets, corpus_rows)
+    return Evaluation(rows, _protocol(models, options, sets, corpus, panel), sets, corpus_rows)
 
 
-def _reference(model: str | os.PathLike, reference: str | os.PathLike | None) -> str | os.PathLike | None:
-    if reference is None:
-        return reference_name(model)
-    return None if str(reference) == "none" else reference
+def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Models:
+    """Load the policy, its reference and the perplexity model; no model is loaded twice."""
+    load_options: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    load_options |= {"dtype": "bfloat16"} if options.bf16 else {}
+    policy = QuarkGenerator.from_pretrained(model, **load_options)
+    base_name = reference_name(model) if options.reference is None else str(options.reference)
+    base_name = None if options.reference == NO_REFERENCE else base_name
+    base = _load_reference(base_name, model, policy, load_options) if base_name else None
+    judge_name = str(options.perplexity_model or base_name or model)
+    if base and judge_name == base_name:
+        judge = base
+    elif options.perplexity_model is None:
+        judge = policy
+    else:
+        judge = QuarkGenerator.from_pretrained(judge_name, **load_options)
+    return _Models(policy, str(model), base, base_name, judge, judge_name)
 
 
 def _load_reference(
-    reference: str | os.PathLike, model: str | os.PathLike, policy: QuarkGenerator, options: dict[str, Any]
+    reference: str, model: str | os.PathLike, policy: QuarkGenerator, load_options: dict[str, Any]
 ) -> QuarkGenerator:
     try:
-        base = QuarkGenerator.from_pretrained(reference, **options)
+        base = QuarkGenerator.from_pretrained(reference, **load_options)
     except UserError as error:
         raise UserError(
-            f"the reference of {model} is {str(reference)!r}, which cannot be loaded ({error}); "
-            "give --reference PATH, or --reference none to go without"
+            f"reference {reference!r} of {model} cannot be loaded ({error}). "
+            "Set --reference to the model before training, or to none."
         ) from error
-    if not shares_tokens(base, policy):
+    if not has_same_vocabulary(base, policy):
         raise UserError(
-            f"the reference {str(reference)!r} has other tokens than {model}: want the model before training, "
-            "or --reference none; a model with any tokenizer can be the perplexity model"
+            f"reference {reference!r}: must have the vocabulary of {model}. Set --reference to the model before "
+            "training, or to none; --perplexity_model takes any model."
         )
     return base
 
 
-def _asked(
-    policy: QuarkGenerator,
-    base: QuarkGenerator | None,
-    quantiles: Sequence[str | int],
-    guidance_scales: Sequence[float],
-    guidance_from: str | int,
-) -> list[_Asked]:
-    """The rows to come; what does not exist stops here, before any sampling."""
-    asked = [_Asked("reference", base, "best")] if base else []
+def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
+    """The rows to measure.
+
+    Raises:
+        UserError: a requested quantile does not exist, or guidance is not possible.
+    """
+    policy = models.policy
+    variants = [_Variant("reference", models.reference, "best")] if models.reference else []
     if policy.conditioning is None:
-        if any(checked_scale(scale) != 1 for scale in guidance_scales):
+        if any(scale != 1 for scale in options.guidance_scales):
             raise UserError(
-                "guidance_scales: this model was not trained by Quark and has no quantiles to guide between"
+                f"guidance_scales: {models.policy_name} was not trained with Quark and has no quantiles. Remove the "
+                "option."
             )
-        return [*asked, _Asked("model", policy, "best")]
-    if list(map(str, quantiles)) == ["all"]:
+        return [*variants, _Variant("model", policy, "best")]
+    quantiles: Sequence[str | int] = options.quantiles
+    if list(quantiles) == [ALL_QUANTILES]:
         quantiles = range(policy.conditioning.num_quantiles)
-    asked += [_Asked(str(quantile), policy, quantile) for quantile in quantiles]
-    known = {(each.number, 1.0) for each in asked if each.generator is policy}
-    for scale in guidance_scales:
-        each = _Asked("best" if checked_scale(scale) == 1 else f"best γ={scale:g}", policy, "best", float(scale))
-        if (each.number, each.guidance_scale) not in known:
-            asked.append(each)
-    if guidance_scales:
-        policy.contrast([], guidance_from)
-        policy.condition([], "best" if guidance_from == "reference" else guidance_from)
-    for each in asked:
-        each.generator.condition([], each.quantile)
-    return asked
+    variants += [_Variant(str(quantile), policy, quantile) for quantile in quantiles]
+    # `quantile_number` fails for a quantile that does not exist.
+    known = {(variant.quantile_number, 1.0) for variant in variants if variant.generator is policy}
+    for scale in options.guidance_scales:
+        guided = _Variant("best" if scale == 1 else f"best γ={scale:g}", policy, "best", float(scale))
+        if (guided.quantile_number, guided.guidance_scale) not in known:
+            variants.append(guided)
+    if options.guidance_scales:
+        _contrast(models, options.guidance_from, [])
+    return variants
 
 
-def _encoded(prompts: Prompts, policy: QuarkGenerator, new_tokens: int | None, skip_bad: bool) -> Prompts:
-    """The prompts with their plain token ids; None for `new_tokens` sets no limit to their length."""
-    room = 2**31 if new_tokens is None else policy.context_length - new_tokens
-    encoded = prompts.encode(policy.tokenizer, max_length=room, skip_bad=skip_bad)
+def _contrast(models: _Models, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The arguments of `complete` that say what guidance moves away from.
+
+    Raises:
+        UserError: no such quantile, or no reference.
+    """
+    policy = models.policy
+    if guidance_from == "reference" and models.reference and policy.conditioning:
+        # The reference of this evaluation, which need not be the one that quark.json names.
+        return contrast_to(policy.conditioning, plain_ids, guidance_from, models.reference.model)
+    return policy.contrast(plain_ids, guidance_from)
+
+
+def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, skip_bad: bool) -> Prompts:
+    """The prompts with their token ids, without reward tokens."""
+    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad)
     if not policy.conditioning:
         return encoded
-    # The tokenizer of a trained model puts the best reward tokens first, and so left room for them.
+    # The tokenizer of a trained model adds the best reward tokens. They count towards `max_length`.
     return replace(encoded, ids=[policy.conditioning.strip(ids) for ids in encoded.ids])
 
 
-def _row(asked: _Asked, set_name: str, prompts: Prompts, ids: list[list[int]], samples: int, panel: Panel) -> Row:
-    try:
-        found = panel.measure(prompts, ids, samples, asked.generator)
-    except UserError as error:
-        raise UserError(f"{asked.name}: {error}") from error
-    return Row(
-        name=asked.name,
-        figures=found.figures,
-        left_out=found.left_out,
-        completions=found.completions,
-        rewards=found.scores["reward"],
-        prompts_name=set_name,
-        quantile=asked.number,
-        guidance_scale=asked.guidance_scale,
-        intervals=found.intervals,
-        scores=found.scores,
-        perplexities=found.perplexities,
+def _sample(
+    variant: _Variant,
+    prompts: Prompts,
+    models: _Models,
+    options: EvaluationOptions,
+    on_progress: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Token ids of S completions of each prompt, those of one prompt side by side."""
+    generator = variant.generator
+    plain_ids = [ids for ids in prompts.ids for _ in range(options.samples_per_prompt)]
+    finished = 0
+
+    def on_batch(count: int) -> None:
+        nonlocal finished
+        finished += count
+        on_progress(finished, len(plain_ids))
+
+    guidance = {} if variant.guidance_scale == 1 else _contrast(models, options.guidance_from, plain_ids)
+    return complete(
+        generator.model,
+        [generator.condition(ids, variant.quantile) for ids in plain_ids],
+        options.strategy(),
+        end_ids=generator.end_ids,
+        vocab_size=generator.vocab_size,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        on_batch=on_batch,
+        guidance_scale=variant.guidance_scale,
+        **guidance,
     )
 
 
-def _named(judges: Sequence[Scorer]) -> dict[str, Scorer]:
-    """The judges by name, a second of one name numbered."""
+def _measure(variant: _Variant, set_name: str, prompts: Prompts, completion_ids: list[list[int]], panel: Panel) -> Row:
+    generator = variant.generator
+    completions = Completions(prompts, completion_ids, generator.decode(completion_ids), generator.end_ids)
+    try:
+        measurement = panel.measure(completions)
+    except UserError as error:
+        raise UserError(f"{variant.name}: {error}") from error
+    return Row(
+        name=variant.name,
+        figures=measurement.figures,
+        left_out=measurement.left_out,
+        completions=completions.texts_by_prompt,
+        rewards=measurement.scores["reward"],
+        prompts_name=set_name,
+        quantile=variant.quantile_number,
+        guidance_scale=variant.guidance_scale,
+        intervals=measurement.intervals,
+        scores=measurement.scores,
+        perplexities=measurement.perplexities,
+    )
+
+
+def _protocol(
+    models: _Models, options: EvaluationOptions, sets: dict[str, Prompts], corpus: Prompts | None, panel: Panel
+) -> dict[str, Any]:
+    """The settings that the figures depend on, JSON-able."""
+    generators = {
+        models.policy_name: models.policy,
+        str(models.reference_name): models.reference,
+        models.perplexity_name: models.perplexity,
+    }
+    retokenized = "" if panel.perplexity_model.same_vocabulary else "; text tokenised anew by the perplexity model"
+    return {
+        "model": models.policy_name,
+        "reference": models.reference_name,
+        "perplexity_model": models.perplexity_name,
+        "weights": [model_provenance(name, generator.model) for name, generator in generators.items() if generator],
+        "prompts": {name: prompts_provenance(prompts) for name, prompts in sets.items()},
+        "samples_per_prompt": options.samples_per_prompt,
+        "batch_size": options.batch_size,
+        "sampling": asdict(options.strategy()),
+        "seed": options.seed,
+        "guidance_from": str(options.guidance_from) if options.guidance_scales else None,
+        "rewards": panel.scorer.identity,
+        "judges": {name: judge.identity for name, judge in panel.judges.items()},
+        "perplexity": "exp(mean token NLL) per completion given its prompt, without EOS; >= 1e4 dropped; mean"
+        + retokenized,
+        "threshold": options.threshold,
+        "human_column": options.human_column,
+        "corpus": corpus and prompts_provenance(corpus),
+        "intervals": {
+            "level": LEVEL,
+            "method": "percentile bootstrap over prompts",
+            "resamples": options.resamples,
+            "seed": 0,
+        },
+        **environment(models.policy.model.device),
+    }
+
+
+def _unique_names(judges: Sequence[Scorer]) -> dict[str, Scorer]:
+    """The judges by name; a repeated name, or "reward", gets a number."""
     named: dict[str, Scorer] = {}
     for judge in judges:
         name = base = "+".join(judge.names)

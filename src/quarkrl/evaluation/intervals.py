@@ -1,9 +1,9 @@
-"""How sure a figure is: 95 % bootstrap intervals over prompts, of all figures at once.
+"""95 % bootstrap confidence intervals over prompts, of all figures at once.
 
-Prompts are drawn anew with replacement, each with all its completions: completions of one prompt are no independent
-evidence. Every metric here is a ratio of two sums over prompts, so a resample is a vector of how often each prompt was
-drawn, and all metrics of all resamples are one matrix product. The interval is the percentile one (Efron and
-Tibshirani 1993, chapter 13). It knows of the prompts' chance, not of the training run's.
+A resample draws prompts with replacement, each with all its completions, because completions of one prompt are not
+independent. Every figure is a ratio of two sums over prompts. A resample is therefore a vector with the number of
+times each prompt was drawn, and all figures of all resamples are one matrix product. The interval is the percentile
+interval (Efron and Tibshirani 1993, chapter 13). It covers the choice of prompts, not the randomness of training.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-# Drawn numbers held at a time: 32 MB of them.
+# Prompts drawn per chunk of resamples: 32 MB of indices.
 _DRAWS_AT_A_TIME = 4_000_000
 
 Interval = tuple[float, float]
@@ -24,8 +24,8 @@ class Ratio:
     """A figure as a ratio of two sums over prompts.
 
     Attributes:
-        numerators: `(P,)`, what each prompt adds.
-        denominators: `(P,)`, for how much it counts; 0 for a prompt that is left out.
+        numerators: `(P,)`, the contribution of each prompt.
+        denominators: `(P,)`, the weight of each prompt; 0 for a prompt that does not count.
     """
 
     numerators: np.ndarray
@@ -33,30 +33,30 @@ class Ratio:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Ratio":
-        """The mean of values, NaN left out: `(P,)` weighs prompts alike, `(P, S)` completions."""
-        there = ~np.isnan(values)
-        numerators, denominators = np.where(there, values, 0.0), there.astype(float)
+        """Return the mean of the values, NaN excluded: `(P,)` weights prompts equally, `(P, S)` completions."""
+        counts = ~np.isnan(values)
+        numerators, denominators = np.where(counts, values, 0.0), counts.astype(float)
         if values.ndim == 1:
             return cls(numerators, denominators)
         return cls(numerators.sum(axis=1), denominators.sum(axis=1))
 
     @property
     def value(self) -> float:
-        """The figure; NaN where nothing counts."""
+        """The figure; NaN if no prompt counts."""
         total = self.denominators.sum()
         return float(self.numerators.sum() / total) if total else float("nan")
 
 
 def intervals(ratios: Mapping[str, Ratio], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
-    """The 95 % interval of each figure, in the order given.
+    """Compute the 95 % confidence interval of each figure, in the same order.
 
     Args:
         ratios: figures over the same P prompts.
-        resamples: how often to draw the prompts anew; 1,000 to 10,000 are usual.
-        seed: the same gives the same intervals. Figures of one call share their draws.
+        resamples: number of bootstrap resamples; 1,000 to 10,000 are usual.
+        seed: makes the intervals reproducible. All figures of one call share their resamples.
 
     Returns:
-        Low and high end; both NaN where there are fewer than two prompts, or none that counts.
+        The low and the high end; both NaN for fewer than two prompts, or if no prompt counts.
     """
     if not ratios:
         return {}
@@ -69,15 +69,15 @@ def intervals(ratios: Mapping[str, Ratio], resamples: int = RESAMPLES, seed: int
     step = max(1, _DRAWS_AT_A_TIME // count)
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
-        drawn = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)  # how often each prompt
+        draws = rng.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        times = np.bincount(draws.ravel(), minlength=size * count).reshape(size, count)  # draws of each prompt
         sums[start : start + size] = times.astype(float) @ columns
     tail = (1 - LEVEL) / 2
-    found = {}
+    ranges = {}
     for i, name in enumerate(ratios):
         numerators, denominators = sums[:, 2 * i], sums[:, 2 * i + 1]
-        counts = denominators > 0  # Few prompts count, and a resample can miss them all.
-        values = numerators[counts] / denominators[counts]
+        valid = denominators > 0  # A resample can miss every prompt that counts.
+        values = numerators[valid] / denominators[valid]
         low, high = np.quantile(values, (tail, 1 - tail)) if len(values) else (float("nan"), float("nan"))
-        found[name] = (float(low), float(high))
-    return found
+        ranges[name] = (float(low), float(high))
+    return ranges

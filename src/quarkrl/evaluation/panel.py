@@ -1,205 +1,261 @@
-"""From completions to figures: all that judges them, the same for every row of an evaluation."""
+"""From completions to figures: the reward, the judges, perplexity, diversity and MAUVE, the same for every row."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from quarkrl import metrics
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.evaluation import mauve as likeness
 from quarkrl.evaluation.intervals import Interval, Ratio, intervals
-from quarkrl.evaluation.perplexity import Fluency
+from quarkrl.evaluation.mauve import mauve, text_features
+from quarkrl.evaluation.perplexity import PerplexityModel
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.sampling.generator import QuarkGenerator
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found out about the completions of P prompts, S of each.
+class Completions:
+    """S completions of each of P prompts, those of one prompt side by side.
+
+    Attributes:
+        prompts: the P prompts.
+        ids: P · S lists of token ids, EOS included.
+        texts: the same as text.
+        end_ids: the EOS ids.
+    """
+
+    prompts: Prompts
+    ids: list[list[int]]
+    texts: list[str]
+    end_ids: Sequence[int]
+
+    @property
+    def samples(self) -> int:
+        """S: completions per prompt."""
+        return len(self.ids) // len(self.prompts)
+
+    @cached_property
+    def prompt_numbers(self) -> list[int]:
+        """For each completion, the index of its prompt."""
+        return [i for i in range(len(self.prompts)) for _ in range(self.samples)]
+
+    @cached_property
+    def ids_without_eos(self) -> list[list[int]]:
+        """The token ids of each completion, without the EOS that ends it."""
+        ends = set(self.end_ids)
+        return [row[:-1] if row and row[-1] in ends else row for row in self.ids]
+
+    @cached_property
+    def texts_by_prompt(self) -> list[list[str]]:
+        """For each prompt, its S texts."""
+        return [self.texts[i : i + self.samples] for i in range(0, len(self.texts), self.samples)]
+
+    def by_prompt(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
+        """One value per completion, as `(P, S)`."""
+        return np.asarray(values).reshape(-1, self.samples)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a panel measures on S completions of each of P prompts.
 
     Attributes:
         figures: metric name → value.
-        intervals: metric name → its 95 % bootstrap interval.
-        left_out: why completions did not count → how many.
-        completions: for each prompt, its texts.
-        scores: "reward", "reward: NAME" of each of several rewards, "NAME" of each judge → `(P, S)`, NaN where none.
-        perplexities: `(P, S)`, NaN where there is none.
+        intervals: metric name → 95 % bootstrap confidence interval.
+        left_out: reason → number of completions that do not count.
+        scores: "reward", "reward: NAME" for each of several rewards, "NAME" for each judge → `(P, S)`, NaN if missing.
+        perplexities: `(P, S)`, NaN if missing.
     """
 
     figures: dict[str, float]
     intervals: dict[str, Interval]
     left_out: dict[str, int]
-    completions: list[list[str]]
     scores: dict[str, np.ndarray]
     perplexities: np.ndarray
 
 
 @dataclass(frozen=True)
 class Panel:
-    """All that judges completions.
+    """The scorers and models that judge completions.
 
     Attributes:
         scorer: the reward.
-        judges: further scorers by name, beside the reward: a policy that only fools its reward shows here.
-        fluency: what scores perplexity.
-        threshold: from where on a probability counts as of its class.
-        batch_size: completions at a time.
-        resamples: of the bootstrap.
-        human: the prompts' column with people's continuations, for MAUVE; None goes without.
-        max_tokens: of a completion, to which people's are cut too.
+        perplexity_model: computes perplexity and MAUVE's features.
+        judges: further scorers by name. They show whether a policy only exploits its reward.
+        threshold: the probability from which a text counts as a member of a class.
+        batch_size: completions per batch.
+        resamples: number of bootstrap resamples.
+        human_column: the prompts' column with human continuations, for MAUVE; None for no MAUVE.
+        max_tokens: maximum completion length; MAUVE truncates both sides to it.
     """
 
     scorer: Scorer
-    fluency: Fluency
+    perplexity_model: PerplexityModel
     judges: Mapping[str, Scorer] = field(default_factory=dict)
     threshold: float = metrics.THRESHOLD
     batch_size: int = 128
     resamples: int = 10_000
-    human: str | None = None
+    human_column: str | None = None
     max_tokens: int = 20
 
-    def measure(self, prompts: Prompts, ids: list[list[int]], samples: int, generator: QuarkGenerator) -> Measured:
-        """Figures of `samples` completions of each prompt, which `generator` made.
+    def measure(self, completions: Completions) -> Measurement:
+        """Compute all figures of the completions, with their confidence intervals.
 
         Raises:
             UserError: no completion has a reward.
         """
-        texts = generator.decode(ids)
-        owners = [i for i in range(len(prompts)) for _ in range(samples)]
-        ratios: dict[str, Ratio] = {}
+        scores, score_ratios, left_out = self._score(completions)
+        perplexities, perplexity_left_out = self._perplexities(completions)
+        text_ratios, text_left_out = diversity_ratios(completions)
+        ratios = score_ratios | {"perplexity": Ratio.of(perplexities)} | text_ratios
+        left_out |= perplexity_left_out | text_left_out
+        figures = {name: ratio.value for name, ratio in ratios.items()}
+        ranges = intervals(ratios, self.resamples)
+        if self.human_column is not None:
+            figures["MAUVE"], ranges["MAUVE"], skipped = self._mauve(completions, self.human_column)
+            left_out |= {"MAUVE_no_text": skipped} if skipped else {}
+        return Measurement(figures, ranges, left_out, scores, perplexities)
+
+    def _score(self, completions: Completions) -> tuple[dict[str, np.ndarray], dict[str, Ratio], dict[str, int]]:
+        """Scores of the reward and of each judge, their figures as ratios, and the numbers of missing scores."""
         scores: dict[str, np.ndarray] = {}
+        ratios: dict[str, Ratio] = {}
         left_out: dict[str, int] = {}
         for name, scorer in (("reward", self.scorer), *self.judges.items()):
-            rewards, components = _scored(scorer, prompts, owners, texts, ids, generator.end_ids)
-            scores[name] = rewards.reshape(-1, samples)
+            rewards, components = _score_distinct(scorer, completions)
+            scores[name] = completions.by_prompt(rewards)
             ratios |= score_ratios(name, scores[name], scorer, self.threshold)
             left_out["unscored" if name == "reward" else f"{name}: unscored"] = int(np.isnan(rewards).sum())
             if name == "reward" and len(scorer.names) > 1:
                 for component, values in zip(scorer.names, components.T, strict=True):
-                    scores[f"reward: {component}"] = values.reshape(-1, samples)
+                    scores[f"reward: {component}"] = completions.by_prompt(values)
                     ratios[f"reward: {component}"] = Ratio.of(scores[f"reward: {component}"])
         if np.isnan(scores["reward"]).all():
-            raise UserError(f"none of the {len(ids)} completions has a reward: nothing to evaluate")
-
-        ends = set(generator.end_ids)
-        words = [row[:-1] if row and row[-1] in ends else row for row in ids]
-        nll, counts, cut = self.fluency.nll(prompts, owners, words, texts, self.batch_size)
-        perplexities, found = metrics.perplexities(nll, counts)
-        perplexities = perplexities.reshape(-1, samples)
-        left_out |= {f"perplexity_{reason}": count for reason, count in found.items()}
-        left_out |= {"perplexity_prompt_cut": cut} if cut else {}
-        ratios["perplexity"] = Ratio.of(perplexities)
-        grouped = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-        shares = {n: metrics.distinct_shares(grouped, n) for n in (1, 2, 3)}
-        ratios |= {f"dist-{n}": Ratio.of(values) for n, values in shares.items()}
-        if wordless := int(np.isnan(shares[1]).sum()):
-            left_out["dist_prompts_without_words"] = wordless
-        repeats, short = repetition_ratios(words, samples)
-        ratios |= repeats
-        left_out |= {"diversity_short": short} if short else {}
-        ratios["completion length"] = Ratio.of(np.array([len(row) for row in ids], float).reshape(-1, samples))
-
-        figures = {name: ratio.value for name, ratio in ratios.items()}
-        ranges = intervals(ratios, self.resamples)
-        if self.human is not None:
-            first = [group[0] for group in grouped]
-            figures["MAUVE"], ranges["MAUVE"], missing = self._mauve(prompts, first)
-            left_out |= {"MAUVE_no_text": missing} if missing else {}
-        return Measured(figures, ranges, left_out, grouped, scores, perplexities)
-
-    def _mauve(self, prompts: Prompts, completions: list[str]) -> tuple[float, Interval, int]:
-        """MAUVE of one completion of each prompt, and how many prompts lack one side."""
-        rows = [
-            (prompt, completion, human)
-            for prompt, completion, human in zip(
-                prompts.prompts, completions, human_texts(prompts, self.human or ""), strict=True
+            raise UserError(
+                f"none of the {len(completions.ids)} completions has a reward. Check the reward function on some texts."
             )
-            if isinstance(prompt, str) and completion.strip() and human
+        return scores, ratios, left_out
+
+    def _perplexities(self, completions: Completions) -> tuple[np.ndarray, dict[str, int]]:
+        """`(P, S)` perplexities, and the numbers of missing ones and of truncated prompts."""
+        nll_sums, token_counts, truncated = self.perplexity_model.nll(
+            completions.prompts,
+            completions.prompt_numbers,
+            completions.ids_without_eos,
+            completions.texts,
+            self.batch_size,
+        )
+        perplexities, counts = metrics.perplexities(nll_sums, token_counts)
+        left_out = {f"perplexity_{reason}": count for reason, count in counts.items()}
+        left_out |= {"perplexity_prompt_cut": truncated} if truncated else {}
+        return completions.by_prompt(perplexities), left_out
+
+    def _mauve(self, completions: Completions, column: str) -> tuple[float, Interval, int]:
+        """MAUVE of each prompt's first completion, its interval, and the number of prompts without either text."""
+        prompts = completions.prompts
+        candidates = zip(prompts.prompts, completions.texts_by_prompt, human_texts(prompts, column), strict=True)
+        triples = [
+            (prompt, texts[0], human)
+            for prompt, texts, human in candidates
+            if isinstance(prompt, str) and texts[0].strip() and human
         ]
-        if not rows:
-            raise UserError(f"no prompt has both a completion and a text in column {self.human!r}: MAUVE needs both")
-        asked, ours, theirs = zip(*rows, strict=True)
-        model, size = self.fluency.judge, self.batch_size
-        p, q = (likeness.features(model, asked, texts, self.max_tokens, size) for texts in (ours, theirs))
-        return (*likeness.mauve(p, q), len(completions) - len(rows))
+        if not triples:
+            raise UserError(
+                f"human_column {column!r}: no prompt has both a completion and a human text. MAUVE compares the two."
+            )
+        heads, model_texts, people_texts = zip(*triples, strict=True)
+        model_features, human_features = (
+            text_features(self.perplexity_model.generator, heads, texts, self.max_tokens, self.batch_size)
+            for texts in (model_texts, people_texts)
+        )
+        return (*mauve(model_features, human_features), len(prompts) - len(triples))
 
 
 def score_ratios(name: str, scores: np.ndarray, scorer: Scorer, threshold: float) -> dict[str, Ratio]:
-    """A scorer's figures from its `(P, S)` scores.
+    """Return a scorer's figures, as ratios, from its `(P, S)` scores.
 
-    Of the reward, and of any score that is no probability of something unwanted, the mean. Where 1 - score is the
-    probability of something unwanted: its mean, average maximum, probability and share. Where the score tells a
-    wanted class: the class's share.
+    The mean score, unless a judge measures something unwanted. If 1 - score is the probability of something unwanted:
+    its mean, average maximum, probability and share. If the score indicates a wanted class: that class's share.
     """
-    lead = "" if name == "reward" else f"{name}: "
-    figures = {}
+    prefix = "" if name == "reward" else f"{name}: "
+    ratios = {}
     if name == "reward" or not scorer.unwanted:
-        figures["reward" if name == "reward" else f"{lead}score"] = Ratio.of(scores)
+        ratios["reward" if name == "reward" else f"{prefix}score"] = Ratio.of(scores)
     if scorer.unwanted:
-        bad = 1 - scores
-        maxima = metrics.maxima(bad)
-        figures |= {
-            f"{lead}{scorer.unwanted}": Ratio.of(bad),
-            f"{lead}average maximum {scorer.unwanted}": Ratio.of(maxima),
-            f"{lead}{scorer.unwanted} probability": Ratio.of(metrics.reached(maxima, threshold)),
-            f"{lead}{scorer.unwanted} share": Ratio.of(metrics.shares(bad, threshold)),
+        unwanted = 1 - scores
+        maxima = metrics.maxima(unwanted)
+        ratios |= {
+            f"{prefix}{scorer.unwanted}": Ratio.of(unwanted),
+            f"{prefix}average maximum {scorer.unwanted}": Ratio.of(maxima),
+            f"{prefix}{scorer.unwanted} probability": Ratio.of(metrics.reached(maxima, threshold)),
+            f"{prefix}{scorer.unwanted} share": Ratio.of(metrics.shares(unwanted, threshold)),
         }
     elif scorer.wanted:
-        own = threshold if scorer.wanted_from is None else scorer.wanted_from
-        figures[f"{lead}{scorer.wanted} share"] = Ratio.of(metrics.shares(scores, own))
-    return figures
+        class_threshold = threshold if scorer.wanted_from is None else scorer.wanted_from
+        ratios[f"{prefix}{scorer.wanted} share"] = Ratio.of(metrics.shares(scores, class_threshold))
+    return ratios
+
+
+def diversity_ratios(completions: Completions) -> tuple[dict[str, Ratio], dict[str, int]]:
+    """Return dist-n, rep-n, diversity and completion length, as ratios, and the numbers of texts without them."""
+    shares = {n: metrics.distinct_shares(completions.texts_by_prompt, n) for n in (1, 2, 3)}
+    ratios = {f"dist-{n}": Ratio.of(values) for n, values in shares.items()}
+    left_out = {}
+    if without_words := int(np.isnan(shares[1]).sum()):
+        left_out["dist_prompts_without_words"] = without_words
+    repetition, too_short = repetition_ratios(completions.ids_without_eos, completions.samples)
+    ratios |= repetition
+    if too_short:
+        left_out["diversity_short"] = too_short
+    lengths = np.array([len(row) for row in completions.ids], float)
+    ratios["completion length"] = Ratio.of(completions.by_prompt(lengths))
+    return ratios, left_out
 
 
 def repetition_ratios(ids: Sequence[Sequence[Hashable]], samples: int) -> tuple[dict[str, Ratio], int]:
-    """rep-2..4 and diversity, means over completions; and how many completions are too short for a 4-gram."""
-    known: dict[tuple[Hashable, ...], list[float]] = {}
+    """Return rep-2, rep-3, rep-4 and diversity, as means over completions, and the number without a 4-gram."""
+    values_of: dict[tuple[Hashable, ...], list[float]] = {}
     for row in map(tuple, ids):
-        if row not in known:
-            known[row] = [*(metrics.rep_n(row, n) for n in (2, 3, 4)), metrics.diversity(row)]
-    values = np.array([known[tuple(row)] for row in ids]).reshape(-1, samples, 4)
+        if row not in values_of:
+            values_of[row] = [*(metrics.rep_n(row, n) for n in (2, 3, 4)), metrics.diversity(row)]
+    values = np.array([values_of[tuple(row)] for row in ids]).reshape(-1, samples, 4)
     names = ("rep-2", "rep-3", "rep-4", "diversity")
-    short = int(np.isnan(values[:, :, 3]).sum())
-    return {name: Ratio.of(values[:, :, k]) for k, name in enumerate(names)}, short
+    too_short = int(np.isnan(values[:, :, 3]).sum())
+    return {name: Ratio.of(values[:, :, k]) for k, name in enumerate(names)}, too_short
 
 
 def human_texts(prompts: Prompts, column: str) -> list[str | None]:
-    """People's continuations from a column: text, or RealToxicityPrompts' `{"text": …}`; None where there is none.
+    """Return the human continuation of each prompt from a column of text or `{"text": …}`; None if there is none.
 
     Raises:
-        UserError: no such column.
+        UserError: the prompts do not have the column.
     """
     if column not in prompts.columns:
-        known = ", ".join(prompts.columns) or "none beside the prompt"
-        raise UserError(f"the prompts have no column {column!r} for MAUVE: the columns are {known}")
+        columns = ", ".join(prompts.columns) or "none"
+        raise UserError(f"human_column {column!r}: must be a column of the prompts. Their columns are: {columns}.")
     values = (value.get("text") if isinstance(value, dict) else value for value in prompts.columns[column])
     return [value if isinstance(value, str) and value.strip() else None for value in values]
 
 
-def _scored(
-    scorer: Scorer,
-    prompts: Prompts,
-    owners: Sequence[int],
-    texts: list[str],
-    ids: list[list[int]],
-    end_ids: Sequence[int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards `(n,)` and components `(n, R)`; the same completion of the same prompt is scored once."""
-    places: dict[tuple[int, ...], int] = {}
-    where: list[int] = []
-    chosen: list[int] = []
-    for i, (owner, row) in enumerate(zip(owners, ids, strict=True)):
-        key = (owner, *row)
+def _score_distinct(scorer: Scorer, completions: Completions) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards `(n,)` and components `(n, R)`; a repeated completion of the same prompt is scored once."""
+    places: dict[tuple[int, ...], int] = {}  # prompt number and token ids → row among the distinct completions
+    rows = []  # of each completion, its row among the distinct ones
+    first = []  # of each distinct completion, its first index
+    for i, (number, ids) in enumerate(zip(completions.prompt_numbers, completions.ids, strict=True)):
+        key = (number, *ids)
         if key not in places:
-            places[key] = len(chosen)
-            chosen.append(i)
-        where.append(places[key])
-    found = scorer(
-        [prompts.prompts[owners[i]] for i in chosen],
-        [texts[i] for i in chosen],
-        [ids[i] for i in chosen],
-        {name: [values[owners[i]] for i in chosen] for name, values in prompts.columns.items()},
-        end_ids=end_ids,
+            places[key] = len(first)
+            first.append(i)
+        rows.append(places[key])
+    prompts, numbers = completions.prompts, [completions.prompt_numbers[i] for i in first]
+    scores = scorer(
+        [prompts.prompts[number] for number in numbers],
+        [completions.texts[i] for i in first],
+        [completions.ids[i] for i in first],
+        {name: [values[number] for number in numbers] for name, values in prompts.columns.items()},
+        end_ids=completions.end_ids,
     )
-    return found.rewards.mean(axis=1)[where], found.components[where]
+    return scores.rewards.mean(axis=1)[rows], scores.components[rows]

@@ -1,6 +1,6 @@
-"""Perplexity of completions under any language model, each given its prompt."""
+"""Perplexity of completions under any causal language model, given their prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,60 +9,63 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import build_batch
+from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
-# Positions whose logits stand in memory at a time: 1.6 GB at a vocabulary of 50,000, the copy in float32 included.
-_POSITIONS_AT_A_TIME = 4096
 
+class PerplexityModel:
+    """A model that computes the perplexity of a policy's completions.
 
-class Fluency:
-    """What scores perplexity: a model, and how its tokens relate to the policy's.
-
-    A model of the policy's own tokens reads them as they were sampled. Any other reads the text: prompt and
-    completion are tokenised as one, and a token that reaches over from one into the other belongs to the completion.
+    A model with the policy's vocabulary reads the token ids as they were sampled. Any other model reads text: prompt
+    and completion are tokenized together, and a token that spans both belongs to the completion.
 
     Args:
-        judge: the model that scores.
-        policy: the model whose tokenizer the completions come from.
+        generator: the model that computes perplexity.
+        policy: the model that writes the completions.
     """
 
-    def __init__(self, judge: QuarkGenerator, policy: QuarkGenerator):
-        self.judge = judge
-        self.same_tokens = judge is policy or shares_tokens(judge, policy)
+    def __init__(self, generator: QuarkGenerator, policy: QuarkGenerator):
+        self.generator = generator
+        self.same_vocabulary = generator is policy or has_same_vocabulary(generator, policy)
 
     def nll(
-        self, prompts: Prompts, owners: Sequence[int], ids: Sequence[Sequence[int]], texts: Sequence[str], batch: int
+        self,
+        prompts: Prompts,
+        prompt_numbers: Sequence[int],
+        completion_ids: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        batch_size: int,
     ) -> tuple[list[float], list[int], int]:
-        """Of each completion the sum of its tokens' negative log-likelihoods, in nats, and how many tokens.
+        """Compute, for each completion, the sum of its tokens' negative log-likelihoods in nats.
 
         Args:
-            prompts: with their `ids`.
-            owners: for each completion, which prompt it continues.
-            ids: the completions' token ids, without EOS.
-            texts: the same as text.
-            batch: completions at a time.
+            prompts: P prompts with their `ids`.
+            prompt_numbers: for each completion, the index of its prompt.
+            completion_ids: token ids of the completions, without EOS.
+            texts: the completions as text.
+            batch_size: completions per batch.
 
         Returns:
-            Sums, counts, and how many prompts lost their beginning, where the model's context is too short for them.
+            The sums, the numbers of tokens, and how many prompts were truncated on the left to fit the context.
         """
-        if self.same_tokens:
-            heads, tails = [prompts.ids[owner] for owner in owners], [list(row) for row in ids]
+        if self.same_vocabulary:
+            heads, tails = [prompts.ids[i] for i in prompt_numbers], [list(ids) for ids in completion_ids]
         else:
-            asked = [prompts.prompts[owner] for owner in owners]
-            heads, tails = _retokenised(self.judge.tokenizer, asked, texts)
-        room = self.judge.context_length
-        cut = sum(len(head) + len(tail) > room for head, tail in zip(heads, tails, strict=True))
-        tails = [tail[: room - 1] for tail in tails]
-        heads = [head[-(room - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
-        return completion_nll(self.judge.model, heads, tails, batch), [len(tail) for tail in tails], cut
+            heads, tails = _tokenize_pairs(
+                self.generator.tokenizer, [prompts.prompts[i] for i in prompt_numbers], texts
+            )
+        context_length = self.generator.context_length
+        truncated = sum(len(head) + len(tail) > context_length for head, tail in zip(heads, tails, strict=True))
+        tails = [tail[: context_length - 1] for tail in tails]
+        heads = [head[-(context_length - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
+        return completion_nll(self.generator.model, heads, tails, batch_size), [len(tail) for tail in tails], truncated
 
 
-def shares_tokens(one: QuarkGenerator, other: QuarkGenerator) -> bool:
-    """Whether two models mean the same by their (original) token ids."""
+def has_same_vocabulary(one: QuarkGenerator, other: QuarkGenerator) -> bool:
+    """Return whether two models have the same tokens, with the same ids, in their original vocabularies."""
     first, second = (
-        {text: i for text, i in generator.tokenizer.get_vocab().items() if i < generator.vocab_size}
+        {token: i for token, i in generator.tokenizer.get_vocab().items() if i < generator.vocab_size}
         for generator in (one, other)
     )
     return first == second
@@ -74,18 +77,19 @@ def completion_nll(
     completion_ids: Sequence[Sequence[int]],
     batch_size: int,
 ) -> list[float]:
-    """For each completion, the sum of its tokens' negative log-likelihoods given its prompt, in nats.
+    """Return, for each completion, the sum of its tokens' negative log-likelihoods given its prompt, in nats.
 
-    An empty completion gives 0. One that comes twice is read once.
+    The sum of an empty completion is 0. A repeated pair of prompt and completion is computed once.
     """
     pairs = [(tuple(prompt), tuple(completion)) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    todo = list(dict.fromkeys(pair for pair in pairs if pair[1]))
+    distinct_pairs = list(dict.fromkeys(pair for pair in pairs if pair[1]))
+    lengths = [len(prompt) + len(completion) for prompt, completion in distinct_pairs]
     sums: dict[Any, float] = {}
-    for rows in by_length(todo, [len(prompt) + len(completion) for prompt, completion in todo], batch_size):
+    for rows in batches_by_length(distinct_pairs, lengths, batch_size):
         batch = build_batch([prompt for prompt, _ in rows], [completion for _, completion in rows])
         input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
         with torch.inference_mode():
-            logits = completion_logits(model, input_ids, mask, labels)
+            logits = completion_logits(model, input_ids, mask, labels)  # (completion tokens of the batch, vocab)
             nll = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
         ends = np.cumsum([len(completion) for _, completion in rows])
         for pair, values in zip(rows, np.split(nll.double().cpu().numpy(), ends[:-1]), strict=True):
@@ -93,50 +97,39 @@ def completion_nll(
     return [sums.get(pair, 0.0) for pair in pairs]
 
 
-def by_length(items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
-    """The items in batches of like length: at most `batch_size`, and no more tokens than memory bears."""
-    batch: list[Any] = []
-    for i in sorted(range(len(items)), key=lambda i: lengths[i]):
-        if batch and (len(batch) == batch_size or lengths[i] * (len(batch) + 1) > _POSITIONS_AT_A_TIME):
-            yield batch
-            batch = []
-        batch.append(items[i])
-    if batch:
-        yield batch
-
-
-def _retokenised(
+def _tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], texts: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions as another model's tokens; a prompt has at least one."""
+    """Token ids of prompts and completions under another tokenizer; each prompt has at least one token."""
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where a completion begins: "
-            "give a perplexity model with a fast one (tokenizer.json)"
+            f"perplexity_model: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
+            "Choose a model with a fast tokenizer (tokenizer.json)."
         )
-    # What GPT-2 and its kin read first, too, where there is nothing else.
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    # GPT-2 has no BOS; its documents start after EOS.
+    start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     heads, tails = [], []
     for prompt, text in zip(prompts, texts, strict=True):
         if isinstance(prompt, str):
-            head, tail = _split(tokenizer, prompt, text)
+            head, tail = _tokenize_pair(tokenizer, prompt, text)
         elif tokenizer.chat_template:
             head = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
             tail = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
-            head, tail = _split(tokenizer, "\n".join(message["content"] for message in prompt) + "\n", text)
+            head, tail = _tokenize_pair(tokenizer, "\n".join(message["content"] for message in prompt) + "\n", text)
         if not head:
-            head, tail = ([first], tail) if first is not None else (tail[:1], tail[1:])
+            head, tail = ([start_id], tail) if start_id is not None else (tail[:1], tail[1:])
         heads.append(head)
         tails.append(tail)
     return heads, tails
 
 
-def _split(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:
-    whole = tokenizer(prompt + text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, special = whole["input_ids"], whole["special_tokens_mask"]
-    while ids and special[-1]:  # An EOS that the tokenizer puts behind a text.
+def _tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and its completion, tokenized together and split by character offsets."""
+    encoding = tokenizer(prompt + text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    while ids and special[-1]:  # The tokenizer appends an EOS.
         ids, special = ids[:-1], special[:-1]
-    ends = [end for _, end in whole["offset_mapping"]]
+    ends = [end for _, end in encoding["offset_mapping"]]
     start = next((i for i in range(len(ids)) if not special[i] and ends[i] > len(prompt)), len(ids))
     return ids[:start], ids[start:]

@@ -1,4 +1,4 @@
-"""What a figure depends on beside the inputs: which weights, which versions, which machine."""
+"""Provenance of an evaluation: which weights, prompts, library versions and machine produced the figures."""
 
 import datetime
 import hashlib
@@ -18,27 +18,27 @@ from quarkrl.storage.atomic import sha256
 _PACKAGES = ("quarkrl", "torch", "transformers", "tokenizers", "numpy", "mauve-text", "faiss-cpu")
 
 
-def model_source(name: str | os.PathLike, model: PreTrainedModel) -> dict[str, Any]:
-    """Where a model was loaded from: the hub's revision, or a directory with the SHA-256 of its weight files.
+def model_provenance(name: str | os.PathLike, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the source of a model: the hub's revision, or the SHA-256 of the weight files in a directory.
 
-    Of one file that is what `sha256sum` prints; of several, in the order of their names, as if they were one.
+    The digest of one file equals that of `sha256sum`. Several files are hashed in the order of their names, as one.
     """
-    found: dict[str, Any] = {"name": str(name)}
+    provenance: dict[str, Any] = {"name": str(name)}
     if os.path.isdir(name):
-        found["sha256"] = sha256(*sorted(Path(name).glob("*.safetensors")))
+        provenance["sha256"] = sha256(*sorted(Path(name).glob("*.safetensors")))
     else:
-        found["revision"] = getattr(model.config, "_commit_hash", None)
-    return {**found, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
+        provenance["revision"] = getattr(model.config, "_commit_hash", None)
+    return {**provenance, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
 
 
-def texts_read(prompts: Prompts) -> dict[str, Any]:
-    """Which prompts or texts: how many, the SHA-256 of them as JSON, and how many were left out, by reason."""
+def prompts_provenance(prompts: Prompts) -> dict[str, Any]:
+    """Return the number of prompts or texts, the SHA-256 of their JSON, and the numbers of rows left out by reason."""
     digest = hashlib.sha256(json.dumps(prompts.prompts).encode()).hexdigest()
     return {"count": len(prompts), "sha256": digest, "left_out": prompts.skipped}
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Date, versions, machine."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return the date, the library versions and the machine."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -50,6 +50,6 @@ def surroundings(device: torch.device) -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        # Another number of threads adds up in another order, and rounds differently.
+        # The number of threads changes the order of sums, and so their rounding.
         "threads": torch.get_num_threads(),
     }

@@ -1,121 +1,197 @@
-"""An evaluation on disk: `results.json` with figures and protocol, `results.parquet` beside it with completions."""
+"""The results of an evaluation, in memory and on disk.
+
+`Evaluation.save` writes results.json with figures and protocol, and results.parquet with the completions.
+"""
 
 import json
 import math
 import os
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
+from quarkrl.evaluation.intervals import Interval
+from quarkrl.storage.atomic import atomic_file, write_text
 from quarkrl.storage.json import nan_to_null
 
-if TYPE_CHECKING:
-    from quarkrl.evaluation.evaluate import Evaluation
+
+@dataclass(frozen=True)
+class Row:
+    """The measurement of one model, with one requested quantile and guidance scale, on one set of P prompts.
+
+    Attributes:
+        name: "reference"; "model" for a model without quantiles; the requested quantile; or "best γ=2" with guidance.
+        figures: metric name → value; NaN if no completion counts.
+        left_out: reason → number of completions that do not count.
+        completions: S texts for each prompt.
+        rewards: `(P, S)`, NaN for a missing reward.
+        prompts_name: name of the set of prompts.
+        quantile: number of the requested quantile; None for a model without quantiles.
+        guidance_scale: γ; 1 is unguided.
+        intervals: metric name → 95 % bootstrap confidence interval over prompts.
+        scores: scorer name → `(P, S)` scores.
+        perplexities: `(P, S)`, NaN for a completion that is empty or dropped.
+    """
+
+    name: str
+    figures: dict[str, float]
+    left_out: dict[str, int]
+    completions: list[list[str]]
+    rewards: np.ndarray
+    prompts_name: str
+    quantile: int | None
+    guidance_scale: float
+    intervals: dict[str, Interval]
+    scores: dict[str, np.ndarray]
+    perplexities: np.ndarray
 
 
-def save(evaluation: "Evaluation", path: str | os.PathLike) -> None:
-    """Write both files, each whole or not at all; the JSON comes last and names the other.
+@dataclass(frozen=True)
+class CorpusRow:
+    """How well one model, with one requested quantile, predicts human-written texts.
 
-    Args:
-        evaluation: what to save.
-        path: of the JSON; the Parquet file has its name, with another suffix.
+    Attributes:
+        name: "reference", "model" or the requested quantile.
+        figures: metric name → value.
+        intervals: metric name → 95 % bootstrap confidence interval over texts.
+        left_out: reason → number of texts that do not count.
+        tokens: number of predicted tokens.
+    """
+
+    name: str
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+    left_out: dict[str, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All rows of an evaluation, and the protocol that produced them.
+
+    Attributes:
+        rows: for each set of prompts, the reference and the variants of the model.
+        protocol: the settings that the figures depend on.
+        prompt_sets: set name → the prompts that were used.
+        corpus: the rows of the corpus, if there is one.
+    """
+
+    rows: list[Row]
+    protocol: dict[str, Any]
+    prompt_sets: dict[str, Prompts]
+    corpus: list[CorpusRow] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The first set of prompts, which is in-domain."""
+        return next(iter(self.prompt_sets.values()))
+
+    def rows_of(self, prompts_name: str) -> list[Row]:
+        """Return the rows of one set of prompts."""
+        return [row for row in self.rows if row.prompts_name == prompts_name]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the figures and the protocol as JSON, and the completions as Parquet beside it.
+
+        Each file is written atomically. The JSON file comes last and names the Parquet file.
+
+        Args:
+            path: the JSON file; the Parquet file has the same name with the suffix .parquet.
+
+        Raises:
+            UserError: `path` is a directory, ends in .parquet, or cannot be written.
+        """
+        json_path, parquet_path = output_paths(path)
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        table = completions_table(self)
+        with atomic_file(parquet_path) as file:
+            pq.write_table(table, file)
+        document = {
+            "protocol": self.protocol,
+            "results": [_row_entry(row) for row in self.rows],
+            "corpus": [_corpus_entry(row) for row in self.corpus],
+            "completions": parquet_path.name,
+        }
+        write_text(json_path, json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n")
+
+
+def output_paths(path: str | os.PathLike) -> tuple[Path, Path]:
+    """Check where an evaluation is to be saved; return the paths of the JSON and the Parquet file.
 
     Raises:
-        UserError: the path is a directory, or ends in .parquet.
+        UserError: `path` is a directory, ends in .parquet, or has a parent that is a file.
     """
-    target, completions = checked_output(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    table = completions_table(evaluation)
-    _write(completions, lambda file: pq.write_table(table, file))
-    document = {
-        "protocol": evaluation.protocol,
-        "results": [
-            {
-                "prompts": row.prompts_name,
-                "name": row.name,
-                "quantile": row.quantile,
-                "guidance_scale": row.guidance_scale,
-                "figures": row.figures,
-                "intervals": row.intervals,
-                "left_out": row.left_out,
-            }
-            for row in evaluation.rows
-        ],
-        "corpus": [
-            {
-                "name": row.name,
-                "tokens": row.tokens,
-                "figures": row.figures,
-                "intervals": row.intervals,
-                "left_out": row.left_out,
-            }
-            for row in evaluation.corpus
-        ],
-        "completions": completions.name,
-    }
-    text = json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n"
-    _write(target, lambda file: file.write(text.encode("utf-8")))
+    json_path = Path(path)
+    if json_path.is_dir():
+        raise UserError(f"output {str(path)!r}: must be a file, not a directory. Append a file name, such as x.json.")
+    if json_path.suffix == ".parquet":
+        raise UserError(
+            f"output {str(path)!r}: must end in .json. The completions go to a .parquet file of the same name."
+        )
+    parent = next(parent for parent in json_path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise UserError(f"output {str(path)!r}: {str(parent)!r} is a file, not a directory. Choose another directory.")
+    return json_path, json_path.with_suffix(".parquet")
 
 
-def checked_output(path: str | os.PathLike) -> tuple[Path, Path]:
-    """Where the JSON and the Parquet file go.
+def completions_table(evaluation: Evaluation) -> pa.Table:
+    """Return one line per completion: its prompt, row, text, perplexity and scores.
 
-    Raises:
-        UserError: the path is a directory, ends in .parquet, or leads through a file.
+    The score columns are "reward", "reward: NAME" for each of several rewards, and "NAME" for each judge.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"output {str(path)!r} is a directory: want the name of a file")
-    if target.suffix == ".parquet":
-        raise UserError(f"output {str(path)!r}: want a name that ends in .json; the .parquet file comes beside it")
-    if not (folder := next(parent for parent in target.absolute().parents if parent.exists())).is_dir():
-        raise UserError(f"output {str(path)!r}: {str(folder)!r} is no directory")
-    return target, target.with_suffix(".parquet")
-
-
-def completions_table(evaluation: "Evaluation") -> pa.Table:
-    """A line for each completion: where it came from, its text, its perplexity and its scores.
-
-    Scores are named "reward", "reward: NAME" for each of several rewards, and "NAME" for a judge.
-    """
+    score_names = list(dict.fromkeys(name for row in evaluation.rows for name in row.scores))
     columns: dict[str, list[Any]] = {}
-    names = {name: None for row in evaluation.rows for name in row.scores}
     for row in evaluation.rows:
         prompts = evaluation.prompt_sets[row.prompts_name].prompts
         count, samples = row.rewards.shape
-        said = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
         lines = count * samples
         values: dict[str, list[Any]] = {
             "prompts": [row.prompts_name] * lines,
             "prompt_number": [i for i in range(count) for _ in range(samples)],
-            "prompt": [prompt for prompt in said for _ in range(samples)],
+            "prompt": [text for text in texts for _ in range(samples)],
             "row": [row.name] * lines,
             "quantile": [row.quantile] * lines,
             "guidance_scale": [row.guidance_scale] * lines,
             "sample": list(range(samples)) * count,
-            "completion": [text for texts in row.completions for text in texts],
-            "perplexity": _nullable(row.perplexities.ravel().tolist()),
-            **{name: _nullable(row.scores[name].ravel().tolist()) for name in names},
+            "completion": [completion for completions in row.completions for completion in completions],
+            "perplexity": _nan_to_none(row.perplexities),
+            **{name: _nan_to_none(row.scores[name]) for name in score_names},
         }
         for name, column in values.items():
             columns.setdefault(name, []).extend(column)
     types = {"quantile": pa.int64(), "guidance_scale": pa.float64()}
-    types |= {name: pa.float64() for name in ("perplexity", *names)}
+    types |= {name: pa.float64() for name in ("perplexity", *score_names)}
     return pa.table({name: pa.array(column, types.get(name)) for name, column in columns.items()})
 
 
-def _nullable(values: list[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
+def _row_entry(row: Row) -> dict[str, Any]:
+    return {
+        "prompts": row.prompts_name,
+        "name": row.name,
+        "quantile": row.quantile,
+        "guidance_scale": row.guidance_scale,
+        "figures": row.figures,
+        "intervals": row.intervals,
+        "left_out": row.left_out,
+    }
 
 
-def _write(target: Path, write: Callable[[BinaryIO], Any]) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+def _corpus_entry(row: CorpusRow) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "tokens": row.tokens,
+        "figures": row.figures,
+        "intervals": row.intervals,
+        "left_out": row.left_out,
+    }
+
+
+def _nan_to_none(values: np.ndarray) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.ravel().tolist()]

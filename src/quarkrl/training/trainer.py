@@ -18,6 +18,7 @@ is on while learning.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,9 +56,12 @@ from quarkrl.training.exploration import FinishedBatches, Rollout, score
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
-from quarkrl.training.memory_check import Forecast
+from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+
+logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -146,8 +150,13 @@ class QuarkTrainer(ResumableTrainer):
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        self.forecast = Forecast(self, model)
-        keepers = _Iterations(self), Resumption(self), self.forecast, self.metrics_file, self.progress
+        limit_onednn_caches()
+        lengths, eval_lengths = (
+            [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
+            for prompts in (self.prompts, self.eval_prompts)
+        )
+        self.memory_plan = plan_memory(model, args, lengths, eval_lengths, self.ref_model)
+        keepers = _Iterations(self), Resumption(self), MallocTrimCallback(), self.metrics_file, self.progress
 
         super().__init__(
             model=model,
@@ -200,7 +209,9 @@ class QuarkTrainer(ResumableTrainer):
             rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = args.sampling(iteration)
-                found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
+                found = self.rollout(
+                    self.prompts, rows, sampling, iteration, self.memory_plan.generation_batch_size, finished
+                )
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
                 [self.prompts.ids[found.rows[i]] for i in scored],
@@ -428,6 +439,10 @@ class _Iterations(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **_):
+        if self.trainer.memory_plan.message and state.is_world_process_zero:
+            logger.info(self.trainer.memory_plan.message)
+            if self.trainer.progress.enabled:
+                self.trainer.progress.note(self.trainer.memory_plan.message)
         self.trainer.decide_heads()
 
     def on_epoch_begin(self, args, state, control, **_):

@@ -1,0 +1,63 @@
+"""Options of an evaluation: the argument of `evaluate`, the flags of `quarkrl evaluate`, and a record in results.json.
+
+This module imports no torch, so `quarkrl evaluate --help` is fast.
+"""
+
+from dataclasses import dataclass
+
+from quarkrl.options import option
+from quarkrl.sampling.options import SamplingOptions
+
+# A value of `reference`: evaluate the model without its reference.
+NO_REFERENCE = "none"
+# A value of `quantiles`: request each quantile, worst first.
+ALL_QUANTILES = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(SamplingOptions):
+    """What to measure, and how.
+
+    Raises:
+        UserError: a value is out of its limits.
+    """
+
+    reference: str | None = option(
+        None,
+        "Model before training, for comparison; none: no comparison (default: as trained).",
+        group="models",
+    )
+    quantiles: tuple[str | int, ...] = option(
+        ("best", "worst"), "Quantiles to request, one row each; all: every quantile.", metavar="Q", group="models"
+    )
+    guidance_scales: tuple[float, ...] = option(
+        (), "Guidance scales on the best quantile, one row each; 1 is unguided.", at_least=0, group="models"
+    )
+    guidance_from: str | int = option(
+        "worst", "What guidance moves away from: a quantile, or reference.", metavar="FROM", group="models"
+    )
+    bf16: bool = option(False, "Compute in bfloat16: faster on most GPUs, but other completions.", group="models")
+    skip_bad_prompts: bool = option(
+        False, "Skip and count invalid or too long prompts, instead of stopping at the first.", group="prompts"
+    )
+    samples: int = option(25, "Completions per prompt; 1 with --greedy.", at_least=1, group="sampling")
+    threshold: float = option(
+        0.5, "Probability from which a text counts as a member of a class.", at_least=0, at_most=1, group="metrics"
+    )
+    perplexity_model: str | None = option(
+        None,
+        "Model that computes perplexity and MAUVE's features (default: the reference, or MODEL without one).",
+        metavar="MODEL",
+        group="metrics",
+    )
+    human_column: str | None = option(
+        None, "Column with people's continuations of the prompts; adds MAUVE.", metavar="COLUMN", group="metrics"
+    )
+    resamples: int = option(
+        10_000, "Bootstrap resamples for the confidence intervals.", at_least=1, metavar="N", group="metrics"
+    )
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """S: completions per prompt. Greedy decoding has one."""
+        return 1 if self.greedy else self.samples

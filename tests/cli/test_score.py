@@ -1,0 +1,100 @@
+"""`quarkrl score`: files and standard input, empty completions, prompts of rewards, and the summary."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quarkrl.cli.main import main
+
+REWARDS = """
+def few_a(completions, **_):
+    return [None if text == "?" else -text.split().count("a") for text in completions]
+
+def length(completions, **_):
+    return [len(text) for text in completions]
+
+def both(prompts, completions, **_):
+    return [len(prompt + text) for prompt, text in zip(prompts, completions)]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path) -> Path:
+    (tmp_path / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    return tmp_path / "rewards.py"
+
+
+def score(capsys, source: object, *arguments: object) -> tuple[list[str], str]:
+    """The lines of standard output and the text of standard error of a command that succeeds."""
+    code = main(["score", *map(str, (source, *arguments))])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out.splitlines(), err
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_each_line_of_a_text_file_has_a_reward_and_the_summary_their_distribution(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("a b\nc\n?\na a a\n", encoding="utf-8")
+    out, err = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a")
+    assert out == ["-1.0000\ta b", "0.0000\tc", "-\t?", "-3.0000\ta a a"]
+    # Of -3, -1 and 0: mean -4/3, 10th percentile -3 + 0.2 · 2, median -1, 90th percentile -1 + 0.8 · 1.
+    assert "4 texts, 1 without a reward" in err
+    assert "mean -1.3333, 10th percentile -2.6000, median -1.0000, 90th percentile -0.2000" in err
+
+
+def test_json_lines_have_the_score_of_each_of_several_rewards(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("a b\n?\n", encoding="utf-8")
+    one, _ = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", "--json")
+    assert [json.loads(line) for line in one] == [{"text": "a b", "reward": -1.0}, {"text": "?", "reward": None}]
+    two, _ = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", f"{rewards}:length", "--json")
+    assert [json.loads(line) for line in two] == [
+        {"text": "a b", "reward": 2.0, "scores": {"few_a": -1.0, "length": 3.0}},
+        {"text": "?", "reward": None, "scores": {"few_a": None, "length": 1.0}},
+    ]
+
+
+def test_the_text_is_in_a_named_column_or_in_completion(rewards, capsys, tmp_path):
+    (tmp_path / "texts.csv").write_text("completion,other\na a,b\nc,d\n", encoding="utf-8")
+    reward = ("--reward", f"{rewards}:few_a")
+    assert score(capsys, tmp_path / "texts.csv", *reward)[0] == ["-2.0000\ta a", "0.0000\tc"]
+    assert score(capsys, tmp_path / "texts.csv", "--column", "other", *reward)[0] == ["0.0000\tb", "0.0000\td"]
+
+
+def test_standard_input_has_one_text_per_line(rewards, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a a a\nb\n"))
+    assert score(capsys, "-", "--reward", f"{rewards}:few_a")[0] == ["-3.0000\ta a a", "0.0000\tb"]
+
+
+def test_an_empty_completion_is_scored_and_a_missing_one_is_an_error_or_skipped(rewards, capsys, tmp_path):
+    rows = [{"prompt": "a a", "completion": "a"}, {"prompt": "a a", "completion": ""}]
+    texts = write(tmp_path / "texts.jsonl", *rows)
+    reward = ("--reward", f"{rewards}:few_a")
+    assert score(capsys, texts, *reward)[0] == ["-1.0000\ta", "0.0000\t"]
+    write(texts, *rows, {"prompt": "a a", "completion": None})
+    assert main(["score", str(texts), *reward]) == 2
+    assert "texts.jsonl:3" in capsys.readouterr().err
+    out, err = score(capsys, texts, *reward, "--skip_bad_prompts")
+    assert out == ["-1.0000\ta", "0.0000\t"]
+    assert "2 texts, 0 without a reward, 1 skipped (no prompt)" in err
+
+
+def test_a_reward_receives_the_text_of_a_nested_prompt(rewards, capsys, tmp_path):
+    texts = write(tmp_path / "texts.jsonl", {"prompt": {"text": "ab", "toxicity": 0.5}, "completion": "c"})
+    assert score(capsys, texts, "--reward", f"{rewards}:both")[0] == ["3.0000\tc"]
+
+
+def test_the_summary_counts_scores_from_the_cache(capsys, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    (tmp_path / "texts.txt").write_text("good\nbad\n", encoding="utf-8")
+    for hits in (0, 2):
+        arguments = ("--reward", "vader", "--score_cache", tmp_path / "cache")
+        assert f", {hits} from cache;" in score(capsys, tmp_path / "texts.txt", *arguments)[1]
