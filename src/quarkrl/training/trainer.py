@@ -43,6 +43,7 @@ from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
@@ -51,7 +52,7 @@ from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
 from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import eval_mode, sample, sample_best
+from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
