@@ -599,7 +599,7 @@ def test_a_reference_of_another_vocabulary_is_an_error(tmp_path):
 def test_a_model_trained_before_is_an_error(tmp_path):
     trainer = trainer_of(tmp_path)
     final = trainer.save_final()
-    with pytest.raises(UserError, match="trained by Quark before"):
+    with pytest.raises(UserError, match="already has the reward token"):
         trainer_of(
             tmp_path, model=AutoModelForCausalLM.from_pretrained(final), processing_class=trainer.processing_class
         )
