@@ -231,7 +231,7 @@ CONFIGS: dict[str, tuple[bytes | str, str]] = {
     "saving nothing to choose from": ("load_best_model_at_end: true\n", "load_best_model_at_end without eval_prompts"),
     "a rank of nothing": ("lora_rank: 0\n", "lora_rank 0: want at least 1"),
     "patience of nothing": ("early_stopping_patience: 0\n", "early_stopping_patience without eval_prompts"),
-    "an unknown metric": ("metric_for_best_model: joy\n", "metric_for_best_model 'joy': want one of"),
+    "an unknown metric": ("metric_for_best_model: joy\n", "metric_for_best_model 'joy': must be one of"),
 }
 
 
