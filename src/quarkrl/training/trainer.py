@@ -38,6 +38,7 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
+from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
@@ -48,8 +49,10 @@ from quarkrl.models.loading import context_length, eos_ids, load_model, load_tok
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
-from quarkrl.sampling.decoder import made_once
-from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
+from quarkrl.sampling.autocast_cache import prepare_weights_once
+from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.sampler import eval_mode, sample, sample_best
+from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, score
@@ -252,7 +255,7 @@ class QuarkTrainer(ResumableTrainer):
             return completions
 
         def asked(these: list[int], completions: list[list[int]]) -> Scores:
-            texts = decode(self.plain_tokenizer, completions)
+            texts = decode_completions(self.plain_tokenizer, completions)
             scores = score(self.scorer, prompts, these, texts, completions, self.end_ids)
             self.progress.scored(scores.rewards)
             return scores
@@ -264,12 +267,12 @@ class QuarkTrainer(ResumableTrainer):
         """What completes plain prompts: p_0 in iteration 0, then the policy on the best token, guided if so asked."""
         args, tokens, policy = self.args, self.conditioning, self.accelerator.unwrap_model(self.model)
         scales = [args.eval_guidance_scale] if iteration == _EVALUATION else args.explore_guidance_scale
-        with self.accelerator.autocast(), made_once(policy, self.ref_model):
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
             if iteration == 0:
                 with self.reference() as reference:
                     yield partial(sample, reference, end_ids=self.end_ids, vocab_size=tokens.vocab_size)
             else:
-                guidance = scales[: iteration + 1][-1], args.guidance_from, self.reference
+                guidance = GuidanceOptions(scales[: iteration + 1][-1], args.guidance_from, self.reference)
                 yield partial(sample_best, policy, tokens, guidance, end_ids=self.end_ids)
 
     @contextmanager
@@ -282,7 +285,7 @@ class QuarkTrainer(ResumableTrainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif hasattr(policy, "disable_adapter"):
-            with policy.disable_adapter(), evaluating(policy):  # p_0 drops nothing out, whatever the policy does.
+            with policy.disable_adapter(), eval_mode(policy):  # p_0 drops nothing out, whatever the policy does.
                 yield policy
         else:
             yield policy
