@@ -4,6 +4,7 @@ from .data.prompts import Prompts as Prompts
 from .data.prompts import load_prompts as load_prompts
 from .errors import UserError as UserError
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.options import EvaluationOptions as EvaluationOptions
 from .models.conditioning import Conditioning as Conditioning
 from .rewards.registry import resolve as resolve
 from .rewards.scorer import Scorer as Scorer
