@@ -80,8 +80,6 @@ def home(tmp_path_factory) -> Path:
         trainer = QuarkTrainer("gpt2", "repetition", small_config("runs/x"), train_dataset="prompts.jsonl")
         trainer.train()
         shutil.copytree(trainer.save_final(), "runs/kind/final")
-        evaluation = ["--prompts", "held_out.jsonl", "--reward", "repetition", "--samples", "2", "--resamples", "10"]
-        assert main(["evaluate", "runs/x/final", *evaluation, "--output", "results.json"]) == 0
     return home
 
 

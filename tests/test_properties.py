@@ -19,8 +19,8 @@ from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.quark_json import reference_name
-from quarkrl.rewards.functions.endpoint import _seconds
 from quarkrl.rewards.functions.judge import read_rating
+from quarkrl.rewards.functions.response import retry_after_seconds
 from quarkrl.rewards.spec import split_spec
 from quarkrl.rewards.validation import attribute_names, checked_scores
 from quarkrl.runs.checkpoints import load_state, save_state
@@ -260,7 +260,7 @@ def test_attributes_are_different_and_fit_into_tokens_and_columns(names):
 @any_input(100)
 @given(text=st.text(max_size=30) | st.text("0123456789 ./:,GMTSunJa", max_size=30))
 def test_any_retry_after_is_a_wait_or_nothing(text):
-    found = _seconds(text)
+    found = retry_after_seconds(text)
     assert found is None or found >= 0
 
 
@@ -284,7 +284,7 @@ def test_any_spec_is_a_name_with_options_or_a_mistake(text):
     try:
         name, options = split_spec(text)
     except UserError as error:
-        assert "list of options" in str(error) or "given twice" in str(error)
+        assert "must be option=value" in str(error) or "must not be repeated" in str(error)
         return
     assert text.startswith(name) and all(isinstance(value, str) for value in options.values())
 

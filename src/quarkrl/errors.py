@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from traceback import extract_tb
 
 
 class UserError(ValueError):
@@ -32,3 +33,13 @@ def one_line(error: BaseException, width: int = 200) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = lines[0].rstrip(".")
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return an exception's type, message, and the file and line that raised it, on one line."""
+    message = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return text  # Its message already has the file and the line.
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text

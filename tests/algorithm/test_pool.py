@@ -1,4 +1,4 @@
-"""The data pool: what goes in comes out, quantiles by hand, draws, and files that can be trusted."""
+"""The data pool: quantiles by hand, samples as they were added, draws, and files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
+from quarkrl.storage.parquet import write_table
 
 
 def pool_of(rewards, num_quantiles: int, attributes=("reward",), ceiling: float | None = None) -> DataPool:
-    """A pool whose i-th sample has prompt [i] and completion [100 + i]; quantized."""
+    """Return a quantized pool whose sample i has prompt [i] and completion [100 + i]."""
     pool = DataPool(num_quantiles, attributes)
     n = len(rewards)
     pool.add([[i] for i in range(n)], [[100 + i] for i in range(n)], rewards, iteration=0)
@@ -46,10 +47,10 @@ def assert_equal_samples(a: DataPool, b: DataPool) -> None:
         ([0.1, 0.9], 2, [0, 1]),
         ([0.9, 0.1], 2, [1, 0]),
         ([5, 1, 4, 2, 3, 6], 3, [2, 0, 1, 0, 1, 2]),
-        ([0, 1, 2, 3, 4], 5, [0, 1, 2, 3, 4]),  # as many samples as quantiles
-        # Ranks 0..6 in five parts, cut at ceil(7k/5) = 2, 3, 5, 6: sizes 2, 1, 2, 1, 1.
+        ([0, 1, 2, 3, 4], 5, [0, 1, 2, 3, 4]),  # As many samples as quantiles.
+        # Ranks 0..6 in five parts, edges at ranks ceil(7k/5) = 2, 3, 5, 6: sizes 2, 1, 2, 1, 1.
         ([0, 1, 2, 3, 4, 5, 6], 5, [0, 0, 1, 2, 2, 3, 4]),
-        ([0, 1, 2], 2, [0, 0, 1]),  # cut at ceil(3/2) = 2
+        ([0, 1, 2], 2, [0, 0, 1]),  # The edge is at rank ceil(3/2) = 2.
         ([-3.0, -1.0, -2.0], 3, [0, 2, 1]),
     ],
 )
@@ -60,22 +61,22 @@ def test_quantiles_by_hand(rewards, num_quantiles, expected):
 @pytest.mark.parametrize(
     ("rewards", "num_quantiles", "expected"),
     [
-        # Ranks 0 1 | 2 3 | 4 5; the three 1s hold ranks 1 to 3, of which the highest is in quantile 1.
+        # Ranks 0 1 | 2 3 | 4 5: the three 1s have ranks 1 to 3, and rank 3 is in quantile 1.
         ([0, 1, 1, 1, 2, 3], 3, [0, 1, 1, 1, 2, 2]),
-        ([0, 0, 0, 1, 2, 3], 3, [1, 1, 1, 1, 2, 2]),  # the worst quantile is empty
+        ([0, 0, 0, 1, 2, 3], 3, [1, 1, 1, 1, 2, 2]),  # The worst quantile is empty.
         ([0, 1, 2, 9, 9, 9], 3, [0, 0, 1, 2, 2, 2]),
-        ([1, 1, 1, 1], 2, [1, 1, 1, 1]),  # all the best: the best quantile is never empty
+        ([1, 1, 1, 1], 2, [1, 1, 1, 1]),  # The best quantile is never empty.
         ([0, 1, 1, 1, 1], 5, [0, 4, 4, 4, 4]),
     ],
 )
 def test_equal_rewards_share_the_quantile_of_the_highest_ranked(rewards, num_quantiles, expected):
     assert quantiles_of(rewards, num_quantiles) == expected
-    assert quantiles_of(rewards[::-1], num_quantiles) == expected[::-1]  # whatever the order of insertion
+    assert quantiles_of(rewards[::-1], num_quantiles) == expected[::-1]  # In any order of insertion.
 
 
 @settings(max_examples=150, deadline=None)
 @given(count=st.integers(2, 200), num_quantiles=st.integers(2, 20), seed=st.integers(0, 2**32 - 1))
-def test_without_ties_sizes_differ_by_at_most_one_and_ranks_are_kept(count, num_quantiles, seed):
+def test_without_ties_sizes_differ_by_at_most_one_and_quantiles_follow_ranks(count, num_quantiles, seed):
     num_quantiles = min(num_quantiles, count)
     rewards = np.random.default_rng(seed).permutation(count)
     quantiles = np.array(quantiles_of(rewards, num_quantiles))
@@ -99,35 +100,46 @@ def test_a_quantile_is_the_number_of_edges_reached(rewards, num_quantiles, ceili
     assert quantiles[np.argmax(rewards)] == num_quantiles - 1
 
 
-def test_attributes_are_cut_each_on_its_own():
+def test_each_attribute_has_quantiles_of_its_own():
     pool = pool_of([[0, 3], [1, 2], [2, 1], [3, 0]], 2, ("kind", "brief"))
     assert pool.quantiles.tolist() == [[0, 1], [0, 1], [1, 0], [1, 0]]
     assert pool.edges.tolist() == [[2], [2]]
     assert pool.attributes == ("kind", "brief")
 
 
-def test_a_sample_moves_down_as_better_ones_arrive():
+def test_a_sample_moves_to_a_lower_quantile_when_better_ones_arrive():
     pool = pool_of([0.1, 0.2, 0.3, 0.4], 2)
     assert pool.quantiles[:, 0].tolist() == [0, 0, 1, 1]
     pool.add([[9]] * 4, [[9]] * 4, [0.5, 0.6, 0.7, 0.8], iteration=1)
-    assert pool.quantiles[:, 0].tolist() == [0, 0, 1, 1, -1, -1, -1, -1]  # not cut yet
+    assert pool.quantiles[:, 0].tolist() == [0, 0, 1, 1, -1, -1, -1, -1]  # Not quantized yet.
     pool.quantize()
     assert pool.quantiles[:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_fewer_samples_than_quantiles_are_refused_with_the_remedy():
+def test_an_error_names_too_few_samples_and_the_option_to_lower():
     pool = DataPool(5)
     pool.add([[1]] * 4, [[2]] * 4, [1, 2, 3, 4], iteration=0)
     with pytest.raises(UserError, match=r"num_quantiles 5: .* 4\. .*--num_quantiles"):
         pool.quantize()
 
 
-def test_one_quantile_is_refused():
+def test_an_error_names_a_single_quantile():
     with pytest.raises(UserError, match="num_quantiles 1: must be at least 2"):
         DataPool(1)
 
 
-# The ceiling: a reward that is good enough
+def test_a_warning_names_the_quantiles_that_ties_leave_empty(caplog):
+    pool_of([[0, 0], [0, 1], [0, 2], [1, 3], [2, 4], [3, 5]], 3, ("kind", "brief"))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("reward 'kind': no sample is in quantile 0, ")
+
+
+def test_there_is_no_warning_if_all_rewards_are_equal(caplog):
+    pool_of([1, 1, 1, 1], 2)
+    assert not caplog.records
+
+
+# The reward ceiling
 
 TEN = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
@@ -136,34 +148,34 @@ TEN = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     ("ceiling", "expected"),
     [
         (None, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
-        (99, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),  # nothing reaches it
-        (9, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),  # one of ten does, no more than a fifth
+        (99, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),  # No reward reaches it.
+        (9, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),  # One of ten rewards reaches it, at most a fifth.
         (8, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
-        # Six reach 4; ranks 0..3 are cut in four.
+        # Six reach 4; ranks 0..3 form four quantiles.
         (4, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]),
-        # Four reach 6; ranks 0..5 in four parts, cut at ceil(6k/4) = 2, 3, 5.
+        # Four reach 6; ranks 0..5 in four parts, edges at ranks ceil(6k/4) = 2, 3, 5.
         (6, [0, 0, 1, 2, 2, 3, 4, 4, 4, 4]),
-        (0, [4] * 10),  # all reach it
+        (0, [4] * 10),  # All rewards reach it.
         (-7, [4] * 10),
     ],
 )
-def test_what_reaches_the_ceiling_is_the_best_quantile(ceiling, expected):
+def test_samples_that_reach_the_ceiling_form_the_best_quantile(ceiling, expected):
     assert quantiles_of(TEN, 5, ceiling) == expected
 
 
-def test_the_ceiling_with_two_quantiles_and_with_less_below_it_than_quantiles():
+def test_the_ceiling_with_two_quantiles_and_with_fewer_samples_below_it_than_quantiles():
     assert quantiles_of([0, 1, 2, 3], 2, ceiling=1) == [0, 1, 1, 1]
-    # One sample below a ceiling that four reach: it is the highest-ranked of the four other quantiles.
+    # The only sample below the ceiling goes to the highest of the four other quantiles.
     assert quantiles_of([0, 1, 2, 3, 4], 5, ceiling=1) == [3, 4, 4, 4, 4]
 
 
-def test_the_ceiling_is_looked_at_in_each_attribute():
+def test_the_ceiling_applies_to_each_attribute():
     pool = pool_of([[i, -i] for i in TEN], 2, ("up", "down"), ceiling=2)
     assert pool.quantiles[:, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]
-    assert pool.quantiles[:, 1].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # -i never reaches 2
+    assert pool.quantiles[:, 1].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # -i never reaches 2.
 
 
-# What goes in comes out
+# Samples
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 samples = st.lists(st.tuples(ids, ids, st.floats(allow_nan=False, allow_infinity=False, width=32)), max_size=8)
@@ -171,7 +183,7 @@ samples = st.lists(st.tuples(ids, ids, st.floats(allow_nan=False, allow_infinity
 
 @settings(max_examples=100, deadline=None)
 @given(batches=st.lists(samples, min_size=1, max_size=4))
-def test_a_sample_is_exactly_what_was_added(batches):
+def test_a_sample_is_read_as_it_was_added(batches):
     pool = DataPool(2)
     pool.add([[1], [2]], [[3], [4]], [0.0, 1.0], iteration=0)
     for iteration, batch in enumerate(batches, 1):
@@ -181,7 +193,7 @@ def test_a_sample_is_exactly_what_was_added(batches):
     flat = [(*row, i) for i, batch in enumerate(batches, 1) for row in batch]
     assert len(pool) == 2 + len(flat)
     for index, (prompt, completion, reward, iteration) in enumerate(flat, 2):
-        for i in (index, index - len(pool)):  # from either end
+        for i in (index, index - len(pool)):  # From either end.
             assert pool[i].prompt_ids.tolist() == prompt
             assert pool[i].completion_ids.tolist() == completion
         assert pool.rewards[index, 0] == reward and pool.iterations[index] == iteration
@@ -196,12 +208,12 @@ def test_an_empty_completion_is_a_sample():
 
 
 @pytest.mark.parametrize("index", [3, -4])
-def test_there_is_no_sample_beyond_the_last(index):
+def test_an_index_out_of_range_is_an_index_error(index):
     with pytest.raises(IndexError):
         pool_of([1, 2, 3], 2)[index]
 
 
-def test_a_pool_grows_past_its_first_room():
+def test_a_pool_grows_beyond_its_initial_capacity():
     pool = DataPool(3)
     for iteration in range(5):
         prompts = [[iteration, i] for i in range(700)]
@@ -221,7 +233,7 @@ def test_adding_nothing_changes_nothing():
 
 
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), None])
-def test_rewards_that_are_no_numbers_are_refused_and_nothing_is_added(reward):
+def test_a_reward_that_is_not_finite_is_refused_and_nothing_is_added(reward):
     pool = DataPool(2)
     with pytest.raises(ValueError, match="rewards: must be finite"):
         pool.add([[1], [2]], [[1], [2]], [0.5, reward], iteration=0)
@@ -235,11 +247,11 @@ def test_rewards_that_are_no_numbers_are_refused_and_nothing_is_added(reward):
         ([[1], [2]], [[1]], [1.0, 2.0], 1),
         ([[1], [2]], [[1], [2]], [1.0], 1),
         ([[1], [2]], [[1], [2]], [1.0, 2.0], 2),
-        ([[1], [2], [3]], [[1], [2], [3]], [[1, 2, 3], [4, 5, 6]], 2),  # (A, n) in place of (n, A)
+        ([[1], [2], [3]], [[1], [2], [3]], [[1, 2, 3], [4, 5, 6]], 2),  # (A, n) instead of (n, A).
         ([[1], [2]], [[1], [2]], [1.0, 2.0, 3.0, 4.0], 2),
     ],
 )
-def test_numbers_of_prompts_completions_and_rewards_must_agree(prompts, completions, rewards, attributes):
+def test_prompts_completions_and_rewards_must_have_the_same_number(prompts, completions, rewards, attributes):
     pool = DataPool(2, [f"a{i}" for i in range(attributes)])
     with pytest.raises(ValueError, match=r"(completion_ids|rewards) .*must"):
         pool.add(prompts, completions, rewards, iteration=0)
@@ -264,7 +276,7 @@ def test_balanced_draws_are_uniform_over_quantiles_and_within_them():
     pool = pool_of([0, 5, 5, 5, 5, 5, 5, 7, 8, 9], 5)
     quantiles = pool.quantiles[:, 0]
     sizes = np.bincount(quantiles, minlength=5)
-    assert sizes.tolist() == [1, 0, 0, 7, 2]  # The 5s hold ranks 1 to 6, and go where rank 6 does.
+    assert sizes.tolist() == [1, 0, 0, 7, 2]  # The 5s have ranks 1 to 6, and rank 6 is in quantile 3.
     drawn = pool.draw(30_000, np.random.default_rng(0), balanced=True)
     by_quantile = np.bincount(quantiles[drawn], minlength=5)
     assert by_quantile[[1, 2]].tolist() == [0, 0]
@@ -281,10 +293,27 @@ def test_balanced_draws_are_over_the_combinations_of_quantiles_that_occur():
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_a_draw_is_a_function_of_the_generator(balanced):
+def test_equal_generators_give_equal_draws(balanced):
     pool = pool_of(TEN, 5)
-    a, b, c = (pool.draw(50, np.random.default_rng(seed), balanced=balanced) for seed in (1, 1, 2))
-    assert a.shape == (50,) and a.tolist() == b.tolist() != c.tolist()
+    first, second, other = (pool.draw(50, np.random.default_rng(seed), balanced=balanced) for seed in (1, 1, 2))
+    assert first.shape == (50,) and first.tolist() == second.tolist() != other.tolist()
+
+
+def test_a_draw_takes_n_integers_below_the_pools_size_from_the_generator():
+    """A resumed run draws what the interrupted run drew, so the generator's use must not change."""
+    rng, expected = np.random.default_rng(7), np.random.default_rng(7)
+    assert pool_of(TEN, 5).draw(50, rng).tolist() == expected.integers(10, size=50).tolist()
+    assert rng.bit_generator.state == expected.bit_generator.state
+
+
+def test_a_balanced_draw_takes_n_quantiles_and_then_n_places_from_the_generator():
+    # Quantile sizes 2, 2, 2, 2, 2: quantile q has the samples 2q and 2q + 1.
+    rng, expected = np.random.default_rng(7), np.random.default_rng(7)
+    draws = pool_of(TEN, 5).draw(50, rng, balanced=True)
+    quantiles = expected.integers(5, size=50)
+    places = (expected.random(50) * 2).astype(int)
+    assert draws.tolist() == (2 * quantiles + places).tolist()
+    assert rng.bit_generator.state == expected.bit_generator.state
 
 
 # Files
@@ -298,7 +327,7 @@ def two_iterations() -> DataPool:
     return pool
 
 
-def test_what_is_saved_is_loaded_exactly(tmp_path):
+def test_a_pool_is_loaded_as_it_was_saved(tmp_path):
     pool = two_iterations()
     pool.save(tmp_path / "pool")
     loaded = DataPool.load(tmp_path / "pool", 2, ("kind", "brief"))
@@ -309,7 +338,7 @@ def test_what_is_saved_is_loaded_exactly(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(batches=st.lists(samples.filter(len), min_size=1, max_size=3))
-def test_any_pool_survives_saving(tmp_path_factory, batches):
+def test_any_pool_is_loaded_as_it_was_saved(tmp_path_factory, batches):
     directory = tmp_path_factory.mktemp("pool")
     pool = DataPool(2)
     pool.add([[1], [2]], [[3], [4]], [0.0, 1.0], iteration=0)
@@ -317,8 +346,8 @@ def test_any_pool_survives_saving(tmp_path_factory, batches):
         pool.add(*([row[i] for row in batch] for i in range(3)), iteration=iteration)
     pool.save(directory)
     loaded = DataPool.load(directory, 2, ("reward",))
-    for each in (pool, loaded):
-        each.quantize()
+    pool.quantize()
+    loaded.quantize()
     assert_equal_samples(loaded, pool)
 
 
@@ -332,18 +361,20 @@ def test_a_pool_file_is_plain_parquet(tmp_path):
     }
 
 
-def test_the_terms_of_a_sum_are_kept_with_the_samples(tmp_path):
+def test_the_terms_of_a_reward_are_saved_with_the_samples(tmp_path):
     pool = DataPool(2)
     pool.add([[1], [2]], [[3], [4]], [0.5, 0.7], iteration=0, terms={"kind": [0.1, 0.3], "brief": np.array([4, 1 / 3])})
-    pool.add([[5]], [[6]], [0.2], iteration=1, terms={"kind": [0.6], "new": [1]})  # Resumed with other rewards.
+    pool.add(
+        [[5]], [[6]], [0.2], iteration=1, terms={"kind": [0.6], "new": [1]}
+    )  # As after resuming with other rewards.
     pool.add([[7]], [[8]], [0.1], iteration=2)
     nan = float("nan")
     expected = {"kind": [0.1, 0.3, 0.6, nan], "brief": [4, 1 / 3, nan, nan], "new": [nan, nan, 1, nan]}
     pool.save(tmp_path)
-    for each in (pool, DataPool.load(tmp_path, 2, ("reward",))):
-        assert list(each.terms) == ["kind", "brief", "new"]
+    for terms in (pool.terms, DataPool.load(tmp_path, 2, ("reward",)).terms):
+        assert list(terms) == ["kind", "brief", "new"]
         for name, values in expected.items():
-            np.testing.assert_array_equal(each.terms[name], values)
+            np.testing.assert_array_equal(terms[name], values)
     table = pq.read_table(tmp_path / "iteration-000000.parquet")
     assert table.column_names == ["prompt_ids", "completion_ids", "reward", "score.kind", "score.brief", "score.new"]
     assert table["score.brief"].to_pylist() == [4, 1 / 3]
@@ -367,18 +398,18 @@ def test_a_sample_with_one_reward_takes_at_most_32_bytes_beside_its_tokens():
         tracemalloc.stop()
 
 
-def test_an_attribute_may_be_left_out_when_loading(tmp_path):
+def test_an_attribute_may_be_omitted_when_loading(tmp_path):
     two_iterations().save(tmp_path)
     assert DataPool.load(tmp_path, 2, ("brief",)).rewards.tolist() == [[-1e300], [5e-324], [0.0]]
 
 
-def test_only_iterations_before_a_given_one_are_loaded(tmp_path):
+def test_only_iterations_before_the_limit_are_loaded(tmp_path):
     two_iterations().save(tmp_path)
     loaded = [DataPool.load(tmp_path, 2, ("kind",), before=before) for before in (0, 1, 3, 4)]
     assert [len(pool) for pool in loaded] == [0, 2, 2, 3]
 
 
-def test_saving_adds_what_is_new_and_leaves_nothing_else_behind(tmp_path):
+def test_saving_writes_only_new_iterations_and_removes_partial_files(tmp_path):
     pool = pool_of([1, 2, 3], 2)
     pool.save(tmp_path)
     first = tmp_path / "iteration-000000.parquet"
@@ -391,13 +422,13 @@ def test_saving_adds_what_is_new_and_leaves_nothing_else_behind(tmp_path):
     assert len(DataPool.load(tmp_path, 2, ("reward",))) == 4
 
 
-def test_an_unfinished_file_is_not_read(tmp_path):
+def test_a_partial_file_is_not_read(tmp_path):
     pool_of([1, 2, 3], 2).save(tmp_path)
     (tmp_path / "iteration-000001.parquet.tmp").write_bytes(b"half")
     assert len(DataPool.load(tmp_path, 2, ("reward",))) == 3
 
 
-def test_a_loaded_pool_goes_on(tmp_path):
+def test_a_loaded_pool_accepts_further_samples(tmp_path):
     pool_of([1, 2, 3], 2).save(tmp_path)
     pool = DataPool.load(tmp_path, 2, ("reward",))
     pool.add([[7]], [[8]], [4], iteration=1)
@@ -406,64 +437,84 @@ def test_a_loaded_pool_goes_on(tmp_path):
     assert pool[3].prompt_ids.tolist() == [7]
 
 
+def test_a_saved_iteration_is_restored_with_its_metadata(tmp_path):
+    saved = two_iterations()
+    saved.save(tmp_path, {3: {"reward": 0.25}})
+    pool = DataPool(2, ("kind", "brief"))
+    assert pool.restore_iteration(tmp_path, 1) is None and len(pool) == 0  # Not on disk.
+    assert pool.restore_iteration(tmp_path, 0) == {}
+    assert pool.restore_iteration(tmp_path, 3) == {"reward": 0.25}
+    pool.quantize()
+    assert_equal_samples(pool, saved)
+
+
 def table(**changed) -> pa.Table:
     columns = {"prompt_ids": [[1]], "completion_ids": [[2]], "reward": [0.5], **changed}
     return pa.table({name: column for name, column in columns.items() if column is not None})
 
 
-FOREIGN = {
-    "not parquet": b"PAR1 this is no Parquet file PAR1",
+INVALID = {
+    "not Parquet": b"PAR1 this is no Parquet file PAR1",
     "empty": b"",
     "no reward": table(reward=None),
     "no prompts": table(prompt_ids=None),
-    "text for ids": table(prompt_ids=[["a"]]),
-    "a text for a list": table(prompt_ids=["abc"]),
-    "a number for a list": table(prompt_ids=[3]),
-    "null for ids": table(completion_ids=[None]),
-    "ids too large": table(prompt_ids=[[2**40]]),
-    "null reward": pa.table({"prompt_ids": [[1]], "completion_ids": [[2]], "reward": pa.array([None], pa.float64())}),
-    "text reward": table(reward=["good"]),
-    "NaN reward": table(reward=[float("nan")]),
-    "a text for a term": pa.table({"prompt_ids": [[1]], "completion_ids": [[2]], "reward": [1.0], "score.x": ["good"]}),
+    "text as a token id": table(prompt_ids=[["a"]]),
+    "a text as a list": table(prompt_ids=["abc"]),
+    "a number as a list": table(prompt_ids=[3]),
+    "no list": table(completion_ids=pa.array([None], pa.list_(pa.int32()))),
+    "no token id": table(completion_ids=pa.array([[None]], pa.list_(pa.int32()))),
+    "a token id above 32 bits": table(prompt_ids=[[2**40]]),
+    "a missing reward": table(reward=pa.array([None], pa.float64())),
+    "a text as a reward": table(reward=["good"]),
+    "a reward of NaN": table(reward=[float("nan")]),
+    "a text as a term": table(**{"score.x": ["good"]}),
 }
 
 
-def fails_in_one_line(directory: Path, *wanted: str) -> None:
-    with pytest.raises(UserError) as caught:
+def load_error(directory: Path) -> str:
+    """Return the message of the error that loading a pool raises; it is one line."""
+    with pytest.raises(UserError) as error:
         DataPool.load(directory, 2, ("reward",))
-    assert len(str(caught.value).splitlines()) == 1
-    for piece in wanted:
-        assert piece in str(caught.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
-@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_told_in_one_line_with_its_name(tmp_path, content):
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
+def test_an_error_names_the_file_that_is_not_a_pool_file(tmp_path, content):
     path = tmp_path / "iteration-000000.parquet"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        pq.write_table(content, path)
-    fails_in_one_line(tmp_path, "iteration-000000.parquet", "pool file with reward")
+        write_table(path, content, {})  # With a valid checksum.
+    assert load_error(tmp_path).startswith(f"{path}: must be an undamaged pool file with reward (")
 
 
-def test_a_file_whose_name_has_no_number_is_told(tmp_path):
+def test_an_error_names_the_file_that_has_no_checksum(tmp_path):
+    pq.write_table(table(), tmp_path / "iteration-000000.parquet")
+    assert "iteration-000000.parquet" in load_error(tmp_path)
+
+
+def test_an_error_names_the_file_whose_name_has_no_number(tmp_path):
     pq.write_table(table(), tmp_path / "iteration-best.parquet")
-    fails_in_one_line(tmp_path, "iteration-best.parquet")
+    assert "iteration-best.parquet" in load_error(tmp_path)
 
 
-def test_damage_anywhere_in_a_file_is_told_in_one_line(tmp_path):
-    pool_of(np.random.default_rng(0).random(50), 2).save(tmp_path)
+def test_an_error_names_the_damaged_file_wherever_the_damage_is(tmp_path):
+    pool = pool_of(np.random.default_rng(0).random(50), 2)
+    pool.save(tmp_path)
     path = tmp_path / "iteration-000000.parquet"
-    good = path.read_bytes()
-    for kept in np.linspace(0, len(good) - 1, 40).astype(int):  # Cut off anywhere, it is refused.
-        path.write_bytes(good[:kept])
-        fails_in_one_line(tmp_path, path.name)
+    content = path.read_bytes()
+    for size in np.linspace(0, len(content) - 1, 40).astype(int):
+        path.write_bytes(content[:size])
+        assert path.name in load_error(tmp_path)
     refused = 0
-    for place in np.linspace(4, len(good) - 1, 300).astype(int):  # A changed byte is refused, or changes a value.
-        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+    for place in np.linspace(4, len(content) - 1, 300).astype(int):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         try:
-            DataPool.load(tmp_path, 2, ("reward",))
+            loaded = DataPool.load(tmp_path, 2, ("reward",))
         except UserError as error:
             assert len(str(error).splitlines()) == 1
             refused += 1
+        else:  # The byte belongs to the layout of the file, not to its values.
+            assert loaded.rewards.tolist() == pool.rewards.tolist()
     assert refused > 100

@@ -264,7 +264,7 @@ MISTAKES = {
     "bad prompt": ((*TRAIN, "--prompts", "{home}/bad.jsonl"), "bad.jsonl:2"),
     "long prompt": ((*TRAIN, "--prompts", "{home}/long.txt"), "long.txt:2"),
     "too few prompts": ((*TRAIN, "--num_quantiles", "9"), "num_quantiles 9"),
-    "no such reward": ((*TRAIN, "--reward", "profanty"), "did you mean 'profanity'"),
+    "no such reward": ((*TRAIN, "--reward", "profanty"), "Did you mean 'profanity'"),
     "no such reward file": ((*TRAIN, "--reward", "{home}/nowhere.py:few_a"), "nowhere.py"),
     "no such reward function": ((*TRAIN, "--reward", "{home}/rewards.py:few_b"), "few_b"),
     "reward that raises": (
@@ -272,7 +272,7 @@ MISTAKES = {
         "reward 'broken' raised RuntimeError: no way",
     ),
     "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
-    "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "leave label out"),
+    "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "label 'toxic': must be unset"),
     "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "2 weights are given for 1 rewards"),
     "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': must be"),
     "quantile of a plain model": (("generate", "{home}/model", "--prompt", "a", "--quantile", "0"), "has no quantiles"),

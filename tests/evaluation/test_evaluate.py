@@ -16,7 +16,9 @@ from quarkrl.errors import UserError
 from quarkrl.evaluation.evaluate import evaluate
 from quarkrl.evaluation.options import NO_REFERENCE
 from quarkrl.rewards import Scorer
-from quarkrl.sampling.generator import QuarkGenerator, Sampling, complete
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.sampler import complete
+from quarkrl.sampling.strategy import Sampling
 
 FOUR_SAMPLES = short(samples=4, seed=1, resamples=2000)
 # The same for `QuarkGenerator.generate`.

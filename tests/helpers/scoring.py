@@ -15,9 +15,23 @@ from transformers import (
 )
 
 from quarkrl.errors import UserError
-from quarkrl.rewards import Judge, Perspective
+from quarkrl.rewards import Judge, Perspective, Scorer
 
 KEY = "sk-Very-Secret-0123456789"
+
+
+TEXTS = ["a", "bb", "", "dddd"]
+PROMPTS = ["p1", "p2", "p3", "p4"]
+IDS = [[1], [2, 2], [], [4, 4, 4, 4]]
+
+
+def length(completions):
+    return [len(text) for text in completions]
+
+
+def score(*rewards, columns=None, **options):
+    """The `Scores` of TEXTS by these rewards."""
+    return Scorer(list(rewards), **options)(PROMPTS, TEXTS, IDS, columns or {})
 
 
 def perspective(server, **options):

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.generator import QuarkGenerator, complete, sample
-from quarkrl.sampling.guidance import Guidance, GuidedReading, contrast_to, guided
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.guidance import Contrast, Guidance, GuidanceOptions, GuidedDecoder, guided_logits, make_contrast
+from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 
 EOS_ID, VOCAB = 256, 257
@@ -72,19 +73,19 @@ def left_padded(rows):
 def test_the_formula_by_hand():
     """Of .5 .3 .2 against .25 .25 .5, γ = 2 is p²/q: 1, .36, .08; γ = 3 is p³/q²: 2, .432, .032."""
     wanted, contrast = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
-    assert guided(wanted, contrast, 2.0).exp()[0].tolist() == pytest.approx([1.0, 0.36, 0.08])
-    assert guided(wanted, contrast, 3.0).exp()[0].tolist() == pytest.approx([2.0, 0.432, 0.032])
-    assert guided(wanted, contrast, 1.0).exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
-    assert guided(wanted, contrast, 0.0).exp()[0].tolist() == pytest.approx([0.25, 0.25, 0.5])
+    assert guided_logits(wanted, contrast, 2.0).exp()[0].tolist() == pytest.approx([1.0, 0.36, 0.08])
+    assert guided_logits(wanted, contrast, 3.0).exp()[0].tolist() == pytest.approx([2.0, 0.432, 0.032])
+    assert guided_logits(wanted, contrast, 1.0).exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert guided_logits(wanted, contrast, 0.0).exp()[0].tolist() == pytest.approx([0.25, 0.25, 0.5])
     # Logits need not be normalised.
-    torch.testing.assert_close(guided(wanted + 7, contrast - 3, 2.0), guided(wanted, contrast, 2.0))
+    torch.testing.assert_close(guided_logits(wanted + 7, contrast - 3, 2.0), guided_logits(wanted, contrast, 2.0))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 9.0])
 def test_what_cannot_come_stays_out(scale):
     ruled_out = torch.tensor([[0.0, -torch.inf, 1.0]])
     for contrast in (ruled_out, torch.zeros(1, 3)):
-        assert guided(ruled_out, contrast, scale).isfinite().tolist() == [[True, False, True]]
+        assert guided_logits(ruled_out, contrast, scale).isfinite().tolist() == [[True, False, True]]
 
 
 # Every road, against the loop
@@ -96,7 +97,7 @@ def test_greedy_tokens_are_those_of_a_loop_without_cache(architecture, road):
     model, conditioning = trained(architecture)
     wanted, contrast = pairs(conditioning)
     other = model if road == "own forward" else None
-    found = run(model, wanted, guidance_scale=3.0, contrast_ids=contrast, contrast_model=other)
+    found = run(model, wanted, contrast=Contrast(3.0, contrast, other))
     assert found == [by_hand(model, w, c, 3.0, 6)[0] for w, c in zip(wanted, contrast, strict=True)]
     assert found != run(model, wanted)
 
@@ -122,22 +123,22 @@ def test_scores_in_plain_generate_are_those_of_the_loop(architecture, scale):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("road", ["one batch", "own forward"])
-def test_scores_of_a_guided_reading_are_those_of_the_loop(architecture, road):
+def test_scores_of_a_guided_decoder_are_those_of_the_loop(architecture, road):
     model, conditioning = trained(architecture)
     wanted, contrast = pairs(conditioning)
     other = None if road == "one batch" else model
-    reading = GuidedReading(2.0, model, wanted, contrast, other, VOCAB, torch.device("cpu"))
+    decoder = GuidedDecoder(model, wanted, Contrast(2.0, contrast, other), VOCAB)
     expected = [by_hand(model, w, c, 2.0, 5) for w, c in zip(wanted, contrast, strict=True)]
     rows = torch.arange(4)
-    scores = reading.begin()
+    scores = decoder.prefill()
     for step in range(5):
         for row, found in zip(rows.tolist(), scores, strict=True):
             torch.testing.assert_close(found, expected[row][1][step], rtol=0, atol=1e-4)
         if step == 2:
             rows = torch.tensor([3, 1])
-            reading.keep(rows)
+            decoder.select(rows)
         if step < 4:
-            scores = reading.go_on(torch.tensor([expected[row][0][step] for row in rows]))
+            scores = decoder.step(torch.tensor([expected[row][0][step] for row in rows]))
 
 
 @pytest.mark.parametrize("road", ["one batch", "own forward"])
@@ -146,7 +147,7 @@ def test_a_completion_does_not_depend_on_its_batch(road, sampling):
     model, conditioning = trained("llama")
     wanted, contrast = pairs(conditioning)
     other = model if road == "own forward" else None
-    options = {"guidance_scale": 2.5, "contrast_ids": contrast, "contrast_model": other}
+    options = {"contrast": Contrast(2.5, contrast, other)}
     expected = run(model, wanted, sampling, batch_size=128, **options)
     for batch_size in (1, 3):
         assert run(model, wanted, sampling, batch_size=batch_size, **options) == expected
@@ -155,10 +156,9 @@ def test_a_completion_does_not_depend_on_its_batch(road, sampling):
 def test_both_roads_draw_the_same_tokens():
     model, conditioning = trained()
     wanted, contrast = pairs(conditioning, PROMPTS * 8)
-    options = {"guidance_scale": 2.0, "contrast_ids": contrast}
-    together = run(model, wanted, CHANCE, **options)
-    assert together == run(model, wanted, CHANCE, **options, contrast_model=model)
-    assert together == run(model, wanted, CHANCE, **options, contrast_model=lambda: nullcontext(model))
+    together = run(model, wanted, CHANCE, contrast=Contrast(2.0, contrast))
+    assert together == run(model, wanted, CHANCE, contrast=Contrast(2.0, contrast, model))
+    assert together == run(model, wanted, CHANCE, contrast=Contrast(2.0, contrast, lambda: nullcontext(model)))
     assert together != run(model, wanted, CHANCE)
 
 
@@ -169,9 +169,9 @@ def test_one_is_plain_and_reads_no_contrast():
     model.register_forward_pre_hook(lambda _m, _a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
     plain = run(model, wanted, CHANCE)
     steps = len(sizes)
-    assert run(model, wanted, CHANCE, guidance_scale=1.0, contrast_ids=contrast, contrast_model=model) == plain
+    assert run(model, wanted, CHANCE, contrast=Contrast(1.0, contrast, model)) == plain
     assert len(sizes) == 2 * steps and set(sizes) == {4}  # As many passes, of as many rows.
-    run(model, wanted, CHANCE, guidance_scale=2.0, contrast_ids=contrast)
+    run(model, wanted, CHANCE, contrast=Contrast(2.0, contrast))
     assert set(sizes[2 * steps :]) == {8}  # One batch.
 
 
@@ -179,7 +179,7 @@ def test_zero_is_the_contrast():
     model, conditioning = trained()
     wanted, contrast = pairs(conditioning, PROMPTS * 8)
     for other in (None, model):
-        options = {"guidance_scale": 0.0, "contrast_ids": contrast, "contrast_model": other}
+        options = {"contrast": Contrast(0.0, contrast, other)}
         assert run(model, wanted, GREEDY, **options) == run(model, contrast, GREEDY)
         assert run(model, wanted, CHANCE, **options) == run(model, contrast, CHANCE)
 
@@ -188,8 +188,7 @@ def test_zero_is_the_contrast():
 def test_eos_ends_a_completion_and_the_others_go_on(road):
     model, conditioning = trained()
     wanted, contrast = pairs(conditioning)
-    options = {"guidance_scale": 3.0, "contrast_ids": contrast}
-    options["contrast_model"] = model if road == "own forward" else None
+    options = {"contrast": Contrast(3.0, contrast, model if road == "own forward" else None)}
     whole = run(model, wanted, Sampling(max_new_tokens=12, top_p=1.0), end_ids=(), **options)
     ends = sorted({whole[0][2], whole[1][7]})
     found = run(model, wanted, Sampling(max_new_tokens=12, top_p=1.0), end_ids=ends, **options)
@@ -213,7 +212,7 @@ def test_no_reward_token_comes_out():
     model.get_output_embeddings().register_forward_hook(forced)
     wanted, contrast = pairs(conditioning)
     for other in (None, model):
-        found = run(model, wanted, CHANCE, guidance_scale=3.0, contrast_ids=contrast, contrast_model=other)
+        found = run(model, wanted, CHANCE, contrast=Contrast(3.0, contrast, other))
         assert all(token < VOCAB for ids in found for token in ids)
 
 
@@ -228,7 +227,7 @@ def test_temperature_and_nucleus_come_after_guidance():
         return torch.cat((p.expand_as(logits[:count]), q.expand_as(logits[count:])))
 
     model.lm_head.register_forward_hook(halves)
-    options = {"end_ids": [], "vocab_size": 3, "seed": 0, "guidance_scale": 2.0, "contrast_ids": [[1]] * 4000}
+    options = {"end_ids": [], "vocab_size": 3, "seed": 0, "contrast": Contrast(2.0, [[1]] * 4000)}
     options["batch_size"] = 4000
 
     def shares(**how):
@@ -248,7 +247,7 @@ def test_several_attributes_are_contrasted_together():
     model, conditioning = trained(attributes=("kind", "calm"))
     wanted, contrast = pairs(conditioning)
     assert wanted[1] == [259, 262, 40] and contrast[1] == [257, 260, 40]
-    found = run(model, wanted, guidance_scale=3.0, contrast_ids=contrast)
+    found = run(model, wanted, contrast=Contrast(3.0, contrast))
     assert found == [by_hand(model, w, c, 3.0, 6)[0] for w, c in zip(wanted, contrast, strict=True)]
     ids, mask = left_padded(wanted)
     guidance = Guidance.between(model, conditioning, ids, mask, guidance_scale=3.0)
@@ -266,7 +265,7 @@ def adapted():
 def test_an_adapter_guides_from_its_worst_token_and_from_the_model_without_it():
     model, conditioning = adapted()
     wanted, contrast = pairs(conditioning)
-    found = run(model, wanted, guidance_scale=3.0, contrast_ids=contrast)
+    found = run(model, wanted, contrast=Contrast(3.0, contrast))
     assert found == [by_hand(model, w, c, 3.0, 6)[0] for w, c in zip(wanted, contrast, strict=True)]
     base, _ = trained("llama")
 
@@ -275,8 +274,8 @@ def test_an_adapter_guides_from_its_worst_token_and_from_the_model_without_it():
         with model.disable_adapter():
             yield model
 
-    options = contrast_to(conditioning, PROMPTS, "reference", switched_off)
-    away = run(model, wanted, guidance_scale=3.0, **options)
+    contrast = make_contrast(conditioning, PROMPTS, GuidanceOptions(3.0, "reference", switched_off))
+    away = run(model, wanted, contrast=contrast)
     expected = [by_hand(model, w, p, 3.0, 6, base)[0] for w, p in zip(wanted, PROMPTS, strict=True)]
     assert away == expected != found
 
@@ -284,11 +283,15 @@ def test_an_adapter_guides_from_its_worst_token_and_from_the_model_without_it():
 def test_what_guidance_is_from():
     _, conditioning = trained()
     model = object()
-    assert contrast_to(conditioning, [[5]], "worst", model) == {"contrast_ids": [[257, 5]]}
-    assert contrast_to(conditioning, [[5]], 1, model) == {"contrast_ids": [[258, 5]]}
-    assert contrast_to(conditioning, [[5]], "reference", model) == {"contrast_ids": [[5]], "contrast_model": model}
-    with pytest.raises(UserError, match="quantile 'base': must be"):
-        contrast_to(conditioning, [[5]], "base", model)
+
+    def contrast_from(guidance_from):
+        return make_contrast(conditioning, [[5]], GuidanceOptions(2.0, guidance_from, model))
+
+    assert contrast_from("worst") == Contrast(2.0, [[257, 5]])
+    assert contrast_from(1) == Contrast(2.0, [[258, 5]])
+    assert contrast_from("reference") == Contrast(2.0, [[5]], model)
+    with pytest.raises(UserError, match="quantile 'base'"):
+        contrast_from("base")
 
 
 # Plain generate
@@ -322,16 +325,16 @@ def test_a_second_generate_and_beams_are_refused():
     options = {"max_new_tokens": 6, "pad_token_id": 0}
     guidance = Guidance.between(model, conditioning, ids, guidance_scale=2.0)
     model.generate(ids, logits_processor=[guidance], **options)
-    with pytest.raises(UserError, match="one generate without beams"):
+    with pytest.raises(UserError, match="one call of generate without beam search"):
         model.generate(ids, logits_processor=[guidance], **options)
     guidance = Guidance.between(model, conditioning, ids, guidance_scale=2.0)
-    with pytest.raises(UserError, match="one generate without beams"):
+    with pytest.raises(UserError, match="one call of generate without beam search"):
         model.generate(ids, logits_processor=[guidance], num_beams=3, **options)
 
 
 def test_between_wants_reward_tokens():
     model, conditioning = trained()
-    with pytest.raises(UserError, match="a prompt has no reward tokens"):
+    with pytest.raises(UserError, match="input_ids: each prompt must have its reward tokens"):
         Guidance.between(model, conditioning, torch.tensor([[10, 20]]), guidance_scale=2.0)
 
 
@@ -411,19 +414,19 @@ def test_the_command_guides(final, capsys):
     assert said("--guidance_scale", "4") == worst != plain
     assert said("--guidance_scale", "4", "--guidance_from", "reference", "--batch_size", "1") == reference != worst
     assert main(["generate", str(final), "--prompt", "ab", "--guidance_scale", "2", "--guidance_from", "best"]) == 2
-    assert "guidance_from 'best' is the quantile asked for" in capsys.readouterr().err
+    assert "guidance_from 'best': must differ from quantile 'best'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": -1}, "guidance_scale -1: want a number from 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale nan: want"),
-        ({"guidance_scale": float("inf")}, "guidance_scale inf: want"),
-        ({"guidance_scale": 2, "guidance_from": "base"}, "quantile 'base': must be"),
+        ({"guidance_scale": -1}, "guidance_scale -1: must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan: must be"),
+        ({"guidance_scale": float("inf")}, "guidance_scale inf: must be"),
+        ({"guidance_scale": 2, "guidance_from": "base"}, "quantile 'base'"),
         ({"guidance_scale": 2, "guidance_from": 3}, "quantile 3: must be"),
-        ({"guidance_scale": 2, "guidance_from": "best"}, "guidance_from 'best' is the quantile asked for"),
-        ({"guidance_scale": 2, "quantile": 0}, "guidance_from 'worst' is the quantile asked for"),
+        ({"guidance_scale": 2, "guidance_from": "best"}, "guidance_from 'best'.*quantile 'best'"),
+        ({"guidance_scale": 2, "quantile": 0}, "guidance_from 'worst'.*quantile 0"),
     ],
     ids=str,
 )
@@ -435,13 +438,13 @@ def test_impossible_guidance_is_one_error(final, options, message):
 
 def test_guidance_without_what_it_needs_is_one_error(final):
     model, conditioning = trained()
-    with pytest.raises(UserError, match=r"guidance_scale 2\.0 without contrast_ids"):
-        sample(model, [[1]], GREEDY, None, end_ids=[], vocab_size=VOCAB, guidance_scale=2.0)
+    with pytest.raises(UserError, match=r"guidance_scale -1"):
+        Contrast(-1.0, [[1]])
     tokenizer = tiny_tokenizer()
-    with pytest.raises(UserError, match="it is not known which model"):
+    with pytest.raises(UserError, match="guidance_from 'reference'"):
         generator = QuarkGenerator(model, tokenizer, conditioning)
         generator.generate("ab", guidance_scale=2.0, guidance_from="reference")
-    with pytest.raises(UserError, match="was not trained by Quark"):
+    with pytest.raises(UserError, match="guidance_from 'worst'"):
         QuarkGenerator(model, tokenizer, None).generate("ab", guidance_scale=2.0)
 
 
@@ -455,8 +458,13 @@ def test_guidance_of_a_real_model_costs_about_twice_plain_sampling():
 
     def seconds(scale):
         began = time.process_time()
-        options = {"end_ids": [], "vocab_size": conditioning.vocab_size, "seed": 0, "guidance_scale": scale}
-        complete(generator.model, wanted, Sampling(max_new_tokens=20), contrast_ids=contrast, **options)
+        options = {
+            "end_ids": [],
+            "vocab_size": conditioning.vocab_size,
+            "seed": 0,
+            "contrast": Contrast(scale, contrast),
+        }
+        complete(generator.model, wanted, Sampling(max_new_tokens=20), **options)
         return time.process_time() - began
 
     seconds(1.0)

@@ -19,7 +19,8 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
 from quarkrl.rewards import Scorer, Scores
-from quarkrl.sampling.generator import Sampling, sample
+from quarkrl.sampling.sampler import sample
+from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.exploration import Rollout, batches_left, side_by_side
 
 

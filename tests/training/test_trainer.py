@@ -36,7 +36,10 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.models.conditioning import reward_token
-from quarkrl.sampling.generator import QuarkGenerator, Sampling, complete, sample_best
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.sampler import complete, sample_best
+from quarkrl.sampling.strategy import Sampling
 
 # Explore
 
@@ -271,7 +274,7 @@ def test_policy_and_reference_may_be_two_models(tmp_path):
 
 def complete_one(model, prompt_ids, sampling, uniforms) -> list[int]:
     """A completion by itself, from given random numbers."""
-    from quarkrl.sampling.generator import sample
+    from quarkrl.sampling.sampler import sample
 
     return sample(model, [prompt_ids], sampling, uniforms, end_ids=[EOS_ID], vocab_size=VOCAB)[0]
 
@@ -447,7 +450,13 @@ def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path
     with trainer.sampler(1) as complete:
         found = complete([[0, 1], [2]], sampling, None)
     wanted = sample_best(
-        policy, trainer.conditioning, (1.0, "worst", None), [[0, 1], [2]], sampling, None, end_ids=trainer.end_ids
+        policy,
+        trainer.conditioning,
+        GuidanceOptions(1.0, "worst", None),
+        [[0, 1], [2]],
+        sampling,
+        None,
+        end_ids=trainer.end_ids,
     )
     assert found == wanted
 
@@ -600,8 +609,8 @@ def test_a_model_trained_before_is_an_error(tmp_path):
     ("returned", "message"),
     [
         ([1.0], "returned 1 scores for 8 completions"),
-        (["good"] * 8, "returned 'good' .* a number or None is wanted"),
-        (None, "a list of 8 numbers is wanted"),
+        (["good"] * 8, "returned 'good' .* must be a number or None"),
+        (None, "must be a list of 8 numbers"),
     ],
 )
 def test_a_reward_that_returns_nonsense_is_an_error(tmp_path, returned, message):

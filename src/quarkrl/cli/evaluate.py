@@ -166,7 +166,8 @@ def scorers(rewards: RewardOptions, judges: Sequence[str]) -> "list[Scorer]":
         UserError: a reward cannot be resolved, or there is a score cache and nothing can be cached.
     """
     from quarkrl.rewards.registry import resolve
-    from quarkrl.rewards.scorer import Scorer, is_cached
+    from quarkrl.rewards.reward import is_cached
+    from quarkrl.rewards.scorer import Scorer
 
     groups = [[resolve(name, label=rewards.reward_label) for name in rewards.reward]]
     groups += [[resolve(name)] for name in judges]

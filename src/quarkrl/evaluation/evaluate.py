@@ -25,8 +25,9 @@ from quarkrl.evaluation.provenance import environment, model_provenance, prompts
 from quarkrl.evaluation.results import Evaluation, Row
 from quarkrl.models.quark_json import reference_name
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.sampling.generator import QuarkGenerator, complete
-from quarkrl.sampling.guidance import contrast_to
+from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
+from quarkrl.sampling.sampler import complete
 
 Notify = Callable[[str, int, int], None]
 
@@ -186,12 +187,14 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         if (guided.quantile_number, guided.guidance_scale) not in known:
             variants.append(guided)
     if options.guidance_scales:
-        _contrast(models, options.guidance_from, [])
+        _contrast(models, options.guidance_scales[0], options.guidance_from, [])
     return variants
 
 
-def _contrast(models: _Models, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The arguments of `complete` that say what guidance moves away from.
+def _contrast(
+    models: _Models, guidance_scale: float, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]
+) -> Contrast:
+    """The distribution that guidance moves away from.
 
     Raises:
         UserError: no such quantile, or no reference.
@@ -199,8 +202,9 @@ def _contrast(models: _Models, guidance_from: str | int, plain_ids: Sequence[Seq
     policy = models.policy
     if guidance_from == "reference" and models.reference and policy.conditioning:
         # The reference of this evaluation, which need not be the one that quark.json names.
-        return contrast_to(policy.conditioning, plain_ids, guidance_from, models.reference.model)
-    return policy.contrast(plain_ids, guidance_from)
+        guidance = GuidanceOptions(guidance_scale, guidance_from, models.reference.model)
+        return make_contrast(policy.conditioning, plain_ids, guidance)
+    return policy.contrast(plain_ids, guidance_scale, guidance_from)
 
 
 def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, skip_bad: bool) -> Prompts:
@@ -229,7 +233,9 @@ def _sample(
         finished += count
         on_progress(finished, len(plain_ids))
 
-    guidance = {} if variant.guidance_scale == 1 else _contrast(models, options.guidance_from, plain_ids)
+    contrast = None
+    if variant.guidance_scale != 1:
+        contrast = _contrast(models, variant.guidance_scale, options.guidance_from, plain_ids)
     return complete(
         generator.model,
         [generator.condition(ids, variant.quantile) for ids in plain_ids],
@@ -239,8 +245,7 @@ def _sample(
         seed=options.seed,
         batch_size=options.batch_size,
         on_batch=on_batch,
-        guidance_scale=variant.guidance_scale,
-        **guidance,
+        contrast=contrast,
     )
 
 

@@ -1,13 +1,10 @@
-"""Rewards: any function that scores text, higher is better.
+"""Rewards: functions that score completions; a higher score is better. See `Reward` for their protocol.
 
-    resolve("profanity")                              # a name of REWARDS
-    resolve("my_rewards.py:kindness")                 # a function of a file, or module:function
-    resolve("unitary/toxic-bert", label="not toxic")  # a sequence classifier, from the hub or a directory
-    resolve("perspective?attribute=INSULT")           # any of them with options, as in a URL
-    Scorer(["vader", my_function], weights=[1, 0.5])(prompts, completions, completion_ids, columns).rewards
-
-A reward is called by keyword, `f(prompts, completions, completion_ids, **columns)`, with as much of that as
-it accepts, and returns one number per completion, or None where it has none. It may be `async`.
+resolve("profanity")                              # a name of REWARDS
+resolve("my_rewards.py:kindness")                 # a function of a file, or module:function
+resolve("unitary/toxic-bert", label="not toxic")  # a sequence classifier: a hub name or a directory
+resolve("perspective?attribute=INSULT")           # any of these with options, as in a URL
+Scorer(["vader", my_function], weights=[1, 0.5])(prompts, completions, completion_ids, columns).rewards
 """
 
 import lazy_loader
@@ -17,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "cache": ["ScoreCache"],
         "registry": ["REWARDS", "resolve"],
+        "reward": ["Reward"],
         "scorer": ["Scorer", "Scores"],
         "custom": ["load_function"],
         "functions": ["Classifier", "Judge", "Perspective", "Profanity", "Repetition", "Vader"],

@@ -1,4 +1,4 @@
-"""Scores on disk, so that no text is paid for twice: across runs, between processes, and after a crash."""
+"""`ScoreCache`: an SQLite file of scores, shared by runs and processes, which survives a crash."""
 
 import hashlib
 import json
@@ -13,108 +13,109 @@ from typing import Any
 
 from quarkrl.errors import UserError
 
-# Written into the file's header: what tells a score cache from any other SQLite file.
+# In the file's header; distinguishes a score cache from other SQLite files.
 _APPLICATION_ID = int.from_bytes(b"QRKs", "big")
 _VERSION = 1
 _SCHEMA = (
-    # Who scored: `identity` is canonical JSON, `digest` its SHA-256.
+    # The rewards: `identity` is canonical JSON, `digest` its SHA-256.
     "CREATE TABLE scorers (id INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, identity TEXT NOT NULL)",
-    # What it read, as SHA-256; its score, NULL where it has none for good; when, in seconds since 1970.
+    # `text`: SHA-256 of the arguments that the reward reads. `score`: NULL if the text has none. `date`: Unix time.
     "CREATE TABLE scores (scorer INTEGER NOT NULL, text BLOB NOT NULL, score REAL, date INTEGER NOT NULL,"
     " PRIMARY KEY (scorer, text)) WITHOUT ROWID",
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {_VERSION}",
 )
-_AT_A_TIME = 500  # Host parameters of a query; SQLite before 3.32 takes 999.
+_REMEDY = "Move the file away, or name another file."
+_PARAMETERS_PER_QUERY = 500  # SQLite before 3.32 allows 999.
 
 
 def digest(value: Any) -> bytes:
-    """SHA-256 of the value as canonical JSON: keys sorted, no white space, ASCII.
+    """Return the SHA-256 of a value as canonical JSON: sorted keys, no white space, ASCII.
 
     Raises:
-        TypeError, ValueError: JSON cannot hold the value.
+        TypeError, ValueError: the value is not JSON-able.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).digest()
 
 
 class ScoreCache:
-    """An SQLite file of scores, each under who gave it and what it was given for.
+    """An SQLite file of scores, keyed by the reward's identity and the digest of the arguments that it read.
 
-    Any number of processes may read and write one file at a time, on a local disk (SQLite's WAL needs shared memory,
-    which a network file system does not give). Texts are kept as digests, not as text.
+    Several processes may read and write one file concurrently, on a local disk: SQLite's WAL needs shared memory, which
+    a network file system does not provide. The file holds digests, not texts.
 
     Args:
-        path: the file; made where there is none, its folder too.
-        timeout: seconds to wait for another process that writes.
+        path: the file. It is created if it does not exist, with its folder.
+        timeout: seconds to wait while another process writes.
 
     Raises:
-        UserError: the file is no score cache, is damaged, or cannot be written; it is then left as it is.
+        UserError: the file is not a score cache, is damaged, or cannot be written. It is not modified then.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0):
         self.path = Path(path).expanduser()
         self._scorers: dict[bytes, int] = {}
         if self.path.is_dir():
-            raise UserError(f"score cache {str(self.path)!r} is a directory: want the name of a file")
+            raise UserError(f"score_cache {str(self.path)!r}: must be a file, not a directory.")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"score cache {str(self.path)!r}: its folder cannot be made ({error})") from error
-        with self._told():
-            # One thread at a time uses it, but not always the same one: a rollout scores in a thread of its own.
+            raise UserError(f"score_cache {str(self.path)!r}: cannot create its folder ({error}).") from error
+        with self._one_line_errors():
+            # One thread uses the connection at a time, but not always the same one.
             self._connection = sqlite3.connect(self.path, timeout, isolation_level=None, check_same_thread=False)
         self.close: Callable[[], None] = weakref.finalize(self, self._connection.close)
         try:
-            with self._told():
+            with self._one_line_errors():
                 self._open(timeout)
         except BaseException:
             self.close()
             raise
 
     def __len__(self) -> int:
-        with self._told():
+        with self._one_line_errors():
             return self._connection.execute("SELECT count(*) FROM scores").fetchone()[0]
 
     def get(self, identity: Mapping[str, Any], digests: Iterable[bytes]) -> dict[bytes, float | None]:
-        """Of the given digests, those that are known, with their scores; None is a score that there is not.
+        """Return the scores that are in the file, by digest; None is a text that has no score.
 
         Args:
-            identity: who scores, a dict that JSON can hold.
-            digests: of what it reads.
+            identity: the reward's identity, a JSON-able dict.
+            digests: the digests of the arguments that the reward reads.
 
         Raises:
             UserError: the file cannot be read.
         """
-        wanted = list(digests)
-        found: dict[bytes, float | None] = {}
-        with self._told():
+        keys = list(digests)
+        scores: dict[bytes, float | None] = {}
+        with self._one_line_errors():
             if (scorer := self._scorer(identity)) is None:
-                return found
-            for start in range(0, len(wanted), _AT_A_TIME):
-                some = wanted[start : start + _AT_A_TIME]
-                marks = ",".join("?" * len(some))
+                return scores
+            for start in range(0, len(keys), _PARAMETERS_PER_QUERY):
+                part = keys[start : start + _PARAMETERS_PER_QUERY]
+                marks = ",".join("?" * len(part))
                 query = f"SELECT text, score FROM scores WHERE scorer = ? AND text IN ({marks})"
-                found.update(self._connection.execute(query, (scorer, *some)).fetchall())
-        return found
+                scores.update(self._connection.execute(query, (scorer, *part)).fetchall())
+        return scores
 
     def put(self, identity: Mapping[str, Any], scores: Mapping[bytes, float | None]) -> None:
-        """Keep scores, by the digests of what was read; on disk when this returns. What is known already stays.
+        """Commit scores, by digest, to the disk. A score that is already in the file is not replaced.
 
         Raises:
             UserError: the file cannot be written.
         """
         now = int(time.time())
-        with self._told():
+        with self._one_line_errors():
             if (scorer := self._scorer(identity)) is None:
-                self._introduce(identity)
+                self._insert_scorer(identity)
                 scorer = self._scorer(identity)
             rows = [(scorer, text, score, now) for text, score in scores.items()]
             with self._transaction():
                 self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)", rows)
 
     def _scorer(self, identity: Mapping[str, Any]) -> int | None:
-        """The number of this identity, where it is known."""
+        """The row id of this identity, or None if it is not in the file."""
         key = digest(identity)
         if key not in self._scorers:
             row = self._connection.execute("SELECT id FROM scorers WHERE digest = ?", (key,)).fetchone()
@@ -123,34 +124,34 @@ class ScoreCache:
             self._scorers[key] = row[0]
         return self._scorers[key]
 
-    def _introduce(self, identity: Mapping[str, Any]) -> None:
+    def _insert_scorer(self, identity: Mapping[str, Any]) -> None:
         text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
         command = "INSERT OR IGNORE INTO scorers (digest, identity) VALUES (?, ?)"
         self._connection.execute(command, (digest(identity), text))
 
     def _open(self, timeout: float) -> None:
-        """Look before writing anything: a file that is not ours stays as it is."""
+        """Create the tables or check the file. A file that is not a score cache is not modified."""
         if self._is_new():
             with self._transaction():
-                if self._is_new():  # Still: another process may have been first.
+                if self._is_new():  # Check again: another process may have been first.
                     for statement in _SCHEMA:
                         self._connection.execute(statement)
         if self._pragma("application_id") != _APPLICATION_ID:
-            raise UserError(f"{str(self.path)!r} is an SQLite file, but no score cache: name another file")
+            raise UserError(f"score_cache {str(self.path)!r}: must be a score cache, not other SQLite data. {_REMEDY}")
         if self._pragma("user_version") != _VERSION:
-            raise UserError(f"score cache {str(self.path)!r} is of another version of quarkrl: name another file")
+            raise UserError(f"score_cache {str(self.path)!r}: must be of this version of quarkrl. {_REMEDY}")
         if (problem := self._pragma("quick_check(1)")) != "ok":
             raise sqlite3.DatabaseError(problem)
         self._use_wal(time.monotonic() + timeout)
-        # With FULL, what is committed outlives a power cut too; a batch of scores costs more than a sync.
+        # FULL: committed scores survive a power failure. A sync costs less than a batch of scores.
         self._connection.execute("PRAGMA synchronous = FULL")
 
     def _use_wal(self, deadline: float) -> None:
-        """Readers and a writer do not wait for each other in WAL mode; the file remembers it."""
+        """Switch the file to WAL mode for good, in which readers and a writer do not block each other."""
         while self._pragma("journal_mode") != "wal":
             try:
                 self._pragma("journal_mode = WAL")
-            except sqlite3.OperationalError:  # SQLite does not wait here for others that have the file open.
+            except sqlite3.OperationalError:  # SQLite does not wait here for other processes that have the file open.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -174,14 +175,14 @@ class ScoreCache:
             raise
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """SQLite's errors in one line, with the file's name."""
+    def _one_line_errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into a `UserError` of one line with the file's name."""
         try:
             yield
         except sqlite3.OperationalError as error:  # Locked for too long, read-only, disk full.
-            raise UserError(f"score cache {str(self.path)!r} cannot be used: {error}") from error
+            raise UserError(f"score_cache {str(self.path)!r}: cannot use the file ({error}).") from error
         except sqlite3.DatabaseError as error:
             detail = " ".join(str(error).split())
             raise UserError(
-                f"{str(self.path)!r} is no score cache, or a damaged one ({detail}): move it away, or name another file"
+                f"score_cache {str(self.path)!r}: must be an undamaged score cache ({detail}). {_REMEDY}"
             ) from error

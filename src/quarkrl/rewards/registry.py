@@ -1,13 +1,12 @@
-"""The names of rewards, and what a reward given by name, path or function means."""
+"""`resolve`: turn the name, path or callable that a user gives into a reward function."""
 
 import inspect
 import os
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, did_you_mean
 from quarkrl.rewards.custom import load_function
 from quarkrl.rewards.functions.classifier import Classifier, sentiment, toxicity
 from quarkrl.rewards.functions.judge import Judge
@@ -15,10 +14,11 @@ from quarkrl.rewards.functions.perspective import Perspective
 from quarkrl.rewards.functions.profanity import Profanity
 from quarkrl.rewards.functions.repetition import Repetition
 from quarkrl.rewards.functions.vader import Vader
+from quarkrl.rewards.reward import Reward
 from quarkrl.rewards.spec import missing_options, options_of, read_options, split_spec
 
-# What makes each reward; its keyword arguments are the options that a spec may give.
-REWARDS: dict[str, Callable[..., Callable[..., Any]]] = {
+# The factory of each named reward. Its keyword arguments are the options of a spec.
+REWARDS: dict[str, Callable[..., Reward]] = {
     "judge": Judge,
     "perspective": Perspective,
     "profanity": Profanity,
@@ -31,83 +31,79 @@ REWARDS: dict[str, Callable[..., Callable[..., Any]]] = {
 
 
 def resolve(
-    spec: str | os.PathLike[str] | Callable[..., Any],
+    spec: str | os.PathLike[str] | Reward,
     *,
     label: str | int | None = None,
     unwanted: str | None = None,
     device: str | None = None,
-) -> Callable[..., Any]:
-    """The reward function that `spec` means.
+) -> Reward:
+    """Return the reward function that `spec` names.
 
     Args:
-        spec: a callable (taken as it is), a name of `REWARDS`, `file.py:function`, `module:function`, or a
-            sequence classifier's directory or hub name; with options of its own as `NAME?option=value&option=value`.
-        label: for a classifier, the label whose probability is the reward, or "not LABEL" for 1 - P(LABEL).
-        unwanted: for a classifier, the name of what 1 - reward measures, such as "toxicity".
-        device: for a classifier, where it runs; the accelerator by default, if there is one.
+        spec: a name of `REWARDS`, `file.py:function`, `module:function`, or the directory or hub name of a sequence
+            classifier; each may have options, `NAME?option=value&option=value`. A callable is returned unchanged.
+        label: for a classifier: the label whose probability is the reward, or "not LABEL" for 1 - P(LABEL).
+        unwanted: for a classifier: the name of what 1 - reward measures, such as "toxicity".
+        device: for a classifier: where it runs. Default: the accelerator, if there is one. Other rewards ignore it.
 
-    An option in the spec goes before the argument of that name.
+    An option of the spec overrides the argument of the same name.
 
     Raises:
-        UserError: nothing usable goes by that name, it has no such option or needs one that is not given, a value is
-            not of its option's type, or `label` or `unwanted` is given without a classifier.
+        UserError: there is no such reward; an option is unknown, missing or invalid; or `label` or `unwanted` is set
+            for a reward that is not a classifier.
     """
     arguments = {"label": label, "unwanted": unwanted, "device": device}
     arguments = {option: value for option, value in arguments.items() if value is not None}
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     if not isinstance(spec, str):
-        reward = _checked_callable(spec)
-        _refuse(arguments, spec)
+        reward = _checked_callable(spec, repr(spec))
+        _refuse_classifier_arguments(arguments, spec)
         return reward
-    name, options = split_spec(spec)
+    name, option_texts = split_spec(spec)
     if name not in REWARDS and not os.path.isdir(os.path.expanduser(name)) and (":" in name or name.endswith(".py")):
-        function = _checked_callable(load_function(name), name)
-        _refuse(arguments, name)
-        return partial(function, **read_options(name, function, options)) if options else function
+        function = _checked_callable(load_function(name), repr(name))
+        _refuse_classifier_arguments(arguments, name)
+        return partial(function, **read_options(name, function, option_texts)) if option_texts else function
     if name in REWARDS:
         factory = REWARDS[name]
     else:
         _refuse_misspelt(name)
         factory = partial(Classifier, name)
-    given = read_options(name, factory, options)
     known = options_of(factory)
-    _refuse({option: value for option, value in arguments.items() if option not in known}, name)
-    given = {option: value for option, value in arguments.items() if option in known} | given
-    if missing := missing_options(factory, given):
-        wanted = "&".join(f"{option}=…" for option in missing)
-        raise UserError(f"reward {name!r} needs {', '.join(missing)}: write '{name}?{wanted}'")
-    return factory(**given)
+    _refuse_classifier_arguments({option: value for option, value in arguments.items() if option not in known}, name)
+    options = {option: value for option, value in arguments.items() if option in known}
+    options |= read_options(name, factory, option_texts)
+    if missing := missing_options(factory, options):
+        example = "&".join(f"{option}=…" for option in missing)
+        raise UserError(f"reward {name!r} options {', '.join(missing)}: must be set. Write '{name}?{example}'.")
+    return factory(**options)
 
 
-def _refuse(arguments: dict[str, Any], spec: Any) -> None:
-    """`device` may be given to all alike; the others would be passed over in silence."""
+def _refuse_classifier_arguments(arguments: dict[str, Any], spec: Any) -> None:
+    """Raise if `label` or `unwanted` would have no effect. `device` may be given for all rewards together."""
     for option in ("label", "unwanted"):
         if option in arguments:
             raise UserError(
-                f"{option} is {arguments[option]!r}, but reward {spec!r} is no classifier: leave {option} out"
+                f"{option} {arguments[option]!r}: must be unset, because reward {spec!r} is not a classifier."
             )
 
 
-def _checked_callable(reward: Any, spec: str | None = None) -> Callable[..., Any]:
-    what = f"reward {spec!r}" if spec else f"reward {reward!r}"
+def _checked_callable(reward: Any, spec: str) -> Reward:
     if inspect.isclass(reward):
-        raise UserError(f"{what} is a class: give an object of it, {reward.__name__}(…)")
+        raise UserError(f"reward {spec}: must be a function or an object, not a class. Use {reward.__name__}(…).")
     if not callable(reward):
-        wanted = "a function" if spec else "a function, a name or a path"
-        raise UserError(f"{what} is of type {type(reward).__name__}: {wanted} is wanted")
+        raise UserError(f"reward {spec}: must be a function, a name or a path, not of type {type(reward).__name__}.")
     return reward
 
 
-def _refuse_misspelt(spec: str) -> None:
-    """Say so at once where a name can be neither a directory nor on the hub, or is nearly one of ours."""
-    known = ", ".join(REWARDS)
-    near = get_close_matches(spec.lower(), REWARDS, n=1, cutoff=0.7)
-    if not spec.strip():
-        raise UserError(f"the reward's name is empty: give one of {known}, file.py:function, or a classifier")
-    if os.path.isdir(os.path.expanduser(spec)):
+def _refuse_misspelt(name: str) -> None:
+    """Raise at once for a name that can be neither a directory nor on the hub, or resembles a known name."""
+    if not name.strip():
+        raise UserError(f"reward {name!r}: must be one of {', '.join(REWARDS)}, file.py:function, or a classifier.")
+    if os.path.isdir(os.path.expanduser(name)):
         return
-    if near:
-        raise UserError(f"there is no reward {spec!r}: did you mean {near[0]!r}? (known: {known})")
-    if spec.startswith((".", "/", "~")) or "\\" in spec or spec.count("/") > 1:
-        raise UserError(f"reward {spec!r}: there is no such directory")
+    if suggestion := did_you_mean(name.lower(), REWARDS, cutoff=0.7):
+        raise UserError(f"reward {name!r}: must be a known name.{suggestion} (known: {', '.join(REWARDS)})")
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
+        raise UserError(f"reward {name!r}: must be an existing directory.")

@@ -1,4 +1,4 @@
-"""What a Scorer is given and what its reward functions return, checked: numbers, weights, names."""
+"""Check the scores that reward functions return, their weights, and their names."""
 
 import math
 import numbers
@@ -6,51 +6,64 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, shorten
 
 
 def checked_scores(name: str, result: Any, n: int) -> list[float | None]:
-    listed = result.tolist() if hasattr(result, "tolist") else result  # NumPy, torch, pandas
-    if not isinstance(listed, (list, tuple)):
-        raise UserError(f"reward {name!r} returned {_shown(result)}: a list of {n} numbers is wanted")
-    if len(listed) != n:
-        raise UserError(f"reward {name!r} returned {len(listed)} scores for {n} completions: return {n}")
-    return [_checked_score(name, index, value) for index, value in enumerate(listed)]
+    """Convert what a reward returned to n floats; None is a missing score and NaN is any non-finite value.
+
+    Args:
+        name: the reward's name, for error messages.
+        result: a list, tuple, array or tensor.
+        n: the number of completions.
+
+    Raises:
+        UserError: `result` is not n numbers or None values.
+    """
+    values = result.tolist() if hasattr(result, "tolist") else result  # NumPy, torch, pandas.
+    if not isinstance(values, (list, tuple)):
+        raise UserError(f"reward {name!r} returned {_typed(result)}: must be a list of {n} numbers.")
+    if len(values) != n:
+        raise UserError(f"reward {name!r} returned {len(values)} scores for {n} completions: must be {n} scores.")
+    return [_checked_score(name, index, value) for index, value in enumerate(values)]
 
 
 def _checked_score(name: str, index: int, value: Any) -> float | None:
     if value is None:
         return None
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()  # a NumPy or torch scalar
+        value = value.item()  # A NumPy or torch scalar.
     if not isinstance(value, numbers.Real):
-        raise UserError(f"reward {name!r} returned {_shown(value)} at index {index}: a number or None is wanted")
+        raise UserError(f"reward {name!r} returned {_typed(value)} at index {index}: must be a number or None.")
     try:
         return float(value) if math.isfinite(value) else math.nan
-    except OverflowError:  # a whole number or a fraction too large for a float
+    except OverflowError:  # An integer or a fraction that is too large for a float.
         return math.nan
 
 
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else text[:59] + "…"
-    return text if value is None else f"{text} (of type {type(value).__name__})"
+def _typed(value: Any) -> str:
+    return "None" if value is None else f"{shorten(value)} (type {type(value).__name__})"
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Convert the weights of `count` rewards to floats; None is 1 for each.
+
+    Raises:
+        UserError: the number of weights is not `count`, or a weight is not a finite number.
+    """
     if weights is None:
         return [1.0] * count
     values = [weights] if isinstance(weights, numbers.Real) else list(weights)
     if len(values) != count:
-        raise UserError(f"{len(values)} weights are given for {count} rewards: one each is wanted")
+        raise UserError(f"reward_weights {shorten(values)}: must be one number per reward, {count} in all.")
     for value in values:
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"weight {value!r} is not a finite number")
+            raise UserError(f"reward_weights {value!r}: must be a finite number.")
     return [float(value) for value in values]
 
 
 def attribute_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as reward tokens can hold them: letters, digits, "_" and "-"; a second `x` becomes `x-2`."""
+    """Make names unique and fit for reward tokens: letters, digits, "_" and "-". A second `x` becomes `x-2`."""
     unique: list[str] = []
     for name in names:
         base = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward"

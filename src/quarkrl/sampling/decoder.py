@@ -1,135 +1,98 @@
-"""A batch of texts that a model reads and goes on reading, token by token, with a cache of what it has read.
+"""Incremental decoding with a KV cache: a batch of completions, one token at a time.
 
-`generate` of transformers does this too, but for each of a prompt's samples anew, and for those that have ended until
-the last one has. Here a prompt is read once for all its samples, and the ended can leave the batch.
+`generate` of transformers processes a prompt once for each of its samples, and keeps ended completions in the batch
+until the last one ends. `CachedDecoder` processes each distinct prompt once, and can remove rows from the batch.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# A model, or a context that gives one while it lasts, such as a policy with its adapter switched off.
-Reader: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
+# A model, or a function whose context provides one, such as a policy with its adapter disabled.
+ModelSource: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
 
 
-class Reading:
-    """What a model has read of a batch of texts.
+class CachedDecoder:
+    """A batch of token sequences, and the model's cache of keys and values for them.
+
+    Call `prefill` once, then `step` for each new token.
 
     Args:
-        reader: the model; it is used as it is, in training mode or not.
-        input_ids: `(beginnings, length)` how the texts begin, padded on the left.
-        attention_mask: `(beginnings, length)`, 1 = counts.
-        parts: `(batch,)`, which of the beginnings each text goes on from.
+        model: the model; its training mode is not changed.
+        prompt_ids: `(prompts, length)` distinct prompts, padded on the left.
+        prompt_mask: `(prompts, length)`, 1 = counts.
+        prompt_of_row: `(batch,)`, the prompt of each row of the batch.
     """
 
-    def __init__(self, reader: Reader, input_ids: Tensor, attention_mask: Tensor, parts: Tensor):
-        self._reader = reader
-        self._unread = input_ids
-        self._mask = attention_mask
-        self._parts = parts
+    def __init__(self, model: ModelSource, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of_row: Tensor):
+        self._model = model
+        self._prompt_ids = prompt_ids
+        self._prompt_of_row = prompt_of_row
+        self._mask = prompt_mask
         self._cache: Any = None
 
     @classmethod
-    def of(cls, reader: Reader, texts: Sequence[Sequence[int]], device: torch.device) -> "Reading":
-        """A reading of token ids; those that are the same are read once."""
-        number: dict[tuple[int, ...], int] = {}
-        parts = [number.setdefault(tuple(ids), len(number)) for ids in texts]
-        return cls(reader, *left_padded(list(number), device), torch.tensor(parts, device=device))
+    def for_prompts(cls, model: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device) -> "CachedDecoder":
+        """Create a decoder with one row for each prompt; equal prompts are processed once."""
+        numbers: dict[tuple[int, ...], int] = {}
+        prompt_of_row = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts]
+        return cls(model, *left_pad(list(numbers), device), torch.tensor(prompt_of_row, device=device))
 
     @property
     def batch_size(self) -> int:
-        """The number of texts."""
+        """The number of rows in the batch."""
         return len(self._mask)
 
     @torch.no_grad()
-    def begin(self) -> Tensor:
-        """Read the beginnings; the `(batch, vocab)` logits of each text's next token."""
-        logits = self._read()
-        self.keep(self._parts)
-        return logits[self._parts]
+    def prefill(self) -> Tensor:
+        """Process the prompts; return the `(batch, vocab)` logits of each row's first new token."""
+        logits = self._forward(self._prompt_ids)
+        self.select(self._prompt_of_row)
+        return logits[self._prompt_of_row]
 
     @torch.no_grad()
-    def go_on(self, tokens: Tensor) -> Tensor:
-        """Read a token of each text, `(batch,)`; the `(batch, vocab)` logits of the next."""
-        self._unread = tokens[:, None]
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, `(batch,)`; return the `(batch, vocab)` logits of the next token."""
         self._mask = torch.cat((self._mask, self._mask.new_ones(len(tokens), 1)), dim=1)
-        return self._read()
+        return self._forward(tokens[:, None])
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with the given rows of the batch alone, `(n,)`."""
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by the rows with these indices, `(n,)`."""
         self._mask = self._mask[rows]
         self._cache.reorder_cache(rows)
 
-    def _read(self) -> Tensor:
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -self._unread.shape[1] :]
-        with nullcontext(self._reader) if isinstance(self._reader, torch.nn.Module) else self._reader() as model:
-            known = _parameters(model)
-            cache = "past_key_values" if "past_key_values" in known else "cache_params"  # As models of states call it.
+    def _forward(self, input_ids: Tensor) -> Tensor:
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        with nullcontext(self._model) if isinstance(self._model, torch.nn.Module) else self._model() as model:
+            parameters = _forward_parameters(model)
+            # State-space models have another name for the cache.
+            cache = "past_key_values" if "past_key_values" in parameters else "cache_params"
             optional = {"position_ids": positions, "logits_to_keep": 1}
             output = model(
-                input_ids=self._unread,
+                input_ids=input_ids,
                 attention_mask=self._mask,
                 use_cache=True,
                 **{cache: self._cache},
-                **{name: value for name, value in optional.items() if name in known},
+                **{name: value for name, value in optional.items() if name in parameters},
             )
         self._cache = output[cache]
         return output.logits[:, -1]
 
 
-@contextmanager
-def made_once(*models: torch.nn.Module | None) -> Iterator[None]:
-    """Nothing is learned meanwhile, and no weight is cast or put together twice.
-
-    Autocast keeps what it has cast of a learned weight, of a frozen one it does not: a frozen GPT-2 small was cast anew
-    for each token, which took 4.5 times as long to sample on a CPU. So all weights count as learned until the end. And
-    `peft` makes the tables of an adapter that learns rows of tokens anew in each forward pass, which took seven times
-    what the rest of a token does. So the rows stand in the tables until the end.
-    """
-    modules = [model for model in models if model is not None]
-    weights = (weight for model in modules for weight in model.parameters())
-    frozen = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
-    tables = [table for model in modules for table in _tables_of_rows(model)]
-    try:
-        with torch.no_grad():
-            for weight in frozen:
-                weight.requires_grad_(True)
-            for table in tables:
-                table.merge()
-            yield
-    finally:
-        for table in tables:
-            if table.merged:  # peft takes the rows out by itself where the adapter is switched off
-                table.unmerge()
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _tables_of_rows(model: torch.nn.Module) -> list[Any]:
-    """The layers of `peft` that hold learned rows beside a table."""
-    if not hasattr(model, "peft_config"):
-        return []
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-
-    tables = [layer for layer in model.modules() if isinstance(layer, TrainableTokensLayer)]
-    # Of a sharded table (FSDP) a process has a part, and the whole only within the forward pass.
-    return [table for table in tables if not hasattr(table.get_base_layer().weight, "device_mesh")]
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`(batch, length)` ids and mask; padding has id 0, since the mask says what counts."""
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `(batch, length)` ids and mask; the padding id is 0, because only the mask marks padding."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
 
-def _parameters(model: PreTrainedModel) -> Sequence[str]:
-    """The names that the model's forward pass knows; one without positions (ALiBi) takes none."""
+def _forward_parameters(model: PreTrainedModel) -> Sequence[str]:
+    """Return the parameter names of the model's forward pass; a model without positions (ALiBi) takes none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return tuple(inspect.signature(base.forward).parameters)

@@ -1,13 +1,14 @@
-"""Guidance: each token from a contrast of two distributions, what is wanted and what is not.
+"""Guidance: sample each token from the contrast of two distributions, the wanted one and another.
 
     log p_wanted  +  (γ - 1) (log p_wanted  -  log p_contrast)
 
-over the original vocabulary, before temperature and nucleus. γ = 1 is the wanted distribution, γ = 0 the contrast, and
-beyond 1 lies what the difference between the two points to. This is classifier-free guidance (Sanchez et al. 2023,
-arXiv 2306.17806); here the wanted distribution is the policy on the best reward token, and the contrast the policy on
-the worst, or the reference.
+This is computed over the original vocabulary, before temperature and nucleus. γ = 1 is the wanted distribution, γ = 0
+the contrast, and γ > 1 moves further away from the contrast. This is classifier-free guidance (Sanchez et al. 2023,
+arXiv 2306.17806). Here the wanted distribution is the policy with the best reward token; the contrast is the policy
+with another reward token, or the reference.
 
-`generation.sample` runs both in one batch with one cache (`GuidedReading`). In plain `generate`, `Guidance` does it:
+`sampler.sample` computes both in one batch with one cache (`GuidedDecoder`). `Guidance` does the same in plain
+`generate`:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained("run/final"), AutoTokenizer.from_pretrained("run/final")
     inputs = tokenizer(["You are", "The new neighbour is"], return_tensors="pt", padding=True, padding_side="left")
@@ -17,7 +18,8 @@ the worst, or the reference.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,25 +27,82 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.decoder import Reader, Reading
+from quarkrl.sampling.decoder import CachedDecoder, ModelSource
 
 
-def checked_scale(guidance_scale: float, name: str = "guidance_scale") -> float:
-    """The scale.
+class GuidanceOptions(NamedTuple):
+    """Guidance as a user requests it.
+
+    Attributes:
+        guidance_scale: γ; 1 is without guidance.
+        guidance_from: the quantile of the contrast, "worst", "best" or a number; or "reference".
+        reference: the model before training.
+    """
+
+    guidance_scale: float
+    guidance_from: str | int
+    reference: ModelSource
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The other distribution of guidance, for a batch of prompts.
+
+    Attributes:
+        guidance_scale: γ; 1 is without guidance, and the contrast is not computed.
+        prompt_ids: token ids of the prompts, as the contrast model gets them.
+        model: the contrast model; None for the model that samples, which then processes both in one batch.
+
+    Raises:
+        UserError: γ is negative or not finite.
+    """
+
+    guidance_scale: float
+    prompt_ids: Sequence[Sequence[int]]
+    model: ModelSource | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance_scale(self.guidance_scale)
+
+    def select(self, rows: Sequence[int]) -> "Contrast":
+        """Return the contrast for a part of the batch."""
+        return replace(self, prompt_ids=[self.prompt_ids[row] for row in rows])
+
+
+def check_guidance_scale(guidance_scale: float, name: str = "guidance_scale") -> float:
+    """Return the scale.
 
     Raises:
         UserError: it is negative or not finite.
     """
     if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise UserError(f"{name} {guidance_scale}: want a number from 0 (the contrast alone); 1 does nothing")
+        raise UserError(f"{name} {guidance_scale}: must be finite and at least 0. Set 1 to sample without guidance.")
     return guidance_scale
 
 
-def guided(wanted: Tensor, contrast: Tensor, guidance_scale: float) -> Tensor:
-    """The contrast of two distributions (the module's formula).
+def make_contrast(conditioning: Conditioning, plain_ids: Sequence[Sequence[int]], options: GuidanceOptions) -> Contrast:
+    """Build the contrast for prompts of a policy.
 
     Args:
-        wanted, contrast: `(batch, vocab)` logits of the same tokens; -inf for a token that cannot come.
+        conditioning: the policy's reward tokens.
+        plain_ids: token ids of the prompts, without reward tokens.
+        options: γ, and what to move away from.
+
+    Raises:
+        UserError: there is no such quantile, or γ is negative or not finite.
+    """
+    if options.guidance_from == "reference":
+        return Contrast(options.guidance_scale, [list(ids) for ids in plain_ids], options.reference)
+    quantiles = conditioning.quantiles_of(options.guidance_from)
+    return Contrast(options.guidance_scale, [conditioning.prefix(ids, quantiles) for ids in plain_ids])
+
+
+def guided_logits(wanted: Tensor, contrast: Tensor, guidance_scale: float) -> Tensor:
+    """Combine the logits of two distributions by the formula of this module.
+
+    Args:
+        wanted: `(batch, vocab)` logits; -inf for a token that is ruled out.
+        contrast: `(batch, vocab)` logits of the same tokens.
         guidance_scale: γ.
 
     Returns:
@@ -51,118 +110,87 @@ def guided(wanted: Tensor, contrast: Tensor, guidance_scale: float) -> Tensor:
     """
     wanted, contrast = wanted.log_softmax(-1), contrast.log_softmax(-1)
     logits = wanted + (guidance_scale - 1) * (wanted - contrast)
-    # Such a token is most often ruled out on both sides (EOS before its time), and -inf less -inf is not a number.
+    # A token is usually ruled out on both sides (EOS before min_new_tokens), and -inf minus -inf is NaN.
     return logits.masked_fill(wanted == -torch.inf, -torch.inf)
 
 
-def contrast_to(
-    conditioning: Conditioning, plain_ids: Sequence[Sequence[int]], guidance_from: str | int, reference: Reader
-) -> dict[str, Any]:
-    """What `generation.sample` and `complete` want to know for guidance beside its scale.
+class GuidedDecoder:
+    """A `CachedDecoder` whose logits are guided.
 
     Args:
-        conditioning: the policy's reward tokens.
-        plain_ids: prompts without them.
-        guidance_from: a quantile, read by the policy itself, or "reference".
-        reference: the model that reads the plain prompts then.
-
-    Returns:
-        `contrast_ids`, and for the reference `contrast_model`.
-
-    Raises:
-        UserError: no such quantile.
-    """
-    if guidance_from == "reference":
-        return {"contrast_ids": [list(ids) for ids in plain_ids], "contrast_model": reference}
-    quantiles = conditioning.quantiles_of(guidance_from)
-    return {"contrast_ids": [conditioning.prefix(ids, quantiles) for ids in plain_ids]}
-
-
-class GuidedReading:
-    """A `Reading` whose logits are guided.
-
-    Args:
-        guidance_scale: γ.
-        model: reads the texts as wanted.
-        wanted, contrast: `n` token ids each: a text as wanted, and as the contrast reads it.
-        contrast_model: reads the contrasts; by default `model`, in one batch of 2n with the wanted.
-        vocab_size: of the original vocabulary.
-        device: of the models.
+        model: the model of the wanted distribution.
+        prompt_ids: token ids of n prompts, as `model` gets them.
+        contrast: the contrast for the same prompts. Without a model of its own, both share a batch of 2n rows.
+        vocab_size: size of the original vocabulary.
     """
 
     def __init__(
-        self,
-        guidance_scale: float,
-        model: PreTrainedModel,
-        wanted: Sequence[Sequence[int]],
-        contrast: Sequence[Sequence[int]],
-        contrast_model: Reader | None,
-        vocab_size: int,
-        device: torch.device,
+        self, model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], contrast: Contrast, vocab_size: int
     ):
-        self.guidance_scale = checked_scale(guidance_scale)
-        self.vocab_size = vocab_size
-        if contrast_model is None:
-            self._readings = [Reading.of(model, [*wanted, *contrast], device)]
+        self._guidance_scale = contrast.guidance_scale
+        self._vocab_size = vocab_size
+        self._shares_batch = contrast.model is None
+        if contrast.model is None:
+            batches = [(model, [*prompt_ids, *contrast.prompt_ids])]
         else:
-            self._readings = [Reading.of(model, wanted, device), Reading.of(contrast_model, contrast, device)]
-        self._paired = contrast_model is None
+            batches = [(model, prompt_ids), (contrast.model, contrast.prompt_ids)]
+        self._decoders = [CachedDecoder.for_prompts(source, ids, model.device) for source, ids in batches]
 
-    def begin(self) -> Tensor:
-        """As `Reading.begin`: `(n, vocab_size)`."""
-        return self._guided([reading.begin() for reading in self._readings])
+    def prefill(self) -> Tensor:
+        """Process the prompts; return the `(n, vocab_size)` guided logits of the first new token."""
+        return self._guide([decoder.prefill() for decoder in self._decoders])
 
-    def go_on(self, tokens: Tensor) -> Tensor:
-        """As `Reading.go_on`: `(n, vocab_size)`."""
-        tokens = tokens.repeat(2) if self._paired else tokens
-        return self._guided([reading.go_on(tokens) for reading in self._readings])
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each completion, `(n,)`; return the `(n, vocab_size)` guided logits of the next token."""
+        tokens = tokens.repeat(2) if self._shares_batch else tokens
+        return self._guide([decoder.step(tokens) for decoder in self._decoders])
 
-    def keep(self, rows: Tensor) -> None:
-        """As `Reading.keep`."""
-        if self._paired:
-            rows = torch.cat((rows, rows + self._readings[0].batch_size // 2))
-        for reading in self._readings:
-            reading.keep(rows)
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by the completions with these indices."""
+        if self._shares_batch:
+            rows = torch.cat((rows, rows + self._decoders[0].batch_size // 2))
+        for decoder in self._decoders:
+            decoder.select(rows)
 
-    def _guided(self, logits: list[Tensor]) -> Tensor:
-        (wanted, contrast) = logits[0].chunk(2) if self._paired else logits
-        wanted, contrast = (each[:, : self.vocab_size].float() for each in (wanted, contrast))
-        return guided(wanted, contrast, self.guidance_scale)
+    def _guide(self, logits: list[Tensor]) -> Tensor:
+        wanted, contrast = logits[0].chunk(2) if self._shares_batch else logits
+        wanted, contrast = (side[:, : self._vocab_size].float() for side in (wanted, contrast))
+        return guided_logits(wanted, contrast, self._guidance_scale)
 
 
 class Guidance(LogitsProcessor):
-    """Guidance for any `generate`, sampling or greedy: the contrast has a forward pass and a cache of its own.
+    """Guidance for plain `generate`, sampling or greedy. The contrast has its own forward pass and cache.
 
-    One is good for one call of `generate`. Unlike transformers' `UnbatchedClassifierFreeGuidanceLogitsProcessor` it
-    reads left-padded contrasts at their right positions, and keeps to the original vocabulary.
+    An object serves one call of `generate`. Unlike transformers' `UnbatchedClassifierFreeGuidanceLogitsProcessor`, it
+    supports left-padded prompts, and it rules out tokens beyond the original vocabulary.
 
     Args:
-        guidance_scale: γ; 1 leaves the scores as they are.
-        model: reads the contrast; the model that generates, or another of the same tokens, such as the reference.
-        contrast_ids: `(batch, length)` the prompts as the contrast reads them, padded on the left. `generate` may
-            make several completions of each (`num_return_sequences`), but no beams.
-        contrast_mask: `(batch, length)`, 1 = counts; all of them if left out.
-        vocab_size: ids from here on, such as reward tokens, become impossible; by default those that the two models
-            do not share.
+        guidance_scale: γ; 1 leaves the scores unchanged.
+        model: the contrast model: the model that generates, or another one with the same tokens.
+        contrast_ids: `(batch, length)` the prompts as the contrast model gets them, padded on the left. `generate` may
+            make several completions of each (`num_return_sequences`), but beam search is not supported.
+        contrast_mask: `(batch, length)`, 1 = counts; all ones by default.
+        vocab_size: tokens with ids from here on, such as reward tokens, are ruled out. The default is the smaller
+            vocabulary of the two models.
 
     Raises:
-        UserError: an impossible scale; when called, a second `generate`, or one with beams.
+        UserError: γ is negative or not finite; when called, a second `generate`, or one with beam search.
     """
 
     def __init__(
         self,
         guidance_scale: float,
-        model: Reader,
+        model: ModelSource,
         contrast_ids: Tensor,
         contrast_mask: Tensor | None = None,
         vocab_size: int | None = None,
     ):
-        self.guidance_scale = checked_scale(guidance_scale)
+        self.guidance_scale = check_guidance_scale(guidance_scale)
         self.model = model
         self.vocab_size = vocab_size
-        self._beginnings = contrast_ids, torch.ones_like(contrast_ids) if contrast_mask is None else contrast_mask
-        self._reading: Reading | None = None
-        self._read: Tensor | None = None  # What `generate` had written when it last asked.
+        self._prompts = contrast_ids, torch.ones_like(contrast_ids) if contrast_mask is None else contrast_mask
+        self._decoder: CachedDecoder | None = None
+        self._previous_ids: Tensor | None = None  # The `input_ids` of the previous call.
 
     @classmethod
     def between(
@@ -175,45 +203,49 @@ class Guidance(LogitsProcessor):
         guidance_scale: float,
         guidance_from: str | int = "worst",
     ) -> "Guidance":
-        """Guidance of a model that Quark trained, away from one of its quantiles.
+        """Create guidance for a model that Quark trained, away from one of its quantiles.
 
         Args:
             model: the model that generates.
             conditioning: its reward tokens (`Conditioning.load`).
-            input_ids: `(batch, length)` what `generate` is given: prompts with reward tokens in front, as the
-                tokenizer in `final/` puts them.
-            attention_mask: `(batch, length)`, likewise.
+            input_ids: `(batch, length)` the input of `generate`: prompts that start with reward tokens, as the
+                tokenizer in `final/` encodes them.
+            attention_mask: `(batch, length)`, the other input of `generate`.
             guidance_scale: γ.
-            guidance_from: the quantile to go away from: "worst", "best", or 0 (worst) to K - 1 (best).
+            guidance_from: the quantile to move away from: "worst", "best", or 0 (worst) to K - 1 (best).
 
         Raises:
-            UserError: no such quantile, or a prompt without reward tokens.
+            UserError: there is no such quantile, or a prompt has no reward tokens.
         """
         contrast_ids = input_ids.clone()
         for tokens, quantile in zip(conditioning.token_ids, conditioning.quantiles_of(guidance_from), strict=True):
-            found = torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
-            if not found.any(dim=1).all():
-                raise UserError("a prompt has no reward tokens: want input_ids from the tokenizer beside the model")
-            contrast_ids[found] = tokens[quantile]
+            is_reward_token = torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
+            if not is_reward_token.any(dim=1).all():
+                raise UserError(
+                    "input_ids: each prompt must have its reward tokens. Encode prompts with the model's own tokenizer."
+                )
+            contrast_ids[is_reward_token] = tokens[quantile]
         return cls(guidance_scale, model, contrast_ids, attention_mask, conditioning.vocab_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the guided scores, `(batch, vocab)`, of the next token."""
         if self.guidance_scale == 1:
             return scores
-        contrast = self._contrast(input_ids).to(scores)  # (batch, vocab of the contrast's model)
+        contrast = self._contrast_logits(input_ids).to(scores)  # (batch, vocab of the contrast model)
         width = self.vocab_size or min(scores.shape[-1], contrast.shape[-1])
         result = torch.full_like(scores, -torch.inf)
-        result[:, :width] = guided(scores[:, :width], contrast[:, :width], self.guidance_scale)
+        result[:, :width] = guided_logits(scores[:, :width], contrast[:, :width], self.guidance_scale)
         return result
 
-    def _contrast(self, input_ids: Tensor) -> Tensor:
-        """Logits of the contrast for the next token."""
-        read, self._read = self._read, input_ids
-        if self._reading is None:
-            ids, mask = (tensor.to(input_ids.device) for tensor in self._beginnings)
-            parts = torch.arange(len(ids), device=ids.device).repeat_interleave(len(input_ids) // len(ids))
-            self._reading = Reading(self.model, ids, mask, parts)
-            return self._reading.begin()
-        if read is None or not torch.equal(input_ids[:, :-1], read):
-            raise UserError("guidance goes with one generate without beams: make a new Guidance for each call")
-        return self._reading.go_on(input_ids[:, -1])
+    def _contrast_logits(self, input_ids: Tensor) -> Tensor:
+        previous_ids, self._previous_ids = self._previous_ids, input_ids
+        if self._decoder is None:
+            ids, mask = (tensor.to(input_ids.device) for tensor in self._prompts)
+            prompt_of_row = torch.arange(len(ids), device=ids.device).repeat_interleave(len(input_ids) // len(ids))
+            self._decoder = CachedDecoder(self.model, ids, mask, prompt_of_row)
+            return self._decoder.prefill()
+        if previous_ids is None or not torch.equal(input_ids[:, :-1], previous_ids):
+            raise UserError(
+                "guidance: must serve one call of generate without beam search. Create a Guidance object for each call."
+            )
+        return self._decoder.step(input_ids[:, -1])

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.errors import UserError
-from quarkrl.sampling.guidance import checked_scale
+from quarkrl.sampling.guidance import check_guidance_scale
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.health import MOST_SKIPPED_IN_A_ROW
 
@@ -280,8 +280,8 @@ class QuarkConfig(TrainingArguments):
 
     def _check_guidance(self) -> None:
         for scale in self.explore_guidance_scale:
-            checked_scale(scale, "explore_guidance_scale")
-        checked_scale(self.eval_guidance_scale, "eval_guidance_scale")
+            check_guidance_scale(scale, "explore_guidance_scale")
+        check_guidance_scale(self.eval_guidance_scale, "eval_guidance_scale")
         numbers = [str(number) for number in range(self.num_quantiles - 1)]  # Not the best, which is wanted.
         if str(self.guidance_from) not in ("worst", "reference", *numbers):
             raise UserError(f"guidance_from {self.guidance_from!r}: want worst, reference or a number to {numbers[-1]}")

@@ -16,6 +16,7 @@ import torch
 
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
+from quarkrl.rewards.calling import current_gpu
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.storage.parquet import read_table, write_table
 
@@ -139,9 +140,7 @@ def side_by_side(
         return part
 
     pending: list[Future[Rollout]] = []
-    # Which GPU is the current one is a thread's own matter; a reward function means this thread's.
-    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # -1: none.
-    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(gpu,))
+    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(current_gpu(),))
     try:
         for batch in itertools.takewhile(lambda _: not asked(), batches):
             for future in pending:

@@ -38,9 +38,9 @@ def find_non_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     named = {name: _local_shard(tensor) for name, tensor in tensors if tensor is not None and tensor.numel()}
     if not named:
         return []
-    # One norm over all tensors synchronises with the device once. The sum of squares can overflow for finite tensors, so
-    # an infinite norm is only a reason to look closer. The largest absolute value cannot overflow but is 19 times as
-    # slow on a CPU.
+    # One norm over all tensors synchronises with the device once. Its squares can overflow for finite tensors, so an
+    # infinite norm is only a reason to look closer. The largest absolute value cannot overflow, but takes a CPU 19
+    # times as long.
     if torch.nn.utils.get_total_norm(list(named.values())).isfinite():
         return []
     return [name for name, tensor in named.items() if not tensor.isfinite().all()]

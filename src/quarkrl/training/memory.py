@@ -1,334 +1,265 @@
-"""How much memory a run takes, estimated before it begins.
+"""The memory estimate of a run, made before it starts: does the run fit, and how many completions to sample at a time.
 
-Two peaks count: while exploring, the cache of keys and values with what reading the prompts takes, or later with the
-logits of a batch; while learning, what a forward pass keeps for its backward pass and what the loss takes, or all
-gradients at once if those are more. The formulas count floats that autograd keeps, per token and layer, and arrays that
-the loss makes; tests/test_memory.py holds them against measured peaks. Not counted: the interpreter and its libraries
-(about half a GB of main memory), a classifier that scores, experts of a mixture, the copy into which `save_final`
-merges an adapter.
+Some arrays stay for the whole run: weights, reference, optimizer states. Others come and go: activations, logits, the
+KV cache. The estimate multiplies the second kind by a safety factor and adds the first. test_memory.py compares it with
+measured peaks. Not included: Python and its libraries (about 0.5 GB), a reward model, the experts of a mixture, and the
+merged copy that `save_final` makes of an adapter.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers.activations import NewGELUActivation
+from accelerate.utils import gather_object
 
-from quarkrl.algorithm.sliced_loss import GRADIENT_CHUNK_ELEMENTS, default_slice_length
+from quarkrl.algorithm.sliced_loss import default_slice_length
+from quarkrl.errors import UserError
 from quarkrl.models.head_access import is_one_product
+from quarkrl.training.config import QuarkConfig
 
-# Arrays of batch x vocabulary that the choice of a token makes (decoding.py), without and with a nucleus; and that a
-# contrast of two does (guidance.py).
-_SAMPLING_ARRAYS, _GUIDED_ARRAYS = {False: 4, True: 6}, 8
-# What comes and goes takes more room in main memory, as glibc keeps pieces of what is freed unless they are larger than
-# its DEFAULT_MMAP_THRESHOLD_MAX: 1.1 to 1.6 times as much in tests/test_memory.py, more with gradient checkpointing. A
-# cache that grows in bf16 took 1.2 to 2.1 times as much, perhaps as what oneDNN keeps lies in between. On a GPU nothing
-# was measured.
-_CPU_SLACK, _BF16_SLACK, _GIVEN_BACK = 1.5, 2.0, 2**25
-# Arrays that an optimizer keeps of the trained parameters, each as large as they are but where it is of 8 or 4 bits.
-_STATES = {"adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What of a model its memory depends on.
-
-    Attributes:
-        weights, trained: bytes of all its parameters, and of those that are learned.
-        layers, width, heads, kv_width, inner, vocab: as its config has them; `kv_width` is that of a token's keys.
-        size: bytes of a number.
-        norms: arrays of the width that a layer keeps for its norms.
-        mlp: arrays of the inner width that a layer keeps for its feed-forward part.
-        eager: attention keeps its scores.
-        dropout, attention_dropout: whether there is any.
-        head: bytes of the output matrix if it is learned: its gradient comes while all else is still kept.
-        tied: it is the input matrix, too.
-        reached: the loss makes logits of it a slice at a time; else they are held whole.
-        merged: bytes of the embedding, if an adapter writes it anew in each pass, for the reward tokens' rows.
-        rotary: positions are turned into queries and keys, in full even by autocast.
-    """
-
-    weights: int
-    trained: int
-    layers: int
-    width: int
-    heads: int
-    kv_width: int
-    inner: int
-    vocab: int
-    size: int = 4
-    norms: float = 4
-    mlp: int = 2
-    eager: bool = True
-    dropout: bool = False
-    attention_dropout: bool = False
-    head: int = 0
-    tied: bool = True
-    reached: bool = True
-    merged: int = 0
-    rotary: bool = False
-
-    @classmethod
-    def of(cls, model: Any) -> "Anatomy":
-        """That of a causal language model, with an adapter or without."""
-        config = model.config.get_text_config()
-        parameters = list(model.parameters())
-        embedding = model.get_input_embeddings().weight
-        width = _number(config, "hidden_size") or embedding.shape[1]
-        layers, heads = _number(config, "num_hidden_layers") or 1, _number(config, "num_attention_heads") or 1
-        output = model.get_output_embeddings()
-        head = 0 if output is None or not output.weight.requires_grad else bytes_of([output.weight])
-        modules = list(model.named_modules())
-        names = {name.rsplit(".", 1)[-1] for name, _ in modules}
-        gated = bool(names & {"gate_proj", "gate_up_proj", "w1"})
-        kinds = [(type(module).__name__, _first_size(module)) for _, module in modules]
-        wide = sum("Norm" in kind and size == width for kind, size in kinds) / max(layers, 1)
-        narrow = sum("Norm" in kind and size != width and size > 0 for kind, size in kinds) / max(layers, 1)
-        # An RMS norm is written in several steps: it keeps what comes, what goes, and if it learns what is normed.
-        rms = any("RMSNorm" in type(m).__name__ and any(p.requires_grad for p in m.parameters()) for _, m in modules)
-        merged = any("TrainableTokensLayer" in kind for kind, _ in kinds) * bytes_of([embedding])
-        return cls(
-            weights=bytes_of(parameters),
-            trained=bytes_of(p for p in parameters if p.requires_grad),
-            layers=layers,
-            width=width,
-            heads=heads,
-            kv_width=(_number(config, "num_key_value_heads") or heads)
-            * (_number(config, "head_dim") or width // heads),
-            inner=_number(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * width,
-            vocab=embedding.shape[0],
-            size=embedding.element_size(),
-            norms=round(wide) * (3 if rms else 2) + round(narrow) * 2,
-            mlp=4 if gated else 5 if any(isinstance(module, NewGELUActivation) for _, module in modules) else 2,
-            eager=getattr(config, "_attn_implementation", None) in (None, "eager"),
-            dropout=bool(_number(config, "resid_pdrop", "hidden_dropout", "resid_dropout", "dropout")),
-            attention_dropout=bool(_number(config, "attn_pdrop", "attention_dropout")),
-            head=head,
-            tied=sum(p.shape == embedding.shape for p in parameters) < 2,
-            reached=is_one_product(output),
-            merged=merged,
-            rotary=any("Rotary" in kind for kind, _ in kinds),
-        )
+SAFETY_FACTOR = 1.4
+REFUSAL_FACTOR = 1.25  # A run is refused if its estimate exceeds the free memory by this factor, and else warned of.
+# The largest sampling batch that is chosen automatically (more is hardly faster), and its share of the memory.
+LARGEST_BATCH_CPU, LARGEST_BATCH_ACCELERATOR, SAMPLING_SHARE = 128, 512, 0.5
+# Numbers per trained parameter that an optimizer of transformers keeps; 2, as AdamW, if it is not listed.
+_OPTIMIZER_STATES = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
+_ADAPTER = "lora_|trainable_tokens"  # In the names of an adapter's parameters.
+# Folder, limit and use of the control group of a container, in the kernel's versions 2 and 1.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
-class Load:
-    """What of a run its memory depends on.
+class RunSize:
+    """What the memory use of a run depends on; sizes in bytes."""
 
-    Attributes:
-        batch: samples of a micro-batch.
-        prompt, completion: tokens, of the longest; reward tokens count to the prompt.
-        explored: completions sampled at a time.
-        reference: bytes of a reference of its own; 0 where there is none, or it is the policy without its adapter.
-        kl: the reference is read while learning.
-        tempered: the NLL has a temperature, and so a softmax of its own.
-        optimizer: the name in `transformers`.
-        accumulates: gradients are kept from one micro-batch to the next.
-        checkpointed: gradient checkpointing.
-        mixed: numbers of 2 bytes in the passes, by autocast.
-        guided: each completion is read twice.
-        by_reference: the second time by the reference, in passes of its own.
-        nucleus: tokens are drawn from one.
-        processes: that learn together.
-        samples: in the pool at the end.
-        cpu: all is in main memory.
-    """
-
-    batch: int
-    prompt: int
-    completion: int
-    explored: int
-    reference: int = 0
-    kl: bool = True
-    tempered: bool = False
-    optimizer: str = "adamw_torch"
-    accumulates: bool = False
-    checkpointed: bool = False
-    mixed: bool = False
-    guided: bool = False
-    by_reference: bool = False
-    nucleus: bool = False
-    processes: int = 1
-    samples: int = 0
-    cpu: bool = True
+    weights: int  # the policy's parameters
+    trained: int  # those of them that are trained
+    loss: int  # one slice of the loss, and the gradient of the output embedding
+    activations: int  # kept for the backward pass, per sample
+    checkpointed: int  # the same with gradient checkpointing
+    logits: int  # per sample, if the loss cannot compute them in slices; else 0
+    cache: int  # keys and values, per completion
+    sampling: int  # other arrays while sampling, per completion
+    batch: int  # samples of a micro-batch
+    sampled: int  # completions sampled at a time
+    reference: int = 0  # a separate reference model
+    optimizer: float = 2.0  # the optimizer's states, per byte that is trained
+    accumulates: bool = False  # whether gradients are kept over several micro-batches
+    other: int = 0  # autocast's copies of weights, the buffers in which processes exchange gradients, the pool
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, by what they are for, and the two peaks.
+    """Bytes by purpose, and the two peaks, which are less than the sum because some arrays follow each other."""
 
-    `exploring` and `learning` are not sums of all: gradients come as activations go, and a cache is only for exploring.
-    """
-
-    weights: int
-    reference: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
-    cache: int
-    sampling: int
-    pool: int
+    parts: dict[str, int]
     exploring: int
     learning: int
 
     @property
     def total(self) -> int:
+        """The larger peak."""
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:
-        names = ("weights", "reference", "gradients", "optimizer", "activations", "loss", "cache", "sampling", "pool")
-        sizes = {name: gigabytes(getattr(self, name)) for name in names}
-        parts = ", ".join(f"{name} {size}" for name, size in sizes.items() if float(size))
-        peaks = f"exploring {gigabytes(self.exploring)}, learning {gigabytes(self.learning)}"
-        return f"about {gigabytes(self.total)} GB ({peaks}; {parts})"
+        sizes = {"exploring": self.exploring, "learning": self.learning, **self.parts}
+        return f"about {gigabytes(self.total)} GB ({', '.join(f'{n} {gigabytes(s)}' for n, s in sizes.items() if s)})"
 
 
-def estimate(model: Anatomy, load: Load) -> Estimate:
-    """The memory of a run, in bytes.
+def estimate(run: RunSize) -> Estimate:
+    """Estimate the memory of a run, in bytes."""
+    parts = {"weights": run.weights, "reference": run.reference, "gradients": run.trained}
+    parts |= {"optimizer": int(run.trained * run.optimizer), "other": run.other}
+    parts |= {"activations": run.batch * run.activations, "loss": run.loss + run.batch * run.logits}
+    parts |= {"cache": run.sampled * run.cache, "sampling": run.sampled * run.sampling}
+    fixed = run.weights + run.reference + parts["optimizer"] + run.other
+    # Gradients take the place of the activations, layer by layer, unless an earlier micro-batch has made them.
+    backward = SAFETY_FACTOR * parts["activations"] + parts["loss"] + (run.trained if run.accumulates else 0)
+    exploring = fixed + SAFETY_FACTOR * (parts["cache"] + parts["sampling"])
+    return Estimate(parts, int(exploring), learning=int(fixed + max(backward, run.trained + run.loss)))
+
+
+def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, reference: Any = None) -> RunSize:
+    """Return the sizes of a run whose longest prompt has `prompt` tokens, with `count` completions per iteration."""
+    config, output, cpu = model.config.get_text_config(), model.get_output_embeddings(), options.device.type == "cpu"
+    head, parameters, length = output.weight, dict(model.named_parameters()), prompt + options.max_completion_length
+    weights = sum(weight.nbytes for weight in parameters.values())
+    trained = sum(weight.nbytes for weight in parameters.values() if weight.requires_grad)
+    mixed = options.bf16 or options.fp16
+    number = 2 if mixed else head.element_size()
+    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    # Autograd keeps about the input and the output of each linear map of a layer.
+    embeddings = {
+        id(head),
+        *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)),
+    }
+    maps = [w for n, w in parameters.items() if w.ndim == 2 and id(w) not in embeddings and not re.search(_ADAPTER, n)]
+    linear = number * sum(sum(weight.shape) for weight in maps)
+    # Attention that is not fused keeps its scores before and after the softmax, and after dropout. PyTorch has no fused
+    # attention with dropout on a CPU.
+    dropout = getattr(config, "attn_pdrop", 0) or getattr(config, "attention_dropout", 0)
+    unfused = config._attn_implementation == "eager" or (cpu and dropout > 0)
+    activations = length * (linear + (3 * 4 * layers * heads * length if unfused else 0))
+    checkpointed = activations // layers + length * number * layers * width  # One layer, and the input of each.
+    is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
+    vocab = head.shape[0]
+    # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
+    # An adapter that trains some rows of the embedding also merges them into a copy.
+    tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
+    slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
+    reads = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
+    other = weights // 2 if mixed and head.element_size() == 4 else 0
+    other += trained if options.world_size > 1 else 0
+    other += count * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
+    return RunSize(
+        weights=weights,
+        trained=trained,
+        loss=5 * 4 * slice_rows * vocab + tables * head.nbytes,
+        activations=checkpointed if is_checkpointed else activations,
+        checkpointed=checkpointed,
+        # The logits of policy and reference, and their gradient.
+        logits=0 if is_one_product(output) else 3 * 4 * options.max_completion_length * vocab,
+        cache=reads * 2 * layers * kv_heads * head_width * number * length,
+        # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
+        sampling=reads * max(prompt * linear // layers, 6 * 4 * vocab),
+        batch=options.per_device_train_batch_size,
+        sampled=count,
+        reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
+        optimizer=optimizer_ratio(str(getattr(options.optim, "value", options.optim)), head.element_size()),
+        accumulates=options.gradient_accumulation_steps > 1,
+        other=other,
+    )
+
+
+def optimizer_ratio(name: str, number: int = 4) -> float:
+    """Return the bytes of an optimizer's states per byte of parameters, whose numbers have `number` bytes."""
+    states = next((n for kind, n in _OPTIMIZER_STATES.items() if name.removeprefix("paged_").startswith(kind)), 2)
+    return states * (1 / number if "8bit" in name else 0.5 / number if "4bit" in name else 1)
+
+
+def free_and_total(device: torch.device) -> tuple[int, int] | None:
+    """Return the free and the total bytes of a device; of main memory, this process's share. None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _kernel_number("/proc/meminfo", "MemAvailable:") * 1024 or total
+    for folder, limit, used in _CONTROL_GROUPS:
+        if 0 < (allowed := _kernel_number(f"{folder}/{limit}")) < total:
+            reclaimable = _kernel_number(f"{folder}/memory.stat", "inactive_file")
+            total, free = allowed, min(free, allowed - _kernel_number(f"{folder}/{used}") + reclaimable)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // processes, total // processes
+
+
+def _kernel_number(path: str, key: str = "") -> int:
+    """Return the number after `key` in a file of the kernel; 0 if there is none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return next(int(line.removeprefix(key).split()[0]) for line in lines if line.startswith(key))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0
+
+
+def choose_sampling_batch(run: RunSize, memory: int, largest: int, count: int) -> int:
+    """Return the largest power of two, up to `largest`, of completions that need half of the memory at most."""
+    size = largest
+    while size > 1 and estimate(replace(run, sampled=min(size, count))).exploring > SAMPLING_SHARE * memory:
+        size //= 2
+    return size
+
+
+def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
+    """Return the options that lower a run's memory use, the most effective first, with the estimate for each."""
+    batch, sampled = max(run.batch // 4, 1), max(run.sampled // 4, 1)
+    smaller = f"per_device_train_batch_size {batch} with 4 times the gradient_accumulation_steps"
+    changes: dict[str, dict[str, Any]] = {
+        smaller: {"batch": batch, "accumulates": True},
+        "gradient_checkpointing": {"activations": run.checkpointed},
+        "lora_rank 8": {"trained": min(run.trained, run.weights // 100), "reference": 0},
+        "kl_coef 0": {"reference": 0},
+        " and ".join(f"{name} {sampled}" for name, n in sampling_batches.items() if n > sampled): {"sampled": sampled},
+    }
+    totals = sorted((estimate(replace(run, **change)).total, option) for option, change in changes.items())
+    return [f"{option} ({gigabytes(total)} GB)" for total, option in totals if total < 0.98 * estimate(run).total]
+
+
+class MemoryPlan(NamedTuple):
+    """How many completions to sample at a time, and the line about the memory of a run, if it can be estimated."""
+
+    generation_batch_size: int
+    message: str | None = None
+
+
+def plan_memory(
+    model: Any,
+    options: QuarkConfig,
+    prompt_lengths: Sequence[int],
+    eval_prompt_lengths: Sequence[int] = (),
+    reference: torch.nn.Module | None = None,
+) -> MemoryPlan:
+    """Estimate the memory of a run that is about to start, and choose its sampling batch. Warn if it may not fit.
 
     Args:
-        model: the policy.
-        load: what is done with it.
+        model: the policy, with its adapter.
+        options: of the run.
+        prompt_lengths, eval_prompt_lengths: tokens of each prompt, with reward tokens.
+        reference: a separate reference model.
+
+    Raises:
+        UserError: the run clearly cannot fit. The message names the options that lower its memory use.
     """
-
-    def room(size: float, piece: float, slack: float = _CPU_SLACK) -> float:
-        return size * slack if load.cpu and piece < _GIVEN_BACK else size
-
-    table = model.vocab * model.width * model.size
-    gradients, states = model.trained, optimizer_bytes(load.optimizer, model.trained, model.size)
-    tokens = load.batch * (load.prompt + load.completion)
-    activations = activation_bytes(model, load, tokens)
-    kept = room(activations, tokens * model.width * model.size)
-    if load.mixed and model.size == 4:  # Autocast keeps copies for the backward pass, of all but the embeddings.
-        kept += (model.weights - table * (1 if model.tied else 2)) // 2
-    kept += (gradients if load.accumulates else 0) + (model.merged if model.head else 0)
-    slice_ = min(load.batch * load.completion, default_slice_length(model.vocab)) * model.vocab * max(4, model.size)
-    loss, gradient = loss_bytes(model, load, slice_)
-    comes_and_goes = max(
-        kept + room(loss, slice_),
-        # Backwards the gradient that the loss has kept is scaled, into a second array.
-        kept + 2 * gradient + (0 if model.reached else model.head),
-        # In the end, where a tied matrix has that of the layers' side in an array of its own until it is added.
-        gradients + gradient + (model.head if model.tied else 0),
-    )
-    reduced = gradients if load.processes > 1 else 0  # The buckets in which processes exchange them.
-    at_once = load.explored * (2 if load.guided else 1)
-    # Keys in full and values narrowed, if positions are turned into keys in full.
-    number = 3 if model.rotary and load.mixed and model.size == 4 else _narrow(model, load)
-    cached = at_once * (load.prompt + load.completion) * model.kv_width * number
-    cache = cached * model.layers * 2
-    asked = load.prompt / (load.prompt + load.completion)  # The share of the cache that reading the prompts makes.
-    reading = _reading_bytes(model, load, load.explored if load.by_reference else at_once)
-    chosen = load.explored * model.vocab * 4
-    choice = chosen * (_GUIDED_ARRAYS if load.guided else _SAMPLING_ARRAYS[load.nucleus])
-    begins = room(cache * asked, cached * asked) + sum(room(size, piece) for size, piece in reading)
-    slack = _BF16_SLACK if load.mixed else _CPU_SLACK
-    goes_on = room(cache, cached * asked, slack) + room(choice, chosen, slack)  # Its pieces were smaller at first.
-    cast = 0
-    if load.mixed and model.size == 4:  # By autocast, kept for a batch.
-        cast = (model.weights - (0 if model.tied else table)) // 2
-        if load.by_reference:  # Half of it in 4 bytes, none in 2.
-            cast += max(load.reference - model.weights // 2, 0)
-    pool = load.samples * (4 * (load.prompt + load.completion) + 30)
-    always = model.weights + load.reference + states + reduced + (pool if load.cpu else 0)
-    return Estimate(
-        weights=model.weights,
-        reference=load.reference,
-        gradients=gradients,
-        optimizer=states,
-        activations=activations,
-        loss=loss,
-        cache=cache,
-        sampling=max(sum(size for size, _ in reading), choice),
-        pool=pool,
-        exploring=int(always + cast + max(begins, goes_on) + model.merged),
-        learning=int(always + comes_and_goes),
-    )
-
-
-def activation_bytes(model: Anatomy, load: Load, tokens: int) -> int:
-    """What a forward pass over so many tokens keeps for the backward pass, without logits.
-
-    A layer keeps, for each token: what goes into and comes out of its norms; query, key, value, and what attention
-    gives; its feed-forward part; if attention is eager, a score for each other token, thrice where some are dropped.
-    """
-    length = load.prompt + load.completion
-    narrow, wide = _narrow(model, load), max(4, model.size) if load.mixed else model.size
-    mask = 4 if load.cpu else 1  # torch draws a dropout's mask as numbers on a CPU, as bits elsewhere.
-    # Attention with dropout has no kernel on a CPU.
-    scores = model.eager or (load.cpu and model.attention_dropout)
-    layer: float = 2 * model.width * (wide - narrow)  # The residual stream is not narrowed.
-    layer += narrow * (model.norms * model.width + 4 * model.width + model.mlp * model.inner)
-    layer += 2 * model.width * mask if model.dropout else 0
-    if scores:
-        layer += model.heads * length * (narrow + ((narrow + mask) if model.attention_dropout else 0))
-        layer += model.heads * length * 4 if load.mixed else 0  # The softmax is taken in full.
-    if load.checkpointed:
-        return int(tokens * (model.layers * model.width * wide + layer))
-    return int(tokens * model.layers * layer)
-
-
-def loss_bytes(model: Anatomy, load: Load, array: int) -> tuple[int, int]:
-    """What the loss takes at its peak, and what of it stays for the backward pass: a gradient (loss.py).
-
-    A slice has arrays of positions x vocabulary, of so many bytes: log-probabilities, probabilities, and the gradient,
-    which comes in the logits' place if they were made here; and the reference's log-probabilities for the KL.
-    """
-    places, wide = load.batch * load.completion, max(4, model.size)
-    arrays = (3 + load.kl + 2 * load.tempered) * array
-    if not model.reached:
-        logits = places * model.vocab * (wide if load.mixed else model.size)  # What autocast gives is widened.
-        gradient = places * model.vocab * wide
-        return (1 + load.kl) * logits + gradient + arrays, gradient
-    head, narrow = model.head // model.size, _narrow(model, load)
-    gradient = (head + places * model.width) * wide  # In the output matrix and in what goes into it.
-    casts = (1 + load.kl) * model.vocab * model.width * narrow if load.mixed else 0
-    if narrow < wide:  # Products in less precision, then widened: a slice's logits, pieces of the matrix's gradient.
-        arrays += array * narrow // wide + min(head, GRADIENT_CHUNK_ELEMENTS) * (narrow + wide)
-    return gradient + casts + arrays, gradient
-
-
-def optimizer_bytes(name: str, trained: int, size: int = 4) -> int:
-    """What an optimizer of `transformers` keeps for so many bytes of trained parameters, of `size` bytes each.
-
-    One that is not known counts as AdamW, with two arrays; Adafactor's rows and columns count as nothing.
-    """
-    kind = next((kind for kind in _STATES if name.removeprefix("paged_").startswith(kind)), "adamw")
-    each = 1 if "8bit" in name else 0.5 if "4bit" in name else size
-    return int(trained // size * _STATES[kind] * each)
-
-
-def _reading_bytes(model: Anatomy, load: Load, rows: int) -> list[tuple[int, int]]:
-    """What reading the prompts takes beside the cache, one layer at a time, and the pieces it comes in.
-
-    The residual stream as it comes into the model, the layer, and its feed-forward part, normed, and what attention
-    gave; what the feed-forward part makes; a mask for each text, as bits and as numbers, and scores if they are kept.
-    """
-    narrow, wide, tokens = _narrow(model, load), max(4, model.size) if load.mixed else model.size, rows * load.prompt
-    width, inner = tokens * model.width, tokens * model.inner * narrow
-    scores = tokens * load.prompt * (model.heads * (narrow + 8) if model.eager else 5)
-    return [(width * (4 * wide + narrow), width * wide), (inner * max(2, model.mlp - 1), inner), (scores, scores)]
-
-
-def _narrow(model: Anatomy, load: Load) -> int:
-    return 2 if load.mixed else model.size
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _number(config: Any, *names: str) -> Any:
-    """The first of a config's entries that is a number; 0 where none is."""
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int | float)), 0)
-
-
-def _first_size(module: torch.nn.Module) -> int:
-    weight = getattr(module, "weight", None)
-    return weight.numel() if isinstance(weight, torch.Tensor) and weight.ndim == 1 else 0
+    device, batch_size = options.device, options.generation_batch_size
+    launched = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
+    if options.fsdp or options.deepspeed or getattr(model, "hf_device_map", None) or "true" in launched:
+        return MemoryPlan(batch_size or LARGEST_BATCH_CPU)  # The model is spread over several devices.
+    count = min(options.prompts_per_iteration or len(prompt_lengths), len(prompt_lengths)) * options.samples_per_prompt
+    run = size_of_run(model, options, max(*prompt_lengths, *eval_prompt_lengths), count, reference)
+    memory, free = free_and_total(device), 0
+    if memory is not None:  # What the models take already is part of the estimate.
+        parameters = [*model.parameters(), *(reference.parameters() if reference is not None else ())]
+        free = memory[0] + sum(weight.nbytes for weight in parameters if weight.device.type == device.type)
+    if batch_size is None and memory is not None:
+        # Of main memory the total counts: what is free varies, and another batch size would round differently, so that
+        # a resumed run would not be bit-identical.
+        main = device.type == "cpu"
+        limits = (memory[1], LARGEST_BATCH_CPU) if main else (free, LARGEST_BATCH_ACCELERATOR)
+        batch_size = choose_sampling_batch(run, *limits, count)
+    batch_size = batch_size or LARGEST_BATCH_CPU
+    batches = {"generation_batch_size": min(batch_size, count)}
+    if eval_prompt_lengths:
+        evaluated = len(eval_prompt_lengths) * options.eval_samples_per_prompt
+        batches["per_device_eval_batch_size"] = min(options.per_device_eval_batch_size, evaluated)
+    run = replace(run, sampled=max(batches.values()))
+    total, refusal = estimate(run).total, None
+    if memory is not None and total > free:
+        problem = f"memory: the run needs about {gigabytes(total)} GB, and {gigabytes(free)} GB are free."
+        problem += f" Set {', or '.join(remedies(run, batches)) or 'a smaller model'}."
+        if total > REFUSAL_FACTOR * free:
+            refusal = problem
+        else:
+            logger.warning(problem)
+    if options.world_size > 1:  # All processes sample as many completions at a time, and stop together.
+        plans = gather_object([(batch_size, refusal)])
+        batch_size, refusal = min(size for size, _ in plans), next((text for _, text in plans if text), None)
+    if refusal is not None:
+        raise UserError(refusal)
+    return MemoryPlan(batch_size, f"memory: {estimate(run)}" + (f", of {gigabytes(free)} GB" if memory else ""))
 
 
 def gigabytes(size: float) -> str:
+    """Return a size as text in GB."""
     return f"{size / 1e9:.2f}" if size < 9.95e9 else f"{size / 1e9:.0f}"

@@ -18,6 +18,7 @@ is on while learning.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
+from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
@@ -47,17 +49,22 @@ from quarkrl.models.loading import context_length, eos_ids, load_model, load_tok
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
-from quarkrl.sampling.decoder import made_once
-from quarkrl.sampling.generator import Sampling, decode, evaluating, sample, sample_best
+from quarkrl.sampling.autocast_cache import prepare_weights_once
+from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.sampler import eval_mode, sample, sample_best
+from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import FinishedBatches, Rollout, score
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
-from quarkrl.training.memory_check import Forecast
+from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+
+logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -146,8 +153,13 @@ class QuarkTrainer(ResumableTrainer):
         self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
-        self.forecast = Forecast(self, model)
-        keepers = _Iterations(self), Resumption(self), self.forecast, self.metrics_file, self.progress
+        limit_onednn_caches()
+        lengths, eval_lengths = (
+            [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
+            for prompts in (self.prompts, self.eval_prompts)
+        )
+        self.memory_plan = plan_memory(model, args, lengths, eval_lengths, self.ref_model)
+        keepers = _Iterations(self), Resumption(self), MallocTrimCallback(), self.metrics_file, self.progress
 
         super().__init__(
             model=model,
@@ -200,7 +212,9 @@ class QuarkTrainer(ResumableTrainer):
             rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
             with self.progress.sampling(f"iteration {iteration}", len(rows)):
                 sampling = args.sampling(iteration)
-                found = self.rollout(self.prompts, rows, sampling, iteration, self.forecast.explored_at_once, finished)
+                found = self.rollout(
+                    self.prompts, rows, sampling, iteration, self.memory_plan.generation_batch_size, finished
+                )
             scored = found.scored_enough(args.max_unscored_share, iteration)
             self.pool.add(
                 [self.prompts.ids[found.rows[i]] for i in scored],
@@ -241,7 +255,7 @@ class QuarkTrainer(ResumableTrainer):
             return completions
 
         def asked(these: list[int], completions: list[list[int]]) -> Scores:
-            texts = decode(self.plain_tokenizer, completions)
+            texts = decode_completions(self.plain_tokenizer, completions)
             scores = score(self.scorer, prompts, these, texts, completions, self.end_ids)
             self.progress.scored(scores.rewards)
             return scores
@@ -253,12 +267,12 @@ class QuarkTrainer(ResumableTrainer):
         """What completes plain prompts: p_0 in iteration 0, then the policy on the best token, guided if so asked."""
         args, tokens, policy = self.args, self.conditioning, self.accelerator.unwrap_model(self.model)
         scales = [args.eval_guidance_scale] if iteration == _EVALUATION else args.explore_guidance_scale
-        with self.accelerator.autocast(), made_once(policy, self.ref_model):
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
             if iteration == 0:
                 with self.reference() as reference:
                     yield partial(sample, reference, end_ids=self.end_ids, vocab_size=tokens.vocab_size)
             else:
-                guidance = scales[: iteration + 1][-1], args.guidance_from, self.reference
+                guidance = GuidanceOptions(scales[: iteration + 1][-1], args.guidance_from, self.reference)
                 yield partial(sample_best, policy, tokens, guidance, end_ids=self.end_ids)
 
     @contextmanager
@@ -271,7 +285,7 @@ class QuarkTrainer(ResumableTrainer):
         if self.ref_model is not None:
             yield self.ref_model
         elif hasattr(policy, "disable_adapter"):
-            with policy.disable_adapter(), evaluating(policy):  # p_0 drops nothing out, whatever the policy does.
+            with policy.disable_adapter(), eval_mode(policy):  # p_0 drops nothing out, whatever the policy does.
                 yield policy
         else:
             yield policy
@@ -428,6 +442,10 @@ class _Iterations(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **_):
+        if self.trainer.memory_plan.message and state.is_world_process_zero:
+            logger.info(self.trainer.memory_plan.message)
+            if self.trainer.progress.enabled:
+                self.trainer.progress.note(self.trainer.memory_plan.message)
         self.trainer.decide_heads()
 
     def on_epoch_begin(self, args, state, control, **_):

@@ -1,4 +1,4 @@
-"""Sequence classifiers as rewards: labels, batches, lengths, what is refused."""
+"""`Classifier`: labels, batches, truncation, and which models are refused."""
 
 import functools
 import hashlib
@@ -55,10 +55,10 @@ def test_a_label_by_name_index_or_negation(bert, label, reward, unwanted):
 
 
 def test_a_label_must_be_chosen_and_exist(bert):
-    assert "has labels 'bad', 'good': say which by label" in error_of(lambda: Classifier(bert))
-    assert "has labels 'bad', 'good'" in error_of(lambda: resolve(str(bert)))
+    assert "label: must be one of 'bad', 'good'" in error_of(lambda: Classifier(bert))
+    assert "label: must be one of 'bad', 'good'" in error_of(lambda: resolve(str(bert)))
     for label in ("ugly", "not ugly", 2, -1, "nott bad"):
-        assert "it has 'bad', 'good'" in error_of(lambda label=label: Classifier(bert, label))
+        assert f"label {label!r}: must be one of 'bad', 'good'" in error_of(lambda x=label: Classifier(bert, x))
 
 
 def test_unwanted_has_the_short_name_of_what_is_negated(tmp_path):
@@ -76,11 +76,11 @@ def test_several_labels_at_once_are_sigmoids(tmp_path):
     assert Classifier(tmp_path, "good")(["p"], ["w1"]) == pytest.approx([0.5])
 
 
-def test_a_single_output_is_a_reward_models_score_as_it_is(tmp_path):
+def test_a_single_output_is_a_reward_models_raw_score(tmp_path):
     make_bert(tmp_path, bias=[-2.5], labels=("LABEL_0",))
     assert Classifier(tmp_path)(["p"], ["w1"]) == pytest.approx([-2.5])
-    assert "gives no probability" in error_of(lambda: Classifier(tmp_path, "not LABEL_0"))
-    assert "gives no probability" in error_of(lambda: Classifier(tmp_path, unwanted="toxicity"))
+    assert "label 'not LABEL_0': must not be negated" in error_of(lambda: Classifier(tmp_path, "not LABEL_0"))
+    assert "unwanted must be unset" in error_of(lambda: Classifier(tmp_path, unwanted="toxicity"))
 
 
 def texts_of_many_lengths():
@@ -117,14 +117,14 @@ def test_a_decoder_without_a_pad_token_scores_alike_in_any_batch_and_takes_empty
     assert_same_in_any_batch(make_gpt2(tmp_path))
 
 
-def test_left_padding_of_the_tokenizers_own_is_not_used_with_absolute_positions(tmp_path):
+def test_a_left_padding_tokenizer_pads_on_the_right_with_absolute_positions(tmp_path):
     make_gpt2(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left"}))
     assert_same_in_any_batch(tmp_path)
 
 
-def test_a_text_over_the_limit_is_cut_at_its_end(lively):
+def test_a_text_over_the_limit_is_truncated_at_its_end(lively):
     classifier = Classifier(lively, "good")
     assert classifier.identity["max_length"] == 512
     cut = " ".join(LONG.split()[:510])  # [CLS] and [SEP] make 512
@@ -132,11 +132,13 @@ def test_a_text_over_the_limit_is_cut_at_its_end(lively):
     assert long == pytest.approx(same, abs=1e-6) and abs(long - other) > 1e-6
 
 
-def test_a_shorter_limit_of_the_users(lively):
+def test_max_length_truncates_earlier_and_must_be_within_the_models_limit(lively):
     long, same = Classifier(lively, "good", max_length=7)(["p"] * 2, [LONG, " ".join(WORDS[:5])])
     assert long == pytest.approx(same, abs=1e-6)
     for length in (2, 513):
-        assert "takes 3 to 512 tokens" in error_of(lambda n=length: Classifier(lively, "good", max_length=n))
+        assert f"max_length {length}: must be from 3 to 512 tokens" in error_of(
+            lambda n=length: Classifier(lively, "good", max_length=n)
+        )
 
 
 def test_the_tokenizers_limit_counts_too(tmp_path):
@@ -165,13 +167,15 @@ def test_roberta_positions_start_after_the_padding_index(tmp_path):
     assert_same_in_any_batch(tmp_path)
 
 
-def test_both_is_prompt_and_completion_and_a_long_prompt_is_cut_first(lively):
+def test_both_is_prompt_and_completion_and_a_long_prompt_is_truncated_at_its_start(lively):
     both = Classifier(lively, "good", text="both")
     alone = Classifier(lively, "good")
     assert both(["w1 w2"], [" w3"]) == pytest.approx(alone(["x"], ["w1 w2 w3"]), abs=1e-6)
     tail = " ".join(LONG.split()[-508:])
     assert both([LONG], [" w5 w6"]) == pytest.approx(alone(["x"], [tail + " w5 w6"]), abs=1e-6)
-    assert "'completion' or 'both'" in error_of(lambda: Classifier(lively, "good", text="prompt"))
+    assert "text 'prompt': must be 'completion' or 'both'" in error_of(
+        lambda: Classifier(lively, "good", text="prompt")
+    )
 
 
 def test_dropout_is_off_and_no_gradient_is_kept(lively):
@@ -187,7 +191,7 @@ def test_identity_of_a_classifier_holds_the_hash_of_its_weights(bert):
     json.dumps(identity)
 
 
-def test_directories_that_hold_no_usable_classifier(tmp_path, bert):
+def test_a_directory_without_a_usable_classifier_is_refused(tmp_path, bert):
     def copy(name, leave_out):
         (tmp_path / name).mkdir()
         for file in bert.iterdir():
@@ -196,15 +200,15 @@ def test_directories_that_hold_no_usable_classifier(tmp_path, bert):
         return tmp_path / name
 
     load = functools.partial(Classifier, label="bad")
-    assert "it has no config.json" in error_of(lambda: load(copy("no-config", "config")))
-    assert "holds no safetensors" in error_of(lambda: load(copy("no-weights", "model")))
-    assert "has no tokenizer" in error_of(lambda: load(copy("no-tokenizer", "tokenizer")))
+    assert "must be a model with a config.json" in error_of(lambda: load(copy("no-config", "config")))
+    assert "must have safetensors" in error_of(lambda: load(copy("no-weights", "model")))
+    assert "must have a tokenizer" in error_of(lambda: load(copy("no-tokenizer", "tokenizer")))
     pickled = copy("pickled", "model")
     torch.save({}, pickled / "pytorch_model.bin")
-    assert "holds no safetensors" in error_of(lambda: load(pickled))
+    assert "must have safetensors" in error_of(lambda: load(pickled))
     broken = copy("broken", "model")
     (broken / "model.safetensors").write_bytes(b"no weights at all")
-    assert "cannot load" in error_of(lambda: load(broken))
+    assert "cannot load the classifier" in error_of(lambda: load(broken))
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, bert):
@@ -217,23 +221,23 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, bert):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\n")
-    assert "cannot load" in error_of(lambda: Classifier(tmp_path, "bad"))
+    assert "cannot load the classifier" in error_of(lambda: Classifier(tmp_path, "bad"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_language_model_is_not_taken_for_a_classifier_with_a_random_head(tmp_path):
+def test_a_language_model_is_refused_and_gets_no_random_head(tmp_path):
     from transformers import GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=44, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     make_tokenizer(tmp_path, pad=False)
-    assert "is no trained sequence classifier: it lacks score.weight" in error_of(lambda: Classifier(tmp_path, 0))
+    assert "must be a trained sequence classifier. It lacks score.weight" in error_of(lambda: Classifier(tmp_path, 0))
 
 
-def test_a_device_that_is_not_there(bert):
-    assert "cannot run on device banana" in error_of(lambda: Classifier(bert, "bad", device="banana"))
+def test_an_unknown_device_is_refused(bert):
+    assert "device banana: must exist on this machine" in error_of(lambda: Classifier(bert, "bad", device="banana"))
 
 
-def test_a_cached_model_is_used_when_the_hub_is_away(bert, tmp_path, monkeypatch):
+def test_a_cached_model_is_used_if_the_hub_cannot_be_reached(bert, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     download = functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -248,7 +252,7 @@ def test_a_cached_model_is_used_when_the_hub_is_away(bert, tmp_path, monkeypatch
     assert classifier.identity["sha256"] == Classifier(bert, "bad").identity["sha256"]
 
 
-def test_logits_become_what_is_asked_for_whatever_the_config_says(bert, tmp_path):
+def test_function_to_apply_overrides_the_models_config(bert, tmp_path):
     """P(bad) is 3/4 by softmax of (log 3, 0); each logit's sigmoid is 3/4 and 1/2."""
     for function, bad, good in (("softmax", 0.75, 0.25), ("sigmoid", 0.75, 0.5), ("none", math.log(3), 0.0)):
         for label, expected in (("bad", bad), ("good", good)):
@@ -256,23 +260,27 @@ def test_logits_become_what_is_asked_for_whatever_the_config_says(bert, tmp_path
     assert Scorer(f"{bert}?label=good&function_to_apply=sigmoid").identity[0]["function"] == "sigmoid"
     make_bert(tmp_path, bias=[math.log(3)], labels=("LABEL_0",))
     assert Classifier(tmp_path, function_to_apply="sigmoid")(["p"], ["w1"]) == pytest.approx([0.75])
-    assert "whose softmax is 1" in error_of(lambda: Classifier(tmp_path, function_to_apply="softmax"))
-    assert "'softmax', 'sigmoid' or 'none'" in error_of(lambda: Classifier(bert, "bad", function_to_apply="tanh"))
+    assert "function_to_apply 'softmax': must be 'sigmoid' or 'none'" in error_of(
+        lambda: Classifier(tmp_path, function_to_apply="softmax")
+    )
+    assert "function_to_apply 'tanh': must be 'softmax', 'sigmoid' or 'none'" in error_of(
+        lambda: Classifier(bert, "bad", function_to_apply="tanh")
+    )
 
 
-def test_auto_computes_in_float32_on_a_cpu_and_bfloat16_is_near_it(lively):
+def test_dtype_auto_is_float32_on_a_cpu_and_bfloat16_scores_are_close(lively):
     texts = texts_of_many_lengths()
     auto, exact, brief = (Classifier(lively, "good", device="cpu", dtype=d) for d in ("auto", "float32", "bfloat16"))
     assert auto.identity["dtype"] == "float32" and brief.identity["dtype"] == "bfloat16"
     assert auto(texts, texts) == exact(texts, texts)
     np.testing.assert_allclose(brief(texts, texts), exact(texts, texts), atol=0.05)
-    assert "or 'auto' is wanted" in error_of(lambda: Classifier(lively, "good", dtype="half"))
+    assert "dtype 'half': must be 'float32', " in error_of(lambda: Classifier(lively, "good", dtype="half"))
 
 
-def test_a_chat_is_read_through_the_models_template(lively, tmp_path):
+def test_a_chat_is_formatted_with_the_models_template(lively, tmp_path):
     chat = [{"role": "user", "content": "w1 w2"}]
     both = Classifier(lively, "good", text="both", name="kind")
-    assert "'kind' cannot read chats" in error_of(lambda: both([chat], ["w3"]))
+    assert "reward 'kind' text 'both': must be 'completion' for chats" in error_of(lambda: both([chat], ["w3"]))
     shutil.copytree(lively, tmp_path / "model")
     template = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }} {% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text("[CLS]" + template + "[SEP]")
@@ -291,25 +299,25 @@ def test_a_chat_is_read_through_the_models_template(lively, tmp_path):
         ("sentiment?label=toxic&", "sentiment-toxic", 0.75, None, "toxic"),
     ],
 )
-def test_shortcuts_are_classifiers_with_another_model_if_given(tmp_path, spec, name, reward, unwanted, wanted):
+def test_a_shortcut_is_a_classifier_whose_options_can_be_overridden(tmp_path, spec, name, reward, unwanted, wanted):
     make_bert(tmp_path, bias=[0.0, math.log(3)], labels=("safe", "toxic"))
     scorer = Scorer(f"{spec}model={tmp_path}&batch_size=2")
     assert scorer.names == (name,) and (scorer.unwanted, scorer.wanted) == (unwanted, wanted)
     assert scorer(["p"], ["w1"], [[]]).rewards[0, 0] == pytest.approx(reward)
 
 
-def test_shortcuts_ask_the_hub_for_the_models_people_use(monkeypatch):
-    asked = []
+def test_a_shortcut_requests_its_documented_model_from_the_hub(monkeypatch):
+    requested = []
 
     def download(name, **options):
-        asked.append((name, options["revision"]))
+        requested.append((name, options["revision"]))
         raise OSError("no network here")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for spec in ("toxicity", "sentiment?revision=main"):
         error_of(lambda spec=spec: resolve(spec))
     sst2 = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
-    assert asked == [("s-nlp/roberta_toxicity_classifier", None), (sst2, "main")]
+    assert requested == [("s-nlp/roberta_toxicity_classifier", None), (sst2, "main")]
 
 
 @needs_models

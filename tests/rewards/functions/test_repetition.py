@@ -1,4 +1,4 @@
-"""The reward against repetition: its formula by hand, and that saying little wins nothing."""
+"""`Repetition`: its formula by hand, and that a policy cannot raise it by writing little."""
 
 from __future__ import annotations
 
@@ -55,30 +55,30 @@ def test_the_reward_is_the_diversity_of_token_ids_without_eos():
     assert counted == pytest.approx((3 / 5) * (3 / 4) * (3 / 3))
 
 
-def test_the_reward_on_words():
+def test_words_are_counted_where_white_space_separates_them():
     texts = ["a b a b a", "a  b\nc d", "a-b a-b"]
     scores = Scorer("repetition?unit=words")(texts, texts, [[], [], []])
     assert scores.rewards[:, 0].tolist() == pytest.approx([1 / 3, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("ids", [[], [EOS], [A, EOS], [A, B, C], [A, B, C, EOS]])
-def test_a_policy_cannot_win_by_saying_little(ids):
+def test_a_short_completion_has_the_lowest_reward(ids):
     (little, repeating, good) = Repetition()(["x"] * 3 if ids else [""] * 3, [ids, [A] * 50, [A, B, C, A, C]], [EOS])
     assert little == 0.0 < repeating < good == 1.0
 
 
-def test_how_much_is_little_can_be_said():
+def test_the_length_of_a_short_completion_is_an_option():
     reward = Scorer("repetition?min_units=6")
     assert reward(["p"] * 2, ["x"] * 2, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]]).rewards[:, 0].tolist() == [0.0, 1.0]
     assert Scorer("repetition").identity[0]["min_units"] == 4 != reward.identity[0]["min_units"]
 
 
-def test_mistakes():
-    for make, said in {
-        lambda: Repetition(unit="letters"): "'tokens' or 'words' is wanted",
-        lambda: Repetition(min_units=3): "at least 4 is wanted",
-        lambda: Scorer("repetition")(["p"], ["some words"], [[]]): "take repetition?unit=words",
+def test_an_invalid_option_is_refused():
+    for make, expected in {
+        lambda: Repetition(unit="letters"): "unit 'letters': must be 'tokens' or 'words'",
+        lambda: Repetition(min_units=3): "min_units 3: must be at least 4",
+        lambda: Scorer("repetition")(["p"], ["some words"], [[]]): "Use repetition?unit=words",
     }.items():
         with pytest.raises(UserError) as caught:
             make()
-        assert said in str(caught.value) and "\n" not in str(caught.value)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)

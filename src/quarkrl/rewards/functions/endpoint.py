@@ -1,11 +1,10 @@
-"""What rewards over HTTP share: pace, patience, and not a word of the key.
+"""`Endpoint`: score texts over HTTP, with concurrency, a rate limit, retries and a time budget.
 
-An `Endpoint` is sent one JSON body per text, several at a time and no faster than it allows. What may pass (a broken
-connection, a time-out, 408, 425, 429, 5xx, an answer that cannot be read) is asked again, later and later, until
-`give_up_after`; what will not (a wrong key, a wrong address) stops the run at once, in one line.
+Transient failures (a broken connection, a time-out, HTTP 408, 425, 429 and 5xx, an unusable answer) are retried with
+increasing waits until `give_up_after`. Any other failure (a wrong key, a wrong address) stops the run with one line.
 
-The key comes from the environment for each batch and is kept nowhere: not in an attribute, so not in a repr, an
-identity or a pickle; never in a URL, which clients and servers log; and it is cut out of what errors quote.
+The API key is read from the environment for each batch and never stored: it is in no attribute, so in no repr, identity
+or pickle. It is in no URL, because clients and servers log URLs, and it is removed from the texts that errors quote.
 """
 
 import asyncio
@@ -16,57 +15,102 @@ import math
 import os
 import random
 import re
-import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
 
-# The continuation of httpx, with its interface; huggingface_hub stands on it too.
+# The successor of httpx, with its interface; huggingface_hub depends on it too.
 import httpx2
 
 from quarkrl.errors import UserError
+from quarkrl.rewards.functions.rate_limiter import Clock, RateLimiter, SystemClock
+from quarkrl.rewards.functions.response import NoScore, Response, TransientFailure, retry_after_seconds
+from quarkrl.rewards.reward import OnScore
 
 logger = logging.getLogger(__name__)
 
-OnScore = Callable[[int, float | None], None]
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # Seconds before a retry. The longest wait also caps Retry-After.
+WARN_FROM = 4.0  # Seconds of a wait from which on the user is warned.
+ATTEMPTS_FOR_SCORE = 3  # Requests for a text whose answers are complete but have no score.
+MAX_ANSWER_BYTES = 1 << 20  # A score needs a few hundred.
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before asking again; the longest also caps Retry-After
-TOLD_FROM = 4.0  # seconds of a wait that the user is told of
-TRIES_FOR_SCORE = 3  # for an answer that is whole, but holds no score
-LARGEST_ANSWER = 1 << 20  # bytes; a score takes some hundred
-
-_tls = cache(httpx2.create_ssl_context)  # reading the certificates takes longer than a question
+_ssl_context = cache(httpx2.create_ssl_context)  # Reading the certificates takes longer than a request.
 
 
-class Fault(Exception):
-    """An answer that is none; its text says why, for the user. It is asked for again."""
+@dataclass(frozen=True)
+class Limits:
+    """How fast and how patiently an endpoint is used.
+
+    Attributes:
+        concurrency: the largest number of concurrent requests.
+        queries_per_second: the largest number of requests per second, retries included; None sets no limit.
+        timeout: seconds for a complete answer.
+        give_up_after: seconds of retries for one text, after which the run stops.
+    """
+
+    concurrency: int
+    queries_per_second: float | None
+    timeout: float
+    give_up_after: float
+
+    def check(self, name: str) -> None:
+        """Raise a UserError, which names the reward, for a value that is not a finite number above 0."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"reward {name!r} {field.name} {value}: must be a finite number above 0.")
 
 
-class NoScore(Exception):
-    """A whole answer without a score: asked for again at once, `TRIES_FOR_SCORE` times in all, then None."""
+@dataclass(frozen=True)
+class ApiKey:
+    """Where an endpoint's key is found, and how it is sent.
+
+    Attributes:
+        variable: the environment variable that holds the key.
+        header: the HTTP header that carries it.
+        prefix: the text before the key in the header.
+    """
+
+    variable: str
+    header: str
+    prefix: str = ""
+
+    def read(self) -> str:
+        """Return the key from the environment, or "".
+
+        Raises:
+            UserError: it has characters that a header cannot hold. The message does not show them.
+        """
+        key = os.environ.get(self.variable, "").strip()
+        if not re.fullmatch(r"[!-~]*", key):
+            raise UserError(f"{self.variable}: must be a key of ASCII characters without spaces.")
+        return key
+
+    def redact(self, text: str) -> str:
+        """Replace the key in a text, which a server may have echoed."""
+        key = self.read()
+        return text.replace(key, "***") if key else text
 
 
 class Endpoint:
-    """One address that scores texts.
+    """A service at one address that scores texts.
 
     Args:
-        name: the reward's, for messages.
-        url: where to post; http or https, without a query and without a password.
-        score: makes a score of a 2xx's JSON, or raises `Fault` or `NoScore`.
-        final: says of any other 4xx's JSON whether it is the last word on this text, which then has no score.
-        key_variable, key_header, key_prefix: the environment's variable with the key, and how it is sent, if it is set.
-        concurrency: questions under way at a time, at most.
-        queries_per_second: questions sent a second, at most, repeated ones included; None for no limit.
-        timeout: seconds for a whole answer.
-        give_up_after: seconds of asking in vain for one text, after which the run stops.
+        name: the reward's name, for messages.
+        url: where requests are posted; http or https, without a query and without a password.
+        read_score: returns the score in a 2xx answer's JSON, or raises `TransientFailure` or `NoScore`.
+        is_final_refusal: whether a 4xx answer's JSON refuses this text for good, so that the text has no score.
+        key: the API key.
+        limits: concurrency, rate limit, time-out and time budget.
+        clock: the time that waits and budgets are measured in; a seam for tests.
+        transport: what carries the requests; a seam for tests. Default: the network.
 
     Raises:
-        UserError: the URL is none, or holds what belongs into the environment; a number is not positive.
+        UserError: the URL is invalid or contains a secret, or a limit is invalid.
     """
 
     def __init__(
@@ -74,49 +118,31 @@ class Endpoint:
         name: str,
         url: str,
         *,
-        score: Callable[[Any], float],
-        final: Callable[[Any], bool],
-        key_variable: str,
-        key_header: str,
-        key_prefix: str = "",
-        concurrency: int,
-        queries_per_second: float | None,
-        timeout: float,
-        give_up_after: float,
+        read_score: Callable[[Any], float],
+        is_final_refusal: Callable[[Any], bool],
+        key: ApiKey,
+        limits: Limits,
+        clock: Clock | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ):
-        limits = {"concurrency": concurrency, "queries_per_second": queries_per_second, "timeout": timeout}
-        for option, value in {**limits, "give_up_after": give_up_after}.items():
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"reward {name!r}: {option} is {value}: a number above 0 is wanted")
+        limits.check(name)
         self.name = name
-        self.url = _checked_url(name, url, key_variable)
-        self._score, self._final = score, final
-        self._key_variable, self._key_header, self._key_prefix = key_variable, key_header, key_prefix
-        self._concurrency = concurrency
-        self._interval = 1 / queries_per_second if queries_per_second else 0.0
-        self._timeout, self._give_up_after = timeout, give_up_after
-        self._next = 0.0  # when the next question may go, in seconds of time.monotonic
-        self._told = False  # that the endpoint fails; until it answers, once is enough
-        # Of its own: a repeated question must not move the random numbers that training draws.
+        self.url = _checked_url(name, url, key.variable)
+        self._read_score, self._is_final_refusal = read_score, is_final_refusal
+        self._key, self._limits = key, limits
+        self._clock = clock or SystemClock()
+        self._transport = transport
+        self._rate_limiter = RateLimiter(limits.queries_per_second, self._clock)
+        self._has_warned = False  # Once is enough, until the endpoint answers again.
+        # A generator of its own: a retry must not change the random numbers of training.
         self._random = random.Random()
 
-    def key(self) -> str:
-        """The key from the environment, or "".
-
-        Raises:
-            UserError: it has characters that no header takes; the message does not show them.
-        """
-        key = os.environ.get(self._key_variable, "").strip()
-        if not re.fullmatch(r"[!-~]*", key):
-            raise UserError(f"reward {self.name!r}: {self._key_variable} holds no key: it has spaces or no ASCII")
-        return key
-
-    async def ask(self, bodies: Sequence[Any], on_score: OnScore = lambda row, score: None) -> list[float | None]:
-        """The score of each body, in their order; equal bodies are sent once, and None has no score.
+    async def score(self, bodies: Sequence[Any], on_score: OnScore = lambda row, score: None) -> list[float | None]:
+        """Return the score of each request body, in order. Equal bodies are sent once.
 
         Args:
-            bodies: the questions.
-            on_score: called with a body's place and score as soon as that is known.
+            bodies: JSON-able requests; None is a text that has no score and is not sent.
+            on_score: receives the index and score of a body as soon as the score is known.
 
         Raises:
             UserError: the endpoint refuses, or has given no usable answer for too long.
@@ -126,23 +152,17 @@ class Endpoint:
         for row, content in enumerate(contents):
             if content is not None:
                 rows.setdefault(content, []).append(row)
-        waiting = iter(rows)
+        queue = iter(rows)
         scores: dict[str | None, float | None] = {None: None}
 
         async def work(client: httpx2.AsyncClient) -> None:
-            for content in waiting:  # shared by all workers: each takes the next
-                scores[content] = await self._ask(client, content)
+            for content in queue:  # All workers share the queue; each takes the next content.
+                scores[content] = await self._score_one(client, content)
                 for row in rows[content]:
                     on_score(row, scores[content])
 
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := self.key():
-            headers[self._key_header] = self._key_prefix + key
-        # A client for each call: connections that idled through an hour of training would be dead, and none
-        # outlives its event loop. Redirects are not followed: they could take the key elsewhere.
-        limits = httpx2.Limits(max_connections=None)  # the workers are the limit
-        async with httpx2.AsyncClient(headers=headers, timeout=self._timeout, verify=_tls(), limits=limits) as client:
-            workers = [asyncio.ensure_future(work(client)) for _ in range(self._concurrency)]
+        async with self._client() as client:
+            workers = [asyncio.ensure_future(work(client)) for _ in range(self._limits.concurrency)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -151,104 +171,115 @@ class Endpoint:
                 await asyncio.gather(*workers, return_exceptions=True)
         return [scores[content] for content in contents]
 
-    async def _ask(self, client: httpx2.AsyncClient, content: str) -> float | None:
-        scoreless = 0
-        await self._turn()
-        began = time.monotonic()  # not before: a slow pace makes texts wait for hours, by design
-        for tries in itertools.count(1):
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(tries - 1, 10)) * self._random.uniform(0.5, 1)
-            problem = ""
+    def _client(self) -> httpx2.AsyncClient:
+        """A client for one batch: idle connections would be dead after an hour of training.
+
+        Redirects are not followed, because they could send the key to another host.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := self._key.read():
+            headers[self._key.header] = self._key.prefix + key
+        return httpx2.AsyncClient(
+            headers=headers,
+            timeout=self._limits.timeout,
+            verify=_ssl_context(),
+            limits=httpx2.Limits(max_connections=None),  # The number of workers is the limit.
+            transport=self._transport,
+        )
+
+    async def _score_one(self, client: httpx2.AsyncClient, content: str) -> float | None:
+        """Send one request until it has a score, is refused for good, or the time budget is used up."""
+        answers_without_score = 0
+        await self._rate_limiter.wait()
+        start = self._clock.now()  # The time budget starts here: with a low rate limit, texts wait for hours.
+        for attempt in itertools.count(1):
             try:
-                # Not asyncio.wait_for, which before Python 3.12 drops a cancellation that meets an answer.
-                with anyio.fail_after(self._timeout):
-                    status, retry_after, body = await self._post(client, content)
-                if status in (408, 425, 429) or status >= 500:
-                    problem = _shown(status, body)
-                    if retry_after is not None:
-                        wait = min(retry_after, LONGEST_WAIT)
-                        self._next = max(self._next, time.monotonic() + wait)  # it concerns every text
-                elif 200 <= status < 300:
-                    score = self._score(_parsed(body))
-                    self._told = False
-                    return score
-                elif 400 <= status < 500 and self._is_final(body):
-                    return None
-                else:
-                    raise self._error(f"refuses: {self._cleaned(_shown(status, body))}")
+                return self._classify(await self._post(client, content))
             except NoScore:
-                scoreless += 1
-                if scoreless == TRIES_FOR_SCORE:
+                answers_without_score += 1
+                if answers_without_score == ATTEMPTS_FOR_SCORE:
                     return None
                 wait = 0.0
-            except Fault as fault:
-                problem = str(fault)
-            except TimeoutError:
-                problem = f"no answer within {self._timeout:g} s"
-            except httpx2.RequestError as error:
-                problem = f"{type(error).__name__} {error}"
-            passed = time.monotonic() - began
-            if problem and passed + wait > self._give_up_after:
-                raise self._error(
-                    f"gave no usable answer in {passed:.0f} s and {tries} tries, the last: {self._cleaned(problem)}; "
-                    "see to it and run again, or resume the run"
-                )
-            if wait >= TOLD_FROM and not self._told:
-                self._told = True
-                message = "reward %r: %s fails (%s); asking again for up to %g s"
-                logger.warning(message, self.name, self.url, self._cleaned(problem), self._give_up_after)
-            await asyncio.sleep(wait)
-            await self._turn()
+            except TransientFailure as failure:
+                wait = self._wait_before_retry(attempt, failure)
+                elapsed = self._clock.now() - start
+                if elapsed + wait > self._limits.give_up_after:
+                    raise self._error(
+                        f"gave no usable answer in {elapsed:.0f} s and {attempt} requests, the last: "
+                        f"{self._printable(str(failure))}. Fix it, then run again or resume the run."
+                    ) from None
+                self._warn_of(failure, wait)
+            await self._clock.sleep(wait)
+            await self._rate_limiter.wait()
         raise AssertionError
 
-    async def _turn(self) -> None:
-        """Waits until a question may go: a token bucket that holds one token, so that none go in a burst."""
-        while (wait := self._next - time.monotonic()) > 0:
-            await asyncio.sleep(wait)
-        self._next = time.monotonic() + self._interval
+    def _wait_before_retry(self, attempt: int, failure: TransientFailure) -> float:
+        """Seconds to wait: what the server demands, or a random half to whole of a time that doubles each attempt."""
+        if failure.retry_after is None:
+            return min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempt - 1, 10)) * self._random.uniform(0.5, 1)
+        wait = min(failure.retry_after, LONGEST_WAIT)
+        self._rate_limiter.pause(wait)  # The server's demand concerns every text.
+        return wait
 
-    async def _post(self, client: httpx2.AsyncClient, content: str) -> tuple[int, float | None, bytes]:
-        """Status, Retry-After in seconds, and body."""
-        async with client.stream("POST", self.url, content=content) as response:
-            body = bytearray()
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > LARGEST_ANSWER:
-                    raise Fault(f"an answer of over {LARGEST_ANSWER} bytes")
-            return response.status_code, _seconds(response.headers.get("retry-after")), bytes(body)
+    def _classify(self, response: Response) -> float | None:
+        """The score in a response, or None for a text that is refused for good.
 
-    def _is_final(self, body: bytes) -> bool:
+        Raises:
+            TransientFailure, NoScore: the request is worth a retry.
+            UserError: any other refusal; it would be the same for every text.
+        """
+        if response.is_transient_failure:
+            raise TransientFailure(str(response), response.retry_after)
+        if response.is_success:
+            score = self._read_score(response.json())
+            self._has_warned = False
+            return score
+        if response.is_client_error and self._refuses_text(response):
+            return None
+        raise self._error(f"refuses: {self._printable(str(response))}")
+
+    def _refuses_text(self, response: Response) -> bool:
         try:
-            return self._final(_parsed(body))
-        except Fault:
+            return self._is_final_refusal(response.json())
+        except TransientFailure:
             return False
+
+    async def _post(self, client: httpx2.AsyncClient, content: str) -> Response:
+        """Send a request and read the whole answer within the time-out."""
+        try:
+            # Not asyncio.wait_for: before Python 3.12 it drops a cancellation that arrives together with an answer.
+            with anyio.fail_after(self._limits.timeout):
+                async with client.stream("POST", self.url, content=content) as response:
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > MAX_ANSWER_BYTES:
+                            raise TransientFailure(f"an answer of over {MAX_ANSWER_BYTES} bytes")
+                    retry_after = retry_after_seconds(response.headers.get("retry-after"))
+                    return Response(response.status_code, retry_after, bytes(body))
+        except TimeoutError:
+            raise TransientFailure(f"no answer within {self._limits.timeout:g} s") from None
+        except httpx2.RequestError as error:
+            raise TransientFailure(f"{type(error).__name__} {error}") from None
+
+    def _warn_of(self, failure: TransientFailure, wait: float) -> None:
+        if wait >= WARN_FROM and not self._has_warned:
+            self._has_warned = True
+            message = "reward %r: %s fails (%s); retrying for up to %g s"
+            logger.warning(message, self.name, self.url, self._printable(str(failure)), self._limits.give_up_after)
 
     def _error(self, text: str) -> UserError:
         return UserError(f"reward {self.name!r}: {self.url} {text}")
 
-    def _cleaned(self, text: str) -> str:
-        """In one line of printable characters, not endless, and without the key, which a server may echo."""
-        if key := self.key():
-            text = text.replace(key, "***")
+    def _printable(self, text: str) -> str:
+        """One line of at most 300 printable characters, without the key."""
+        text = self._key.redact(text)
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return text if len(text) <= 300 else text[:299] + "…"  # cut last, or half a key could stay
-
-
-def field(answer: Any, *path: str | int) -> Any:
-    """What stands at a path of keys and indices in a JSON answer.
-
-    Raises:
-        Fault: nothing does.
-    """
-    try:
-        for step in path:
-            answer = answer[step]
-    except (KeyError, IndexError, TypeError):
-        raise Fault(f"an answer without {'.'.join(map(str, path))}") from None
-    return answer
+        return text if len(text) <= 300 else text[:299] + "…"  # Truncate last, or half a key could remain.
 
 
 def _checked_url(name: str, url: str, key_variable: str) -> str:
-    """`url`, where it is one; the messages show no part that may be secret."""
+    """Return `url` if it is valid. The error messages show no part that may be secret."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -256,35 +287,10 @@ def _checked_url(name: str, url: str, key_variable: str) -> str:
     except (ValueError, httpx2.InvalidURL):
         host, parts = None, urlsplit("")
     if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"reward {name!r}: its endpoint is no address: http://HOST/PATH or https://… is wanted")
+        raise UserError(f"reward {name!r} endpoint: must be http://HOST/PATH or https://HOST/PATH.")
     if parts.query or parts.fragment or parts.username is not None:
-        where = f"{parts.scheme}://{host}…"
         raise UserError(
-            f"reward {name!r}: endpoint {where} has a query or a password: leave it out; a key is set by {key_variable}"
+            f"reward {name!r} endpoint {parts.scheme}://{host}…: must have no query and no password. "
+            f"Set the key as {key_variable} in the environment."
         )
     return url
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise Fault(f"an answer that is no JSON: {body.decode('utf-8', 'replace')}") from None
-
-
-def _shown(status: int, body: bytes) -> str:
-    return f"HTTP {status} {body.decode('utf-8', 'replace')}"
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After, seconds or a date (RFC 9110, 10.2.3); None where it is neither."""
-    if retry_after is None:
-        return None
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after.strip()):
-        return float(retry_after)
-    try:
-        date = parsedate_to_datetime(retry_after)
-    except (ValueError, TypeError):
-        return None
-    date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())

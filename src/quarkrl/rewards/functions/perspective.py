@@ -1,6 +1,6 @@
-"""Perspective, the comment-scoring API, or any service that speaks its protocol.
+"""`Perspective`: the Perspective API for comments, or any service that speaks its protocol.
 
-The original service ends on 31 December 2026 and gives out no new keys: see docs/rewards.md for what to use instead.
+The original service ends on 31 December 2026 and issues no new keys. docs/rewards.md names alternatives.
 """
 
 from collections.abc import Sequence
@@ -8,12 +8,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from quarkrl.errors import UserError
-from quarkrl.rewards.functions.endpoint import Endpoint, Fault, OnScore, field
+from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits
+from quarkrl.rewards.functions.response import TransientFailure, json_value
+from quarkrl.rewards.reward import OnScore
 
 OFFICIAL = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
-LARGEST_TEXT = 20_480  # bytes of UTF-8
-# The error types that speak of the text; others (NO_REQUESTED_ATTRIBUTES, a wrong key) speak of the request.
-FINAL = {
+MAX_TEXT_BYTES = 20_480  # Of UTF-8.
+# Errors of the text. Others, such as NO_REQUESTED_ATTRIBUTES or a wrong key, are errors of every request.
+TEXT_ERRORS = {
     "COMMENT_EMPTY",
     "COMMENT_TOO_LONG",
     "LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE",
@@ -22,22 +24,23 @@ FINAL = {
 
 
 class Perspective:
-    """1 - the score of an attribute, in [0, 1], of each completion; the key comes from PERSPECTIVE_API_KEY.
+    """1 - the score of an attribute, in [0, 1]. The key is read from the environment, PERSPECTIVE_API_KEY.
 
-    None, without asking, for a text that is blank or of over 20,480 bytes, which the API refuses: a text scored by its
-    beginning would teach a model to keep the rest for later.
+    Blank texts and texts of over 20,480 bytes, which the API refuses, are not sent and have no score. Long texts are
+    not truncated: a model would learn to write the worst at the end.
 
     Args:
         attribute: what is scored, such as TOXICITY, INSULT or THREAT.
-        endpoint: the address that is posted to; the original service by default.
-        queries_per_second: at most, repeated ones included; 1 is the original's quota. None for no limit.
-        concurrency: questions under way at a time, at most.
-        languages: of the texts.
+        endpoint: the address of the service. Default: the original service.
+        queries_per_second: the largest number of requests per second, retries included; 1 is the original's quota.
+            None sets no limit.
+        concurrency: the largest number of concurrent requests.
+        languages: the languages of the texts.
         timeout: seconds for an answer.
-        give_up_after: seconds of asking in vain for one text, after which the run stops.
+        give_up_after: seconds of retries for one text, after which the run stops.
 
     Raises:
-        UserError: an option does not fit, or there is no key and the endpoint is the original service.
+        UserError: an option is invalid, or the endpoint is the original service and there is no key.
     """
 
     def __init__(
@@ -52,28 +55,27 @@ class Perspective:
     ):
         self._attribute = attribute.strip().upper()
         if not self._attribute:
-            raise UserError("reward 'perspective': attribute is empty: give one, such as TOXICITY")
+            raise UserError(f"reward 'perspective' attribute {attribute!r}: must be a name, such as TOXICITY.")
         self._languages = [languages] if isinstance(languages, str) else list(languages)
         self.name = f"perspective-{self._attribute.lower()}"
         self.unwanted = self._attribute.lower()
         self.reads = ("completions",)
+        self.limits = Limits(concurrency, queries_per_second, timeout, give_up_after)
+        # The key is not sent as ?key=…, as the documentation proposes, because URLs are logged. All of Google's APIs
+        # accept this header.
+        key = ApiKey("PERSPECTIVE_API_KEY", header="x-goog-api-key")
         self._endpoint = Endpoint(
             self.name,
             endpoint,
-            score=self._score,
-            final=_is_final,
-            key_variable="PERSPECTIVE_API_KEY",
-            # Not as ?key=…, the documentation's way: URLs are logged. All of Google's APIs take this header.
-            key_header="x-goog-api-key",
-            concurrency=concurrency,
-            queries_per_second=queries_per_second,
-            timeout=timeout,
-            give_up_after=give_up_after,
+            read_score=self._read_score,
+            is_final_refusal=_is_text_error,
+            key=key,
+            limits=self.limits,
         )
-        if urlsplit(endpoint).hostname == urlsplit(OFFICIAL).hostname and not self._endpoint.key():
+        if urlsplit(endpoint).hostname == urlsplit(OFFICIAL).hostname and not key.read():
             raise UserError(
-                "reward 'perspective': PERSPECTIVE_API_KEY is not set: set it, or give endpoint=URL of a compatible "
-                "service, or use a classifier (the original service ends on 31 December 2026)"
+                "PERSPECTIVE_API_KEY: must be set for the original service, which ends on 31 December 2026. "
+                "Or set endpoint=URL of a compatible service, or use a classifier."
             )
         self.identity = {
             "name": self.name,
@@ -85,10 +87,11 @@ class Perspective:
     async def __call__(
         self, completions: list[str], on_score: OnScore = lambda row, score: None, **_: Any
     ) -> list[float | None]:
-        return await self._endpoint.ask([self._body(text) for text in completions], on_score)
+        """One score per completion, or None for a text that the service cannot score."""
+        return await self._endpoint.score([self._request(text) for text in completions], on_score)
 
-    def _body(self, text: str) -> dict[str, Any] | None:
-        if not text.strip() or len(text.encode("utf-8", "replace")) > LARGEST_TEXT:
+    def _request(self, text: str) -> dict[str, Any] | None:
+        if not text.strip() or len(text.encode("utf-8", "replace")) > MAX_TEXT_BYTES:
             return None
         return {
             "comment": {"text": text},
@@ -97,14 +100,14 @@ class Perspective:
             "doNotStore": True,
         }
 
-    def _score(self, answer: Any) -> float:
-        value = field(answer, "attributeScores", self._attribute, "summaryScore", "value")
+    def _read_score(self, answer: Any) -> float:
+        value = json_value(answer, "attributeScores", self._attribute, "summaryScore", "value")
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise Fault(f"no score from 0 to 1, but {value}")
+            raise TransientFailure(f"a score that is not from 0 to 1: {value}")
         return 1.0 - value
 
 
-def _is_final(answer: Any) -> bool:
-    details = field(answer, "error", "details")
+def _is_text_error(answer: Any) -> bool:
+    details = json_value(answer, "error", "details")
     details = details if isinstance(details, list) else []
-    return any(isinstance(detail, dict) and str(detail.get("errorType")) in FINAL for detail in details)
+    return any(isinstance(detail, dict) and str(detail.get("errorType")) in TEXT_ERRORS for detail in details)

@@ -1,0 +1,75 @@
+"""`Batch`: the arguments that reward functions may receive for n completions."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quarkrl.errors import UserError, did_you_mean
+from quarkrl.rewards.reward import BATCH_PARAMETERS, END_IDS, ON_SCORE, OnScore, Reward
+
+
+def _discard_score(row: int, score: float | None) -> None:
+    """The `on_score` of a reward without a cache."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All arguments that a reward function may receive for n completions.
+
+    Attributes:
+        columns: by parameter name, one value per completion: the data set's columns, prompts, completions and
+            completion_ids.
+        end_ids: the token ids that end a completion.
+        on_score: receives the row and the score of a completion as soon as the reward knows it.
+    """
+
+    columns: dict[str, list[Any]]
+    end_ids: list[int]
+    on_score: OnScore = _discard_score
+
+    @classmethod
+    def of(
+        cls,
+        prompts: list[Any],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        end_ids: Sequence[int],
+    ) -> "Batch":
+        """A batch of n completions, with the other columns of their prompts."""
+        columns = {name: values for name, values in columns.items() if name not in BATCH_PARAMETERS}
+        columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        assert all(len(values) == len(completions) for values in columns.values())
+        return cls(columns, list(end_ids))
+
+    def __len__(self) -> int:
+        return len(self.columns["completions"])
+
+    def select(self, rows: Sequence[int], on_score: OnScore) -> "Batch":
+        """The batch of these rows."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Batch(columns, self.end_ids, on_score)
+
+    def arguments_for(self, name: str, reward: Reward) -> dict[str, Any]:
+        """The arguments that `reward` accepts.
+
+        Raises:
+            UserError: the reward has a required parameter that no column fills.
+        """
+        try:
+            parameters = inspect.signature(reward).parameters.values()
+        except (TypeError, ValueError):  # Implemented in C, without a signature.
+            return dict(self.columns)
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        available = {**self.columns, END_IDS: self.end_ids, ON_SCORE: self.on_score}
+        missing = [p.name for p in by_name if p.default is p.empty and p.name not in available]
+        if missing:
+            raise UserError(f"reward {name!r} parameter {missing[0]!r}: {self.must_be_a_column(missing[0])}")
+        named = {p.name: available[p.name] for p in by_name if p.name in available}
+        takes_all = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters)
+        return {**named, **self.columns} if takes_all else named
+
+    def must_be_a_column(self, unknown: str) -> str:
+        """The end of an error message about a column that does not exist."""
+        return f"must be one of {', '.join(self.columns)}.{did_you_mean(unknown, self.columns)}"

@@ -1,0 +1,53 @@
+"""The `Reward` protocol: what a reward function receives, what it returns, and its optional attributes."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+# `on_score(row, score)`: a reward reports the score of one completion before it has scored all of them.
+OnScore = Callable[[int, float | None], None]
+
+# Parameters that hold one value for the whole batch. All other parameters hold one value per completion.
+END_IDS, ON_SCORE = "end_ids", "on_score"
+BATCH_PARAMETERS = (END_IDS, ON_SCORE)
+PARAMETERS = ("prompts", "completions", "completion_ids", *BATCH_PARAMETERS)
+
+
+class Reward(Protocol):
+    """A function that scores n completions. A higher score is better.
+
+    A reward is called by keyword, with those of the arguments below that it has a parameter for. A parameter
+    `**columns` receives all arguments that have one value per completion. A parameter `**_` receives none of them.
+
+    Args:
+        prompts: n texts or chats (lists of messages).
+        completions: n texts.
+        completion_ids: n lists of token ids, EOS included; empty lists if the texts were not sampled by a model.
+        end_ids: the token ids that end a completion.
+        on_score: `on_score(row, score)` writes one score to the score cache at once. Call it in the thread in which
+            the reward was called.
+        NAME: n values of the column NAME of the prompts' data set.
+
+    Returns:
+        n scores as a list, tuple, array or tensor of numbers. None is a completion without a score. Non-finite values
+        are missing scores too, but a score cache does not store them. An async reward returns an awaitable of the
+        scores; all async rewards of a batch run concurrently on one event loop.
+
+    Attributes (all optional):
+        name (str): the reward's name in files, logs and messages. Default: the name of the function or class.
+        identity (dict): JSON-able provenance of the scores, such as a model and the hash of its weights. It is stored
+            with the scores. Equal identities must give equal scores, so only rewards with an identity are cached.
+        cached (bool): False keeps the scores of a reward with an identity out of the score cache. Default: True.
+        reads (tuple[str, ...]): the arguments that determine a score, which are the key of the score cache. Default:
+            all arguments that the reward accepts.
+        unwanted (str | None): what 1 - reward measures if the reward is a probability, such as "toxicity".
+        wanted (str | None): the class that a high reward indicates, such as "positive".
+        wanted_from (float | None): the reward from which a text counts as `wanted`. Default: the evaluation's
+            threshold.
+    """
+
+    def __call__(self, *args: Any, **arguments: Any) -> Any: ...
+
+
+def is_cached(reward: Reward) -> bool:
+    """Return whether a score cache stores the scores of `reward`: it has an identity and does not opt out."""
+    return getattr(reward, "identity", None) is not None and getattr(reward, "cached", True)

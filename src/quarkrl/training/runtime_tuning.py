@@ -1,0 +1,43 @@
+"""Settings of oneDNN and malloc that lower a run's memory use on a CPU, each with the reason that was measured."""
+
+import ctypes
+import os
+import platform
+
+from transformers import TrainerCallback
+
+# oneDNN keeps a compiled primitive for each shape of a matrix product, and PyTorch's bridge to oneDNN keeps it again.
+# Each cache holds 1024 shapes by default. In bf16 on a CPU they took 0.65 GB of a run of the built-in model, whose
+# varying lengths have as many shapes; with 64 the run is as fast. See pytorch/pytorch#29893 and
+# https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html.
+_CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+# Steps between two calls of `malloc_trim`. After every 10 steps it cost a tenth of the time of a 6M-parameter model.
+_STEPS_BETWEEN_TRIMS = 100
+
+
+def limit_onednn_caches() -> None:
+    """Limit oneDNN's caches by environment variables, which it reads at the first product. A user's values are kept."""
+    for name, capacity in _CACHE_CAPACITIES.items():
+        os.environ.setdefault(name, capacity)
+
+
+def trim_malloc() -> None:
+    """Return freed memory to the operating system, where the C library is glibc.
+
+    glibc keeps freed memory in fragments that are too small for the next batch, whose shapes differ. A run of a
+    6M-parameter model held 2.8 GB after one iteration and 5 GB after fourteen, of which 1.2 GB were in use. PyTorch has
+    no call for this yet (pytorch/pytorch#192078).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class MallocTrimCallback(TrainerCallback):
+    """Calls `trim_malloc` at the start of each iteration and after every hundredth step."""
+
+    def on_epoch_begin(self, args, state, control, **_):
+        trim_malloc()
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step % _STEPS_BETWEEN_TRIMS == 0:
+            trim_malloc()

@@ -1,0 +1,11 @@
+"""What tests of sampling share."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def gpt2():
+    return tiny_model("gpt2", tiny_tokenizer())
