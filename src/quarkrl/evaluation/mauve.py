@@ -86,7 +86,7 @@ def text_features(
     heads = encode_plain_texts(generator.tokenizer, prompts)
     tails = encode_plain_texts(generator.tokenizer, texts)
     rows = [
-        tuple([*head, *tail[:max_tokens]][-generator.context_length :]) for head, tail in zip(heads, tails, strict=True)
+        tuple((*head, *tail[:max_tokens])[-generator.context_length :]) for head, tail in zip(heads, tails, strict=True)
     ]
     distinct = list(dict.fromkeys(rows))
     if not all(distinct):

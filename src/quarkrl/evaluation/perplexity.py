@@ -114,7 +114,8 @@ def _tokenize_pairs(
         if isinstance(prompt, str):
             head, tail = _tokenize_pair(tokenizer, prompt, text)
         elif tokenizer.chat_template:
-            (head,), (tail,) = encode_prompts(tokenizer, [prompt]), encode_plain_texts(tokenizer, [text])
+            (head,) = encode_prompts(tokenizer, [prompt])
+            (tail,) = encode_plain_texts(tokenizer, [text])
         else:
             head, tail = _tokenize_pair(tokenizer, "\n".join(message["content"] for message in prompt) + "\n", text)
         if not head:
