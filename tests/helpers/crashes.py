@@ -93,8 +93,9 @@ class Trap:
 
     # What a run does, one or two functions for each of its phases.
     places = (
-        *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best", "quarkrl.training.trainer:score"),
-        *("quarkrl.training.exploration:FinishedBatches.keep", "quarkrl.training.exploration:FinishedBatches.clear"),
+        *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best"),
+        "quarkrl.training.exploration:CompletionScorer.score",
+        *("quarkrl.training.rollout:FinishedBatches.keep", "quarkrl.training.rollout:FinishedBatches.clear"),
         *(
             "quarkrl.storage.parquet:pq.write_table",
             "quarkrl.storage.atomic:os.replace",
@@ -107,7 +108,7 @@ class Trap:
         ),
         *("quarkrl.training.trainer:QuarkTrainer.compute_loss", "quarkrl.training.trainer:QuarkTrainer.adapt"),
         *("quarkrl.training.trainer:QuarkTrainer.evaluate", "quarkrl.training.metrics_log:MetricsFile.on_log"),
-        *("quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "quarkrl.runs.checkpoints:save_file"),
+        *("quarkrl.runs.durable_trainer:DurableTrainer._save_checkpoint", "quarkrl.runs.states:save_file"),
         *(
             "quarkrl.runs.checkpoints:seal",
             "quarkrl.runs.checkpoints:remove_directory",
@@ -174,7 +175,7 @@ def _half_a_removal(_remove, directory):
 
 AMID = {
     "quarkrl.storage.parquet:pq.write_table": _half_a_table,
-    "quarkrl.runs.checkpoints:save_file": _half_a_state,
+    "quarkrl.runs.states:save_file": _half_a_state,
     "quarkrl.training.metrics_log:MetricsFile.on_log": _half_a_row,
 }
 
@@ -269,7 +270,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         if name.endswith(".safetensors") and "process-" not in name:
             assert (found / name).read_bytes() == (expected / name).read_bytes(), name
         if "process-" in name:
-            from quarkrl.runs.checkpoints import load_state
+            from quarkrl.runs.states import load_state
 
             states = [load_state(directory / name) for directory in (found, expected)]
             for state in states:

@@ -17,7 +17,7 @@ from helpers.crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
 from helpers.tiny import tiny_model
 
 from quarkrl.cli import main as cli
-from quarkrl.training.overlap import gloo_threads, leave
+from quarkrl.runs.gloo_shutdown import gloo_threads, shut_down_gloo
 
 TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout depends on who computes what.
@@ -119,7 +119,7 @@ def main(spec: dict[str, Any]) -> int:
         "rewards": pool.rewards.tolist(),
         "quantiles": pool.quantiles.tolist(),
         "completions": [sample.completion_ids.tolist() for sample in pool],
-        "drawn": trainer.drawn.tolist(),
+        "drawn": trainer.draws.tolist(),
         "scored": scored_here,
         "logs": trainer.state.log_history,
         "layers": [
@@ -131,7 +131,7 @@ def main(spec: dict[str, Any]) -> int:
 
 
 def leaves(_log: Path) -> None:
-    """`leave` where gloo's threads hardly run, until five times one of them still held a tensor before it.
+    """`shut_down_gloo` where gloo's threads hardly run, until five times one of them still held a tensor before it.
 
     A torch whose threads let go before they tell that they are done never does: then 300 rounds have shown it.
     """
@@ -151,7 +151,7 @@ def leaves(_log: Path) -> None:
             torch.distributed.all_reduce(tensors[0])
             tensors.clear()
             held += seen() is not None
-            leave()
+            shut_down_gloo()
             assert seen() is None
     finally:
         busy.kill()

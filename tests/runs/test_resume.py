@@ -38,9 +38,9 @@ from quarkrl.errors import UserError
 from quarkrl.runs.interrupts import Stopped
 
 SCORE, TABLE, STATE = (
-    "quarkrl.training.trainer:score",
+    "quarkrl.training.exploration:CompletionScorer.score",
     "quarkrl.storage.parquet:pq.write_table",
-    "quarkrl.runs.checkpoints:save_file",
+    "quarkrl.runs.states:save_file",
 )
 LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 
@@ -48,7 +48,7 @@ LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 HARD = [
     (Trap(SCORE, "before", 2), "nothing restored: it is the first go"),
     (Trap(TABLE, "amid", 3), "from the beginning (no checkpoint yet), pool 0 samples, 1 batches"),  # The pool's file.
-    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the exploration at hand"),
+    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the current exploration"),
     (
         Trap("quarkrl.algorithm.pool:DataPool.save", "after", 1),
         "pool 0 samples, 3 batches",
@@ -185,7 +185,7 @@ def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_o
         code, said = in_a_process(command, directory, argv, trap)
         assert code == expected, said
         last = said.splitlines()[-1]
-        assert line in last and last.endswith(f"all saved; go on with: quarkrl train --resume --output_dir {directory}")
+        assert line in last and last.endswith(f"Resume with: quarkrl train --resume --output_dir {directory}")
         assert "Traceback" not in said
         argv = last.partition(": quarkrl ")[2].split()
     code, said = in_a_process(command, directory, argv)
@@ -330,7 +330,7 @@ def test_scores_that_a_refused_exploration_lacked_are_asked_for_again(tmp_path):
         return [sum(ids) / len(ids) if len(asked) < 2 else None for ids in completion_ids]
 
     options = {"num_iterations": 1, "steps_per_iteration": 2, "eval_strategy": "no", "save_strategy": "no"}
-    with pytest.raises(UserError, match="7 of 12 rewards of iteration 0 are None"):
+    with pytest.raises(UserError, match="7 of 12 rewards in iteration 0 are None"):
         trainer_of(tmp_path / "run", scorer=down, **options).train()
     assert asked == [5, 5, 2]
 

@@ -21,15 +21,12 @@ from helpers.crashes import SHORT, assert_same, assert_same_run, files_of, in_a_
 from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints
 from quarkrl.runs.checkpoints import (
-    flaw,
-    last_good,
-    load_state,
-    random_states,
+    find_damage,
+    last_good_checkpoint,
     rotate,
-    save_state,
     seal,
-    set_random_states,
 )
+from quarkrl.runs.states import load_state, random_states, restore_random_states, save_state
 from quarkrl.storage import atomic as disk
 from quarkrl.storage.atomic import (
     atomic_directory,
@@ -42,8 +39,8 @@ from quarkrl.storage.atomic import (
 )
 from quarkrl.storage.json import write_json
 from quarkrl.storage.parquet import read_table, write_table
-from quarkrl.training.exploration import FinishedBatches, Rollout, batches_left
 from quarkrl.training.metrics_log import MetricsFile
+from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches
 
 # Files and directories
 
@@ -179,9 +176,9 @@ def test_finished_batches_come_back_and_the_rest_is_left_to_do(tmp_path):
     assert [part.start for part in found] == [0, 8] and found[0].rows == rows[:4]
     assert found[1].completions == [[1, 2], [3], [4], [5, 6, 7]] and found[1].terms["kind"].tolist() == [0, 1, 2, 3]
     assert np.array_equal(found[0].rewards[:, 0], [0.5, np.nan, 2, 1], equal_nan=True)
-    assert batches_left(12, 4, found) == [slice(4, 8)]
-    assert batches_left(12, 3, found) == [slice(4, 7), slice(7, 8)]  # After a smaller generation_batch_size.
-    assert batches_left(12, 5, []) == [slice(0, 5), slice(5, 10), slice(10, 12)]
+    assert remaining_batches(12, 4, found) == [slice(4, 8)]
+    assert remaining_batches(12, 3, found) == [slice(4, 7), slice(7, 8)]  # After a smaller generation_batch_size.
+    assert remaining_batches(12, 5, []) == [slice(0, 5), slice(5, 10), slice(10, 12)]
     assert batches.load(rows[::-1]) == []  # Of other prompts.
     path = tmp_path / "partial/000000000.parquet"
     path.write_bytes(path.read_bytes()[:-9])
@@ -215,7 +212,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     }
     save_state(tmp_path / "training/s.safetensors", state)
     assert_same(load_state(tmp_path / "training/s.safetensors"), state)
-    with pytest.raises(TypeError, match="function in a state to be saved"):
+    with pytest.raises(TypeError, match="state of type function"):
         save_state(tmp_path / "f.safetensors", {"f": len.__class__ and (lambda: 0)})
 
 
@@ -223,7 +220,7 @@ def test_random_generators_go_on_where_they_were(tmp_path):
     torch.rand(3), random.gauss(0, 1), np.random.standard_normal(3)
     save_state(tmp_path / "r.safetensors", random_states())
     expected = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
-    set_random_states(load_state(tmp_path / "r.safetensors"))
+    restore_random_states(load_state(tmp_path / "r.safetensors"))
     found = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1] and found[2].tolist() == expected[2].tolist()
 
@@ -232,9 +229,9 @@ def test_a_damaged_state_is_told(tmp_path):
     path = tmp_path / "s.safetensors"
     save_state(path, {"a": torch.ones(3)})
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"s.safetensors: no state that quarkrl wrote, or a damaged one"):
+    with pytest.raises(UserError, match=r"s.safetensors: not a state that quarkrl wrote"):
         load_state(path)
-    with pytest.raises(UserError, match="no state"):
+    with pytest.raises(UserError, match="not a state"):
         load_state(tmp_path / "none.safetensors")
 
 
@@ -292,11 +289,11 @@ def shorten(path: Path) -> None:
 @pytest.mark.parametrize("harm", [flip, shorten, Path.unlink], ids=lambda harm: harm.__name__)
 def test_harm_to_any_file_of_a_checkpoint_is_found(whole, tmp_path, harm):
     names = sorted(files_of(whole / "checkpoint-4"))
-    assert flaw(whole / "checkpoint-4") is None and "training/process-0.safetensors" in names
+    assert find_damage(whole / "checkpoint-4") is None and "training/process-0.safetensors" in names
     for name in names:
         checkpoint = Path(shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4", dirs_exist_ok=True))
         harm(checkpoint / name)
-        found = flaw(checkpoint)
+        found = find_damage(checkpoint)
         assert found is not None and (name in found or name == "manifest.json")
 
 
@@ -305,7 +302,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_and_the_run_ends_the_same(
     again(copied)
     said = " ".join(capsys.readouterr().err.split())
     assert f"resumed {copied} from iteration 1/1, step 2/4" in said
-    assert "left out checkpoint-4: model.safetensors is damaged: its checksum is another" in said
+    assert "left out checkpoint-4: model.safetensors is damaged" in said
     assert_same_run(copied, whole)
 
 
@@ -313,12 +310,10 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused(copied):
     flip(copied / "checkpoint-4/training/optimizer.safetensors")
     shorten(copied / "checkpoint-2/trainer_state.json")
     with pytest.raises(
-        UserError, match=r"no checkpoint to go on from \(checkpoint-4: .* damaged.*; checkpoint-2: .* of "
+        UserError, match=r"every checkpoint is damaged \(checkpoint-4: .* damaged.*; checkpoint-2: .* bytes, expected "
     ):
         again(copied)
-    with pytest.raises(
-        UserError, match=r"checkpoint-2': trainer_state.json has [\d,]+ bytes of [\d,]+; want a checkpoint"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint-2': trainer_state.json has [\d,]+ bytes, expected [\d,]+"):
         again(copied, resume=str(copied / "checkpoint-2"))
 
 
@@ -341,7 +336,7 @@ def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
         (tmp_path / "checkpoint-best").mkdir(exist_ok=True)  # Somebody else's.
 
     def left() -> list[int]:
-        return [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)]
+        return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)]
 
     made(2, 10, 9)
     rotate(tmp_path, None, set())
@@ -355,18 +350,18 @@ def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
 
 
 def test_the_last_good_checkpoint_is_the_latest_that_is_whole(tmp_path):
-    assert last_good(tmp_path) == (None, [])
+    assert last_good_checkpoint(tmp_path) == (None, [])
     for step in (9, 10):
         save_state(tmp_path / f"checkpoint-{step}/training/optimizer.safetensors", {})
         write_json(tmp_path / f"checkpoint-{step}/trainer_state.json", {})
         seal(tmp_path / f"checkpoint-{step}")
-    assert last_good(tmp_path)[0] == tmp_path / "checkpoint-10"
+    assert last_good_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-11").mkdir()
-    good, wrong = last_good(tmp_path)
+    good, wrong = last_good_checkpoint(tmp_path)
     assert good == tmp_path / "checkpoint-10" and wrong[0].startswith("checkpoint-11: it has no manifest.json")
     (tmp_path / "checkpoint-10/training/optimizer.safetensors").unlink()
     seal(tmp_path / "checkpoint-10")
-    good, wrong = last_good(tmp_path)
+    good, wrong = last_good_checkpoint(tmp_path)
     assert good == tmp_path / "checkpoint-9" and "checkpoint-10: it has no optimizer state (save_only_model)" in wrong
 
 

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quarkrl import QuarkGenerator
 
-SCORE, LOSS = "quarkrl.training.trainer:score", "quarkrl.training.trainer:QuarkTrainer.compute_loss"
+SCORE, LOSS = (
+    "quarkrl.training.exploration:CompletionScorer.score",
+    "quarkrl.training.trainer:QuarkTrainer.compute_loss",
+)
 SHARDED = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2}}
 # What does not depend on how a step's samples are spread over processes, but for rounding. (total_flos does: padding.)
 FIGURES = ("loss", "nll", "kl", "entropy", "grad_norm", "kl_coef", "entropy_coef", "train_loss", "learning_rate")
@@ -89,11 +92,11 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_to_the_same_bits(tmp_pat
     directory = tmp_path / "run"
     goes = [
         ("1", [SCORE, "before", 1]),  # Exploring.
-        ("0", ["quarkrl.training.exploration:FinishedBatches.keep", "after", 1]),
+        ("0", ["quarkrl.training.rollout:FinishedBatches.keep", "after", 1]),
         ("1", [LOSS, "before", 3]),  # Learning.
         ("0", [LOSS, "after", 6]),
         ("0", ["quarkrl.runs.checkpoints:seal", "before", 1]),  # Saving.
-        ("1", ["quarkrl.runs.durable_trainer:ResumableTrainer._save_checkpoint", "before", 2]),
+        ("1", ["quarkrl.runs.durable_trainer:DurableTrainer._save_checkpoint", "before", 2]),
     ]
     for go, (rank, trap) in enumerate(goes):
         end = ran(directory, 2, options=TWO, resume=go > 0, trap={rank: trap})

@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        from quarkrl.training.overlap import wait_for_all
+        from quarkrl.runs.collectives import wait_for_all_processes
 
         note(str(stopped))
-        wait_for_all()
+        wait_for_all_processes()
         return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

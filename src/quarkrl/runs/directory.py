@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
-from quarkrl.runs.checkpoints import checkpoints, flaw, last_good, step_of
+from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_checkpoints, step_of
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
 from quarkrl.training.config import QuarkConfig
@@ -72,7 +72,7 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
 
 def holds_run(directory: Path) -> bool:
     """Whether a run has left something here that a new one would mix with."""
-    return any((directory / name).exists() for name in ("pool", "final")) or bool(checkpoints(directory))
+    return any((directory / name).exists() for name in ("pool", "final")) or bool(list_checkpoints(directory))
 
 
 def identity(
@@ -157,13 +157,13 @@ def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) ->
         )
     if isinstance(resume, str):
         checkpoint: Path | None = Path(resume)
-        if wrong := flaw(Path(resume)):
+        if wrong := find_damage(Path(resume)):
             raise UserError(f"resume_from_checkpoint {resume!r}: {wrong}; want a checkpoint that is whole")
         if changed:
             aside = _set_aside(directory, Path(resume), was["options"]["steps_per_iteration"])
             notes.append(f"from here on {', '.join(changed.values())}; what had come after is in {aside}")
     else:
-        checkpoint, damaged = last_good(directory)
+        checkpoint, damaged = last_good_checkpoint(directory)
         notes += [f"left out {text}" for text in damaged]
     write_json(path, facts)
     return checkpoint, notes, bool(changed)
@@ -173,7 +173,7 @@ def _set_aside(directory: Path, checkpoint: Path, steps_per_iteration: int) -> P
     """Move what a run left after a checkpoint out of the way of another that begins there; says where to."""
     step = step_of(checkpoint)
     begun = -(-step // steps_per_iteration)
-    later = [path for path in checkpoints(directory) if step_of(path) > step]
+    later = [path for path in list_checkpoints(directory) if step_of(path) > step]
     for path in (directory / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
         if int(path.stem.rpartition("-")[2]) >= begun:
             later.append(path)

@@ -1,9 +1,15 @@
-"""A `transformers.Trainer` that stops anywhere and goes on to the same bits.
+"""`DurableTrainer`: a `transformers.Trainer` that stops at any time and resumes to the same bits.
 
-`Trainer` resumes weights, optimizer, schedule and random generators. Added here: a checkpoint appears whole or not at
-all and holds no pickle; sums between two logs, the control flags and β, α are part of it; `metrics.jsonl` goes back to
-where it was; SIGTERM and Ctrl-C are granted between batches. What is Quark's own, pool and explorations, is in
-`trainer.py` and `rollout.py`.
+`Trainer` restores weights, optimizer, scheduler and random generators. `DurableTrainer` adds:
+
+- a run directory that one process holds, with the run's identity, so that only the same run resumes in it;
+- checkpoints that appear complete or not at all, have checksums, and contain no pickle;
+- the state of the subclass (`run_state`), the sums between two logs, and what was due when the run stopped;
+- SIGTERM and Ctrl-C: the run stops between batches, saves its state and says how to resume;
+- sharded weights (FSDP2) with the checkpoints of a single process.
+
+Every private name of `Trainer` that quarkrl overrides or reads stands in this file.
+`tests/contract/test_private_names.py` records their signatures and fails by name when transformers changes one.
 """
 
 import os
@@ -11,211 +17,228 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from transformers import TrainerCallback
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
 
-from quarkrl.algorithm.coefficients import Coefficients
-from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
-from quarkrl.rewards.scorer import Scorer, Scores
-from quarkrl.runs import checkpoints
-from quarkrl.runs import directory as rundir
-from quarkrl.runs.checkpoints import load_state, save_state, states_path
-from quarkrl.runs.fsdp import ShardedTrainer
+from quarkrl.runs import checkpoints, directory, fsdp
+from quarkrl.runs.collectives import broadcast
+from quarkrl.runs.gloo_shutdown import register_gloo_shutdown
 from quarkrl.runs.interrupts import Interrupts, Stopped
+from quarkrl.runs.states import (
+    load_optimizer_state,
+    load_state,
+    random_states,
+    restore_random_states,
+    restore_scheduler,
+    save_state,
+    states_path,
+)
 from quarkrl.storage.atomic import replace_directory, report_write_errors
-from quarkrl.training import overlap as processes
-from quarkrl.training.exploration import FinishedBatches, Rollout, ask_again, batches_left, side_by_side
-from quarkrl.training.health import Health
-from quarkrl.training.metrics_log import LossMeans, MetricsFile
-from quarkrl.training.progress import Progress
 
-# Where checkpoints are made; no name that `Trainer` takes for a checkpoint.
+# Where checkpoints are written. `Trainer` does not take this name for a checkpoint.
 _STAGE = "_saving.tmp"
 
 
-class ResumableTrainer(ShardedTrainer):
-    """What `QuarkTrainer` is to `Trainer` when it comes to stopping and going on.
+class EventHooks(TrainerCallback):
+    """A callback made of functions. Each is called at the event of its name: `EventHooks(on_step_end=adapt)`."""
+
+    def __init__(self, **hooks: Callable[..., Any]):
+        for event, hook in hooks.items():
+            if not hasattr(TrainerCallback, event):
+                raise TypeError(f"TrainerCallback has no event {event!r}")
+            setattr(self, event, hook)
+
+
+class DurableTrainer(Trainer):
+    """A `Trainer` whose runs resume exactly.
+
+    A subclass overrides `run_state`, `restore_run_state` and `merge_run_states` for its own state, and
+    `save_run_files` for its own files beside the weights.
+
+    Args:
+        identity: everything that the run's result depends on, as JSON (`runs.directory`).
+        steps_per_epoch: optimizer steps in an epoch.
+        kwargs: the arguments of `Trainer`.
 
     Attributes:
-        interrupts: the signals that ask for a stop.
-        stopping: all processes have agreed to stop.
+        interrupts: the signals that request a stop.
+        stopping: whether all processes have agreed to stop.
     """
 
-    identity: dict[str, Any]
-    pool: DataPool
-    coefs: Coefficients
-    health: Health
-    progress: Progress
-    scorer: Scorer
-    metrics_file: MetricsFile
-    _learned: LossMeans
-
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *, identity: dict[str, Any], steps_per_epoch: int, **kwargs: Any):
+        self.identity, self.steps_per_epoch = identity, steps_per_epoch
         self.interrupts = Interrupts()
         self.stopping = False
-        self._staging = False
-        self._resumed: dict[str, Any] = {}  # The process's own state, as the checkpoint has it.
-        super().__init__(*args, **kwargs)
+        self._staging = self._branches = False
+        self._tr_loss: Any
+        self._save_is_delayed = False
+        self._resumed: dict[str, Any] | None = None  # This process's state in the checkpoint; None in a new run.
+        self._resume_notes: list[str] = []
+        hooks = EventHooks(
+            on_train_begin=self._restore,
+            on_epoch_begin=self._begin_epoch,
+            on_step_end=self._end_step,
+            on_epoch_end=self._save_if_delayed,
+            on_save=self._stop_if_agreed,
+        )
+        super().__init__(callbacks=[hooks, *(kwargs.pop("callbacks", None) or [])], **kwargs)
+        fsdp.check_sharding(self.accelerator, has_adapter=hasattr(self.model, "peft_config"))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, in a run directory of its own.
+    # What a subclass overrides.
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare the data of an epoch, before its first step. Also called when a run resumes within the epoch."""
+
+    def end_step(self) -> None:
+        """React to an optimizer step."""
+
+    def run_state(self) -> dict[str, Any]:
+        """Return this process's part of the run's state when a checkpoint is saved (see `states.save_state`)."""
+        return {}
+
+    def restore_run_state(self, state: dict[str, Any], notes: list[str]) -> None:
+        """Restore what `run_state` returned, when a run resumes and before its first step.
 
         Args:
-            resume_from_checkpoint: True goes on with the run in `output_dir`, from its last good checkpoint or, where
-                there is none yet, from the samples it has; a checkpoint's directory, from there.
+            state: empty if the run has no checkpoint yet.
+            notes: what the user should know about the resumption.
+        """
+
+    def merge_run_states(self, states: list[dict[str, Any]], is_first: bool) -> dict[str, Any]:
+        """Return the state of one process when a run resumes with another number of processes.
+
+        Args:
+            states: the `run_state` of every process that saved the checkpoint.
+            is_first: whether the state is for the first process, which takes over sums over processes.
+        """
+        return dict(states[0])
+
+    def save_run_files(self, output_dir: Path) -> None:
+        """Write the subclass's own files beside saved weights. Only one process calls it."""
+
+    def prepare_models(self) -> None:
+        """Prepare models that are not trained, once the trained one is on its device, wrapped and sharded."""
+
+    # Training and stopping.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, in a run directory that no other process can use meanwhile.
+
+        Args:
+            resume_from_checkpoint: True resumes the run in `output_dir` from its last good checkpoint, or from its
+                samples if it has no checkpoint yet. A checkpoint's directory resumes from there.
 
         Raises:
-            UserError: the directory holds another run, or one that cannot be gone on with; another process holds it;
-                the disk does not take what is to be saved.
-            Stopped: a signal asked for it, and all is saved.
+            UserError: the directory holds another run or a damaged one, another process uses it, or the disk does
+                not take what is saved.
+            Stopped: a signal requested it, and the run's state is saved.
         """
-        directory = Path(self.args.output_dir)
+        run = Path(self.args.output_dir)
         with ExitStack() as stack:
-            opened: Any = None
-            if self.is_world_process_zero():
-                try:
-                    stack.enter_context(rundir.locked(directory))
-                    opened = rundir.opened(directory, self.identity, resume_from_checkpoint)
-                except UserError as error:
-                    opened = error  # To be raised by all.
-            opened = self.agreed(opened)
-            if isinstance(opened, UserError):
-                raise opened
-            checkpoint, notes, self._branches = opened
-            self._resumed = {} if checkpoint is None else processes.own_state(checkpoint, *self._process)
-            self._notes = notes if resume_from_checkpoint else None
+            checkpoint, notes, self._branches = self._open(run, resume_from_checkpoint, stack)
+            self._resumed, self._resume_notes = None, notes
+            if resume_from_checkpoint:
+                self._resumed = {} if checkpoint is None else self._load_process_state(checkpoint)
             stack.enter_context(self.interrupts.watched())
             self.stopping = False
             try:
                 return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except Stopped:
-                here = directory / f"checkpoint-{self.state.global_step}"
-                if self.state.global_step and (self.control.should_evaluate or not here.exists()):
+                last = run / f"checkpoint-{self.state.global_step}"
+                if self.state.global_step and (self.control.should_evaluate or not last.exists()):
                     self._save_checkpoint(self.model, None)
                 raise
 
-    # Stopping.
+    def _open(self, run: Path, resume: str | bool | None, stack: ExitStack) -> Any:
+        """Lock the run directory and choose the checkpoint, in the first process; all get the result or its error."""
+        opened: Any = None
+        if self.is_world_process_zero():
+            try:
+                stack.enter_context(directory.locked(run))
+                opened = directory.opened(run, self.identity, resume)
+            except UserError as error:
+                opened = error
+        opened = broadcast(opened, self.args.world_size)
+        if isinstance(opened, UserError):
+            raise opened
+        return opened
 
     def agree_to_stop(self) -> bool:
-        """Whether any process has been asked to stop; all of them must ask at the same point."""
-        asked = torch.tensor(float(self.interrupts.pending()), device=self.args.device)
-        self.stopping = bool(self.accelerator.reduce(asked) if self.args.world_size > 1 else asked)
+        """Return whether any process has received a signal. All processes call this at the same point."""
+        requested = torch.tensor(float(self.interrupts.pending()), device=self.args.device)
+        self.stopping = bool(self.accelerator.reduce(requested) if self.args.world_size > 1 else requested)
         return self.stopping
 
-    def stop(self) -> None:
-        """End the run.
+    def stop_if_requested(self) -> None:
+        """Stop if any process has received a signal. All processes call this at the same point.
 
         Raises:
-            Stopped: always.
+            Stopped: a signal requested it.
         """
+        if self.agree_to_stop():
+            self._stop()
+
+    def _stop(self) -> None:
         number = self.interrupts.asked or 15
-        step, each = self.state.global_step, self.args.steps_per_iteration
+        step = self.state.global_step
         name = {2: "Ctrl-C", 15: "SIGTERM"}[number]
         raise Stopped(
-            f"stopped by {name} in iteration {step // each} after step {step}, all saved; go on with: "
-            f"quarkrl train --resume --output_dir {self.args.output_dir}",
+            f"stopped by {name} in iteration {step // self.steps_per_epoch} after step {step}; everything is saved. "
+            f"Resume with: quarkrl train --resume --output_dir {self.args.output_dir}",
             number,
         )
 
-    @property
-    def _process(self) -> tuple[int, int]:
-        """Which process this is, and of how many."""
-        return self.args.process_index, self.args.world_size
+    # After an epoch's last step come its log and its evaluation. A save that is due waits for both, so that no
+    # checkpoint is taken between them.
 
-    def agreed(self, value: Any) -> Any:
-        """The first process's value, in all processes."""
-        if self.args.world_size == 1:
-            return value
-        return broadcast_object_list([value])[0]
+    def _begin_epoch(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not control.should_training_stop:  # Else a resumed run had stopped early, and only its end is missing.
+            self.begin_epoch(state.global_step // self.steps_per_epoch)
 
-    # Exploring.
-
-    def in_batches(
-        self,
-        sample: Callable[[slice], list[list[int]]],
-        score: Callable[[list[int], list[list[int]]], Scores],
-        rows: list[int],
-        batch_size: int,
-        finished: FinishedBatches | None,
-    ) -> Rollout:
-        """Sample and score what is not finished yet; each process takes its share of the batches, all get the whole.
-
-        Args:
-            sample: completes the rows of a slice.
-            score: scores completions of the prompts in the given rows.
-            rows: of the prompts, for the whole rollout.
-            batch_size: completions at a time.
-            finished: where finished batches are kept; None keeps none.
-
-        Raises:
-            Stopped: a signal asked for it; the batches that had begun are finished.
-        """
-        done = finished.load(rows) if finished and self.is_world_process_zero() else []
-        left = batches_left(len(rows), batch_size, done)
-        for part in done:
-            self.progress.sampled(len(part.rows))
-            self.progress.scored(part.rewards)
-        if finished and not left:
-            ask_again(done, score, self.args.max_unscored_share, finished.keep)
-        keep = finished.keep if finished and self.is_world_process_zero() else None
-        asked = self.interrupts.pending
-
-        def scored(batch: slice, completions: list[list[int]]) -> Scores:
-            return score(rows[batch], completions)
-
-        if self.args.world_size == 1:
-            done += side_by_side(sample, scored, rows, left, self.scorer.stop, keep, asked)
-        else:
-            done, left = self.agreed((done, left))
-            along = sample if self.is_fsdp_enabled else None
-            rounds = processes.Rounds(left, *self._process, scored, keep, asked, along)
-            done += rounds.side_by_side(sample, rows, self.scorer.stop)
+    def _end_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.end_step()
         if self.agree_to_stop():
-            self.stop()
-        return Rollout.join(done)
+            control.should_save = True
+        if control.should_save and state.global_step % self.steps_per_epoch == 0:
+            control.should_save, self._save_is_delayed = False, True
 
-    def recalled(self, directory: Path, iteration: int) -> dict[str, Any] | None:
-        """`DataPool.restore_iteration` in all processes.
+    def _save_if_delayed(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save |= self._save_is_delayed
+        self._save_is_delayed = False
 
-        Raises:
-            UserError: they have not all read the same.
-        """
-        figures = self.pool.restore_iteration(directory, iteration)
-        if self.args.world_size > 1:
-            processes.same_pool(self.pool, directory)
-        return figures
+    def _stop_if_agreed(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stopping:
+            self._stop()
 
-    # Saving.
+    # Saving a checkpoint.
 
     def _get_output_dir(self, trial: Any) -> str:
-        directory = super()._get_output_dir(trial)
-        return os.path.join(directory, _STAGE) if self._staging else directory
+        output_dir = super()._get_output_dir(trial)
+        return os.path.join(output_dir, _STAGE) if self._staging else output_dir
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As `Trainer`'s, in a directory beside, which takes its name when it is whole and on the disk."""
-        directory, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        stage = directory / _STAGE
+        """Write a checkpoint into a staging directory, and rename it once it is complete and on the disk."""
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        stage = run / _STAGE
         if self.is_world_process_zero():
             shutil.rmtree(stage, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `_rotate` removes old checkpoints.
         self._staging = True
         try:
-            with report_write_errors(directory / name):
+            with report_write_errors(run / name):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
-                self._point_at_best(staged=name)
+                self._correct_best_checkpoint(staged=name)
                 if self.is_world_process_zero():
                     self.state.save_to_json(str(stage / name / "trainer_state.json"))
-                    self.metrics_file.sync()
                     checkpoints.seal(stage / name)
-                    replace_directory(stage / name, directory / name)
+                    replace_directory(stage / name, run / name)
         finally:
             self._staging = False
             self.args.save_total_limit = limit
@@ -226,177 +249,181 @@ class ResumableTrainer(ShardedTrainer):
         self.accelerator.wait_for_everyone()
 
     def _rotate(self, name: str) -> None:
-        """Keep `save_total_limit` checkpoints, the given one and the best among them in any case."""
-        directory, best = Path(self.args.output_dir), self.state.best_model_checkpoint
-        checkpoints.rotate(directory, self.args.save_total_limit, {directory / name, Path(best or name)})
+        """Keep `save_total_limit` checkpoints, and in any case the named one and the best."""
+        run, best = Path(self.args.output_dir), self.state.best_model_checkpoint
+        checkpoints.rotate(run, self.args.save_total_limit, {run / name, Path(best or name)})
 
-    def _point_at_best(self, staged: str | None = None) -> None:
-        """The best checkpoint is in the run's directory, wherever that was when it was saved."""
+    def _correct_best_checkpoint(self, staged: str | None = None) -> None:
+        """Set the path of the best checkpoint: not the staging directory, and right if the run was moved."""
         name = f"checkpoint-{self.state.best_global_step}"
         best = Path(self.args.output_dir) / name
         if self.state.best_global_step and (best.is_dir() or name == staged):
             self.state.best_model_checkpoint = str(best)
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """Return sharded weights, gathered in the first process; None if every process has all weights."""
+        return fsdp.gather_weights(self.accelerator, self.model) if self.is_fsdp_enabled else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights as `Trainer.save_model` does; sharded weights are gathered first."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self.whole_weights())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            # A pickle, which nothing reads; config.yaml, run.json and quark.json say what is in it.
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+            output = Path(output_dir or self.args.output_dir)
+            # A pickle that nothing reads. config.yaml, run.json and the run's own files have its content.
+            (output / "training_args.bin").unlink(missing_ok=True)
+            self.save_run_files(output)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled:  # It has formats of its own, sharded.
+        if self.is_deepspeed_enabled:  # DeepSpeed has its own sharded format.
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = self.optimizer_state()
+        if self.is_fsdp_enabled:
+            state = fsdp.gather_optimizer_state(self.model, self.optimizer)
+        else:
+            state = self.optimizer.state_dict()
         if self.args.should_save:
             save_state(states_path(output_dir, "optimizer"), state)
             save_state(states_path(output_dir, "scheduler"), self.lr_scheduler.state_dict())
         return None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            self.load_optimizer_state(lambda: checkpoints.read_optimizer(self.optimizer, checkpoint, self._branches))
-            checkpoints.load_schedule(self.optimizer, self.lr_scheduler, checkpoint, self._branches)
 
     def _save_scaler(self, output_dir: str) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and self.args.should_save:
             save_state(states_path(output_dir, "scaler"), scaler.state_dict())
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save each process's own state: random generators, sums since the last log, what is due, the subclass's."""
+        state = {
+            "random": random_states(),
+            "loss": (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged),
+            **self.run_state(),
+            "stopped": self.control.should_training_stop and self.state.global_step < self.state.max_steps,
+            "due": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
+        }
+        for number, process_state in enumerate(gather_object([state])):
+            if self.args.should_save:
+                save_state(states_path(output_dir, f"process-{number}"), process_state)
+
+    # Resuming from a checkpoint.
+
+    def _load_process_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Load this process's state, merged if the checkpoint is of another number of processes."""
+        rank, size = self.args.process_index, self.args.world_size
+        count = len(list(states_path(checkpoint, "process-0").parent.glob("process-*.safetensors")))
+        if count == size:
+            return load_state(states_path(checkpoint, f"process-{rank}"))
+        states = [load_state(states_path(checkpoint, f"process-{number}")) for number in range(count)]
+        state = {**states[min(rank, count - 1)], **self.merge_run_states(states, is_first=rank == 0)}
+        state["random"] = states[rank]["random"] if rank < count else None  # A new process keeps its own seed.
+        # Each process logs the mean of all; their sum is kept.
+        state["loss"] = (sum(part["loss"][0] for part in states) / count, *states[0]["loss"][1:])
+        return state
+
+    def _restore(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Restore what `Trainer` does not, before the first step."""
+        self._save_is_delayed = False
+        if (resumed := self._resumed) is None:
+            return
+        self.restore_run_state(resumed, self._resume_notes)
+        if not state.global_step:
+            return
+        self._correct_best_checkpoint()
+        if state.is_world_process_zero:  # The run may have stopped before it removed old checkpoints.
+            self._rotate(f"checkpoint-{state.global_step}")
+        self._load_rng_state(None)
+        args.eval_on_start = False  # The run began with it.
+        loss, self._total_loss_scalar, self._globalstep_last_logged = resumed["loss"]
+        self._tr_loss += loss
+        control.should_training_stop = resumed["stopped"]
+        if resumed["due"]["evaluate"]:  # The run stopped while it evaluated.
+            control.should_evaluate, control.should_save = True, resumed["due"]["save"]
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, state.epoch, None, time.time())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._resumed and self._resumed.get("random"):
+            restore_random_states(self._resumed["random"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return None
+
+        def read() -> dict[str, Any]:
+            return load_optimizer_state(self.optimizer, checkpoint, keep_options=self._branches)
+
+        if self.is_fsdp_enabled:
+            fsdp.restore_optimizer_state(self.model, self.optimizer, read, self.is_world_process_zero())
+        else:
+            self.optimizer.load_state_dict(read())
+        restore_scheduler(self.optimizer, self.lr_scheduler, checkpoint, keep_options=self._branches)
+        return None
+
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None and checkpoint is not None and states_path(checkpoint, "scaler").exists():
             scaler.load_state_dict(load_state(states_path(checkpoint, "scaler")))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """What this process has for itself: its random generators, its sums since the last log, what is due."""
-        early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
-        state = {
-            "random": checkpoints.random_states(),
-            "loss": (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged),
-            "learned": self._learned.state,
-            "coefs": (self.coefs.kl_coef, self.coefs.entropy_coef),
-            "health": self.health.state,
-            "stopped": early,
-            "due": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
-            "metrics_bytes": self.metrics_file.size,
-        }
-        for number, each in enumerate(gather_object([state])):
-            if self.args.should_save:
-                save_state(states_path(output_dir, f"process-{number}"), each)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        keys = fsdp.load_weights(self.model, resume_from_checkpoint, self.is_world_process_zero())
+        self._issue_warnings_after_load(keys)
+        return None
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if "random" in self._resumed:
-            checkpoints.set_random_states(self._resumed["random"])
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As `Trainer`'s; that tied weights are in a file once is no news."""
+        """Warn as `Trainer` does, but not about tied weights, which a checkpoint stores once."""
         tied = set(getattr(self.accelerator.unwrap_model(self.model), "_tied_weights_keys", None) or ())
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
-    # The loop.
+    # The loop of `Trainer`.
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        self._fsdp_plugin = kwargs["fsdp_plugin"]
+        return super()._build_accelerator_args(**kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, with FSDP on CPUs too if it was asked for."""
+        super().create_accelerator_and_postprocess()
+        if fsdp.enable_fsdp_on_cpu(self.accelerator, self._fsdp_plugin):
+            self.is_fsdp_enabled = True
+        if self.args.world_size > 1:
+            register_gloo_shutdown()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.prepare_models()
+        return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; the last row's mean loss is that of the whole run, not of what was resumed of it."""
+        """Log as `Trainer.log` does. The mean loss in the last row is that of the whole run, resumed parts included."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # It has stopped early before, and only the end is missing.
+        if not self.control.should_training_stop:  # A resumed run had stopped early; only its end is missing.
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s, without removing the last checkpoint: final/ is not yet on the disk.
-
-        The losses since the last log are those of all processes, as they are in every log.
-        """
-        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")  # type: ignore[has-type]
+        """End training as `Trainer` does, but keep the last checkpoint: the final model is not saved yet."""
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
-
-
-def _read_pool(trainer: Any, step: int) -> None:
-    """Read the samples that a run had at a step, and cut them as they were cut."""
-    begun = -(-step // trainer.args.steps_per_iteration)  # Iterations whose learning had begun.
-    pool, directory = trainer.pool, trainer.pool_directory
-    trainer.pool = pool.load(directory, pool.num_quantiles, pool.attributes, before=begun)
-    if missing := set(range(begun)) - set(trainer.pool.iterations.tolist()):
-        raise UserError(f"{directory} lacks iteration {min(missing)}: to resume, want the run's whole pool")
-    if begun:
-        trainer.quantize(begun - 1)
-
-
-def _restored(trainer: Any) -> str:
-    """What a resumed run goes on from, in one line."""
-    args, step, last = trainer.args, trainer.state.global_step, trainer.args.num_iterations - 1
-    each = args.steps_per_iteration
-    where = f"iteration {min(step // each, last)}/{last}, step {step}/{trainer.state.max_steps}"
-    where = where if step else "the beginning (no checkpoint yet)"
-    found = [f"resumed {args.output_dir} from {where}", f"pool {len(trainer.pool):,} samples"]
-    if later := len(list(trainer.pool_directory.glob("iteration-*"))) - len(set(trainer.pool.iterations.tolist())):
-        found.append(f"{later} explored after that")
-    partial = trainer.pool_directory / f"partial-{step // each:06d}"
-    if count := len(list(partial.glob("*.parquet"))):
-        found.append(f"{count:,} batches of the exploration at hand")
-    if (cached := trainer.scorer.cache_size) is not None:
-        found.append(f"{cached:,} scores in cache")
-    return ", ".join(found)
-
-
-class Resumption(TrainerCallback):
-    """Puts back what `Trainer` does not, and sees that a checkpoint is never amid an iteration's end."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-        self._due = False
-
-    def on_train_begin(self, args, state, control, **_):
-        trainer = self.trainer
-        self._due = False
-        if trainer._notes is None:
-            return
-        found = trainer._resumed
-        if state.is_world_process_zero:
-            trainer.metrics_file.cut(found.get("metrics_bytes", 0), state.log_history)
-        _read_pool(trainer, state.global_step)
-        if state.is_world_process_zero:
-            trainer.progress.note("; ".join([_restored(trainer), *trainer._notes]))
-        if not state.global_step:
-            return
-        trainer._point_at_best()
-        if state.is_world_process_zero:  # Stopped, perhaps, before it had rotated.
-            trainer._rotate(f"checkpoint-{state.global_step}")
-        trainer._load_rng_state(None)
-        args.eval_on_start = False  # It has been.
-        loss, trainer._total_loss_scalar, trainer._globalstep_last_logged = found["loss"]
-        trainer._tr_loss += loss
-        trainer._learned.state = found["learned"]
-        trainer.coefs = replace(trainer.coefs, kl_coef=found["coefs"][0], entropy_coef=found["coefs"][1])
-        trainer.health.state = found["health"]
-        control.should_training_stop = found["stopped"]
-        if found["due"]["evaluate"]:  # Stopped while evaluating.
-            control.should_evaluate, control.should_save = True, found["due"]["save"]
-            loss, model = trainer._tr_loss, trainer.model
-            trainer._maybe_log_save_evaluate(loss, None, model, None, state.epoch, None, time.time())
-
-    # After an iteration's last step come its log and its evaluation: a save that is due waits for them.
-
-    def on_step_end(self, args, state, control, **_):
-        if self.trainer.agree_to_stop():
-            control.should_save = True
-        if control.should_save and state.global_step % args.steps_per_iteration == 0:
-            control.should_save, self._due = False, True
-
-    def on_epoch_end(self, args, state, control, **_):
-        control.should_save |= self._due
-        self._due = False
-
-    def on_save(self, args, state, control, **_):
-        if self.trainer.stopping:
-            self.trainer.stop()

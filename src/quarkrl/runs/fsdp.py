@@ -1,17 +1,16 @@
-"""Weights and optimizer states that are spread over processes (FSDP2), with checkpoints as of one process.
+"""FSDP2: weights and optimizer states that are sharded over processes, with checkpoints as those of one process.
 
-Whole states are gathered in the first process's memory and written as ever: no pickle, and any number of processes can
-go on from them. `torch.distributed.checkpoint` would write a file for each process, and a pickle that tells of them.
+Whole states are gathered in the first process and written as usual: no pickle, and any number of processes can resume
+from them. `torch.distributed.checkpoint` would write one file per process, and a pickle that describes them.
 """
 
-import atexit
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from safetensors.torch import load_file
@@ -21,139 +20,109 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import Trainer
 
 from quarkrl.errors import UserError
-from quarkrl.training import overlap as processes
 
-# The first process has the whole and hands it out.
-_HANDED_OUT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-_GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# The first process holds the whole state and broadcasts it.
+_BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def check_sharding(plugin: Any, adapter: bool) -> None:
-    """See that a run with FSDP is one that works here.
-
-    Args:
-        plugin: accelerate's.
-        adapter: whether an adapter is trained.
+def check_sharding(accelerator: Accelerator, has_adapter: bool) -> None:
+    """Check that the sharding that the user chose is supported.
 
     Raises:
-        UserError: it is not.
+        UserError: the FSDP version, the state type, an adapter with FSDP, or ZeRO stage 3 is not supported.
     """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise UserError("deepspeed zero_stage 3: must be 1 or 2. Set stage 2, or use FSDP2 (--fsdp).")
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
     if plugin.fsdp_version != 2:
-        raise UserError(f"fsdp_config version {plugin.fsdp_version}: want 2 (FSDP2)")
+        raise UserError(f"fsdp_config version {plugin.fsdp_version}: must be 2. Set version 2 (FSDP2).")
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise UserError(
-            f"fsdp_config state_dict_type {plugin.state_dict_type}: want FULL_STATE_DICT, as checkpoints are whole here"
+            f"fsdp_config state_dict_type {plugin.state_dict_type}: must be FULL_STATE_DICT, since checkpoints are "
+            "not sharded. Set FULL_STATE_DICT."
         )
-    if adapter:
-        raise UserError("an adapter (peft_config, --lora_rank) with FSDP: not supported; want DDP, or all weights")
+    if has_adapter:
+        raise UserError("lora_rank (peft_config) with FSDP: not supported. Use DDP, or train all weights.")
 
 
-class ShardedTrainer(Trainer):
-    """What `ResumableTrainer` is to `Trainer` where weights are sharded; without FSDP it is `Trainer`.
+def enable_fsdp_on_cpu(accelerator: Accelerator, plugin: Any) -> bool:
+    """Turn FSDP on for CPU processes, where accelerate 1.15 ignores it without a message.
 
-    Attributes:
-        ref_model: sharded as the policy is, if there is one.
+    Args:
+        accelerator: the trainer's, just created.
+        plugin: the FSDP plugin that the trainer's arguments ask for; None if `accelerate launch` may ask for it.
+
+    Returns:
+        Whether FSDP is now on because of this call.
     """
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()  # Reads the options of `accelerate launch`.
+    state = accelerator.state
+    if plugin is None or state.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    return True
 
-    ref_model: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            check_sharding(self.accelerator.state.fsdp_plugin, hasattr(self.model, "peft_config"))
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise UserError("DeepSpeed's ZeRO stage 3: not supported, as no reference is; want stage 1 or 2, or FSDP2")
+def shard_frozen_model(accelerator: Accelerator, model: Any) -> Any:
+    """Shard a model that is not trained, such as the reference, in the same way as the policy."""
+    return fsdp2_prepare_model(accelerator, model)
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        self._fsdp_plugin = kwargs["fsdp_plugin"]
-        return super()._build_accelerator_args(**kwargs)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """As `Trainer`'s; on CPUs too FSDP is what was asked for, where accelerate 1.15 would leave it out unsaid."""
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self._fsdp_plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-            self._fsdp_plugin = FullyShardedDataParallelPlugin()  # What `accelerate launch` was told.
-        if self._fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
-            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            state.fsdp_plugin = self._fsdp_plugin
-            self.is_fsdp_enabled = True
-        if self.args.world_size > 1:
-            atexit.register(processes.leave)
+def gather_weights(accelerator: Accelerator, model: Any) -> dict[str, torch.Tensor]:
+    """Return the whole weights by name in the first process. Tied weights occur once."""
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    weights = accelerator.get_state_dict(model)
+    return {name: weight for name, weight in weights.items() if name in names}
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled and self.ref_model is not None:
-            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
-        return prepared
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """The weights by name, gathered in the first process, tied ones once; None where each process has them all."""
-        if not self.is_fsdp_enabled:
-            return None
-        once = {name for name, _ in self.model.named_parameters()} | {name for name, _ in self.model.named_buffers()}
-        weights = self.accelerator.get_state_dict(self.model)
-        return {name: weight for name, weight in weights.items() if name in once}
+def load_weights(model: Any, checkpoint: str | Path, is_first: bool) -> Any:
+    """Load a checkpoint's weights into a sharded model. Only the first process reads them.
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`."""
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, self.whole_weights())
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-        return None
+    Returns:
+        The missing and unexpected keys, as `load_state_dict` returns them.
+    """
+    weights: dict[str, Any] = {}
+    for path in sorted(Path(checkpoint).glob("*.safetensors")) if is_first else ():
+        weights |= load_file(path)
+    return set_model_state_dict(model, weights, options=_BROADCAST)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weights: dict[str, Any] = {}
-        if self.is_world_process_zero():
-            for path in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-                weights |= load_file(path)
-        self._issue_warnings_after_load(set_model_state_dict(self.model, weights, options=_HANDED_OUT))
-        return None
 
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+def gather_optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the whole optimizer state, by the names of the weights, in the first process; elsewhere it is empty."""
+    return get_optimizer_state_dict(model, unwrap_optimizer(optimizer), options=_GATHER)
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's whole state; of sharded weights by their names, and empty but in the first process."""
-        if not self.is_fsdp_enabled:
-            return self.optimizer.state_dict()
-        return get_optimizer_state_dict(self.model, self._bare_optimizer, options=_GATHERED)
 
-    def load_optimizer_state(self, read: Callable[[], dict[str, Any]]) -> None:
-        """Put back what `optimizer_state` gave, sharded or not; where weights are, only the first process reads it."""
-        if not self.is_fsdp_enabled:
-            return self.optimizer.load_state_dict(read())
-        optimizer = self._bare_optimizer
-        tuples = [[name for name in group if isinstance(group[name], tuple)] for group in optimizer.param_groups]
-        state = self._by_name(read()) if self.is_world_process_zero() else {}
-        set_optimizer_state_dict(self.model, optimizer, state, options=_HANDED_OUT)
-        for group, names in zip(optimizer.param_groups, tuples, strict=True):
-            group |= {name: tuple(group[name]) for name in names}  # They come as lists.
-        return None
+def restore_optimizer_state(model: Any, optimizer: Any, read: Callable[[], dict[str, Any]], is_first: bool) -> None:
+    """Restore the state of a sharded optimizer. Only the first process calls `read`."""
+    optimizer = unwrap_optimizer(optimizer)
+    tuples = [[name for name in group if isinstance(group[name], tuple)] for group in optimizer.param_groups]
+    state = _key_by_name(read(), model, optimizer) if is_first else {}
+    set_optimizer_state_dict(model, optimizer, state, options=_BROADCAST)
+    for group, names in zip(optimizer.param_groups, tuples, strict=True):
+        group |= {name: tuple(group[name]) for name in names}  # torch returns them as lists.
 
-    def _by_name(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state by the numbers of the weights, as an optimizer's own is, by their names."""
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        own = [names[id(weight)] for group in self._bare_optimizer.param_groups for weight in group["params"]]
-        groups, moments = state["param_groups"], state["state"]
-        numbers = [number for group in groups for number in group["params"]]
-        called = dict(zip(numbers, own, strict=True))  # What is by names already is called what it is.
-        return {
-            "state": {called[number]: tensors for number, tensors in moments.items()},
-            "param_groups": [{**group, "params": [called[number] for number in group["params"]]} for group in groups],
-        }
 
-    @property
-    def _bare_optimizer(self) -> Any:
-        """Without what accelerate wraps it in."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+def _key_by_name(state: dict[str, Any], model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer state with weights by name, whether it has them by name or by number."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    own_names = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
+    groups, moments = state["param_groups"], state["state"]
+    keys = [key for group in groups for key in group["params"]]
+    name_of = dict(zip(keys, own_names, strict=True))
+    return {
+        "state": {name_of[key]: tensors for key, tensors in moments.items()},
+        "param_groups": [{**group, "params": [name_of[key] for key in group["params"]]} for group in groups],
+    }
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)

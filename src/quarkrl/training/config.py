@@ -291,6 +291,10 @@ class QuarkConfig(TrainingArguments):
                 "eval_guidance_scale, or leave it out"
             )
 
+    def explored_per_iteration(self, num_prompts: int) -> int:
+        """Return the number of completions that an iteration explores, of so many prompts."""
+        return min(self.prompts_per_iteration or num_prompts, num_prompts) * self.samples_per_prompt
+
     def sampling(self, iteration: int) -> Sampling:
         """Return the sampling options for exploration in an iteration; the temperatures take turns."""
         return Sampling(

@@ -1,249 +1,187 @@
-"""What an exploration samples: which prompts in which iteration, and the completions with their rewards."""
+"""`Explorer`: samples completions for prompts and scores them, alone or together with other processes."""
 
-import itertools
-import logging
-import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import torch
+from transformers import PreTrainedTokenizerBase
 
+from quarkrl.algorithm.pool import DataPool
+from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts
-from quarkrl.errors import UserError
-from quarkrl.rewards.calling import current_gpu
 from quarkrl.rewards.scorer import Scorer, Scores
-from quarkrl.storage.parquet import read_table, write_table
+from quarkrl.runs.collectives import broadcast
+from quarkrl.sampling.strategy import Sampling
+from quarkrl.training.overlap import SharedBatches, Workers, check_same_pool, sample_and_score
+from quarkrl.training.progress import Progress
+from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches
 
-logger = logging.getLogger(__name__)
+# Completes plain prompts: (prompt ids, sampling options, random numbers) to completions as token ids.
+Complete: TypeAlias = Callable[[list[list[int]], Sampling, np.ndarray | None], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Sampled and scored completions.
+class Task:
+    """What one rollout samples.
 
     Attributes:
-        rows: for each completion, the row of its prompt.
-        completions: token ids, as sampled.
-        rewards: `(n, A)`, NaN where there is none.
-        seconds_sample, seconds_score: what each took; they go on side by side.
-        start: which of the whole rollout's completions is the first here.
-        terms: by name, `(n,)`: what the rewards are summed of, where they are.
+        prompts: all prompts, with their token ids.
+        rows: the row of the prompt of each completion.
+        sampling: how to choose tokens.
+        sampler: a context in which a function completes plain prompts: the reference, or the policy on its best token.
+        seed: of the random numbers. Each completion has its own, so that it does not depend on the batches.
+        batch_size: completions sampled at a time.
     """
 
+    prompts: Prompts
     rows: list[int]
-    completions: list[list[int]]
-    rewards: np.ndarray
-    seconds_sample: float
-    seconds_score: float
-    start: int = 0
-    terms: dict[str, np.ndarray] = field(default_factory=dict)
+    sampling: Sampling
+    sampler: Callable[[], AbstractContextManager[Complete]]
+    seed: tuple[int, ...]
+    batch_size: int
 
-    @classmethod
-    def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
-        """The parts as one, in order."""
-        parts = sorted(parts, key=lambda part: part.start)
-        return cls(
-            rows=[row for part in parts for row in part.rows],
-            completions=[ids for part in parts for ids in part.completions],
-            rewards=np.concatenate([part.rewards for part in parts]),
-            seconds_sample=sum(part.seconds_sample for part in parts),
-            seconds_score=sum(part.seconds_score for part in parts),
-            terms={name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms},
+
+@dataclass(frozen=True)
+class CompletionScorer:
+    """Scores completions given as token ids.
+
+    Attributes:
+        scorer: the rewards.
+        tokenizer: decodes completions for the rewards.
+        end_ids: EOS ids.
+    """
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: Sequence[int]
+
+    def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
+        """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
+        columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
+        texts = decode_completions(self.tokenizer, completions)
+        return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: the index of this one, their number, and whether each holds a part of the weights."""
+
+    rank: int = 0
+    size: int = 1
+    sharded: bool = False
+
+
+class Explorer:
+    """Samples and scores completions. Each process takes its share of the batches, and all get the whole rollout.
+
+    Args:
+        scorer: the rewards, with what decodes completions for them.
+        progress: the progress bars.
+        processes: the processes of the run.
+        max_unscored_share: the share of missing rewards above which an exploration fails.
+        stop_requested: whether this process has received a signal.
+        stop_if_requested: ends the run if any process has received a signal; all processes call it.
+    """
+
+    def __init__(
+        self,
+        scorer: CompletionScorer,
+        *,
+        progress: Progress,
+        processes: Processes,
+        max_unscored_share: float,
+        stop_requested: Callable[[], bool],
+        stop_if_requested: Callable[[], None],
+    ):
+        self._scorer, self._progress, self._processes = scorer, progress, processes
+        self._max_unscored_share = max_unscored_share
+        self._stop_requested, self._stop_if_requested = stop_requested, stop_if_requested
+
+    def roll_out(self, task: Task, finished: FinishedBatches | None = None) -> Rollout:
+        """Sample and score a completion for each row of a task.
+
+        Args:
+            task: what to sample.
+            finished: keeps each scored batch on disk. Batches that are already there are not sampled again.
+
+        Raises:
+            Stopped: a signal requested it. The batches that had begun are finished and kept.
+            UserError: a reward failed.
+        """
+        parts, batches = self._resume(task, finished)
+        keep = finished.keep if finished and self._is_first else None
+        uniforms = task.sampling.uniforms(len(task.rows), *task.seed)
+        workers = Workers(
+            rows=task.rows,
+            sample=partial(self._sample, task, uniforms),
+            score=partial(self._score_batch, task),
+            stop_scoring=self._scorer.scorer.stop,
+            stop_requested=self._stop_requested,
         )
+        if self._processes.size == 1:
+            parts += sample_and_score(workers, batches, keep)
+        else:
+            parts, batches = broadcast((parts, batches), self._processes.size)
+            rank, size, sharded = self._processes.rank, self._processes.size, self._processes.sharded
+            parts += SharedBatches(workers, batches, rank, size, keep, samples_together=sharded).run()
+        self._stop_if_requested()
+        return Rollout.join(parts)
 
     @property
-    def scored(self) -> np.ndarray:
-        """Indices of the completions that have every reward."""
-        return np.flatnonzero(np.isfinite(self.rewards).all(axis=1))
+    def _is_first(self) -> bool:
+        return self._processes.rank == 0
 
-    def scored_enough(self, max_unscored_share: float, iteration: int) -> np.ndarray:
-        """`scored`.
+    def _resume(self, task: Task, finished: FinishedBatches | None) -> tuple[list[Rollout], list[slice]]:
+        """Return the batches that an interrupted rollout finished, and the slices of those that remain."""
+        parts = finished.load(task.rows) if finished and self._is_first else []
+        batches = remaining_batches(len(task.rows), task.batch_size, parts)
+        for part in parts:
+            self._progress.sampled(len(part.rows))
+            self._progress.scored(part.rewards)
+        if finished and not batches:
+            self._retry_missing_rewards(task, parts, finished)
+        return parts, batches
 
-        Raises:
-            UserError: more rewards than the share allows are missing, or all of them.
-        """
-        count, unscored = len(self.rows), len(self.rows) - len(self.scored)
-        if unscored == count or unscored > max_unscored_share * count:
-            raise UserError(
-                f"{unscored} of {count} rewards of iteration {iteration} are None or not finite; want at most a share "
-                f"of {max_unscored_share} (max_unscored_share) and not all: mend the reward or raise the share"
-            )
-        return self.scored
+    def _retry_missing_rewards(self, task: Task, parts: list[Rollout], finished: FinishedBatches) -> None:
+        """Score again what has no reward, if an exploration failed because too many were missing."""
+        missing = [np.flatnonzero(~part.has_rewards) for part in parts]
+        if sum(map(len, missing)) <= self._max_unscored_share * sum(len(part.rows) for part in parts):
+            return
+        for part, indices in zip(parts, missing, strict=True):
+            if len(indices):
+                scores = self._score(task, [part.rows[i] for i in indices], [part.completions[i] for i in indices])
+                part.rewards[indices] = scores.rewards
+                for name, values in part.terms.items():
+                    values[indices] = scores.terms[name]
+                finished.keep(part)
 
-    def figures(self, attributes: Sequence[str], end_ids: Sequence[int]) -> dict[str, float]:
-        """Mean and spread of each reward, mean of each term (`score.NAME`), mean length in tokens, share that ended
-        with EOS, how many have no reward.
-        """
-        found: dict[str, float] = {}
-        for name, values in zip(attributes, self.rewards[self.scored].T, strict=True):
-            found |= {name: float(values.mean()), f"{name}_std": float(values.std())}
-        found |= {f"score.{name}": float(values[self.scored].mean()) for name, values in self.terms.items()}
-        found["completion_length"] = float(np.mean([len(ids) for ids in self.completions]))
-        found["eos_share"] = float(np.mean([ids[-1] in end_ids for ids in self.completions]))
-        found["unscored"] = len(self.rows) - len(self.scored)
-        return found
+    def _sample(self, task: Task, uniforms: np.ndarray | None, batch: slice) -> list[list[int]]:
+        with task.sampler() as complete:
+            prompt_ids = [task.prompts.ids[row] for row in task.rows[batch]]
+            completions = complete(prompt_ids, task.sampling, None if uniforms is None else uniforms[batch])
+        self._progress.sampled(len(completions))
+        return completions
 
+    def _score_batch(self, task: Task, batch: slice, completions: list[list[int]]) -> Scores:
+        return self._score(task, task.rows[batch], completions)
 
-def score(
-    scorer: Scorer,
-    prompts: Prompts,
-    rows: Sequence[int],
-    texts: list[str],
-    completions: list[list[int]],
-    end_ids: Sequence[int],
-) -> Scores:
-    """Scores of completions (`texts` and token ids) of the prompts in the given rows, with their other columns."""
-    columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-    return scorer([prompts.prompts[row] for row in rows], texts, completions, columns, end_ids)
+    def _score(self, task: Task, rows: Sequence[int], completions: list[list[int]]) -> Scores:
+        scores = self._scorer.score(task.prompts, rows, completions)
+        self._progress.scored(scores.rewards)
+        return scores
 
 
-def side_by_side(
-    sample: Callable[[slice], list[list[int]]],
-    score: Callable[[slice, list[list[int]]], Scores],
-    rows: list[int],
-    batches: Iterable[slice],
-    stop: Callable[[], None],
-    keep: Callable[[Rollout], None] | None = None,
-    asked: Callable[[], bool] = lambda: False,
-) -> list[Rollout]:
-    """Samples batch after batch, and scores them in one other thread, in the same order.
+def recall_iteration(pool: DataPool, directory: Path, iteration: int, world_size: int) -> dict[str, Any] | None:
+    """Add an iteration's samples from disk to the pool; return its metrics, or None if it is not on disk.
 
-    While a batch is scored the next is sampled, so that together they take about as long as the longer of the two.
-    An error of either ends both: no further batch begins, and no thread is left when it is raised.
-
-    Args:
-        sample: completes the rows of a slice; called in this thread.
-        score: scores what `sample` gave; called in the other thread, never twice at a time.
-        rows: of the prompts, for the whole rollout.
-        batches: which of `rows` are to be sampled at a time, and here.
-        stop: makes a `score` that is running end soon.
-        keep: is given each batch as soon as it is scored, in the other thread.
-        asked: whether to leave it at the batches that are being sampled and scored.
-
-    Returns:
-        A rollout for each batch, in order; of the first ones only, where `asked`.
+    Raises:
+        UserError: the file is damaged, or the processes have read different samples.
     """
-
-    def timed(batch: slice, completions: list[list[int]], seconds: float) -> Rollout:
-        began = time.perf_counter()
-        scores = score(batch, completions)
-        seconds_score = time.perf_counter() - began
-        part = Rollout(rows[batch], completions, scores.rewards, seconds, seconds_score, batch.start, scores.terms)
-        if keep is not None:
-            keep(part)
-        return part
-
-    pending: list[Future[Rollout]] = []
-    scoring = ThreadPoolExecutor(1, "score", initializer=torch.cuda.set_device, initargs=(current_gpu(),))
-    try:
-        for batch in itertools.takewhile(lambda _: not asked(), batches):
-            for future in pending:
-                if future.done():
-                    future.result()  # Raises what scoring raised.
-            began = time.perf_counter()
-            completions = sample(batch)
-            pending.append(scoring.submit(timed, batch, completions, time.perf_counter() - began))
-        while wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION).not_done:
-            if asked():
-                pending = [future for future in pending if not future.cancel()]  # One that runs cannot be cancelled.
-            if any(future.done() and future.exception() for future in pending):
-                break
-        return [future.result() for future in pending]
-    finally:
-        for future in pending:
-            future.cancel()  # Without effect on one that runs, or has ended.
-        while wait(pending, timeout=0.1).not_done:
-            stop()
-        scoring.shutdown()
-
-
-class FinishedBatches:
-    """The batches of an exploration that are sampled and scored, on disk, for it to go on from if it is interrupted.
-
-    Args:
-        directory: where they are, a Parquet file each; made with the first.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def keep(self, part: Rollout) -> None:
-        """Write a batch, whole or not at all.
-
-        Raises:
-            UserError: the disk does not take it.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        columns: dict[str, Any] = {"row": pa.array(part.rows, pa.int64())}
-        columns["completion_ids"] = pa.array(part.completions, pa.list_(pa.int32()))
-        columns |= {f"reward.{a}": values for a, values in enumerate(part.rewards.T)}
-        columns |= {f"score.{name}": values for name, values in part.terms.items()}
-        notes = {name: getattr(part, name) for name in ("start", "seconds_sample", "seconds_score")}
-        write_table(self.directory / f"{part.start:09d}.parquet", pa.table(columns), notes)
-
-    def load(self, rows: list[int]) -> list[Rollout]:
-        """The batches of the given rows; those that are damaged, or of other rows, are left out: they are made anew."""
-        found = []
-        for path in sorted(self.directory.glob("*.parquet")):
-            try:
-                part = _part(*read_table(path))
-            except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-                logger.warning(f"{path} is damaged ({str(error).splitlines()[0]}): its batch is sampled anew")
-                continue
-            if rows[part.start : part.start + len(part.rows)] == part.rows:
-                found.append(part)
-        return found
-
-    def clear(self) -> None:
-        """Remove them all: the iteration is whole on disk."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _part(table: pa.Table, notes: dict[str, Any]) -> Rollout:
-    named = {name: table[name].to_numpy().copy() for name in table.column_names if "." in name}
-    rewards = [values for name, values in named.items() if name.startswith("reward.")]
-    terms = {name.removeprefix("score."): values for name, values in named.items() if name.startswith("score.")}
-    completions = table["completion_ids"].to_pylist()
-    return Rollout(table["row"].to_pylist(), completions, np.column_stack(rewards), **notes, terms=terms)
-
-
-def batches_left(total: int, size: int, done: Sequence[Rollout]) -> list[slice]:
-    """The batches of at most `size` that make `total` completions of those that are done."""
-    left, position = [], 0
-    for part in [*sorted(done, key=lambda part: part.start), None]:
-        end = total if part is None else part.start
-        left += [slice(start, min(start + size, end)) for start in range(position, end, size)]
-        position = end if part is None else part.start + len(part.rows)
-    return left
-
-
-def ask_again(
-    done: Sequence[Rollout],
-    score: Callable[[list[int], list[list[int]]], Scores],
-    max_unscored_share: float,
-    keep: Callable[[Rollout], None],
-) -> None:
-    """Ask once more for the scores that an exploration lacks, where it was refused for them and is now resumed.
-
-    Args:
-        done: its batches; those that lacked scores are changed in place.
-        score: scores completions of the given rows.
-        max_unscored_share: above which it was refused.
-        keep: is given each batch that has changed.
-    """
-    missing = [np.flatnonzero(~np.isfinite(part.rewards).all(axis=1)) for part in done]
-    if sum(map(len, missing)) <= max_unscored_share * sum(len(part.rows) for part in done):
-        return
-    for part, places in zip(done, missing, strict=True):
-        if len(places):
-            scores = score([part.rows[i] for i in places], [part.completions[i] for i in places])
-            part.rewards[places] = scores.rewards
-            for name, values in part.terms.items():
-                values[places] = scores.terms[name]
-            keep(part)
+    metrics = pool.restore_iteration(directory, iteration)
+    if world_size > 1:
+        check_same_pool(pool, directory)
+    return metrics

@@ -1,27 +1,28 @@
 """Quark: explore, quantize, learn (Lu et al., NeurIPS 2022, arXiv 2205.13636).
 
 Given a reference p_0, prompts x and any reward r(x, y), the policy p_θ starts as p_0 with K reward tokens r_k added.
-An iteration is an epoch of `transformers.Trainer`; `on_epoch_begin` explores and quantizes, the epoch's batches learn:
+One iteration is one epoch of `transformers.Trainer`: `begin_epoch` explores and quantizes, and the epoch's steps
+learn:
 
     explore     y ~ p_θ( . | best, x), scored and added to the pool D      (iteration 0: y ~ p_0( . | x))
-    quantize    D, whole, cut by reward into K quantiles; each sample (x, y) gets its r_k anew
+    quantize    D, all of it, cut by reward into K quantiles; each sample (x, y) gets its r_k again
     learn       (x, y) drawn uniformly from D;  minimise, per completion token,
                     -log p_θ(y | x, r_k)  +  β KL(p_θ || p_0)  -  α H(p_θ)
 
-The policy sees r_k, the reference does not. `loss.py` says over which vocabulary each term is taken.
+The policy sees r_k, the reference does not. `algorithm/loss.py` says over which vocabulary each term is taken.
 
-Deviations (docs/algorithm.md lists them all, with sources). From the paper, each an option: KL(p_θ || p_0), not
-KL(p_0 || p_θ), and the entropy bonus, as in the code that made the published figures; draws uniform over samples, not
-over quantiles, the same where rewards do not tie. From the official code: completions stay token ids from sampling to
-training, EOS is trained, reward tokens are never sampled, exactly K are added, equal rewards share a quantile, dropout
-is on while learning.
+Deviations (docs/algorithm.md lists all, with sources). From the paper, as options: KL(p_θ || p_0) instead of
+KL(p_0 || p_θ), and the entropy bonus, as in the code that produced the published figures; draws uniform over samples
+instead of quantiles, which is the same if rewards do not tie. From the official code: completions stay token ids from
+sampling to training, EOS is trained, reward tokens are never sampled, exactly K are added, equal rewards share a
+quantile, and dropout is on while learning.
 """
 
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -38,58 +38,67 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
-from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
-from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.export import model_identity, save_steered
+from quarkrl.models.eval_mode import eval_mode
+from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
-from quarkrl.rewards.scorer import Scorer, Scores
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.directory import identity
-from quarkrl.runs.durable_trainer import ResumableTrainer, Resumption
+from quarkrl.runs.durable_trainer import DurableTrainer
+from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import eval_mode, sample, sample_best
-from quarkrl.sampling.strategy import Sampling
+from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
-from quarkrl.training.exploration import FinishedBatches, Rollout, score
+from quarkrl.training.exploration import (
+    Complete,
+    CompletionScorer,
+    Explorer,
+    Processes,
+    Task,
+    recall_iteration,
+)
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
+from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+from quarkrl.training.setup import prepare_models
 
 logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
 
-# Sampling for evaluation is seeded as an iteration that never comes.
-_EVALUATION = 2**31 - 1
+# Evaluation samples with this seed in the place of an iteration's number, which is always smaller.
+_EVALUATION_SEED = 2**31 - 1
 
 
-class QuarkTrainer(ResumableTrainer):
+class QuarkTrainer(DurableTrainer):
     """Trains a causal language model with Quark.
 
     Args:
-        model: a model, or the name or directory of one. It is changed in place: rows for the reward tokens are added.
-        reward_funcs: one or several of: a callable with TRL's signature, sync or async; a name from `rewards`; a
+        model: a model, or the name or directory of one. It is changed in place: reward-token rows are added.
+        reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
             Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
-        args: the options; `QuarkConfig()` if left out.
-        train_dataset: prompts to explore: a `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
-        eval_dataset: held-out prompts, the same; `evaluate` samples them on the best token.
-        processing_class: the tokenizer; that of `model` if left out.
-        ref_model: the reference p_0; a frozen copy of `model` if left out.
-        peft_config: an adapter of `peft` to train in place of all weights; p_0 is then the model without it.
+        args: the options; `QuarkConfig()` by default.
+        train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
+        eval_dataset: held-out prompts of the same types. `evaluate` samples them on the best token.
+        processing_class: the tokenizer; that of `model` by default.
+        ref_model: the reference p_0; a frozen copy of `model` by default.
+        peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Raises:
-        UserError: arguments that cannot work together; the message says what was given and what is wanted.
+        UserError: the arguments do not work together.
     """
 
     args: QuarkConfig
@@ -109,48 +118,32 @@ class QuarkTrainer(ResumableTrainer):
     ):
         self.args = args = args or QuarkConfig()
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
-        self.plain_tokenizer = tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        self.plain_tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        self.end_ids = eos_ids(model, self.plain_tokenizer)
         if not isinstance(reward_funcs, Scorer):
-            reward_funcs = Scorer(
-                reward_funcs, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout
-            )
+            weights, condition_on = args.reward_weights, args.condition_on
+            reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
-        self.end_ids = eos_ids(model, tokenizer)
-        self.reference_identity = model_identity(ref_model or model)
-        begins_as = self.reference_identity if ref_model is None else model_identity(model)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
-        self.prompts = self._encoded(train_dataset)
-        self.eval_prompts = None if eval_dataset is None else self._encoded(eval_dataset)
-        shas = begins_as["sha256"], self.reference_identity["sha256"]
-        self.identity = identity(args, *shas, self.prompts.ids, self.scorer, peft_config)
-        explored = min(args.prompts_per_iteration or len(self.prompts), len(self.prompts)) * args.samples_per_prompt
-        if explored < args.num_quantiles:
-            raise UserError(f"num_quantiles {args.num_quantiles}: an iteration has {explored} samples; explore more")
+        self.prompts = self._encode(train_dataset)
+        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        if args.explored_per_iteration(len(self.prompts)) < args.num_quantiles:
+            raise UserError(
+                f"num_quantiles {args.num_quantiles}: must be at most the samples of an iteration, "
+                f"{args.explored_per_iteration(len(self.prompts))}. Explore more prompts, or lower --num_quantiles."
+            )
+        models = prepare_models(model, self.plain_tokenizer, ref_model, peft_config, args, self.scorer.attributes)
+        self.ref_model, self.conditioning = models.reference, models.conditioning
+        self.reference_identity = models.reference_identity
 
-        # The reference is p_0 as given; the policy is p_0 with reward tokens.
-        self.ref_model = ref_model
-        if ref_model is None and peft_config is None and (args.kl_coef or args.guidance_from == "reference"):
-            self.ref_model = copy.deepcopy(model)
-        if args.ref_dtype != "same":
-            if self.ref_model is None:
-                raise UserError(f"ref_dtype {args.ref_dtype}: no reference of its own (adapter, or kl_coef 0); drop it")
-            self.ref_model.to(getattr(torch, args.ref_dtype))
-        self.conditioning, extended = Conditioning.add_to(
-            tokenizer, model, args.num_quantiles, self.scorer.attributes, seed=args.seed
-        )
-        if ref_model is not None and ref_model.get_input_embeddings().weight.shape[0] < self.conditioning.vocab_size:
-            raise UserError("ref_model has fewer tokens than model: want one of the same tokenizer")
-        if peft_config is not None:
-            torch.manual_seed(args.seed)  # The adapter's first weights are random.
-            model = self.conditioning.add_adapter(model, peft_config)
-        self.pool_directory = Path(args.output_dir) / "pool"
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
-        self.drawn: np.ndarray = np.zeros(0, dtype=np.int64)
+        self.pool_directory = Path(args.output_dir) / "pool"
+        self.draws: np.ndarray = np.zeros(0, dtype=np.int64)  # Indices into the pool that an iteration learns from.
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
+        self.loss_means = LossMeans()
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
-        self._learned = LossMeans()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
         limit_onednn_caches()
@@ -158,38 +151,67 @@ class QuarkTrainer(ResumableTrainer):
             [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
             for prompts in (self.prompts, self.eval_prompts)
         )
-        self.memory_plan = plan_memory(model, args, lengths, eval_lengths, self.ref_model)
-        keepers = _Iterations(self), Resumption(self), MallocTrimCallback(), self.metrics_file, self.progress
+        self.memory_plan = plan_memory(models.policy, args, lengths, eval_lengths, self.ref_model)
+        # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
+        args.train_sampling_strategy = "sequential"
 
         super().__init__(
-            model=model,
+            identity=identity(
+                args,
+                models.policy_digest,
+                self.reference_identity["sha256"],
+                self.prompts.ids,
+                self.scorer,
+                peft_config,
+            ),
+            steps_per_epoch=args.steps_per_iteration,
+            model=models.policy,
             args=args,
             data_collator=self.collate,
-            train_dataset=cast(Any, range(args.draws_per_iteration)),  # The draws, by number.
+            train_dataset=cast(Any, range(args.draws_per_iteration)),  # The numbers of the draws.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=self.conditioning.steer_tokenizer(extended),
-            callbacks=[*keepers, *(callbacks or [])],
+            processing_class=models.steered_tokenizer,
+            # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
+            callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
         )
-        # The loss is a sum over tokens divided by those of the whole step, so that accumulation does not change it.
+        # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
         self.health = Health(
             self.accelerator,
-            self._learned,
-            partial(tokenizer.decode, skip_special_tokens=True),
+            self.loss_means,
+            partial(self.plain_tokenizer.decode, skip_special_tokens=True),
             self.log,
             on_bad_numbers=args.on_bad_numbers,
             on_collapse=args.on_collapse,
             reward_ceiling=args.reward_ceiling,
         )
         self.add_callback(HealthCallback(self.health))
-        for replaced in (ProgressCallback, PrinterCallback):
-            self.remove_callback(replaced)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
+        self.explorer = Explorer(
+            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids),
+            progress=self.progress,
+            processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
+            max_unscored_share=args.max_unscored_share,
+            stop_requested=self.interrupts.pending,
+            stop_if_requested=self.stop_if_requested,
+        )
+
+    # The outer loop: an epoch of Trainer is an iteration of Quark. Trainer calls `begin_epoch`. Then, for each of the
+    # epoch's `steps_per_iteration` optimizer steps, `collate`, `compute_loss` and `end_step`.
+
+    def begin_epoch(self, iteration: int) -> None:
+        """Explore and quantize. The steps of the epoch then learn."""
+        if not (self.pool.iterations == iteration).any():
+            self.explore(iteration)
+        self.quantize(iteration)
+        self.health.check_exploration(self.pool, iteration)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `ResumableTrainer.train` says what it adds."""
+        """Train; see `DurableTrainer.train`."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -198,94 +220,75 @@ class QuarkTrainer(ResumableTrainer):
     # Explore.
 
     def explore(self, iteration: int) -> None:
-        """Sample a completion for each of the iteration's prompts, score it, add it to the pool.
+        """Sample a completion for each of the iteration's prompts, score it, and add it to the pool.
 
-        What was interrupted goes on at its first batch that is not on disk.
+        An interrupted exploration resumes with the first batch that is not on disk.
 
         Raises:
-            UserError: more rewards than `max_unscored_share` allows are missing or not finite.
+            UserError: more rewards are missing or not finite than `max_unscored_share` allows.
         """
-        args, each = self.args, self.args.samples_per_prompt
+        args, attributes = self.args, self.scorer.attributes
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
-        figures, seconds = self.recalled(self.pool_directory, iteration), {}
-        if figures is None:
-            rows = schedule_prompts(self.prompts.ids, iteration, args.prompts_per_iteration, each, args.seed)
-            with self.progress.sampling(f"iteration {iteration}", len(rows)):
-                sampling = args.sampling(iteration)
-                found = self.rollout(
-                    self.prompts, rows, sampling, iteration, self.memory_plan.generation_batch_size, finished
-                )
-            scored = found.scored_enough(args.max_unscored_share, iteration)
-            self.pool.add(
-                [self.prompts.ids[found.rows[i]] for i in scored],
-                [found.completions[i] for i in scored],
-                found.rewards[scored],
-                iteration=iteration,
-                terms={name: values[scored] for name, values in found.terms.items()},
+        metrics, seconds = recall_iteration(self.pool, self.pool_directory, iteration, args.world_size), {}
+        if metrics is None:
+            count, repeats = args.prompts_per_iteration, args.samples_per_prompt
+            task = Task(
+                prompts=self.prompts,
+                rows=schedule_prompts(self.prompts.ids, iteration, count, repeats, args.seed),
+                sampling=args.sampling(iteration),
+                sampler=partial(self.exploring_sampler, iteration),
+                seed=(args.seed, iteration),
+                batch_size=self.memory_plan.generation_batch_size,
             )
-            figures = found.figures(self.scorer.attributes, self.end_ids)
-            seconds = {"seconds_sample": found.seconds_sample, "seconds_score": found.seconds_score}
+            with self.progress.sampling(f"iteration {iteration}", len(task.rows)):
+                rollout = self.explorer.roll_out(task, finished)
+            scored = rollout.scored_indices(args.max_unscored_share, iteration)
+            self.pool.add(
+                [self.prompts.ids[rollout.rows[i]] for i in scored],
+                [rollout.completions[i] for i in scored],
+                rollout.rewards[scored],
+                iteration=iteration,
+                terms={name: values[scored] for name, values in rollout.terms.items()},
+            )
+            metrics = rollout.metrics(attributes, self.end_ids)
+            seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
-                self.pool.save(self.pool_directory, {iteration: figures})
+                self.pool.save(self.pool_directory, {iteration: metrics})
         if self.is_world_process_zero():
             finished.clear()
-        self.log({"iteration": iteration, **figures, "pool_size": len(self.pool), **seconds})
-
-    def rollout(
-        self,
-        prompts: Prompts,
-        rows: list[int],
-        sampling: Sampling,
-        iteration: int,
-        batch_size: int,
-        finished: FinishedBatches | None = None,
-    ) -> Rollout:
-        """Sample and score a completion for each of the given prompts; each process takes its share of the batches.
-
-        Every completion has random numbers of its own, so that it does not depend on the batches around it.
-        """
-        args = self.args
-        uniforms = sampling.uniforms(len(rows), args.seed, iteration)
-
-        def sampled(batch: slice) -> list[list[int]]:
-            with self.sampler(iteration) as complete:
-                numbers = None if uniforms is None else uniforms[batch]
-                completions = complete([prompts.ids[row] for row in rows[batch]], sampling, numbers)
-            self.progress.sampled(len(completions))
-            return completions
-
-        def asked(these: list[int], completions: list[list[int]]) -> Scores:
-            texts = decode_completions(self.plain_tokenizer, completions)
-            scores = score(self.scorer, prompts, these, texts, completions, self.end_ids)
-            self.progress.scored(scores.rewards)
-            return scores
-
-        return self.in_batches(sampled, asked, rows, batch_size, finished)
+        self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
 
     @contextmanager
-    def sampler(self, iteration: int) -> Iterator[Callable[..., list[list[int]]]]:
-        """What completes plain prompts: p_0 in iteration 0, then the policy on the best token, guided if so asked."""
-        args, tokens, policy = self.args, self.conditioning, self.accelerator.unwrap_model(self.model)
-        scales = [args.eval_guidance_scale] if iteration == _EVALUATION else args.explore_guidance_scale
+    def exploring_sampler(self, iteration: int) -> Iterator[Complete]:
+        """Yield what completes plain prompts: p_0 in iteration 0, then the policy on its best token."""
+        if iteration:
+            scales = self.args.explore_guidance_scale
+            with self.policy_sampler(scales[min(iteration, len(scales) - 1)]) as complete:
+                yield complete
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model), self.reference() as reference:
+            yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
+
+    @contextmanager
+    def policy_sampler(self, guidance_scale: float) -> Iterator[Complete]:
+        """Yield what completes plain prompts with the policy on its best token, with guidance."""
+        policy = self.accelerator.unwrap_model(self.model)
+        guidance = GuidanceOptions(guidance_scale, self.args.guidance_from, self.reference)
         with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
-            if iteration == 0:
-                with self.reference() as reference:
-                    yield partial(sample, reference, end_ids=self.end_ids, vocab_size=tokens.vocab_size)
-            else:
-                guidance = GuidanceOptions(scales[: iteration + 1][-1], args.guidance_from, self.reference)
-                yield partial(sample_best, policy, tokens, guidance, end_ids=self.end_ids)
+            yield partial(sample_best, policy, self.conditioning, guidance, end_ids=self.end_ids)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
-        """The frozen p_0: a model of its own, or the policy with its adapter switched off.
+        """Yield the frozen p_0: a model of its own, or the policy with its adapter switched off.
 
-        Without either (β = 0) nothing needs it but iteration 0, before which the policy is p_0 itself.
+        A run without either (β = 0) needs p_0 in iteration 0 only, when the policy still is p_0.
         """
         policy = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
             yield self.ref_model
         elif hasattr(policy, "disable_adapter"):
-            with policy.disable_adapter(), eval_mode(policy):  # p_0 drops nothing out, whatever the policy does.
+            with policy.disable_adapter(), eval_mode(policy):  # p_0 has no dropout, whatever the policy's mode.
                 yield policy
         else:
             yield policy
@@ -293,27 +296,27 @@ class QuarkTrainer(ResumableTrainer):
     # Quantize.
 
     def quantize(self, iteration: int) -> None:
-        """Cut the pool anew and draw the samples that this iteration learns from."""
+        """Cut the whole pool into quantiles, and draw the samples that this iteration learns from."""
         args = self.args
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
-        drawn = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.drawn = bucket_by_length(drawn, self.pool.lengths_of(drawn), args.draws_per_step, rng)
+        draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
+        self.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
 
     # Learn.
 
     def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """A batch of draws: for the policy behind their reward tokens, for the reference without them.
+        """Make a batch of draws: for the policy behind their reward tokens, for the reference without them.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
-            completion; and the same with `ref_` before the name, for the reference.
+            completion. With `ref_` before the name: the same for the reference.
         """
-        samples = [self.pool[int(self.drawn[number])] for number in numbers]
+        samples = [self.pool[int(self.draws[number])] for number in numbers]
         prompts = [sample.prompt_ids.tolist() for sample in samples]
         completions = [sample.completion_ids.tolist() for sample in samples]
-        asked = [sample.quantiles.tolist() for sample in samples]
-        conditioned = [self.conditioning.prefix(ids, quantiles) for ids, quantiles in zip(prompts, asked, strict=True)]
+        quantiles = [sample.quantiles.tolist() for sample in samples]
+        conditioned = [self.conditioning.prefix(*pair) for pair in zip(prompts, quantiles, strict=True)]
         batch = build_batch(conditioned, completions)
         if self.args.kl_coef:
             batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
@@ -326,28 +329,28 @@ class QuarkTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
+        """Return Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
         policy_head, ref_head = self.decide_heads()
         policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = None
         if args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
-                names = ("ref_input_ids", "ref_attention_mask", "ref_labels")
-                ref = completion_projection(reference, *(inputs[name] for name in names), ref_head)
+                ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
+                ref = completion_projection(reference, *ref_inputs, ref_head)
             ref = ref.limit_vocab(self.conditioning.vocab_size)
-        settings = {**self.coefs.current, "kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
+        settings: dict[str, Any] = {
+            **self.coefs.current,
+            "kl_direction": args.kl_direction,
+            "nll_temperature": args.nll_temperature,
+        }
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
-            loss = quark_loss(
-                policy.suppress_early_eos(*ends),
-                ref and ref.suppress_early_eos(*ends),
-                labels[labels != -100],
-                **settings,
-            )
+            policy_logits, ref_logits = policy.suppress_early_eos(*ends), ref and ref.suppress_early_eos(*ends)
+            loss = quark_loss(policy_logits, ref_logits, labels[labels != -100], **settings)
         tokens = policy.shape[0]
         if self.model.training:
-            self._learned.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
+            self.loss_means.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
         total = loss.total
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
@@ -366,96 +369,129 @@ class QuarkTrainer(ResumableTrainer):
             self._heads = policy_head, ref_head
         return self._heads
 
+    def end_step(self) -> None:
+        """Adapt β and α, and add the step to the means of the loss."""
+        self.adapt()
+        self.loss_means.end_step()
+
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
-        if self.coefs.adaptive and self._learned.step["tokens"]:
-            kl, entropy = self._learned.last_per_completion(self.accelerator)
+        if self.coefs.adaptive and self.loss_means.step["tokens"]:
+            kl, entropy = self.loss_means.last_per_completion(self.accelerator)
             self.coefs.adapt(kl, entropy, samples=self.args.draws_per_step)
-        self._learned.end_step()
 
-    # What Trainer asks for.
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(Any, self.train_dataset))  # The draws are random already.
+    # Evaluate and log.
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean reward and shape of completions sampled on the best token for held-out prompts.
+        """Sample held-out prompts on the best token and score the completions.
 
         Returns:
-            `eval_reward` and its like; also logged, and open to `metric_for_best_model="reward"`.
+            `eval_reward` and the other metrics of a rollout. They are logged, and `metric_for_best_model` can name one.
         """
-        prompts = self.eval_prompts if eval_dataset is None else self._encoded(eval_dataset)
+        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
         if prompts is None:
-            raise UserError("eval_dataset is missing: want held-out prompts (--eval_prompts)")
+            raise UserError("eval_dataset (--eval_prompts) is missing: evaluation needs held-out prompts.")
         args = self.args
-        sampling = args.eval_sampling()
-        rows = [row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)]
-        with self.progress.sampling("held out", len(rows)):
-            found = self.rollout(prompts, rows, sampling, _EVALUATION, args.per_device_eval_batch_size)
-        figures = found.figures(self.scorer.attributes, self.end_ids)
-        metrics = held_out_metrics(figures, self.scorer.attributes, metric_key_prefix)
+        task = Task(
+            prompts=prompts,
+            rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
+            sampling=args.eval_sampling(),
+            sampler=partial(self.policy_sampler, args.eval_guidance_scale),
+            seed=(args.seed, _EVALUATION_SEED),
+            batch_size=args.per_device_eval_batch_size,
+        )
+        with self.progress.sampling("held out", len(task.rows)):
+            rollout = self.explorer.roll_out(task)
+        attributes = self.scorer.attributes
+        metrics = held_out_metrics(rollout.metrics(attributes, self.end_ids), attributes, metric_key_prefix)
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; what was learned since the last time goes with the loss."""
+        """Log as `Trainer.log` does. With the loss go the means of its parts since the last time, and β and α."""
         if "loss" in logs:
-            logs = {**logs, **self._learned.drain(self.accelerator), **self.coefs.current}
+            logs = {**logs, **self.loss_means.drain(self.accelerator), **self.coefs.current}
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.conditioning.save(Path(output_dir or self.args.output_dir), **self.facts())
+    # Save and resume.
+
+    def run_state(self) -> dict[str, Any]:
+        """Return what a resumed run needs of this process (`DurableTrainer.run_state`)."""
+        if self.is_world_process_zero():
+            self.metrics_file.sync()
+        return {
+            "learned": self.loss_means.state,
+            "coefs": (self.coefs.kl_coef, self.coefs.entropy_coef),
+            "health": self.health.state,
+            "metrics_bytes": self.metrics_file.size,
+        }
+
+    def restore_run_state(self, state: dict[str, Any], notes: list[str]) -> None:
+        """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
+        step, each = self.state.global_step, self.args.steps_per_iteration
+        if self.is_world_process_zero():
+            self.metrics_file.cut(state.get("metrics_bytes", 0), self.state.log_history)
+        self.pool = load_pool(self.pool, self.pool_directory, step, each)
+        if begun := iterations_begun(step, each):
+            self.quantize(begun - 1)
+        if self.is_world_process_zero():
+            line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cache_size)
+            self.progress.note("; ".join([line, *notes]))
+        if state:
+            self.loss_means.state = state["learned"]
+            self.coefs = replace(self.coefs, kl_coef=state["coefs"][0], entropy_coef=state["coefs"][1])
+            self.health.state = state["health"]
+
+    def merge_run_states(self, states: list[dict[str, Any]], is_first: bool) -> dict[str, Any]:
+        """Return a process's state where another number of processes saved it: the first takes over their sums."""
+        learned = [sum(values) for values in zip(*(state["learned"] for state in states), strict=True)]
+        entropy = sum(state["health"]["entropy"] for state in states)
+        if not is_first:
+            learned, entropy = [0.0] * len(learned), torch.zeros_like(entropy)
+        return {"learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
+
+    def save_run_files(self, output_dir: Path) -> None:
+        """Write `quark.json` beside the weights."""
+        self.conditioning.save(output_dir, **self.facts())
+
+    def prepare_models(self) -> None:
+        """Shard the reference as the policy is sharded, and decide how the loss gets the logits of both."""
+        if self.is_fsdp_enabled and self.ref_model is not None:
+            self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
+        self.decide_heads()
+        if self.memory_plan.message and self.is_world_process_zero():
+            logger.info(self.memory_plan.message)
+            if self.progress.enabled:
+                self.progress.note(self.memory_plan.message)
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
-        """Write a checkpoint that is steered by default (`export.save_steered`) to `output_dir/final`; says where."""
+        """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).
+
+        Args:
+            directory: where to; `output_dir/final` by default.
+
+        Returns:
+            The directory.
+        """
         directory = Path(directory or Path(self.args.output_dir) / "final")
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with atomic_directory(directory) as made:
-                save_steered(policy, self.processing_class, self.conditioning, made, self.facts(), weights)
+            with atomic_directory(directory) as stage:
+                save_steered(policy, self.processing_class, self.conditioning, stage, self.facts(), weights)
         return directory
 
     def facts(self) -> dict[str, Any]:
-        """What belongs with the weights: quantile edges, options, and who scored and who was the reference."""
-        args, state = self.args, self.state
-        ended_with_best = args.load_best_model_at_end and not self.is_in_train
-        best = state.best_model_checkpoint if ended_with_best else None
+        """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
+        ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
+        best = self.state.best_model_checkpoint if ended_with_best else None
         identities = self.scorer.identity, self.reference_identity
-        return run_facts(args, state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
+        return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
-    def _encoded(self, source: PromptSource | None) -> Prompts:
+    def _encode(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
         return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
-
-
-class _Iterations(TrainerCallback):
-    """Hangs explore and quantize before each epoch, and the controllers after each step."""
-
-    def __init__(self, trainer: QuarkTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **_):
-        if self.trainer.memory_plan.message and state.is_world_process_zero:
-            logger.info(self.trainer.memory_plan.message)
-            if self.trainer.progress.enabled:
-                self.trainer.progress.note(self.trainer.memory_plan.message)
-        self.trainer.decide_heads()
-
-    def on_epoch_begin(self, args, state, control, **_):
-        trainer, iteration = self.trainer, state.global_step // args.steps_per_iteration
-        if control.should_training_stop:
-            return  # A run that has stopped early, and was interrupted before its end.
-        if not (trainer.pool.iterations == iteration).any():
-            trainer.explore(iteration)
-        trainer.quantize(iteration)
-        trainer.health.check_exploration(trainer.pool, iteration)
-
-    def on_step_end(self, args, state, control, **_):
-        self.trainer.adapt()

@@ -1,0 +1,56 @@
+"""What a resumed run restores of Quark: the pool as of a step, and a line that says where it resumes."""
+
+from pathlib import Path
+
+from quarkrl.algorithm.pool import DataPool
+from quarkrl.errors import UserError
+from quarkrl.training.config import QuarkConfig
+
+
+def load_pool(pool: DataPool, directory: Path, step: int, steps_per_iteration: int) -> DataPool:
+    """Read the samples that a run had at a step.
+
+    Args:
+        pool: an empty pool of the run's quantiles and attributes.
+        directory: the run's `pool/`.
+        step: optimizer steps so far.
+        steps_per_iteration: optimizer steps in an iteration.
+
+    Raises:
+        UserError: an iteration whose learning had begun is missing.
+    """
+    begun = iterations_begun(step, steps_per_iteration)
+    loaded = pool.load(directory, pool.num_quantiles, pool.attributes, before=begun)
+    if missing := set(range(begun)) - set(loaded.iterations.tolist()):
+        raise UserError(f"{directory}: iteration {min(missing)} is missing. Restore the run's whole pool to resume.")
+    return loaded
+
+
+def iterations_begun(step: int, steps_per_iteration: int) -> int:
+    """Return the number of iterations whose learning had begun at a step."""
+    return -(-step // steps_per_iteration)
+
+
+def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cached: int | None) -> str:
+    """Return one line that says where a run resumes, and what it finds.
+
+    Args:
+        args: the run's options.
+        step: optimizer steps so far; 0 if there is no checkpoint.
+        pool: the samples as of that step.
+        directory: the run's `pool/`.
+        cached: the number of scores in the cache; None if there is no cache.
+    """
+    iteration, last = step // args.steps_per_iteration, args.num_iterations - 1
+    where = "the beginning (no checkpoint yet)"
+    if step:
+        max_steps = args.num_iterations * args.steps_per_iteration
+        where = f"iteration {min(iteration, last)}/{last}, step {step}/{max_steps}"
+    facts = [f"resumed {args.output_dir} from {where}", f"pool {len(pool):,} samples"]
+    if later := len(list(directory.glob("iteration-*"))) - len(set(pool.iterations.tolist())):
+        facts.append(f"{later} explored after that")
+    if count := len(list((directory / f"partial-{iteration:06d}").glob("*.parquet"))):
+        facts.append(f"{count:,} batches of the current exploration")
+    if cached is not None:
+        facts.append(f"{cached:,} scores in cache")
+    return ", ".join(facts)
