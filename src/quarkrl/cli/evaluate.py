@@ -86,15 +86,17 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_from(arguments, EvaluationOptions)
     _check_outputs(inputs, options)  # Before hours of sampling.
     scorer, *judges = scorers(rewards, inputs.judges)
-    resolved = {
-        name: model_path(value) for name in ("reference", "perplexity_model") if (value := getattr(options, name))
-    }
+    resolved = dataclasses.replace(
+        options,
+        reference=options.reference and model_path(options.reference),
+        perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
+    )
     with progress_bars("evaluate") as notify:
         evaluation = evaluate(
             model_path(arguments.model),
             load_prompt_sets(arguments.model, inputs, options),
             scorer,
-            dataclasses.replace(options, **resolved),
+            resolved,
             judges=judges,
             corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
             notify=notify,
@@ -117,7 +119,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
         UserError: a file cannot be read, or has an invalid row.
     """
     from quarkrl.data.prompts import load_prompts
-    from quarkrl.data.truncation import cut
+    from quarkrl.data.truncation import truncate_to_prompts
     from quarkrl.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
@@ -130,7 +132,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
             skip_bad=options.skip_bad_prompts,
         )
         if inputs.prompt_tokens:
-            prompts = cut(prompts, tokenizer, inputs.prompt_tokens)
+            prompts = truncate_to_prompts(prompts, tokenizer, inputs.prompt_tokens)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
     return sets
 
