@@ -1,8 +1,8 @@
-"""Draws a run's curve per iteration: reward of what it explored, and KL of what it learned.
+"""Plot the mean reward and the mean KL of runs by iteration.
 
     python benchmarks/curve.py RUN [RUN ...] --output docs/images/curve.png
 
-reads `RUN/metrics.jsonl`. Needs matplotlib.
+reads `RUN/metrics.jsonl`. It needs matplotlib.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 
 def read(run: Path) -> tuple[list[float], list[float], list[float]]:
-    """Mean reward and its spread by iteration, and the mean KL per token of the steps that followed."""
+    """Return, by iteration, the mean reward, its standard deviation, and the mean KL per token while learning."""
     rewards: list[float] = []
     spreads: list[float] = []
     kls: list[list[float]] = []
@@ -33,7 +33,7 @@ def read(run: Path) -> tuple[list[float], list[float], list[float]]:
 
 
 def main() -> None:
-    """Draw the runs named on the command line."""
+    """Plot the runs named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
@@ -43,8 +43,8 @@ def main() -> None:
         rewards, _, kls = read(run)
         top.plot(rewards, marker="o", markersize=3, label=run.name)
         bottom.plot(kls, marker="o", markersize=3, label=run.name)
-    top.set_ylabel("mean reward explored")
-    bottom.set_ylabel("KL, nats a token")
+    top.set_ylabel("mean reward of the exploration")
+    bottom.set_ylabel("KL, nats per token")
     bottom.set_xlabel("iteration")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (top, bottom):

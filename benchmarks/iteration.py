@@ -1,23 +1,23 @@
-"""A whole iteration of Quark, by the textbook and by quarkrl: seconds, samples a second, memory, side by side.
+"""Compare an iteration of quarkrl with one of the textbook: seconds, samples per second and memory.
 
     python benchmarks/iteration.py --output benchmarks/results
     python benchmarks/iteration.py --prompts ../shared/data/realtoxicityprompts.train.jsonl \
         --tokenizer ../shared/models/webmix-gpt2
     python benchmarks/iteration.py --device cuda --shape gpt2-xl --batch_size 128 --output benchmarks/results
 
-Each side explores the same prompts and learns from as many samples of its pool, in a process of its own, in turn
-(A B C A B C …); the medians are over the repeats. The first iteration, which samples from p_0, is not counted. All
-completions are of the full length, so that all sides have as much to do. Sides:
+Each side explores the same prompts and learns from the same number of samples. It runs in its own process, and the
+sides take turns (A B C A B C …); figures are medians over the repeats. The first iteration, which samples from p_0, is
+not counted. All completions have the full length, so that all sides do the same work. Sides:
 
-    textbook        textbook.py, in float32, as the official code
+    textbook        textbook.py in float32, as the official code
     textbook-bf16   the same under autocast
-    quarkrl         `QuarkTrainer`, in float32
+    quarkrl         `QuarkTrainer` in float32
     quarkrl-bf16    the same with `bf16=True`, and the reference's weights in bfloat16
     quarkrl-micro   the same steps in four micro-batches each (`gradient_accumulation_steps=4`); also -micro-bf16
-    generate        no learning: transformers' `generate`, sampling as it does by default, with top-p
+    generate        only sampling, by transformers' `generate` with top-p
     generate-bf16   the same with the weights in bfloat16
 
-`--quick` also compares what the two compute, and fails where it differs; nothing fails for being slow.
+`--quick` also compares the results of textbook and quarkrl, and fails where they differ. Slow results never fail.
 """
 
 import statistics
@@ -37,12 +37,12 @@ from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 
 SIDES = tuple(side + dtype for side in ("textbook", "quarkrl", "quarkrl-micro", "generate") for dtype in ("", "-bf16"))
 MICRO_BATCHES = 4
-# Of the textbook's: what the loss and each gradient (relative to its norm) may differ by in float32.
+# The largest difference from the textbook in float32: of the loss, and of each gradient, relative to its norm.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 
 
 class TimedTrainer(QuarkTrainer):
-    """A `QuarkTrainer` with a clock for each iteration, and the lengths of what it learned from."""
+    """A `QuarkTrainer` that records a clock per iteration and the lengths of the samples that it learns from."""
 
     def __init__(self, model: str, config: QuarkConfig, prompts: list[str], device: str):
         self.clocks: list[Clock] = []
@@ -63,7 +63,7 @@ class TimedTrainer(QuarkTrainer):
 
 
 class _Learning(TrainerCallback):
-    """Times an epoch, which begins once explored and quantized; it comes after the trainer's own callbacks."""
+    """Times learning. Its epoch event follows exploring and quantizing, as the trainer's own callbacks come first."""
 
     def __init__(self, trainer: TimedTrainer):
         self.trainer = trainer
@@ -77,7 +77,7 @@ class _Learning(TrainerCallback):
 
 
 def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[str, Any]) -> TimedTrainer:
-    """A trainer that does the textbook's task."""
+    """Return a trainer that does the same task as the textbook."""
     micro_batches = MICRO_BATCHES if task.get("side") == "quarkrl-micro" else 1
     config = QuarkConfig(
         output_dir=str(work / "run"),
@@ -104,7 +104,7 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
 
 
 def run_quarkrl(directory: Path, prompts: list[str], task: dict[str, Any]) -> tuple[list[Clock], Any, int]:
-    """Clocks and lengths of each iteration, and how many tokens the pool has in all."""
+    """Run quarkrl. Return each iteration's clock and lengths, and the number of completion tokens in the pool."""
     with tempfile.TemporaryDirectory() as work:
         trainer = quarkrl_trainer(directory, prompts, Path(work), task)
         trainer.train()
@@ -112,7 +112,7 @@ def run_quarkrl(directory: Path, prompts: list[str], task: dict[str, Any]) -> tu
 
 
 def run_textbook(directory: Path, prompts: list[str], task: dict[str, Any]) -> tuple[list[Clock], Any, int]:
-    """As `run_quarkrl`."""
+    """Run the textbook. Return the same as `run_quarkrl`."""
     options = {name: task[name] for name in ("num_quantiles", "length", "device")}
     textbook = Textbook(directory, **options, autocast=task["bf16"])
     clocks, learned = [], []
@@ -134,7 +134,7 @@ def run_textbook(directory: Path, prompts: list[str], task: dict[str, Any]) -> t
 
 
 def run_generate(directory: Path, prompts: list[str], task: dict[str, Any]) -> tuple[list[Clock], Any, int]:
-    """As `run_quarkrl`, with nothing learned."""
+    """Sample by transformers' `generate`. Return the same as `run_quarkrl`, without lengths."""
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
     dtype = torch.bfloat16 if task["bf16"] else torch.float32
@@ -153,39 +153,39 @@ def run_generate(directory: Path, prompts: list[str], task: dict[str, Any]) -> t
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
-    """What a side takes: seconds of the iterations after the first, memory beyond the models, the rate of matmuls."""
+    """Measure a side: seconds of the iterations after the first, memory beyond the models, and matmul throughput."""
     directory, device, shape = Path(task["directory"]), task["device"], Shape(**task["shape"])
     prompts = (directory / "prompts.txt").read_text(encoding="utf-8").splitlines()
     before = measure.held_bytes(device)
     sides = {"textbook": run_textbook, "quarkrl": run_quarkrl, "generate": run_generate}
     clocks, learned, tokens = sides[task["side"].removesuffix("-micro")](directory, prompts, task)
-    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # One model's, in float32.
-    # The policy, and the reference, which may be in bfloat16.
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))  # Bytes of one model in float32.
+    # The policy and the reference, which is in bfloat16 for quarkrl-bf16.
     models = 1.5 if task["bf16"] and task["side"].startswith("quarkrl") else 2.0
-    found: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
-    found["beyond_bytes"] = measure.peak_bytes(device) - before - found["models_bytes"]
+    figures: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
+    figures["beyond_bytes"] = measure.peak_bytes(device) - before - figures["models_bytes"]
     counted = [clock.seconds for clock in clocks[1:]]
-    found |= {name: statistics.mean(seconds[name] for seconds in counted) for name in counted[0]}
-    found["iteration"] = sum(found[name] for name in counted[0])
+    figures |= {name: statistics.mean(seconds[name] for seconds in counted) for name in counted[0]}
+    figures["iteration"] = sum(figures[name] for name in counted[0])
     if learned and task["rates"]:
         flops = statistics.mean(measure.learning_flops(shape, *lengths) for lengths in learned[1:])
         prompt_tokens, completion_tokens = (sum(lengths) // task["batches"] for lengths in learned[-1])
         tokens_of_a_step = prompt_tokens + completion_tokens
-        found["learning_flops"] = flops / found["learning"]
-        found["matmul_flops"] = measure.matmul_rate(shape, tokens_of_a_step, completion_tokens, device, task["bf16"])
-        found["peak_flops"] = measure.peak_rate(device, task["bf16"])
-    return found
+        figures["learning_flops"] = flops / figures["learning"]
+        figures["matmul_flops"] = measure.matmul_rate(shape, tokens_of_a_step, completion_tokens, device, task["bf16"])
+        figures["peak_flops"] = measure.peak_rate(device, task["bf16"])
+    return figures
 
 
 def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> list[str]:
-    """Where textbook and quarkrl compute different things; empty where they agree.
+    """Describe where the results of textbook and quarkrl differ; an empty list if they agree.
 
-    Both get the same weights and the same samples; compared are the loss, each parameter's gradient, and what greedy
-    decoding writes on the best reward token.
+    Both get the same weights and samples. Compared are the loss, each parameter's gradient, and the greedy completions
+    on the best reward token.
     """
-    found = []
+    differences = []
     with tempfile.TemporaryDirectory() as work:
-        task = {**task, "device": "cpu"}  # where both add up in float32
+        task = {**task, "device": "cpu"}  # On a CPU both accumulate in float32.
         trainer = quarkrl_trainer(directory, prompts, Path(work), task)
         textbook = Textbook(directory, num_quantiles=task["num_quantiles"], length=task["length"])
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -197,33 +197,34 @@ def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> 
         batch = textbook.collate(
             [(int(s.quantiles[0]), decode(s.prompt_ids), decode(s.completion_ids)) for s in samples]
         )
-        # The textbook, as the official code, leaves EOS in the loss where it was ruled out.
+        # Like the official code, the textbook keeps EOS in the loss where sampling suppressed it.
         trainer.args.min_completion_length = 0
         expected = textbook.loss(batch)
         expected.backward()
         loss = trainer.compute_loss(trainer.model, trainer.collate(range(task["batch_size"])))
         loss.backward()
         if not abs(loss.item() - expected.item()) <= LOSS_TOLERANCE * abs(expected.item()):
-            found.append(f"loss {loss.item()}, textbook {expected.item()}")
-        wanted = dict(textbook.policy.named_parameters())
+            differences.append(f"loss {loss.item()}, textbook {expected.item()}")
+        expected_parameters = dict(textbook.policy.named_parameters())
         for name, parameter in policy.named_parameters():
-            difference = (parameter.grad - wanted[name].grad).norm() / wanted[name].grad.norm()
+            other = expected_parameters[name].grad
+            difference = (parameter.grad - other).norm() / other.norm()
             if not difference <= GRADIENT_TOLERANCE:
-                found.append(f"gradient of {name}: {difference:.1e} of its norm away from the textbook's")
+                differences.append(f"gradient of {name}: differs from the textbook's by {difference:.1e} of its norm")
         generator = QuarkGenerator(policy, trainer.plain_tokenizer, trainer.conditioning)
         length = {"max_new_tokens": task["length"], "min_new_tokens": task["length"]}
         texts = [text for (text,) in generator.generate(prompts, do_sample=False, **length)]
         greedy = textbook.sample(prompts, best=True, greedy=True)
-        found += [
+        differences += [
             f"greedy completion {text!r}, textbook {other!r}"
             for text, other in zip(texts, greedy, strict=True)
             if text.split() != other.split()
         ]
-    return found
+    return differences
 
 
-def compared(runs: dict[str, dict[str, float]], task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Tables of the sides' medians, and of quarkrl's against the textbook's."""
+def make_tables(runs: dict[str, dict[str, float]], task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return tables of the sides' medians, and of the ratios between quarkrl and the textbook."""
     samples = task["batches"] * task["batch_size"]
     sides, ratios = [], []
     for name, run in runs.items():
@@ -233,12 +234,12 @@ def compared(runs: dict[str, dict[str, float]], task: dict[str, Any]) -> dict[st
         learns = "learning" in run
         row["learning, samples/s"] = samples / run["learning"] if learns else None
         row["learning, GFLOP/s"] = run["learning_flops"] / 1e9 if learns else None
-        row["of matmuls' rate"] = run["learning_flops"] / run["matmul_flops"] if learns else None
+        row["share of matmul rate"] = run["learning_flops"] / run["matmul_flops"] if learns else None
         if task["device"] == "cuda":
             peak = task["peak_tflops"] * 1e12 if task["peak_tflops"] else run.get("peak_flops", 0)
             row["MFU"] = run["learning_flops"] / peak if learns else None
         row["memory beyond models, GB"] = run["beyond_bytes"] / 1e9 if learns else None
-        row["of it gradients and Adam"] = run["optimizer_bytes"] / 1e9 if learns else None
+        row["gradients and Adam, GB"] = run["optimizer_bytes"] / 1e9 if learns else None
         sides.append(row)
     for base in ("textbook", "textbook-bf16"):
         for name, run in runs.items():
@@ -246,45 +247,45 @@ def compared(runs: dict[str, dict[str, float]], task: dict[str, Any]) -> dict[st
                 ratio: dict[str, Any] = {"side": name, "against": base}
                 for figure in ("sampling", "learning", "iteration"):
                     ratio[f"{figure}, times faster"] = runs[base][figure] / run[figure]
-                ratio["memory, share of it"] = run["beyond_bytes"] / runs[base]["beyond_bytes"]
+                ratio["memory, ratio"] = run["beyond_bytes"] / runs[base]["beyond_bytes"]
                 ratios.append(ratio)
     return {"sides": sides, "ratios": ratios} if ratios else {"sides": sides}
 
 
 def main() -> None:
-    """Measure, compare, report."""
+    """Measure the sides, compare them and report."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, help="gpt2, or quick with --quick")
+    parser.add_argument("--shape", choices=SHAPES, help="size of the model; default gpt2, or quick with --quick")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["textbook", "quarkrl", "quarkrl-bf16"])
-    parser.add_argument("--repeats", type=int, help="of all sides in turn: 3, or 1 with --quick")
-    parser.add_argument("--iterations", type=int, default=2, help="of which the first is not counted")
-    parser.add_argument("--batches", type=int, default=8, help="sampled, and learned from, in an iteration")
+    parser.add_argument("--repeats", type=int, help="runs per side; default 3, or 1 with --quick")
+    parser.add_argument("--iterations", type=int, default=2, help="iterations per run; the first is not counted")
+    parser.add_argument("--batches", type=int, default=8, help="batches that an iteration samples, and learns from")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=20, help="tokens of a completion")
+    parser.add_argument("--length", type=int, default=20, help="tokens per completion")
     parser.add_argument("--num_quantiles", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--peak_tflops", type=float, help="of the device by its data sheet, for MFU; measured if left out"
+        "--peak_tflops", type=float, help="peak rate in the device's data sheet, for MFU; measured by default"
     )
-    parser.add_argument("--prompts", type=Path, help="RealToxicityPrompts as JSONL; random tokens if left out")
-    parser.add_argument("--tokenizer", type=Path, help="the directory of the one that reads --prompts")
+    parser.add_argument("--prompts", type=Path, help="RealToxicityPrompts as JSONL; random tokens by default")
+    parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer for --prompts")
     options = parser.parse_args()
     if options.child:
         with redirect_stdout(sys.stderr):
-            found = run(options.child)
-        return measure.answer(found)
+            figures = run(options.child)
+        return measure.answer(figures)
     name = options.shape or ("quick" if options.quick else "gpt2")
     counts = ("iterations", "batches", "batch_size", "length", "num_quantiles", "device", "peak_tflops")
     task: dict[str, Any] = {name: getattr(options, name) for name in counts}
     task |= {"shape": measure.as_json(SHAPES[name]), "bf16": False, "rates": True}
-    with tempfile.TemporaryDirectory() as made:
-        task["directory"] = made
-        measure.make_model(Path(made), SHAPES[name])
+    with tempfile.TemporaryDirectory() as directory:
+        task["directory"] = directory
+        measure.make_model(Path(directory), SHAPES[name])
         count = options.batches * options.batch_size
         prompts = measure.make_prompts(count, SHAPES[name], options.prompts, options.tokenizer)
-        (Path(made) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+        (Path(directory) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
         few = {**task, "batch_size": 8, "batches": 1}
-        if options.quick and (differences := disagreements(Path(made), prompts[:8], few)):
+        if options.quick and (differences := disagreements(Path(directory), prompts[:8], few)):
             sys.exit("\n".join(["textbook and quarkrl differ:", *differences]))
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
         for repeat in range(options.repeats or (1 if options.quick else 3)):
@@ -293,9 +294,9 @@ def main() -> None:
                 which = {"side": side.removesuffix("-bf16"), "bf16": side.endswith("-bf16")}
                 runs[side].append(measure.child(__file__, {**task, **which}))
     if len(counted := {run["tokens"] for side in runs.values() for run in side}) > 1:
-        sys.exit(f"the sides did not sample as many tokens: {sorted(counted)}")
+        sys.exit(f"the sides sampled different numbers of tokens: {sorted(counted)}")
     about = f"iteration-{name}" + ("-cuda" if options.device == "cuda" else "")
-    tables = compared({side: measure.medians(found) for side, found in runs.items()}, task)
+    tables = make_tables({side: measure.medians(figures) for side, figures in runs.items()}, task)
     measure.report(about, options.device, tables, options.output, task=task, runs=runs)
 
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: models of random weights, prompts, clocks, peaks of memory, arithmetic counted, reports.
+"""Helpers of the benchmarks: random models and prompts, clocks, memory, counts of operations, and reports.
 
-A measurement is made in a process of its own (`child`), so that one's memory is not another's, and its peak is that of
-the whole process: loading, sampling, scoring, learning.
+Each measurement runs in its own process (`child`), so that measurements do not share memory. The peak is that of the
+whole process: loading, sampling, scoring and learning.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 RESULTS = Path(__file__).parent / "results"
 EOS = "<|endoftext|>"
 
-# Tokens in RealToxicityPrompts' prompts: its 32-quantiles, scaled to the mean of 16.5 that GPT-2's tokenizer gives.
+# Tokens per prompt in RealToxicityPrompts: its 32-quantiles, scaled to the mean of 16.5 under GPT-2's tokenizer.
 LENGTHS: tuple[int, ...] = (7, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 15, 15, 15)
 LENGTHS += (15, 16, 16, 17, 18, 18, 19, 20, 21, 22, 23, 24, 25, 26, 29, 35)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2's sizes: `layers` of width `width`, `heads` each; `vocab` tokens; at most `positions` in a text."""
+    """The sizes of a GPT-2. `positions` is the context length."""
 
     layers: int = 12
     width: int = 768
@@ -48,7 +48,7 @@ class Shape:
 
     @property
     def block_parameters(self) -> int:
-        """Of all layers' matrices: queries, keys, values and output 4 w², the two of the feed-forward 8 w²."""
+        """The weights of all layers: 4 w² for queries, keys, values and output, and 8 w² for the feed-forward part."""
         return self.layers * 12 * self.width**2
 
 
@@ -63,11 +63,10 @@ SHAPES = {
 
 
 def make_model(directory: Path, shape: Shape, seed: int = 0) -> None:
-    """Save a GPT-2 of random weights, whose tokens are the words w0, w1, … and EOS.
+    """Save a GPT-2 with random weights, whose tokens are the words w0, w1, … and EOS.
 
-    Each token is a word of its own, so that text read again gives the tokens it was written from: the official code
-    trains on text read again, and is to learn from as many tokens as quarkrl. There is no dropout, which the official
-    code leaves off while learning too.
+    Each token is a word, so that decoding and tokenizing again gives the same tokens. The official code learns from
+    tokenized text, and must learn from as many tokens as quarkrl. There is no dropout, as in the official code.
     """
     config = GPT2Config(
         vocab_size=shape.vocab,
@@ -92,14 +91,14 @@ def make_model(directory: Path, shape: Shape, seed: int = 0) -> None:
 def make_prompts(
     count: int, shape: Shape, source: Path | None = None, tokenizer: Path | None = None, seed: int = 0
 ) -> list[str]:
-    """So many prompts, as words of `make_model`'s tokenizer.
+    """Return prompts made of the words of `make_model`'s tokenizer.
 
     Args:
-        count: how many.
-        shape: of the model that is to read them.
-        source: RealToxicityPrompts as JSONL, read by `tokenizer`; None: random tokens, in number as `LENGTHS`.
-        tokenizer: the directory of one.
-        seed: of the random tokens.
+        count: number of prompts.
+        shape: of the model that reads them.
+        source: RealToxicityPrompts as JSONL; None gives random tokens, with `LENGTHS` as lengths.
+        tokenizer: directory of the tokenizer for `source`.
+        seed: for the random tokens.
     """
     rng = np.random.default_rng(seed)
     lengths = rng.permutation(np.resize(LENGTHS, count))
@@ -107,18 +106,18 @@ def make_prompts(
     if source is not None:
         lines = source.read_text(encoding="utf-8").splitlines()[:count]
         texts = [json.loads(line)["prompt"]["text"] for line in lines]
-        read = AutoTokenizer.from_pretrained(tokenizer)(texts)["input_ids"]
-        rows = [np.array(ids) % (shape.vocab - 1) for ids in read]
+        ids = AutoTokenizer.from_pretrained(tokenizer)(texts)["input_ids"]
+        rows = [np.array(row) % (shape.vocab - 1) for row in ids]
     return [" ".join(f"w{i}" for i in row) for row in rows]
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """A cheap number that differs from completion to completion: the mean of its words' numbers."""
+    """Return the mean of the numbers of a completion's words, which is cheap and has few ties."""
     return [statistics.fmean(int(word[1:]) for word in text.split() if word != EOS) for text in completions]
 
 
 class Clock:
-    """Seconds by name, added up: `with clock("sampling"): …`."""
+    """Sums seconds by name: `with clock("sampling"): …`."""
 
     def __init__(self, device: str):
         self.device = device
@@ -132,23 +131,23 @@ class Clock:
 
 
 def now(device: str) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the time in seconds, after the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def held_bytes(device: str) -> int:
-    """Memory in use: of the process, or of the GPU."""
+    """Return the memory in use, of the process or of the GPU."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that was in use.
+    """Return the peak of the memory in use.
 
-    `VmHWM` is `ru_maxrss` without its flaw of counting what the process had before it was this program.
+    Unlike `ru_maxrss`, `VmHWM` does not count the memory that the process had before it started this program.
     """
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -159,11 +158,12 @@ def peak_bytes(device: str) -> int:
 
 
 def learning_flops(shape: Shape, prompt_lengths: Iterable[int], completion_lengths: Iterable[int]) -> float:
-    """Floating-point operations that learning from these samples needs, padding not counted.
+    """Return the floating-point operations that learning from these samples needs, without padding.
 
-    A parameter of the layers costs 2 a token forward and 4 backward. The policy goes both ways and reads a reward
-    token more; the reference goes forward. The output embedding counts at completion tokens only. Causal attention of
-    a text of n tokens: 2 products of n (n + 1) / 2 places and `width`, 2 operations each, in every layer.
+    A parameter of the layers costs 2 operations per token forward, and 4 backward. The policy runs both and reads one
+    reward token more; the reference runs forward only. The output embedding counts at completion tokens only. In each
+    layer, causal attention over n tokens has two products with n (n + 1) / 2 pairs of positions, each `width`
+    multiplications and additions.
     """
     total = 0.0
     for prompt, completion in zip(prompt_lengths, completion_lengths, strict=True):
@@ -176,10 +176,10 @@ def learning_flops(shape: Shape, prompt_lengths: Iterable[int], completion_lengt
 
 @torch.no_grad()
 def matmul_rate(shape: Shape, tokens: int, completion_tokens: int, device: str, bf16: bool) -> float:
-    """Operations a second that plain matrix products reach in the shapes of a learning step.
+    """Return the operations per second of plain matrix products in the shapes of a learning step.
 
-    The products of one layer and of the output embedding are timed, forward and for both gradients, and weighted as
-    often as a step has them: two forward passes (policy, reference) and one backward, in every layer.
+    The products of one layer and of the output embedding are timed: forward, and for both gradients. Each is weighted
+    by its number in a step, which has two forward passes (policy and reference) and one backward pass.
     """
     dtype, w = torch.bfloat16 if bf16 else torch.float32, shape.width
     layer = [(tokens, w, 3 * w), (tokens, w, w), (tokens, w, 4 * w), (tokens, 4 * w, w)]
@@ -188,15 +188,15 @@ def matmul_rate(shape: Shape, tokens: int, completion_tokens: int, device: str, 
     for rows, inner, columns, times in products:
         sizes = (rows, inner), (inner, columns), (rows, columns)
         x, weight, y = (torch.randn(size, device=device).to(dtype) for size in sizes)
-        for weighed, a, b, into in ((2, x, weight, y), (1, y, weight.T, x), (1, x.T, y, weight)):
-            took = _median_seconds(partial(torch.mm, a, b, out=torch.empty_like(into)), device)
-            seconds += weighed * times * took
-            flops += weighed * times * 2.0 * rows * inner * columns
+        for weight_in_step, a, b, target in ((2, x, weight, y), (1, y, weight.T, x), (1, x.T, y, weight)):
+            median = _median_seconds(partial(torch.mm, a, b, out=torch.empty_like(target)), device)
+            seconds += weight_in_step * times * median
+            flops += weight_in_step * times * 2.0 * rows * inner * columns
     return flops / seconds
 
 
 def peak_rate(device: str, bf16: bool) -> float:
-    """Operations a second of one large square product, the most the device is seen to do: what MFU is a share of."""
+    """Return the operations per second of one large square product, to which MFU is relative."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
     return 2.0 * size**3 / _median_seconds(partial(torch.mm, a, b), device)
@@ -213,30 +213,30 @@ def _median_seconds(call: Callable[[], Any], device: str, times: int = 3) -> flo
 
 
 def child(script: str, task: Mapping[str, Any]) -> dict[str, Any]:
-    """What `script` finds out about a task in a process of its own.
+    """Run `script` on a task in its own process, and return its answer.
 
     Raises:
-        RuntimeError: it failed; with what it printed.
+        RuntimeError: the process failed. The message has the end of its output.
     """
     command = [sys.executable, script, "--child", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{Path(script).name} {dict(task)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{Path(script).name} {dict(task)}\n{process.stdout[-2000:]}{process.stderr[-4000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def answer(found: Mapping[str, Any]) -> None:
-    """In a child: give back what was found."""
-    print(json.dumps(found), flush=True)
+def answer(figures: Mapping[str, Any]) -> None:
+    """Send the figures from a child process to its parent."""
+    print(json.dumps(figures), flush=True)
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each figure over the runs."""
+    """Return the median of each figure over the runs."""
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself."""
+    """Return the name of the device."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -246,7 +246,7 @@ def device_name(device: str) -> str:
 
 
 def facts(device: str) -> dict[str, str]:
-    """Where, when and by which command figures were made."""
+    """Return the device, the versions, the command and the date of a measurement."""
     return {
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
@@ -258,7 +258,7 @@ def facts(device: str) -> dict[str, str]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table; numbers to three figures."""
+    """Return rows as a Markdown table, with numbers rounded to three digits."""
 
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -273,36 +273,38 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def report(
     name: str, device: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], output: Path | None, **others: Any
 ) -> None:
-    """Print tables by title, and write them as `NAME.md` and, with everything else, as `NAME.json`.
+    """Print tables, and write them to `NAME.md` and `NAME.json`.
 
     Args:
-        name: of the files.
+        name: of the files, without extension.
         device: "cpu" or "cuda".
         tables: rows by title.
         output: the directory to write to; None writes nothing.
-        others: what goes into the JSON only.
+        others: values that are written to the JSON file only.
     """
     about = facts(device)
     body = "\n\n".join(f"**{title}**\n\n{markdown(rows)}" for title, rows in tables.items())
     print(body, flush=True)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        described = "\n".join(f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in about.items())
-        (output / f"{name}.md").write_text(f"# {name}\n\n{described}\n\n{body}\n", encoding="utf-8")
-        found = {"facts": about, "tables": tables, **others}
-        (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        details = "\n".join(f"- {key}: {f'`{value}`' if key == 'command' else value}" for key, value in about.items())
+        (output / f"{name}.md").write_text(f"# {name}\n\n{details}\n\n{body}\n", encoding="utf-8")
+        content = {"facts": about, "tables": tables, **others}
+        (output / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         print(f"\n{output / name}.md", flush=True)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A command line with what every benchmark has; `--child` is for `child` alone."""
-    made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    made.add_argument("--output", type=Path, help="directory for NAME.md and NAME.json; nothing is written without")
-    made.add_argument("--quick", action="store_true", help="small and short: does it work, not how fast is it")
-    made.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    return made
+    """Return a parser with the options of every benchmark. `--child` is for `child` only."""
+    result = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    result.add_argument("--output", type=Path, help="directory for NAME.md and NAME.json; default: write nothing")
+    result.add_argument(
+        "--quick", action="store_true", help="a small and short run that checks the results, not the speed"
+    )
+    result.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    return result
 
 
 def as_json(shape: Shape) -> dict[str, int]:
-    """A shape for a task."""
+    """Return a shape as part of a task."""
     return asdict(shape)

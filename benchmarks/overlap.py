@@ -1,10 +1,10 @@
-"""How much of scoring is hidden behind sampling: an exploration with a slow scorer costs the longer of the two.
+"""Measure how much of the time of a slow scorer is hidden behind sampling.
 
     python benchmarks/overlap.py --output benchmarks/results
 
-The scorer waits, as one over HTTP does, for a given share of the time that sampling a batch takes. With B batches at
-most 1 - 1/B of the shorter can be hidden: nothing is there to score before the first batch is sampled, and nothing to
-sample while the last is scored. Goal: 90 % hidden. Fails if rewards and completions do not belong together.
+The scorer waits, like one over HTTP, for a share of the time that sampling a batch takes. With B batches, at most
+1 - 1/B of the shorter of the two can be hidden: the first batch is sampled before there is anything to score, and the
+last is scored when there is nothing left to sample. The goal is 90 %. Fails if rewards and completions do not match.
 """
 
 import sys
@@ -19,7 +19,7 @@ from quarkrl import QuarkConfig, QuarkTrainer
 
 
 class SlowScorer:
-    """`measure.reward`, after a wait of so many seconds; adds up how long it took."""
+    """`measure.reward` after a wait in seconds. It sums the time of its calls."""
 
     def __init__(self, wait: float):
         self.wait = wait
@@ -34,7 +34,7 @@ class SlowScorer:
 
 
 def explore(directory: Path, prompts: list[str], batch_size: int, wait: float) -> dict[str, float]:
-    """Seconds of an exploration: the whole of it, and what scoring took of it."""
+    """Return the seconds of an exploration and of its scoring."""
     scorer = SlowScorer(wait)
     with tempfile.TemporaryDirectory() as work:
         config = QuarkConfig(
@@ -52,36 +52,36 @@ def explore(directory: Path, prompts: list[str], batch_size: int, wait: float) -
         trainer.quantize(0)
         samples = [trainer.pool[i] for i in range(len(trainer.pool))]
         texts = [trainer.plain_tokenizer.decode(sample.completion_ids) for sample in samples]
-        assert trainer.pool.rewards[:, 0].tolist() == measure.reward([], texts), "rewards of other completions"
+        assert trainer.pool.rewards[:, 0].tolist() == measure.reward([], texts), "rewards do not match the completions"
     return {"whole": whole, "scoring": scorer.seconds}
 
 
 def main() -> None:
-    """Explore without waiting, then with scorers slower and slower."""
+    """Explore without waiting, then with slower and slower scorers."""
     parser = measure.parser(__doc__)
     parser.add_argument("--shape", choices=measure.SHAPES, default="quick")
-    parser.add_argument("--batches", type=int, help="20, or 5 with --quick")
+    parser.add_argument("--batches", type=int, help="batches per exploration; default 20, or 5 with --quick")
     parser.add_argument("--batch_size", type=int, default=32)
     options = parser.parse_args()
     batches = options.batches or (5 if options.quick else 20)
     rows = []
-    with tempfile.TemporaryDirectory() as made:
-        shape, directory = measure.SHAPES[options.shape], Path(made)
+    with tempfile.TemporaryDirectory() as work:
+        shape, directory = measure.SHAPES[options.shape], Path(work)
         measure.make_model(directory, shape)
         prompts = measure.make_prompts(batches * options.batch_size, shape)
-        explore(directory, prompts[: options.batch_size], options.batch_size, 0.0)  # Warms up.
+        explore(directory, prompts[: options.batch_size], options.batch_size, 0.0)  # Warm-up.
         sampling = explore(directory, prompts, options.batch_size, 0.0)["whole"]
         for share in (0.5, 1.0, 2.0):
-            print(f"a scorer that takes {share} of sampling", file=sys.stderr, flush=True)
-            found = explore(directory, prompts, options.batch_size, share * sampling / batches)
-            hidden = sampling + found["scoring"] - found["whole"]
+            print(f"a scorer that takes {share} of the time of sampling", file=sys.stderr, flush=True)
+            seconds = explore(directory, prompts, options.batch_size, share * sampling / batches)
+            hidden = sampling + seconds["scoring"] - seconds["whole"]
             rows.append(
                 {
                     "sampling alone, s": sampling,
-                    "scoring, s": found["scoring"],
-                    "exploring, s": found["whole"],
-                    "times the longer": found["whole"] / max(sampling, found["scoring"]),
-                    "hidden of the shorter": hidden / min(sampling, found["scoring"]),
+                    "scoring, s": seconds["scoring"],
+                    "exploring, s": seconds["whole"],
+                    "ratio to the longer": seconds["whole"] / max(sampling, seconds["scoring"]),
+                    "hidden share of the shorter": hidden / min(sampling, seconds["scoring"]),
                     "at most": 1 - 1 / batches,
                 }
             )

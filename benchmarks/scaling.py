@@ -1,10 +1,10 @@
-"""How time and memory of an iteration grow with batch, length, vocabulary, K, pool and model, as table and plot.
+"""Measure how the time and memory of an iteration grow with batch, length, vocabulary, K, pool and model.
 
     python benchmarks/scaling.py --output benchmarks/results
 
-One size grows at a time, the others stay at the base: 4 layers of width 256, 16,384 tokens, batch 32, 20 tokens a
-completion, K = 5. Each point is a process of its own, measured as iteration.py does; a pool's is cut anew and drawn
-from. The plot is double logarithmic: a line of slope 1 is proportional. Needs matplotlib.
+One size grows at a time; the others stay at the base: 4 layers of width 256, 16,384 tokens, batch 32, 20 tokens per
+completion, K = 5. Each point is measured in its own process, by iteration.py; a point of the pool is a quantization and
+a draw. Both axes of the plot are logarithmic: a line of slope 1 means proportional growth. It needs matplotlib.
 """
 
 import sys
@@ -36,7 +36,7 @@ AXES: dict[str, list[int]] = {
 
 
 def point(base: dict[str, Any], axis: str, size: int) -> tuple[Shape, dict[str, Any]]:
-    """The model and the task at one size; for the model it is the width, of heads 64 wide."""
+    """Return the model's shape and the task at one size. The size of the model is its width; a head is 64 wide."""
     shape, task = SHAPES["quick"], base
     if axis == "vocabulary":
         shape = replace(shape, vocab=size)
@@ -47,8 +47,8 @@ def point(base: dict[str, Any], axis: str, size: int) -> tuple[Shape, dict[str, 
     return shape, {**task, "shape": measure.as_json(shape)}
 
 
-def of_pool(samples: int) -> dict[str, float]:
-    """A pool of so many samples, cut anew and drawn from; in a child."""
+def measure_pool(samples: int) -> dict[str, float]:
+    """Measure, in a child process, quantizing a pool of `samples` samples and drawing from it."""
     before, pool = measure.held_bytes("cpu"), DataPool(BASE["num_quantiles"])
     rng = np.random.default_rng(0)
     for start in range(0, samples, 100_000):
@@ -69,23 +69,23 @@ def of_pool(samples: int) -> dict[str, float]:
     }
 
 
-def of_training(base: dict[str, Any], axis: str, size: int) -> dict[str, Any]:
-    """A row of the table: an iteration at one size."""
+def measure_iteration(base: dict[str, Any], axis: str, size: int) -> dict[str, Any]:
+    """Measure an iteration at one size. Return a row of the table."""
     shape, task = point(base, axis, size)
-    with tempfile.TemporaryDirectory() as made:
-        measure.make_model(Path(made), shape)
+    with tempfile.TemporaryDirectory() as directory:
+        measure.make_model(Path(directory), shape)
         prompts = measure.make_prompts(task["batches"] * task["batch_size"], shape)
-        (Path(made) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-        found = measure.child(iteration.__file__, {**task, "directory": made})
+        (Path(directory) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+        figures = measure.child(iteration.__file__, {**task, "directory": directory})
     if axis == "model parameters":
         size = shape.block_parameters + shape.width * (shape.vocab + shape.positions)
-    return {"axis": axis, "size": size, **{name: found[name] for name in ("sampling", "learning", "quantizing")}} | {
-        "memory beyond models, GB": found["beyond_bytes"] / 1e9
+    return {"axis": axis, "size": size, **{name: figures[name] for name in ("sampling", "learning", "quantizing")}} | {
+        "memory beyond models, GB": figures["beyond_bytes"] / 1e9
     }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each axis: seconds of an iteration's parts, and memory, over the size."""
+    """Plot, in one panel per axis, the seconds of an iteration's parts and its memory over the size."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -93,11 +93,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * min(3, len(axes)), 3.2 * -(-len(axes) // 3)), layout="constrained")
     panels = list(figure.subplots(-(-len(axes) // 3), min(3, len(axes)), squeeze=False).flat)
     for panel, axis in zip(panels, axes, strict=False):
-        those = [row for row in rows if row["axis"] == axis]
-        sizes = [row["size"] for row in those]
+        points = [row for row in rows if row["axis"] == axis]
+        sizes = [row["size"] for row in points]
         for name, color in (("quantizing", "C2"),) if axis == "pool" else (("sampling", "C0"), ("learning", "C1")):
-            panel.plot(sizes, [row[name] for row in those], f"{color}o-", markersize=3, label=f"{name}, s")
-        memory = [row["memory beyond models, GB"] for row in those]
+            panel.plot(sizes, [row[name] for row in points], f"{color}o-", markersize=3, label=f"{name}, s")
+        memory = [row["memory beyond models, GB"] for row in points]
         panel.plot(sizes, memory, "C3s--", markersize=3, label="memory, GB")
         panel.set(xscale="log", yscale="log", xlabel=axis)
         panel.set_xticks(sizes, [EngFormatter(places=0, sep="")(size) for size in sizes])
@@ -109,8 +109,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for panel in panels[len(axes) :]:
         panel.set_visible(False)
     lines = [line for panel in figure.axes for line in panel.get_lines()]
-    labelled = {str(line.get_label()): line for line in lines}
-    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=4, frameon=False)
+    by_label = {str(line.get_label()): line for line in lines}
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(path)
@@ -122,20 +122,20 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     options = parser.parse_args()
     if options.child:
-        return measure.answer(of_pool(options.child["samples"]))
+        return measure.answer(measure_pool(options.child["samples"]))
     rows: list[dict[str, Any]] = []
     base = {**BASE, **(QUICK if options.quick else {})}
     for axis in options.axes:
         for size in AXES[axis][:2] if options.quick else AXES[axis]:
             print(f"{axis} {size}", file=sys.stderr, flush=True)
             if axis == "pool":
-                found = measure.child(__file__, {"samples": size})
-                parts = {"sampling": None, "learning": None, "quantizing": found["quantizing, s"]}
+                figures = measure.child(__file__, {"samples": size})
+                parts = {"sampling": None, "learning": None, "quantizing": figures["quantizing, s"]}
                 rows.append(
-                    {"axis": axis, "size": size, **parts, "memory beyond models, GB": found["beyond_bytes"] / 1e9}
+                    {"axis": axis, "size": size, **parts, "memory beyond models, GB": figures["beyond_bytes"] / 1e9}
                 )
             else:
-                rows.append(of_training(base, axis, size))
+                rows.append(measure_iteration(base, axis, size))
     measure.report("scaling", "cpu", {"an iteration, seconds": rows}, options.output)
     if options.output is not None:
         draw(rows, options.output / "scaling.png")

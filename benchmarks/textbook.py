@@ -1,18 +1,18 @@
-"""Quark as a textbook has it: the comparator of iteration.py, which uses nothing of quarkrl.
+"""A textbook implementation of Quark, the baseline of iteration.py. It uses nothing of quarkrl.
 
     python benchmarks/textbook.py --shape quick
 
-Written from the paper (Lu et al. 2022, arXiv 2205.13636) in the manner of its official code (GXimingLu/Quark):
+It follows the paper (Lu et al. 2022, arXiv 2205.13636) and the structure of its official code (GXimingLu/Quark):
 
-- prompts are padded on the right, completions appended behind the padding, and both padded apart when learning;
-- every position's logits are computed, of prompts and padding too, and the whole of them kept in float32;
-- negative log-likelihood, entropy and KL each take softmaxes of their own, and autograd the gradient of all;
-- a sampled token costs a sort of the vocabulary (top-p), a softmax and a multinomial draw;
-- completions become text when sampled, and tokens again when learned from; the reference is a deep copy.
+- Prompts are padded on the right, completions follow the padding, and learning pads both separately.
+- The logits of every position are computed, those of prompts and padding included, and all are kept in float32.
+- The negative log-likelihood, the entropy and the KL each compute their own softmax, and autograd their gradients.
+- Sampling a token sorts the vocabulary (top-p) and takes a softmax and a multinomial draw.
+- Completions are decoded when sampled and tokenized again for learning. The reference is a deep copy.
 
-Left out, in the textbook's favour: the log-probabilities that the official sampler takes and nobody reads, and the KL
-that it computes a second time for its log. Mended, so that both minimise the same: exactly K reward tokens, never
-sampled, and the entropy taken over the original vocabulary.
+Two parts of the official code are omitted, in favour of the textbook: log-probabilities of samples that are never used,
+and a second computation of the KL for the log. Three are corrected, so that both implementations minimise the same
+loss: there are exactly K reward tokens, they are never sampled, and the entropy is over the original vocabulary.
 """
 
 import copy
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples to learn from: quantiles (batch,), then ids and masks of prompts and of completions (batch, length)."""
+    """A batch of samples: quantiles (batch,), then ids and masks of prompts and of completions (batch, length)."""
 
     quantiles: Tensor
     prompt_ids: Tensor
@@ -41,16 +41,16 @@ class Batch:
 
 
 class Textbook:
-    """A policy, its reference, and the pool of samples it learns from.
+    """A policy, its reference, and the pool of samples that it learns from.
 
     Args:
-        directory: of the model and its tokenizer.
+        directory: the model and its tokenizer.
         num_quantiles: K.
-        length: tokens of a completion; EOS never comes, so that all are of this length.
-        top_p: nucleus of exploring.
+        length: tokens per completion. EOS is suppressed, so that all completions have this length.
+        top_p: the nucleus while exploring.
         kl_coef, entropy_coef: β and α.
         device: "cpu" or "cuda".
-        autocast: compute in bfloat16 where torch thinks it safe; the official code does not.
+        autocast: whether PyTorch's autocast computes in bfloat16; the official code does not use it.
     """
 
     def __init__(
@@ -81,24 +81,24 @@ class Textbook:
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=1e-5, eps=1e-5)
         self.pool: list[tuple[float, str, str]] = []  # reward, prompt, completion
         self.quantiles: list[int] = []
-        self.explored = 0  # iterations
+        self.explorations = 0
 
     # Explore.
 
     def explore(self, prompts: Sequence[str], batch_size: int, reward: Callable[..., list[float]]) -> None:
-        """Complete the prompts, by p_0 at first and then by the policy on its best token; score; add to the pool."""
+        """Sample and score completions, and add them to the pool. The first call samples p_0, later ones the policy."""
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            completions = self.sample(batch, best=self.explored > 0)
+            completions = self.sample(batch, best=self.explorations > 0)
             self.pool += zip(reward(batch, completions), batch, completions, strict=True)
-        self.explored += 1
+        self.explorations += 1
 
     @torch.no_grad()
     def sample(self, prompts: list[str], best: bool, greedy: bool = False) -> list[str]:
-        """A completion for each prompt, as text."""
+        """Return a completion of each prompt as text."""
         ids, mask = self._tokens(prompts)
         if best:
-            ids, mask = self._behind(torch.full((len(prompts),), self.num_quantiles - 1), ids, mask)
+            ids, mask = self._prepend_reward_tokens(torch.full((len(prompts),), self.num_quantiles - 1), ids, mask)
         model = self.policy if best else self.reference
         prompt_length, cache, inputs = ids.shape[1], None, ids
         for step in range(self.length):
@@ -120,7 +120,7 @@ class Textbook:
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, prompt_length:]]
 
     def _nucleus(self, logits: Tensor) -> Tensor:
-        """The logits without those of tokens outside the most likely that have `top_p` together."""
+        """Return the logits with those of tokens outside the nucleus set to -inf."""
         ordered, order = logits.sort(descending=True)
         probabilities = F.softmax(ordered, dim=-1)
         beyond = probabilities.cumsum(-1) - probabilities > self.top_p
@@ -136,17 +136,17 @@ class Textbook:
     # Learn.
 
     def draw(self, batch_size: int) -> Batch:
-        """Samples of the pool, uniformly."""
+        """Draw samples uniformly from the pool."""
         drawn = random.choices(range(len(self.pool)), k=batch_size)
         return self.collate([(self.quantiles[i], *self.pool[i][1:]) for i in drawn])
 
     def collate(self, samples: Sequence[tuple[int, str, str]]) -> Batch:
-        """Quantile, prompt and completion of each sample as tensors."""
+        """Return the quantiles, prompts and completions of samples as tensors."""
         quantiles, prompts, completions = zip(*samples, strict=True)
         return Batch(torch.tensor(quantiles), *self._tokens(list(prompts)), *self._tokens(list(completions)))
 
     def step(self, batch: Batch) -> float:
-        """One step of Adam; gives the loss."""
+        """Make one step of Adam. Return the loss."""
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
@@ -154,8 +154,8 @@ class Textbook:
         return loss.item()
 
     def loss(self, batch: Batch) -> Tensor:
-        """NLL + β KL(policy || reference) - α entropy, the mean over completion tokens."""
-        conditioned = self._behind(batch.quantiles, batch.prompt_ids, batch.prompt_mask)
+        """Return NLL + β KL(policy || reference) - α entropy, averaged over completion tokens."""
+        conditioned = self._prepend_reward_tokens(batch.quantiles, batch.prompt_ids, batch.prompt_mask)
         logits = self._completion_logits(self.policy, *conditioned, batch)  # (batch, length, V + K)
         with torch.no_grad():
             ref_logits = self._completion_logits(self.reference, batch.prompt_ids, batch.prompt_mask, batch)
@@ -167,7 +167,7 @@ class Textbook:
         return (losses * batch.completion_mask).sum() / batch.completion_mask.sum()
 
     def _completion_logits(self, model: torch.nn.Module, ids: Tensor, mask: Tensor, batch: Batch) -> Tensor:
-        """Those that predict the completions' tokens: a prompt's last one, then the completion's but its last."""
+        """Return the logits that predict completion tokens, which are one position before them."""
         whole = torch.cat((mask, batch.completion_mask), dim=-1)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             logits = model(
@@ -183,27 +183,27 @@ class Textbook:
         encoded = self.tokenizer(texts, return_tensors="pt", padding=True)
         return encoded["input_ids"].to(self.device), encoded["attention_mask"].to(self.device)
 
-    def _behind(self, quantiles: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts behind their reward tokens."""
+    def _prepend_reward_tokens(self, quantiles: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepend the reward tokens to the prompts."""
         tokens = (self.vocab_size + quantiles[:, None]).to(ids)
         return torch.cat((tokens, ids), dim=1), torch.cat((torch.ones_like(tokens), mask), dim=1)
 
 
 def main() -> None:
-    """Some iterations of a model of random weights, or of the one that is given."""
+    """Run a few iterations of a model with random weights, or of --model."""
     parser = measure.parser(__doc__)
     parser.add_argument("--shape", choices=measure.SHAPES, default="quick")
-    parser.add_argument("--model", type=Path, help="a model's directory, in place of random weights of --shape")
-    parser.add_argument("--prompts", type=Path, help="a file with one a line; in place of random ones")
+    parser.add_argument("--model", type=Path, help="directory of a model; default: random weights of --shape")
+    parser.add_argument("--prompts", type=Path, help="file with one prompt per line; default: random tokens")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as directory:
         shape = measure.SHAPES[options.shape]
         if options.model is None:
-            measure.make_model(Path(made), shape)
-        textbook = Textbook(options.model or made, device=options.device)
+            measure.make_model(Path(directory), shape)
+        textbook = Textbook(options.model or directory, device=options.device)
         prompts = measure.make_prompts(options.batch_size, shape)
         if options.prompts is not None:
             prompts = options.prompts.read_text(encoding="utf-8").splitlines()[: options.batch_size]
@@ -214,8 +214,8 @@ def main() -> None:
             textbook.quantize()
             with clock("learning"):
                 loss = textbook.step(textbook.draw(options.batch_size))
-            took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in clock.seconds.items())
-            print(f"iteration {iteration}: loss {loss:.3f}, {took} for {options.batch_size} samples")
+            times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in clock.seconds.items())
+            print(f"iteration {iteration}: loss {loss:.3f}, {times} for {options.batch_size} samples")
 
 
 if __name__ == "__main__":

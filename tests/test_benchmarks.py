@@ -1,4 +1,4 @@
-"""The comparator of benchmarks/ computes what quarkrl computes, and notices when it does not."""
+"""The textbook of benchmarks/ computes the same as quarkrl, and the comparison detects a difference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TASK |= {"device": "cpu", "bf16": False, "shape": measure.as_json(MICRO), "rates
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A microscopic model, and as many prompts as an iteration of `TASK` explores."""
+    """The directory of a very small model and of the prompts that an iteration of `TASK` explores."""
     measure.make_model(tmp_path, MICRO)
     (tmp_path / "prompts.txt").write_text("\n".join(measure.make_prompts(8, MICRO)), encoding="utf-8")
     return tmp_path
@@ -37,34 +37,39 @@ def test_textbook_and_quarkrl_agree_on_loss_gradients_and_greedy_completions(dir
     assert iteration.disagreements(directory, prompts_of(directory), TASK) == []
 
 
-def test_a_difference_is_found(directory, monkeypatch):
-    monkeypatch.setattr(Textbook, "_behind", lambda self, quantiles, ids, mask: (ids, mask))  # No reward token.
-    found = iteration.disagreements(directory, prompts_of(directory), TASK)
-    assert any(line.startswith("loss") for line in found) and any(line.startswith("gradient") for line in found)
+def test_a_difference_is_detected(directory, monkeypatch):
+    monkeypatch.setattr(
+        Textbook, "_prepend_reward_tokens", lambda self, quantiles, ids, mask: (ids, mask)
+    )  # No reward token.
+    differences = iteration.disagreements(directory, prompts_of(directory), TASK)
+    assert any(line.startswith("loss") for line in differences) and any(
+        line.startswith("gradient") for line in differences
+    )
 
 
 @pytest.mark.parametrize("side", ["textbook", "quarkrl", "quarkrl-micro", "generate"])
-def test_each_side_runs_and_samples_as_many_tokens(directory, side, monkeypatch):
+def test_each_side_samples_the_same_number_of_tokens(directory, side, monkeypatch):
     monkeypatch.setattr(measure, "peak_rate", lambda *_: 1e9)
-    found = iteration.run({**TASK, "side": side, "directory": str(directory)})
-    assert found["tokens"] == 2 * 8 * 5
-    assert found["iteration"] == pytest.approx(
-        sum(found.get(part, 0) for part in ("sampling", "quantizing", "learning"))
+    figures = iteration.run({**TASK, "side": side, "directory": str(directory)})
+    assert figures["tokens"] == 2 * 8 * 5
+    assert figures["iteration"] == pytest.approx(
+        sum(figures.get(part, 0) for part in ("sampling", "quantizing", "learning"))
     )
-    assert ("learning_flops" in found) == (side != "generate")
+    assert ("learning_flops" in figures) == (side != "generate")
 
 
-def test_text_read_again_gives_its_tokens(directory):
+def test_tokenizing_decoded_text_gives_the_same_tokens(directory):
     textbook = Textbook(directory, num_quantiles=3, length=5)
     torch.manual_seed(0)
     texts = textbook.sample(prompts_of(directory), best=True)
     assert [len(textbook.tokenizer(text)["input_ids"]) for text in texts] == [5] * 8
 
 
-def test_the_arithmetic_of_learning_by_hand():
-    # One layer of width 2: 12 * 4 = 48 parameters. A prompt of 2 and a completion of 3 tokens are 6 to the policy,
-    # which goes 3 ways, and 5 to the reference, which goes 1: (3 * 6 + 5) * 2 * 48. Attention: 3 * 2 * 2 * 6 * 7 and
-    # 1 * 2 * 2 * 5 * 6. The output embedding, of 10 tokens and at 3 places: (3 + 1) * 2 * 2 * 10 * 3.
+def test_the_operations_of_learning_by_hand():
+    # One layer of width 2: 12 * 4 = 48 parameters. A prompt of 2 and a completion of 3 tokens are 6 tokens to the
+    # policy, which runs forward and backward (3 times 2 operations), and 5 to the reference, which runs forward only:
+    # (3 * 6 + 5) * 2 * 48. Attention: 3 * 2 * 2 * 6 * 7 and 1 * 2 * 2 * 5 * 6. The output embedding, of 10 tokens and
+    # at 3 positions: (3 + 1) * 2 * 2 * 10 * 3.
     shape = Shape(layers=1, width=2, heads=1, vocab=10, positions=8)
     assert measure.learning_flops(shape, [2], [3]) == 23 * 96 + (504 + 120) + 480
 

@@ -258,7 +258,7 @@ MISTAKES = {
     "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
     "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere' cannot be loaded"),
     "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
-    "trained before": ((*TRAIN, "--model", "{run}/final"), "trained by Quark before"),
+    "trained before": ((*TRAIN, "--model", "{run}/final"), "already has the reward token"),
     "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),
     "no such column": ((*TRAIN, "--prompts", "{home}/bad.jsonl", "--prompt_column", "promt"), "promt"),
     "bad prompt": ((*TRAIN, "--prompts", "{home}/bad.jsonl"), "bad.jsonl:2"),

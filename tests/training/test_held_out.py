@@ -181,7 +181,7 @@ def test_a_resumed_run_goes_on_counting_to_its_early_stop(home):
         (["--early_stopping_patience", "0"], "early_stopping_patience 0: want at least 1"),
         (["--early_stopping_patience", "2", "--save_strategy", "no"], "with save_strategy no: there is no checkpoint"),
         (["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end with save_strategy no"),
-        (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': want one of reward, reward_std, "),
+        (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': must be one of reward, "),
     ],
 )
 def test_a_guard_without_what_it_needs_is_one_line(home, capsys, flags, message):

@@ -219,6 +219,16 @@ def test_processes_take_the_smallest_batch_and_are_refused_together(tmp_path, mo
         memory.plan_memory(trainer.model, trainer.args, [3, 4])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
+def test_a_gpu_samples_up_to_512_completions_at_a_time_and_trains(tmp_path, options):
+    trainer = trainer_of(tmp_path, use_cpu=False, **options)
+    assert trainer.args.device.type == "cuda" and trainer.memory_plan.generation_batch_size == 512
+    trainer.train()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 # Advice
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop, granted where nothing is lost: after the batch at hand."""
+"""SIGTERM and Ctrl-C as requests to stop, which a run honours after the current batch, so that nothing is lost."""
 
 import os
 import signal
@@ -10,23 +10,23 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """A run has saved its state and ended because a signal asked for it.
+    """A run has saved its state and ended because a signal requested it.
 
     Attributes:
-        code: what a command ends with: 130 for SIGINT, 143 for SIGTERM.
+        code: the exit code of a command: 130 for SIGINT, 143 for SIGTERM.
     """
 
-    def __init__(self, message: str, number: int):
+    def __init__(self, message: str, signal_number: int):
         super().__init__(message)
-        self.code = 128 + number
+        self.code = 128 + signal_number
 
 
 class Interrupts:
-    """Notes SIGTERM and SIGINT while `watched`.
+    """Records SIGTERM and SIGINT while `watched` is active.
 
     Attributes:
-        asked: the signal that came; None if none has.
-        at_once: what a second SIGINT does: end the process here and now, or (default) raise KeyboardInterrupt.
+        asked: the signal that was received; None if none was.
+        at_once: what a second SIGINT does: True ends the process immediately, False raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -34,27 +34,27 @@ class Interrupts:
         self.at_once = False
 
     def pending(self) -> bool:
-        """Whether a signal has come."""
+        """Return whether a signal was received."""
         return self.asked is not None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Catch the signals in here; only the main thread may, elsewhere nothing changes."""
+        """Handle the signals inside the context. Only the main thread can; in other threads nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         self.asked = None
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked is not None:
-            if self.at_once:  # All that is finished is on the disk, and a scorer that hangs must not hold us.
+    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
+        if signal_number == signal.SIGINT and self.asked is not None:
+            if self.at_once:  # Finished batches are on the disk, and a reward function may never return.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopped at once\n")
-                os._exit(128 + number)
+                os._exit(128 + signal_number)
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked = signal_number

@@ -1,30 +1,39 @@
-"""Held-out prompts as a guard against overfitting: what a run is judged by."""
+"""The metrics of an evaluation on held-out prompts, which show overfitting and choose the best checkpoint."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, did_you_mean
 
 
 def held_out_metrics(figures: dict[str, float], attributes: Sequence[str], prefix: str) -> dict[str, float]:
-    """A rollout's figures as metrics of an evaluation; where several rewards condition, `reward` is their mean."""
+    """Return the figures of a rollout as metrics of an evaluation, with `reward` added.
+
+    Args:
+        figures: by name, among them the mean of each attribute.
+        attributes: the rewards that condition; `reward` is their mean.
+        prefix: of the metrics' names, such as "eval".
+    """
     reward = float(np.mean([figures[name] for name in attributes]))
     return {f"{prefix}_{name}": value for name, value in {"reward": reward, **figures}.items()}
 
 
 def check_metric(name: str | None, attributes: Sequence[str], terms: Sequence[str]) -> None:
-    """See that an evaluation will have the metric a run is to be judged by, before the run begins.
+    """Check, before a run starts, that its evaluations have the metric that chooses the best checkpoint.
 
     Args:
-        name: `metric_for_best_model`; None is none.
+        name: `metric_for_best_model`; None is not checked.
         attributes: the rewards that condition.
-        terms: the rewards they are made of.
+        terms: the rewards of which the attributes are sums.
 
     Raises:
-        UserError: it will not.
+        UserError: no evaluation has this metric.
     """
     shapes = ("completion_length", "eos_share", "unscored")
     known = ["reward", *attributes, *(f"{a}_std" for a in attributes), *(f"score.{term}" for term in terms), *shapes]
     if name is not None and name.removeprefix("eval_") not in known:
-        raise UserError(f"metric_for_best_model {name!r}: want one of {', '.join(dict.fromkeys(known))}")
+        raise UserError(
+            f"metric_for_best_model {name!r}: must be one of {', '.join(dict.fromkeys(known))}."
+            f"{did_you_mean(name.removeprefix('eval_'), known)}"
+        )

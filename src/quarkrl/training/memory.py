@@ -1,14 +1,12 @@
 """The memory estimate of a run, made before it starts: does the run fit, and how many completions to sample at a time.
 
-Some arrays stay for the whole run: weights, reference, optimizer states. Others come and go: activations, logits, the
-KV cache. The estimate multiplies the second kind by a safety factor and adds the first. test_memory.py compares it with
-measured peaks. Not included: Python and its libraries (about 0.5 GB), a reward model, the experts of a mixture, and the
-merged copy that `save_final` makes of an adapter.
+Arrays that come and go (activations, KV cache) count with a safety factor, others (weights, reference, optimizer) as
+they are. test_memory.py compares the sum with measured peaks. Not included: Python and its libraries (about 0.5 GB), a
+reward model, the experts of a mixture, and the merged copy that `save_final` makes of an adapter.
 """
 
 import logging
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +28,6 @@ REFUSAL_FACTOR = 1.25  # A run is refused if its estimate exceeds the free memor
 LARGEST_BATCH_CPU, LARGEST_BATCH_ACCELERATOR, SAMPLING_SHARE = 128, 512, 0.5
 # Numbers per trained parameter that an optimizer of transformers keeps; 2, as AdamW, if it is not listed.
 _OPTIMIZER_STATES = {"ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "adafactor": 0, "sgd": 0, "lomo": 0}
-_ADAPTER = "lora_|trainable_tokens"  # In the names of an adapter's parameters.
-# Folder, limit and use of the control group of a container, in the kernel's versions 2 and 1.
-_CONTROL_GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
 
 
 @dataclass(frozen=True)
@@ -68,12 +60,11 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The larger peak."""
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:
         sizes = {"exploring": self.exploring, "learning": self.learning, **self.parts}
-        return f"about {gigabytes(self.total)} GB ({', '.join(f'{n} {gigabytes(s)}' for n, s in sizes.items() if s)})"
+        return f"about {self.total / 1e9:.2f} GB ({', '.join(f'{n} {s / 1e9:.2f}' for n, s in sizes.items() if s)})"
 
 
 def estimate(run: RunSize) -> Estimate:
@@ -95,17 +86,15 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     head, parameters, length = output.weight, dict(model.named_parameters()), prompt + options.max_completion_length
     weights = sum(weight.nbytes for weight in parameters.values())
     trained = sum(weight.nbytes for weight in parameters.values() if weight.requires_grad)
-    mixed = options.bf16 or options.fp16
-    number = 2 if mixed else head.element_size()
-    layers, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    number = 2 if options.bf16 or options.fp16 else head.element_size()
+    (vocab, width), layers = head.shape, getattr(config, "num_hidden_layers", 1)
+    heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or width // heads
-    # Autograd keeps about the input and the output of each linear map of a layer.
-    embeddings = {
-        id(head),
-        *(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)),
-    }
-    maps = [w for n, w in parameters.items() if w.ndim == 2 and id(w) not in embeddings and not re.search(_ADAPTER, n)]
+    # Autograd keeps about the input and the output of each linear map of a layer. Packed weights are not counted.
+    other_maps = {id(m.weight) for m in model.modules() if m is output or isinstance(m, torch.nn.Embedding)}
+    other_maps |= {id(w) for name, w in parameters.items() if "lora_" in name or "trainable_tokens" in name}
+    maps = [w for w in parameters.values() if w.ndim == 2 and w.is_floating_point() and id(w) not in other_maps]
     linear = number * sum(sum(weight.shape) for weight in maps)
     # Attention that is not fused keeps its scores before and after the softmax, and after dropout. PyTorch has no fused
     # attention with dropout on a CPU.
@@ -114,13 +103,12 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
     activations = length * (linear + (3 * 4 * layers * heads * length if unfused else 0))
     checkpointed = activations // layers + length * number * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
-    vocab = head.shape[0]
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
     # An adapter that trains some rows of the embedding also merges them into a copy.
     tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     reads = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
-    other = weights // 2 if mixed and head.element_size() == 4 else 0
+    other = weights // 2 if number < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += count * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
     return RunSize(
@@ -137,7 +125,7 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
         batch=options.per_device_train_batch_size,
         sampled=count,
         reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
-        optimizer=optimizer_ratio(str(getattr(options.optim, "value", options.optim)), head.element_size()),
+        optimizer=optimizer_ratio(options.optim, head.element_size()),
         accumulates=options.gradient_accumulation_steps > 1,
         other=other,
     )
@@ -157,10 +145,12 @@ def free_and_total(device: torch.device) -> tuple[int, int] | None:
         return None
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = _kernel_number("/proc/meminfo", "MemAvailable:") * 1024 or total
-    for folder, limit, used in _CONTROL_GROUPS:
-        if 0 < (allowed := _kernel_number(f"{folder}/{limit}")) < total:
-            reclaimable = _kernel_number(f"{folder}/memory.stat", "inactive_file")
-            total, free = allowed, min(free, allowed - _kernel_number(f"{folder}/{used}") + reclaimable)
+    for group in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):  # The limits of a container, in versions 2 and 1.
+        limit = _kernel_number(f"{group}/memory.max") or _kernel_number(f"{group}/memory.limit_in_bytes")
+        used = _kernel_number(f"{group}/memory.current") or _kernel_number(f"{group}/memory.usage_in_bytes")
+        if 0 < limit < total:
+            reclaimable = _kernel_number(f"{group}/memory.stat", "inactive_file")
+            total, free = limit, min(free, limit - used + reclaimable)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return free // processes, total // processes
 
@@ -176,10 +166,9 @@ def _kernel_number(path: str, key: str = "") -> int:
 
 def choose_sampling_batch(run: RunSize, memory: int, largest: int, count: int) -> int:
     """Return the largest power of two, up to `largest`, of completions that need half of the memory at most."""
-    size = largest
-    while size > 1 and estimate(replace(run, sampled=min(size, count))).exploring > SAMPLING_SHARE * memory:
-        size //= 2
-    return size
+    while largest > 1 and estimate(replace(run, sampled=min(largest, count))).exploring > SAMPLING_SHARE * memory:
+        largest //= 2
+    return largest
 
 
 def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
@@ -194,7 +183,7 @@ def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
         " and ".join(f"{name} {sampled}" for name, n in sampling_batches.items() if n > sampled): {"sampled": sampled},
     }
     totals = sorted((estimate(replace(run, **change)).total, option) for option, change in changes.items())
-    return [f"{option} ({gigabytes(total)} GB)" for total, option in totals if total < 0.98 * estimate(run).total]
+    return [f"{option} ({total / 1e9:.2f} GB)" for total, option in totals if total < 0.98 * estimate(run).total]
 
 
 class MemoryPlan(NamedTuple):
@@ -227,7 +216,7 @@ def plan_memory(
     if options.fsdp or options.deepspeed or getattr(model, "hf_device_map", None) or "true" in launched:
         return MemoryPlan(batch_size or LARGEST_BATCH_CPU)  # The model is spread over several devices.
     count = min(options.prompts_per_iteration or len(prompt_lengths), len(prompt_lengths)) * options.samples_per_prompt
-    run = size_of_run(model, options, max(*prompt_lengths, *eval_prompt_lengths), count, reference)
+    run = size_of_run(model, options, max([*prompt_lengths, *eval_prompt_lengths]), count, reference)
     memory, free = free_and_total(device), 0
     if memory is not None:  # What the models take already is part of the estimate.
         parameters = [*model.parameters(), *(reference.parameters() if reference is not None else ())]
@@ -235,8 +224,7 @@ def plan_memory(
     if batch_size is None and memory is not None:
         # Of main memory the total counts: what is free varies, and another batch size would round differently, so that
         # a resumed run would not be bit-identical.
-        main = device.type == "cpu"
-        limits = (memory[1], LARGEST_BATCH_CPU) if main else (free, LARGEST_BATCH_ACCELERATOR)
+        limits = (memory[1], LARGEST_BATCH_CPU) if device.type == "cpu" else (free, LARGEST_BATCH_ACCELERATOR)
         batch_size = choose_sampling_batch(run, *limits, count)
     batch_size = batch_size or LARGEST_BATCH_CPU
     batches = {"generation_batch_size": min(batch_size, count)}
@@ -246,7 +234,7 @@ def plan_memory(
     run = replace(run, sampled=max(batches.values()))
     total, refusal = estimate(run).total, None
     if memory is not None and total > free:
-        problem = f"memory: the run needs about {gigabytes(total)} GB, and {gigabytes(free)} GB are free."
+        problem = f"memory: the run needs about {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free."
         problem += f" Set {', or '.join(remedies(run, batches)) or 'a smaller model'}."
         if total > REFUSAL_FACTOR * free:
             refusal = problem
@@ -257,9 +245,4 @@ def plan_memory(
         batch_size, refusal = min(size for size, _ in plans), next((text for _, text in plans if text), None)
     if refusal is not None:
         raise UserError(refusal)
-    return MemoryPlan(batch_size, f"memory: {estimate(run)}" + (f", of {gigabytes(free)} GB" if memory else ""))
-
-
-def gigabytes(size: float) -> str:
-    """Return a size as text in GB."""
-    return f"{size / 1e9:.2f}" if size < 9.95e9 else f"{size / 1e9:.0f}"
+    return MemoryPlan(batch_size, f"memory: {estimate(run)}" + (f", of {free / 1e9:.2f} GB" if memory else ""))

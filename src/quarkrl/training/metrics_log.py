@@ -15,7 +15,7 @@ from quarkrl.storage.json import nan_to_null
 
 
 class MetricsFile(TrainerCallback):
-    """Appends everything that is logged to `metrics.jsonl` in the run's directory, a JSON object a line."""
+    """Appends each log entry to `metrics.jsonl` in the run directory, one JSON object per line."""
 
     def __init__(self, directory: str | os.PathLike):
         self.path = Path(directory) / "metrics.jsonl"
@@ -27,17 +27,22 @@ class MetricsFile(TrainerCallback):
 
     @property
     def size(self) -> int:
-        """In bytes; 0 where there is no file."""
+        """The size of the file in bytes; 0 if it does not exist."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def sync(self) -> None:
-        """Flush to the disk what is written."""
+        """Flush the file to the disk."""
         if self.path.exists():
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
 
     def cut(self, size: int, history: list[dict[str, Any]]) -> None:
-        """Go back to a size it had; where it is shorter than that, rewrite it from what was logged until then."""
+        """Truncate the file to an earlier size.
+
+        Args:
+            size: in bytes.
+            history: the log entries up to that size. The file is rewritten from them if it is shorter.
+        """
         if size <= self.size:
             if self.path.exists():
                 os.truncate(self.path, size)
@@ -51,7 +56,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 class LossMeans:
-    """Sums of the loss's parts over tokens: since the last log, and in the current step."""
+    """Sums the parts of the loss over completion tokens, since the last log entry and in the current step."""
 
     names = ("nll", "kl", "entropy")
 
@@ -59,22 +64,27 @@ class LossMeans:
         self._logged = self._step = torch.zeros(len(self.names) + 2, dtype=torch.float64)
 
     def add(self, sums: Tensor, tokens: int, completions: int) -> None:
-        """Count a batch: the sum of each part over its tokens, its tokens, its completions."""
+        """Add a micro-batch to the current step.
+
+        Args:
+            sums: `(3,)`: NLL, KL and entropy, each summed over the tokens.
+            tokens, completions: their numbers in the micro-batch.
+        """
         counts = torch.tensor([tokens, completions], dtype=torch.float64)
         self._step = self._step + torch.cat((sums.double().cpu(), counts))
 
     @property
     def step(self) -> dict[str, float]:
-        """The current step's sums on this process, by name, and its `tokens`."""
+        """The sums of the current step on this process, by name, and the number of its `tokens`."""
         return dict(zip((*self.names, "tokens"), self._step.tolist(), strict=False))
 
     def drop_step(self) -> None:
-        """Nothing is learned from the current step."""
+        """Discard the current step, because it is skipped."""
         self._step = torch.zeros_like(self._step)
 
     @property
     def state(self) -> list[float]:
-        """The sums since the last log, to be put back by a resumed run."""
+        """The sums since the last log entry. A checkpoint saves them and a resumed run restores them."""
         return self._logged.tolist()
 
     @state.setter
@@ -82,17 +92,20 @@ class LossMeans:
         self._logged = torch.tensor(sums, dtype=torch.float64)
 
     def end_step(self) -> None:
-        """The optimizer has stepped."""
+        """Add the current step to the sums of the next log entry."""
         self._logged = self._logged + self._step
         self._step = torch.zeros_like(self._step)
 
     def last_per_completion(self, accelerator: Any) -> tuple[float, float]:
-        """Mean KL and entropy of a completion in the current step, over all processes."""
+        """Return the mean KL and the mean entropy per completion of the current step, over all processes."""
         _nll, kl, entropy, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
         return kl / completions, entropy / completions
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Means per token since the last drain, over all processes; NaN, also for the loss, where there was none."""
+        """Return the means per token since the last call, over all processes, and start new ones.
+
+        Without tokens, each mean is NaN, and so is `loss`, which overrides that of `Trainer`.
+        """
         *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
         self._logged = torch.zeros_like(self._logged)
         if not tokens:

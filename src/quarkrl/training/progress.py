@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: bars for explore, score and learn, and `metrics.jsonl`."""
+"""The progress of a run on the console: bars for exploring, scoring and learning, and a line per iteration."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 
 
 def new_bars(console: Console, enabled: bool = True) -> Bars:
-    """Bars with time spent, time left and live figures (a task's field `figures`); they vanish when done."""
+    """Return progress bars with elapsed time, remaining time and the text in a task's field `figures`.
+
+    They disappear at the end, and are disabled where the console is not a terminal.
+    """
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=24),
@@ -22,29 +25,29 @@ def new_bars(console: Console, enabled: bool = True) -> Bars:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    # Where nobody watches, a bar that vanishes leaves only empty lines.
+    # In a file, a bar that disappears leaves empty lines.
     return Bars(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal))
 
 
 class Progress(TrainerCallback):
-    """Bars with live figures and the time left, and one line for each iteration that is over.
+    """Shows bars with current figures, and prints one line at the end of each iteration.
 
     Args:
-        enabled: False shows nothing.
-        console: where to; standard error by default.
+        enabled: False shows only what is passed to `note`.
+        console: the console to write to; standard error by default.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None):
         self.enabled = enabled
         self.console = console or Console(stderr=True, highlight=False)
         self._bars: Bars | None = None
-        self._explored: dict[str, Any] = {}
-        self._learned: dict[str, Any] = {}
+        self._explored_logs: dict[str, Any] = {}
+        self._learned_logs: dict[str, Any] = {}
         self._rewards: list[float] = []
 
     @contextmanager
     def sampling(self, title: str, total: int) -> Iterator[None]:
-        """Bars for sampling and scoring `total` completions."""
+        """Show bars for sampling and scoring `total` completions."""
         self._rewards = []
         bars = self._open()
         self._explore = bars.add_task(f"{title}  explore", total=total, figures="")
@@ -55,12 +58,16 @@ class Progress(TrainerCallback):
             self.close()
 
     def sampled(self, count: int) -> None:
-        """So many more completions are sampled."""
+        """Advance the bar of sampling by `count` completions."""
         if self._bars:
             self._bars.advance(self._explore, count)
 
     def scored(self, rewards: np.ndarray) -> None:
-        """A batch's `(n, A)` rewards are known."""
+        """Advance the bar of scoring by a batch.
+
+        Args:
+            rewards: `(n, A)`; non-finite ones are left out of the mean.
+        """
         if self._bars:
             self._rewards += rewards[np.isfinite(rewards).all(axis=1)].mean(axis=1).tolist()
             mean = np.mean(self._rewards) if self._rewards else np.nan
@@ -72,16 +79,16 @@ class Progress(TrainerCallback):
         return self._bars
 
     def close(self) -> None:
-        """Take away the bars that are open, if any: at the end of a phase, or when an error ends the run."""
+        """Remove the bars, at the end of a phase or when an error ends the run."""
         if self._bars:
             self._bars.stop()
             self._bars = None
 
     def note(self, text: str) -> None:
-        """Say something that is to be seen whether or not bars are."""
+        """Print a line, even if the bars are disabled."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    # Learning: the epoch is the iteration.
+    # While learning, an epoch is an iteration.
 
     def on_step_begin(self, args, state, control, **_):
         if self._bars is None and state.is_world_process_zero:
@@ -97,9 +104,9 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         logs = logs or {}
         if "unscored" in logs:
-            self._explored = logs
+            self._explored_logs = logs
         elif "nll" in logs:
-            self._learned = logs
+            self._learned_logs = logs
             if self._bars:
                 self._bars.update(self._learn, figures=f"nll {logs['nll']:.3f}  kl {logs['kl']:.3f}")
         elif any(name.startswith("eval_") for name in logs) and self.enabled and state.is_world_process_zero:
@@ -109,18 +116,18 @@ class Progress(TrainerCallback):
         self.close()
         if not self.enabled or not state.is_world_process_zero:
             return
-        shown = {n: v for n, v in self._explored.items() if n not in _NOT_IN_THE_LINE}
-        shown |= {n: self._learned[n] for n in ("nll", "kl") if n in self._learned}
+        shown = {n: v for n, v in self._explored_logs.items() if n not in _HIDDEN_FIGURES}
+        shown |= {n: self._learned_logs[n] for n in ("nll", "kl") if n in self._learned_logs}
         number, last = (state.global_step - 1) // args.steps_per_iteration, args.num_iterations - 1
         self._print(f"iteration {number}/{last}", shown)
 
     def _print(self, title: str, figures: dict[str, Any]) -> None:
-        text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+        text = "  ".join(f"{name} {_format(value)}" for name, value in figures.items())
         self.console.print(f"{title}  {text}", soft_wrap=True)
 
 
-_NOT_IN_THE_LINE = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")
+_HIDDEN_FIGURES = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

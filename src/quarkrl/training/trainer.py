@@ -41,6 +41,7 @@ from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
+from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
@@ -50,7 +51,7 @@ from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import eval_mode, sample, sample_best
+from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
