@@ -302,10 +302,12 @@ def test_a_run_says_at_its_start_how_much_memory_it_needs(tmp_path, capsys, capl
 GPT2 = {"architecture": "gpt2", "n_layer": 6, "n_embd": 384, "n_head": 6, "vocab": 50257}
 LLAMA = {"architecture": "llama", "num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 64}
 LLAMA |= {"num_key_value_heads": 4, "intermediate_size": 1376, "vocab": 32000, "tied": False}
+# Two iterations of one step: the optimizer's states exist from the second step on.
+BRIEF = {"steps_per_iteration": 1, "max_completion_length": 20, "min_completion_length": 20}
 EXPLORING = {"per_device_train_batch_size": 1, "generation_batch_size": 128, "top_p": 0.9}
 RUNS = {
     "gpt2": (GPT2, {"per_device_train_batch_size": 16}, 20),
-    "llama in bf16": (LLAMA, {"per_device_train_batch_size": 16, "bf16": True}, 20),
+    "llama in bf16": (LLAMA, {"per_device_train_batch_size": 8, "bf16": True}, 20),
     "llama with an adapter": ({**LLAMA, "adapted": "all-linear"}, {"per_device_train_batch_size": 32}, 60),
     "exploring, long prompts": (GPT2, EXPLORING, 100),
 }
@@ -352,7 +354,7 @@ def run_and_measure() -> None:
         [" ".join("abcdefgh"[(number // 8 ** (place % 4)) % 8] for place in range(length)) for number in range(count)],
         processing_class=tokenizer,
         peft_config=adapter,
-        **{"max_completion_length": 20, "min_completion_length": 20, "generation_batch_size": batch, **options},
+        **{**BRIEF, "generation_batch_size": batch, **options},
     )
     run = size_of_run(trainer.model, trainer.args, length + 1, count, trainer.ref_model)
     result = estimate(replace(run, sampled=sampled))
