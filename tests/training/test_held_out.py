@@ -271,7 +271,7 @@ def test_exploring_follows_the_schedule_of_guidance_and_evaluation_has_its_own_s
     )
     calls = watch(trainer)
     trainer.train()
-    # Iteration 0 samples the reference without guidance; 1 has scale 1; later batches hold the best and the worst token.
+    # Iteration 0 samples the reference without guidance; 1 has scale 1; later batches have best and worst tokens.
     assert rows_sampled(calls) == [count, 3, count, 3, 2 * count, 3, 2 * count, 3, 2 * count, 3]
     best, worst = trainer.conditioning.token_ids[0][-1], trainer.conditioning.token_ids[0][0]
     last = next(ids for _, what, _, ids in reversed(calls) if what == "sample" and len(ids) == 2 * count)
