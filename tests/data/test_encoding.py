@@ -46,14 +46,14 @@ def test_too_long(tmp_path):
     prompts, tokenizer = load_prompts(path), byte_tokenizer("<s> $A </s>")
     fails(
         lambda: prompts.encode(tokenizer, max_length=4),
-        *("p.txt:2: 7 tokens, limit 4", "shorten", "raise the limit", "--skip_bad_prompts"),
+        *("p.txt:2: ", "7 tokens, limit 4", "Shorten", "raise the limit", "--skip_bad_prompts"),
     )
     encoded = prompts.encode(tokenizer, max_length=4, skip_bad=True)  # BOS and 3 letters: the EOS is off
     assert (encoded.prompts, encoded.skipped) == (["abc", "ab"], {"too long": 1})
     assert encoded.locations == [f"{path}:1", f"{path}:3"]
     assert prompts.encode(tokenizer, max_length=7).skipped == {}
-    fails(lambda: prompts.encode(tokenizer, max_length=1, skip_bad=True), "no prompt is left", "'too long': 3")
-    fails(lambda: prompts.encode(tokenizer, max_length=0), "limit of 0")
+    fails(lambda: prompts.encode(tokenizer, max_length=1, skip_bad=True), "no prompt is left", "3 too long")
+    fails(lambda: prompts.encode(tokenizer, max_length=0), "limit 0: must be at least 1")
 
 
 def test_skipped_adds_up_over_loading_and_encoding():
@@ -88,7 +88,7 @@ def test_messages_go_through_the_chat_template():
         "<s>user:hello</s>bot:",
     ]
     # <s> + 14 letters + </s> + <s> + 10 letters + </s> + "bot:"
-    fails(lambda: prompts.encode(tokenizer, max_length=20), "row 1 of the list: 32 tokens, limit 20")
+    fails(lambda: prompts.encode(tokenizer, max_length=20), "row 1 of the list: ", "32 tokens, limit 20")
     assert len(prompts.encode(tokenizer, max_length=20, skip_bad=True)) == 2
 
 

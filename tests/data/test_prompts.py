@@ -207,7 +207,7 @@ JSONL = {
     b'{"prompt": "a",}': ("malformed JSON", "column"),
     b'{"prompt": "a"} {"prompt": "b"}': ("malformed JSON", "Extra data"),
     b"just text": ("malformed JSON", "'just text'"),
-    b"[" * 100_000: ("malformed JSON", "[[[..."),
+    b"[" * 100_000: ("malformed JSON", "[[[…"),
     b'["prompt"]': ("not an object", "['prompt']"),
     b"null": ("not an object", "None"),
     b'{"prompt": "a\xff"}': ("not UTF-8", "0xff"),
@@ -236,7 +236,7 @@ def test_bad_jsonl_line(tmp_path, line):
         (3, "not an object", "3"),
         ({"prompt": float("nan")}, "wrong type", "nan"),
         ({"prompt": b"bytes"}, "wrong type", "b'bytes'"),
-        ({"prompt": "x" * 1000 + "\udc80"}, "lone surrogate", "xxx..."),
+        ({"prompt": "x" * 1000 + "\udc80"}, "lone surrogate", "xxx…"),
         ({"prompt": [{"role": "user", "content": "\ud800"}]}, "lone surrogate", r"\ud800"),
     ],
 )
@@ -251,9 +251,9 @@ def test_bad_row_in_memory(row, reason, found):
     ("body", "line", "reason", "found"),
     [
         (b"a,1\nb\nc,3\n", 3, "wrong field count", "1 fields where the header has 2: 'b'"),
-        (b"a,1\nb,2,3\nc,3\n", 3, "wrong field count", "quote text that contains commas"),
+        (b"a,1\nb,2,3\nc,3\n", 3, "wrong field count", "Quote text that contains commas"),
         (b"a,1\n,2\nc,3\n", 3, "empty prompt", "''"),
-        (b'a,1\n"b"x,2\nc,3\n', 3, "malformed CSV", "close the quotes"),
+        (b'a,1\n"b"x,2\nc,3\n', 3, "malformed CSV", "Close the quotes"),
         (b'a,1\n"b,2\nc,3\n', 3, "malformed CSV", "unexpected end of data"),  # c is not swallowed
         (b'a,1\n"b,2\nc,3', 3, "malformed CSV", "unexpected end of data"),
         (b"a,1\nb\xff,2\nc,3\n", 3, "not UTF-8", "0xff"),
@@ -280,8 +280,8 @@ def test_an_open_quote_over_the_csv_field_limit_loses_no_row(tmp_path):
 @pytest.mark.parametrize(
     ("data", "found"),
     [
-        (b"text,n\na,1\n", "no column 'prompt'; the columns are 'text', 'n'"),
-        (b"prompt,prompt\na,1\n", ":1: two columns of one name"),
+        (b"text,n\na,1\n", "no column 'prompt'; must be one of 'text', 'n'"),
+        (b"prompt,prompt\na,1\n", ":1: two columns have the same name"),
         (b"prompt\xff,n\na,1\n", ":1: byte 0xff"),
         (b'"prompt\na\n', ":1: malformed CSV"),
         (b"prompt,n\n", "no rows"),
@@ -342,7 +342,7 @@ def test_the_first_bad_row_is_told_and_all_are_counted(tmp_path):
 
 @pytest.mark.parametrize("rows", [["", " "], [None], [{"prompt": ""}, {"prompt": None}]])
 def test_nothing_left(rows):
-    fails(lambda: load_prompts(rows, skip_bad=True), "the list", "no prompt is left, rows left out: {")
+    fails(lambda: load_prompts(rows, skip_bad=True), "the list", "no prompt is left (rows skipped: ")
 
 
 # Files
@@ -364,26 +364,26 @@ FILES = {
     "only a BOM": (lambda d: write(d / "b.txt", "\ufeff"), "b.txt: there are no rows"),
     "UTF-16": (
         lambda d: write(d / "u.txt", "a".encode("utf-16")),
-        "u.txt: the file is UTF-16; save it as UTF-8",
+        "u.txt: the file is UTF-16. Save it as UTF-8.",
     ),
     "unknown suffix": (
         lambda d: write(d / "p.xlsx", "a"),
-        "p.xlsx: unknown suffix '.xlsx'; give one of '.jsonl'",
+        "p.xlsx: unknown suffix '.xlsx'; must be one of '.jsonl'",
     ),
     "no suffix": (lambda d: write(d / "prompts", "a"), "unknown suffix ''"),
     "not Parquet": (lambda d: write(d / "p.parquet", "a" * 100), "p.parquet: cannot be read"),
     "damaged Parquet": (damaged_parquet, "damaged.parquet: cannot be read"),
-    "no data set": (lambda d: d, "the directory gives no split 'train'"),
-    "damaged data set": (empty_saved, "saved': the directory gives no split"),
-    "missing": (lambda d: d / "zzz.jsonl", "zzz.jsonl: no such file; give"),
-    "missing, string": (lambda d: str(d / "zzz"), "zzz: no such file; give"),
+    "no data set": (lambda d: d, "the directory has no split 'train'"),
+    "damaged data set": (empty_saved, "saved': the directory has no split"),
+    "missing": (lambda d: d / "zzz.jsonl", "zzz.jsonl: no such file. Provide"),
+    "missing, string": (lambda d: str(d / "zzz"), "zzz: no such file. Provide"),
     "missing, relative": (lambda d: "./zzz", "./zzz: no such file"),
     "missing, Windows": (lambda d: "data\\zzz", "data\\zzz: no such file"),
-    "missing, suffix": (lambda d: "owner/zzz.csv", "no such file, nor a directory 'owner'"),
-    "missing directory": (lambda d: d / "nowhere" / "p.jsonl", "nor a directory"),
+    "missing, suffix": (lambda d: "owner/zzz.csv", "no such file, and no directory 'owner'"),
+    "missing directory": (lambda d: d / "nowhere" / "p.jsonl", "and no directory"),
     "nothing": (lambda d: "", "'': no such file"),
-    "None": (lambda d: None, "cannot be read from a NoneType"),
-    "number": (lambda d: 5, "cannot be read from a int"),
+    "None": (lambda d: None, "not NoneType"),
+    "number": (lambda d: 5, "not int"),
     "stream": (
         lambda d: datasets.Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(),
         "not a streamed one",
@@ -426,7 +426,7 @@ def test_a_hub_name_that_cannot_be_had_fails_at_once(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     start = time.monotonic()
-    fails(lambda: load_prompts(name), repr(name)[:50], "no such file, and the hub gives no split 'train'")
+    fails(lambda: load_prompts(name), repr(name)[:50], "no such file, and the hub has no split 'train'")
     assert time.monotonic() - start < 5
 
 

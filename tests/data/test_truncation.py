@@ -7,7 +7,7 @@ import pytest
 from quarkrl.builtin import model_path
 from quarkrl.cli.main import main
 from quarkrl.data.prompts import load_prompts
-from quarkrl.data.truncation import cut
+from quarkrl.data.truncation import truncate_to_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.loading import load_tokenizer
 
@@ -20,14 +20,14 @@ def tokenizer():
 
 
 def test_a_cut_prompt_is_a_text_s_beginning_of_so_many_tokens(tokenizer):
-    found = cut(load_prompts(TEXTS), tokenizer, 4)
+    found = truncate_to_prompts(load_prompts(TEXTS), tokenizer, 4)
     assert [len(tokenizer(prompt)["input_ids"]) for prompt in found.prompts] == [4, 4]
     assert all(text.startswith(prompt) for text, prompt in zip([TEXTS[0], TEXTS[2]], found.prompts, strict=True))
 
 
 def test_short_texts_are_left_out_and_counted_with_their_columns(tokenizer):
     rows = [{"prompt": text, "number": i} for i, text in enumerate(TEXTS)]
-    found = cut(load_prompts(rows), tokenizer, 4)
+    found = truncate_to_prompts(load_prompts(rows), tokenizer, 4)
     assert found.columns["number"] == [0, 2]
     assert [a + b for a, b in zip(found.prompts, found.columns["continuation"], strict=True)] == [TEXTS[0], TEXTS[2]]
     assert found.skipped == {"short": 1}
@@ -37,7 +37,7 @@ def test_no_character_is_cut_in_two(tokenizer):
     text = "naïve 🙂🙂🙂🙂"
     for tokens in range(1, len(tokenizer(text)["input_ids"]) + 1):
         try:
-            (prompt,) = cut(load_prompts([text]), tokenizer, tokens).prompts
+            (prompt,) = truncate_to_prompts(load_prompts([text]), tokenizer, tokens).prompts
         except UserError:
             continue  # Nothing but a part of a character was left.
         assert text.startswith(prompt)
@@ -45,9 +45,9 @@ def test_no_character_is_cut_in_two(tokenizer):
 
 def test_texts_that_are_all_too_short_and_chats_are_errors(tokenizer):
     with pytest.raises(UserError, match="prompt_tokens 500: no text has so many tokens"):
-        cut(load_prompts(TEXTS), tokenizer, 500)
-    with pytest.raises(UserError, match=r"row 1 of the list: .* this is a chat"):
-        cut(load_prompts([{"messages": [{"role": "user", "content": "hi"}]}]), tokenizer, 1)
+        truncate_to_prompts(load_prompts(TEXTS), tokenizer, 500)
+    with pytest.raises(UserError, match=r"prompt_tokens 1: .*row 1 of the list is a chat"):
+        truncate_to_prompts(load_prompts([{"messages": [{"role": "user", "content": "hi"}]}]), tokenizer, 1)
 
 
 def test_evaluate_cuts_a_column_of_texts(tmp_path, capsys):

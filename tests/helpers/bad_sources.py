@@ -61,14 +61,14 @@ PROMPT_FILES: list[tuple[str, bytes | str, str]] = [
     ("lines.jsonl", "\n\n\n", "there are no rows in it"),
     ("mark.jsonl", b"\xef\xbb\xbf", "there are no rows in it"),
     ("zeros.jsonl", b"\0" * 64, "malformed JSON"),
-    ("other-column.jsonl", '{"text": "a"}\n', "no column 'prompt'; the columns are 'text'"),
+    ("other-column.jsonl", '{"text": "a"}\n', "no column 'prompt'; must be one of 'text'"),
     ("mixed.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "mixed.jsonl:2: no 'prompt' among"),
     ("long.jsonl", json.dumps({"prompt": "a " * 500}) + "\n", "501 tokens"),
     ("header.csv", "prompt\n", "there are no rows in it"),
     ("other.csv", "text\na\n", "no column 'prompt'"),
     ("ragged.csv", "prompt,x\na\n", "1 fields where the header has 2"),
     ("open.csv", 'prompt\n"a\n', "malformed CSV"),
-    ("twice.csv", "prompt,prompt\na,b\n", "two columns of one name"),
+    ("twice.csv", "prompt,prompt\na,b\n", "two columns have the same name"),
     ("empty.csv", "", "the file is empty"),
     ("null.csv", "prompt,x\n,1\n", "the prompt is empty"),
     ("latin-1.csv", "prompt\né\n".encode("latin-1"), "is not UTF-8"),
@@ -127,17 +127,17 @@ CASES |= {
     "parquet of nulls": parquet({"prompt": pa.array([None, None], pa.string())}, "the prompt is null"),
     "parquet without rows": parquet({"prompt": pa.array([], pa.string())}, "there are no rows in it"),
     "parquet cut short": cut_parquet,
-    "an empty folder": folder_of_prompts({}, "gives no split 'train'"),
-    "a folder of something else": folder_of_prompts({"a.bin": "x"}, "gives no split 'train'"),
+    "an empty folder": folder_of_prompts({}, "has no split 'train'"),
+    "a folder of something else": folder_of_prompts({"a.bin": "x"}, "has no split 'train'"),
     "a damaged data set": folder_of_prompts(
-        {"state.json": "{", "dataset_info.json": "{}"}, "the directory gives no split 'train'"
+        {"state.json": "{", "dataset_info.json": "{}"}, "the directory has no split 'train'"
     ),
     "a data set of nothing": folder_of_prompts({"dataset_dict.json": '{"splits": []}'}, "no split 'train'"),
-    "a name on the hub": ([*TRAIN, "--prompts", "nobody/nothing"], "the hub gives no split 'train'"),
+    "a name on the hub": ([*TRAIN, "--prompts", "nobody/nothing"], "the hub has no split 'train'"),
     "another split": ([*TRAIN, "--prompts", "nobody/nothing", "--prompt_split", "dev"], "no split 'dev'"),
     "too few prompts are left": ([*TRAIN, "--num_quantiles", "5"], "num_quantiles 5: an iteration has 4 samples"),
     "bad held-out prompts": ([*TRAIN, "--eval_prompts", "model/config.json"], "config.json:1: malformed JSON"),
-    "a folder that is no data set": ([*GENERATE, "--prompts", "model"], "the directory gives no split"),
+    "a folder that is no data set": ([*GENERATE, "--prompts", "model"], "the directory has no split"),
 }
 
 
@@ -193,7 +193,7 @@ CONFIGS: dict[str, tuple[bytes | str, str]] = {
     "no steps": ("steps_per_iteration: 0\n", "steps_per_iteration 0: want at least 1"),
     "no samples": ("samples_per_prompt: 0\n", "samples_per_prompt 0"),
     "no tokens": ("max_completion_length: 0\n", "max_completion_length 0"),
-    "more tokens than fit": ("max_completion_length: 128\n", "a limit of -1 tokens leaves no prompt"),
+    "more tokens than fit": ("max_completion_length: 128\n", "prompt length limit -1: must be at least 1"),
     "more at least than at most": ("min_completion_length: 9\n", "min_completion_length 9: want at most"),
     "no temperature": ("temperature: 0\n", "temperature 0.0: want more than 0"),
     "no number for a temperature": ("temperature: .nan\n", "temperature nan"),

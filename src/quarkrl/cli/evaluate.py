@@ -117,7 +117,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
         UserError: a file cannot be read, or has an invalid row.
     """
     from quarkrl.data.prompts import load_prompts
-    from quarkrl.data.truncation import cut
+    from quarkrl.data.truncation import truncate_to_prompts
     from quarkrl.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
@@ -130,7 +130,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
             skip_bad=options.skip_bad_prompts,
         )
         if inputs.prompt_tokens:
-            prompts = cut(prompts, tokenizer, inputs.prompt_tokens)
+            prompts = truncate_to_prompts(prompts, tokenizer, inputs.prompt_tokens)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
     return sets
 

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
-    rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, empty=True)
+    rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
     texts = [str(text) for text in rows.prompts]
     prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]
     scores = scorer(prompts, texts, [[] for _ in texts], rows.columns)

@@ -84,13 +84,15 @@ def held_out_prompts(run: RunArguments, skip_bad: bool) -> "Prompts":
 
 def _load_prompts(run: RunArguments, path: str, split: str, skip_bad: bool) -> "Prompts":
     from quarkrl.data.prompts import load_prompts
-    from quarkrl.data.truncation import cut
+    from quarkrl.data.truncation import truncate_to_prompts
     from quarkrl.models.loading import load_tokenizer
 
     prompts = load_prompts(path, split=split, column=run.prompt_column, skip_bad=skip_bad)
     if run.prompt_tokens is None:
         return prompts
-    return cut(prompts, load_tokenizer(model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens)
+    return truncate_to_prompts(
+        prompts, load_tokenizer(model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens
+    )
 
 
 def _check_required(run: RunArguments, config: "QuarkConfig") -> None:

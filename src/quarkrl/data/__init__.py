@@ -1,4 +1,4 @@
-"""Prompts in: reading them from files and data sets, and truncating texts to prompts."""
+"""Prompts in: read, checked, truncated, and encoded as token ids."""
 
 import lazy_loader
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 
-from quarkrl.errors import UserError, one_line
+from quarkrl.errors import UserError, one_line, shorten
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 
@@ -28,10 +28,24 @@ class RefusedChat(NamedTuple):
     reason: str
 
 
-def encode_prompts(
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, allow_empty: bool = False) -> list[list[int]]:
+    """Encode prompts as token ids; see `try_encode_prompts`.
+
+    Raises:
+        UserError: the chat template refuses a chat, or the tokenizer has no chat template.
+    """
+    encoded = []
+    for prompt, ids in zip(prompts, try_encode_prompts(tokenizer, prompts, allow_empty=allow_empty), strict=True):
+        if isinstance(ids, RefusedChat):
+            raise UserError(f"prompt {shorten(prompt)}: the chat template refuses it ({ids.reason}). Use text.")
+        encoded.append(ids)
+    return encoded
+
+
+def try_encode_prompts(
     tokenizer: Any, prompts: Sequence[Prompt], *, allow_empty: bool = False
 ) -> list[list[int] | RefusedChat]:
-    """Encode prompts as token ids.
+    """Encode prompts as token ids, and report those that the chat template refuses.
 
     Args:
         tokenizer: a `transformers` tokenizer.

@@ -1,48 +1,49 @@
-"""Prompts from texts: the first tokens of each."""
+"""Truncation of texts to prompts: the first tokens of each text."""
 
 from typing import Any
 
+from quarkrl.data.encoding import encode_plain_texts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 
-CONTINUATION = "continuation"  # the column with the rest of a text
+CONTINUATION = "continuation"  # The column with the rest of each text.
 
 
-def cut(prompts: Prompts, tokenizer: Any, tokens: int) -> Prompts:
-    """Prompts of the first `tokens` tokens of each text; shorter texts are left out and counted as "short".
+def truncate_to_prompts(texts: Prompts, tokenizer: Any, prompt_tokens: int) -> Prompts:
+    """Truncate each text to a prompt of its first `prompt_tokens` tokens.
 
-    The rest of each text becomes the column `continuation`, unless there is such a column: what people wrote there.
+    Shorter texts are skipped and counted as "short". The rest of each text becomes the column `continuation`, unless
+    there is such a column: it is what people wrote after the prompt.
 
     Args:
-        prompts: texts, not chats.
+        texts: texts, not chats.
         tokenizer: a `transformers` tokenizer; its special tokens are not counted.
-        tokens: at least 1.
+        prompt_tokens: at least 1.
 
     Raises:
-        UserError: there are chats among them, or no text is long enough.
+        UserError: there is a chat, or no text is long enough.
     """
-    chats = [
-        where for where, prompt in zip(prompts.locations, prompts.prompts, strict=True) if isinstance(prompt, list)
-    ]
-    if chats:
-        raise UserError(f"{chats[0]}: prompt_tokens cuts texts, and this is a chat; leave it out")
-    parts = [_parts(tokenizer, str(text), tokens) for text in prompts.prompts]
+    for location, text in zip(texts.locations, texts.prompts, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"prompt_tokens {prompt_tokens}: must not be set for chats, and {location} is a chat.")
+    strings = [str(text) for text in texts.prompts]
+    encoded = encode_plain_texts(tokenizer, strings)
+    parts = [_split(tokenizer, text, ids, prompt_tokens) for text, ids in zip(strings, encoded, strict=True)]
     if not any(parts):
-        raise UserError(f"prompt_tokens {tokens}: no text has so many tokens; want fewer")
-    found = prompts.without([None if part else "short" for part in parts])
-    found.prompts = [part[0] for part in parts if part]
-    found.columns.setdefault(CONTINUATION, [part[1] for part in parts if part])
-    return found
+        raise UserError(f"prompt_tokens {prompt_tokens}: no text has so many tokens. Set a smaller number.")
+    prompts = texts.skip([None if part else "short" for part in parts])
+    prompts.prompts = [part[0] for part in parts if part]
+    prompts.columns.setdefault(CONTINUATION, [part[1] for part in parts if part])
+    return prompts
 
 
-def _parts(tokenizer: Any, text: str, tokens: int) -> tuple[str, str] | None:
-    """A text's beginning and the rest of it; None where it is too short."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) < tokens:
+def _split(tokenizer: Any, text: str, ids: list[int], prompt_tokens: int) -> tuple[str, str] | None:
+    """Split a text into its first tokens and the rest; None if it is too short."""
+    if len(ids) < prompt_tokens:
         return None
-    # A cut may fall within a character of several tokens.
-    beginning = tokenizer.decode(ids[:tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-    if not beginning:
+    # The last token may end within a character.
+    prompt = tokenizer.decode(ids[:prompt_tokens], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+    if not prompt:
         return None
-    # What a tokenizer has changed, such as the case, is no beginning of the text to go on from.
-    return beginning, text[len(beginning) :] if text.startswith(beginning) else ""
+    # A tokenizer that changes the text, such as its case, gives no prefix of it, so the rest is unknown.
+    return prompt, text[len(prompt) :] if text.startswith(prompt) else ""

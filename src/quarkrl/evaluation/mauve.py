@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from quarkrl.data.encoding import encode_plain_texts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
 from quarkrl.models.batching import batches_by_length, right_pad
@@ -82,12 +83,11 @@ def text_features(
     Raises:
         UserError: a prompt and its text have no tokens.
     """
-    tokenizer, context_length = generator.tokenizer, generator.context_length
-    rows = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        tail = tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
-        rows.append(tuple((*head, *tail)[-context_length:]))
+    heads = encode_plain_texts(generator.tokenizer, prompts)
+    tails = encode_plain_texts(generator.tokenizer, texts)
+    rows = [
+        tuple((*head, *tail[:max_tokens])[-generator.context_length :]) for head, tail in zip(heads, tails, strict=True)
+    ]
     distinct = list(dict.fromkeys(rows))
     if not all(distinct):
         raise UserError("MAUVE: a prompt and its text have no tokens. Remove that row.")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.data.encoding import encode_plain_texts, encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import batches_by_length, build_batch
@@ -113,8 +114,8 @@ def _tokenize_pairs(
         if isinstance(prompt, str):
             head, tail = _tokenize_pair(tokenizer, prompt, text)
         elif tokenizer.chat_template:
-            head = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-            tail = tokenizer(text, add_special_tokens=False)["input_ids"]
+            (head,) = encode_prompts(tokenizer, [prompt])
+            (tail,) = encode_plain_texts(tokenizer, [text])
         else:
             head, tail = _tokenize_pair(tokenizer, "\n".join(message["content"] for message in prompt) + "\n", text)
         if not head:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.data.encoding import Prompt, RefusedChat, decode_completions, encode_prompts
+from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
@@ -183,8 +183,6 @@ class QuarkGenerator:
         """Encode prompts as token ids without reward tokens, which the tokenizer of a trained model adds."""
         encoded = []
         for prompt, ids in zip(prompts, encode_prompts(self.tokenizer, prompts, allow_empty=True), strict=True):
-            if isinstance(ids, RefusedChat):
-                raise UserError(f"prompt {shorten(prompt)}: the chat template refuses it ({ids.reason}). Use text.")
             encoded.append(self.conditioning.strip(ids) if self.conditioning else list(ids))
             if not encoded[-1]:
                 raise UserError(f"prompt {shorten(prompt)}: must have at least one token. Use text to continue.")
