@@ -31,7 +31,7 @@ def flags() -> dict[str, set[str]]:
     options = {}
     for command in ("train", "generate", "evaluate", "score", "demo"):
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([command, "--help_all" if command == "train" else "--help"])
         options[command] = set(re.findall(r"--\w+", output.getvalue()))
     return options
 

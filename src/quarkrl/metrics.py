@@ -99,8 +99,8 @@ def perplexities(nll_sums: Sequence[float], token_counts: Sequence[int]) -> tupl
         token_counts: for each completion, its number of tokens.
 
     Returns:
-        The perplexities, NaN for completions that do not count, and how many of these are `empty` (no tokens) and
-        `dropped` (a perplexity of at least 10⁴).
+        The perplexities, NaN for completions that do not count. The numbers of `empty` completions (no tokens) and
+        of `dropped` ones (a perplexity of at least 10⁴).
     """
     counts = np.asarray(token_counts)
     filled = counts > 0

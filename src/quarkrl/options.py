@@ -6,7 +6,7 @@ Checks (`check_options`), `--help`, the identity of a run and docs/options.md ar
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from quarkrl.errors import UserError, did_you_mean
 
@@ -86,11 +86,11 @@ def check_options(options: Any, inherited: Mapping[str, dataclasses.Field] | Non
     """
     declared = {field.name: field for field in dataclasses.fields(options)} | dict(inherited or {})
     for name, field in declared.items():
-        if field.metadata.get("resume") is None or not hasattr(options, name):
+        if "resume" not in field.metadata or isinstance(getattr(type(options), name, None), property):
             continue
         value = getattr(options, name)
         for item in value if isinstance(value, list | tuple) else [value]:
-            if item is not None and (limit := _broken_limit(item, field.metadata)):
+            if item is not None and (limit := _broken_limit(field, item)):
                 raise UserError(f"{name} {item!r}: must be {limit}.{_remedy(name, field, item)}")
 
 
@@ -101,23 +101,33 @@ def limits_in_words(metadata: Mapping[str, Any]) -> str:
     return " and ".join(limits)
 
 
-def _broken_limit(value: Any, metadata: Mapping[str, Any]) -> str:
+def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+    """Return the valid values of an option: its metadata `choices`, or those of its type if that is a `Literal`."""
+    literal = get_args(field.type) if get_origin(field.type) is Literal else ()
+    return tuple(field.metadata.get("choices") or literal)
+
+
+def _broken_limit(field: dataclasses.Field, value: Any) -> str:
     """Return the limits of an option in words if the value breaks one of them, else ""."""
-    if choices := metadata.get("choices"):
-        return "" if value in choices else f"one of {listed(choices)}"
-    if isinstance(value, float) and not math.isfinite(value) and not (metadata.get("infinite") and value > 0):
-        return " and ".join(filter(None, [limits_in_words(metadata), "finite"]))
+    metadata = field.metadata
+    if choices := choices_of(field):
+        return "" if value in choices else listed(choices)
+    words = limits_in_words(metadata)
+    if isinstance(value, float) and not math.isfinite(value):
+        if metadata.get("infinite"):
+            return "" if value > 0 else words
+        return f"{words} and finite" if words else "finite"
     at_least, above, at_most = (metadata.get(name) for name in ("at_least", "above", "at_most"))
     inside = (
         (at_least is None or value >= at_least)
         and (above is None or value > above)
         and (at_most is None or value <= at_most)
     )
-    return "" if inside else limits_in_words(metadata)
+    return "" if inside else words
 
 
 def _remedy(name: str, field: dataclasses.Field, value: Any) -> str:
-    if field.metadata.get("choices") and (hint := did_you_mean(str(value), field.metadata["choices"])):
+    if hint := did_you_mean(str(value), choices_of(field)):
         return hint
     default = default_of(field)
     if default is dataclasses.MISSING or default is None:

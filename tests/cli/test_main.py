@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -16,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
 from quarkrl.cli.demo import free_directory
-from quarkrl.cli.main import main
+from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train import held_out_prompts
-from quarkrl.cli.train_options import parse_train
+from quarkrl.cli.train_options import RunArguments, parse_train
+from quarkrl.training.config import QuarkConfig
+from quarkrl.training.options import QuarkOptions
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
@@ -228,37 +232,43 @@ MISTAKES = {
     ),
     "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "output_dir '{run}'"),
     "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
-    "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff; did you mean --kl_coef?"),
-    "unknown flag with value": ((*TRAIN, "--num_itrations=1"), "unknown option --num_itrations; did you mean --num_it"),
+    "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff. Did you mean '--kl_coef'?"),
+    "unknown flag with value": (
+        (*TRAIN, "--num_itrations=1"),
+        "unknown option --num_itrations. Did you mean '--num_it",
+    ),
     "abbreviated flag": ((*TRAIN, "--kl_c", "1"), "unknown option --kl_c"),
-    "wrong type": ((*TRAIN, "--num_quantiles", "many"), "num-quantiles: invalid int value: 'many'"),
+    "wrong type": ((*TRAIN, "--num_quantiles", "many"), "num_quantiles 'many': must be an integer"),
     "not a choice": ((*TRAIN, "--draw", "best"), "draw"),
-    "impossible value": ((*TRAIN, "--num_quantiles", "1"), "num_quantiles 1: want at least 2"),
-    "impossible top_p": ((*TRAIN, "--top_p", "1.5"), "top_p 1.5: want more than 0 and at most 1"),
-    "impossible learning rate": ((*TRAIN, "--learning_rate", "-1"), "learning_rate -1.0: want at least 0"),
-    "impossible lora_rank": ((*TRAIN, "--lora_rank", "0"), "lora_rank 0: want at least 1"),
+    "impossible value": ((*TRAIN, "--num_quantiles", "1"), "num_quantiles 1: must be at least 2"),
+    "impossible top_p": ((*TRAIN, "--top_p", "1.5"), "top_p 1.5: must be greater than 0 and at most 1"),
+    "impossible learning rate": ((*TRAIN, "--learning_rate", "-1"), "learning_rate -1.0: must be at least 0"),
+    "impossible lora_rank": ((*TRAIN, "--lora_rank", "0"), "lora_rank 0: must be at least 1"),
     "impossible dtype": ((*TRAIN, "--dtype", "float33"), "float33"),
     "impossible attention": ((*TRAIN, "--attn_implementation", "fast"), "fast"),
     "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
-    "option of TrainingArguments that does nothing": ((*TRAIN, "--num_train_epochs", "4"), "num_train_epochs 4.0: not"),
+    "option of TrainingArguments that does nothing": (
+        (*TRAIN, "--num_train_epochs", "4"),
+        "num_train_epochs 4.0",
+    ),
     "inconsistent TrainingArguments": (
         (*TRAIN, "--load_best_model_at_end=1", "--save_strategy=steps", "--eval_prompts={home}/prompts.txt"),
         "strateg",
     ),
     "no checkpoint": ((*TRAIN, "--resume_from_checkpoint", "{new}/checkpoint-9"), "resume_from_checkpoint"),
-    "no such config": (("train", "--config", "toxcity"), "no such file or preset; did you mean toxicity?"),
+    "no such config": (("train", "--config", "toxcity"), "config 'toxcity'"),
     "unknown key": (
         ("train", "--config", "{home}/typo.yaml"),
-        "typo.yaml: unknown key 'kl_coeff'; did you mean kl_coef?",
+        "typo.yaml': unknown key 'kl_coeff'. Did you mean 'kl_coef'?",
     ),
-    "config of a config": (("train", "--config", "{home}/nested.yaml"), "nested.yaml: unknown key 'config'"),
-    "not YAML": (("train", "--config", "{home}/broken.yaml"), "broken.yaml: no valid YAML"),
-    "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml: want a mapping"),
-    "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num-iterations: invalid int value: 'often'"),
+    "config of a config": (("train", "--config", "{home}/nested.yaml"), "nested.yaml': unknown key 'config'"),
+    "not YAML": (("train", "--config", "{home}/broken.yaml"), "broken.yaml': must be valid YAML"),
+    "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml': must map options to values"),
+    "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num_iterations 'often': must be an integer"),
     "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
     "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere' cannot be loaded"),
     "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
-    "trained before": ((*TRAIN, "--model", "{run}/final"), "trained by Quark before"),
+    "trained before": ((*TRAIN, "--model", "{run}/final"), "already has the reward token"),
     "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),
     "no such column": ((*TRAIN, "--prompts", "{home}/bad.jsonl", "--prompt_column", "promt"), "promt"),
     "bad prompt": ((*TRAIN, "--prompts", "{home}/bad.jsonl"), "bad.jsonl:2"),
@@ -273,7 +283,7 @@ MISTAKES = {
     ),
     "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
     "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "label 'toxic': must be unset"),
-    "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "2 weights are given for 1 rewards"),
+    "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "reward_weights [1.0, 2.0]"),
     "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': must be"),
     "quantile of a plain model": (("generate", "{home}/model", "--prompt", "a", "--quantile", "0"), "has no quantiles"),
     "no prompt": (("generate", "{run}/final"), "--prompt"),
@@ -289,7 +299,7 @@ MISTAKES = {
     "unknown quantile to evaluate": ((*EVALUATE, "--quantiles", "best", "top"), "quantile 'top'"),
     "no prompts to evaluate": (("evaluate", "{run}/final", "--reward", "vader"), "--prompts"),
     "output in a directory": ((*EVALUATE, "--output", "{home}"), "output '{home}'"),
-    "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "give --eval_prompts"),
+    "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "Set --eval_prompts"),
     "no texts": (("score", "{home}/nowhere.txt", "--reward", "vader"), "nowhere.txt"),
     "no reward": (("score", "{home}/prompts.txt"), "--reward"),
     "no such column to score": (("score", "{home}/bad.jsonl", "--column", "text", "--reward", "vader"), "text"),
@@ -340,22 +350,46 @@ def test_training_as_a_process_shows_no_warnings(home, tmp_path):
 
 def test_help_and_version_do_not_load_torch():
     code = (
-        "import sys\nfrom quarkrl.cli.main import main\ntry:\n    main([sys.argv[1]])\nexcept SystemExit as end:\n    "
+        "import sys\nfrom quarkrl.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    "
     )
     code += "assert not end.code\nassert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'slow'\n"
-    for flag, text in (("--help", "evaluate"), ("--version", f"quarkrl {quarkrl.__version__}")):
-        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+    commands = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
+    for arguments in commands:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert text in done.stdout
+        assert "quarkrl" in done.stdout
 
 
-def test_train_help_lists_every_option(capsys):
+def test_train_help_fits_in_100_lines_and_lists_every_own_option(capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
-    for option in ("--config", "--reward", "--lora_rank", "--num_quantiles", "--kl_coef", "--bf16", "--report_to"):
-        assert option in out
+    assert len(out.splitlines()) <= 100
+    flags = re.findall(r"^  --(\w+)", out, re.M)
+    assert {field.name for options in (QuarkOptions, RunArguments) for field in fields(options)} <= {*flags}
+    assert {"config", "help_all", "output_dir", "seed", "bf16"} <= {*flags}
+    assert "(default 0.05)" in out and out.count("\n  quarkrl train ") == 2
+
+
+def test_train_help_all_lists_the_options_of_transformers_too(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help_all"])
+    assert end.value.code == 0
+    flags = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
+    assert {field.name for options in (QuarkConfig, RunArguments) for field in fields(options)} <= {*flags}
+
+
+def test_hyphens_in_flags_are_underscores(tmp_path):
+    options = ["--output-dir", str(tmp_path), "--num-quantiles=7", "--gradient-accumulation-steps", "2"]
+    config = parse_train([*options, "--no-do-sample"]).config
+    assert (config.num_quantiles, config.gradient_accumulation_steps, config.do_sample) == (7, 2, False)
+
+
+def test_both_modules_are_the_command():
+    for module in ("quarkrl", "quarkrl.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"quarkrl {quarkrl.__version__}\n"), done.stderr
 
 
 def test_a_second_demo_takes_the_next_free_directory(tmp_path):

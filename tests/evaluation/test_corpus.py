@@ -37,6 +37,18 @@ def test_the_figures_of_a_model_that_repeats_the_last_token():
     assert ratios["rep"].value == 1 and ratios["wrep"].value == 5 / 8
 
 
+def test_a_prediction_that_occurred_exactly_l_tokens_before_is_a_repetition():
+    generator = echoing()
+    with torch.no_grad():
+        generator.model.transformer.ln_f.weight.zero_()
+        generator.model.transformer.ln_f.bias[0] = 1  # The model always predicts "a", token 0.
+    ratios = corpus_ratios(generator, [[0, *[1] * 17]], "best", 8)
+    # The predictions for positions 1 to 17 last occurred 1 to 17 tokens before.
+    assert ratios["rep/16"].value == ratios["wrep/16"].value == 16 / 17
+    assert ratios["rep/32"].value == 1 and ratios["token accuracy"].value == 0
+    assert ratios["rep"].value == pytest.approx((16 / 17 + 3) / 4)
+
+
 def test_each_figure_is_computed_from_the_model_s_predictions():
     generator = QuarkGenerator(tiny_model("gpt2", WORDS), WORDS, None)
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.evaluating import EOS_ID, PROMPTS, NoA, few_b, nll_by_hand, short
+from helpers.evaluating import EOS_ID, PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from quarkrl import metrics
@@ -192,15 +192,23 @@ def test_each_guidance_scale_has_a_row_on_the_best_quantile(trained):
     assert [row.name for row in unguided.rows] == ["reference", "1", "best"]
 
 
-def test_guidance_from_the_reference_uses_the_reference_of_the_evaluation(trained, plain):
-    options = short(samples=4, seed=1, guidance_scales=(0,), guidance_from="reference")
+def test_guidance_from_the_reference_uses_the_reference_of_the_evaluation(trained, tmp_path):
+    other = tmp_path / "other"  # Not the reference that quark.json names.
+    tiny_model("gpt2", WORDS, seed=5).save_pretrained(other)
+    WORDS.save_pretrained(other)
+    options = short(samples=4, seed=1, guidance_scales=(0,), guidance_from="reference", reference=str(other))
     rows = evaluate(trained, load_prompts(PROMPTS), Scorer(NoA()), options).rows
+    assert rows[0].completions == QuarkGenerator.from_pretrained(other).generate(PROMPTS, **GENERATE)
     assert rows[3].completions == rows[0].completions  # γ = 0 is the contrast, the reference.
-    # Without a row for the reference, it is the one that quark.json names.
+
+
+def test_guidance_from_the_reference_without_a_row_for_it_uses_the_one_in_quark_json(trained, plain):
     options = short(
         samples=4, seed=1, guidance_scales=(0,), guidance_from="reference", reference=NO_REFERENCE, quantiles=("best",)
     )
-    assert evaluate(trained, load_prompts(PROMPTS), Scorer(NoA()), options).rows[1].completions == rows[0].completions
+    rows = evaluate(trained, load_prompts(PROMPTS), Scorer(NoA()), options).rows
+    assert [row.name for row in rows] == ["best", "best γ=0"]
+    assert rows[1].completions == QuarkGenerator.from_pretrained(plain).generate(PROMPTS, **GENERATE)
 
 
 def test_guidance_without_quantiles_or_from_an_unknown_quantile_is_an_error(plain, trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -138,10 +139,10 @@ def test_the_score_command_prints_the_number_of_cache_hits(tmp_path, capsys):
     command = ["score", str(tmp_path / "texts.txt"), "--reward", "vader", "--score_cache", str(tmp_path / "c")]
     assert main(command) == 0
     first = capsys.readouterr()
-    assert "3 texts, 0 unscored, 0 from cache" in first.err
+    assert re.match("3 texts, 0 .*, 0 from cache", first.err)
     assert main(command) == 0
     second = capsys.readouterr()
-    assert second.out == first.out and "3 texts, 0 unscored, 3 from cache" in second.err
+    assert second.out == first.out and re.match("3 texts, 0 .*, 3 from cache", second.err)
     assert main([*command[:-1], str(tmp_path / "texts.txt")]) == 2
     assert "must be an undamaged score cache" in capsys.readouterr().err
     assert (tmp_path / "texts.txt").read_text() == "good\nbad\ngood\n"

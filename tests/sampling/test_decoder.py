@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
-from quarkrl.sampling.decoder import CachedDecoder, left_pad
+from quarkrl.sampling.decoder import CachedDecoder
 
 PROMPTS = [[10, 20, 30], [40], [10, 20, 30]]
 CPU = torch.device("cpu")
@@ -57,8 +57,3 @@ def test_a_context_provides_the_model_for_each_forward_pass(gpt2):
     torch.testing.assert_close(decoder.prefill()[1], next_logits(gpt2, [40]))
     decoder.step(torch.tensor([1, 2, 3]))
     assert entries == ["enter", "exit"] * 2
-
-
-def test_padding_is_on_the_left_and_marked_by_the_mask():
-    ids, mask = left_pad([[5, 0], [7]], CPU)
-    assert ids.tolist() == [[5, 0], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]

@@ -119,7 +119,7 @@ def test_no_model_is_told_in_one_line(tmp_path):
 def test_no_tokenizer_beside_a_model_is_told_in_one_line(architecture, tmp_path):
     """transformers makes an empty one for most architectures, which reads every prompt as nothing."""
     tiny_model(architecture, tiny_tokenizer()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"has no tokenizer.*save one beside it") as caught:
+    with pytest.raises(UserError, match="has no tokenizer") as caught:
         QuarkGenerator.from_pretrained(tmp_path, device="cpu")
     assert len(str(caught.value).splitlines()) == 1
 

@@ -17,11 +17,11 @@ from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 from quarkrl.errors import UserError
 from quarkrl.training.health import (
     LEAST_ENTROPY,
-    MOST_SKIPPED_IN_A_ROW,
     constant_attributes,
     describe_identical,
     find_non_finite,
 )
+from quarkrl.training.options import MAX_SKIPPED_STEPS
 
 # Ids: a to h are 0 to 7, <unk> 8, <eos> 9; then the reward tokens.
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
@@ -171,9 +171,9 @@ def test_too_many_consecutive_skipped_steps_stop_the_run(tmp_path):
     bad = {*range(2, 12), *range(13, 99)}  # Ten bad steps, a good one, then only bad ones.
     options = {"steps_per_iteration": 50, "num_iterations": 1, "on_bad_numbers": "skip"}
     trainer = trainer_of(tmp_path, At(bad, gradient=INF), **options)
-    with pytest.raises(UserError, match=f"step 33: .*the {MOST_SKIPPED_IN_A_ROW} steps before it .*--learning_rate"):
+    with pytest.raises(UserError, match=f"step 33: .*the {MAX_SKIPPED_STEPS} steps before it .*--learning_rate"):
         trainer.train()
-    assert trainer.state.global_step == 12 + MOST_SKIPPED_IN_A_ROW + 1
+    assert trainer.state.global_step == 12 + MAX_SKIPPED_STEPS + 1
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
@@ -312,13 +312,13 @@ def test_the_checks_change_nothing_in_a_healthy_run(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_bad_numbers": "ignore"}, "on_bad_numbers 'ignore': want stop or skip"),
-        ({"on_collapse": "skip"}, "on_collapse 'skip': want stop or warn"),
-        ({"reward_timeout": 0.0}, "reward_timeout 0.0: want more than 0"),
-        ({"reward_timeout": NAN}, "reward_timeout nan: want more than 0"),
+        ({"on_bad_numbers": "ignore"}, "on_bad_numbers 'ignore': must be stop or skip."),
+        ({"on_collapse": "skip"}, "on_collapse 'skip': must be stop or warn."),
+        ({"reward_timeout": 0.0}, "reward_timeout 0.0: must be greater than 0."),
+        ({"reward_timeout": NAN}, "reward_timeout nan: must be greater than 0."),
     ],
 )
 def test_options_that_cannot_be(tmp_path, options, message):
     with pytest.raises(UserError) as error:
         QuarkConfig(output_dir=str(tmp_path), **options)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)

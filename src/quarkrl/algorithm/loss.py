@@ -52,7 +52,7 @@ def quark_loss(
     """Compute Quark's loss over completion tokens.
 
     Only `total` carries a gradient, and only to `policy_logits`. Logits may be given as a `Projection`, which computes
-    them from hidden states slice by slice, so that no array of T x (V + K) elements is held.
+    them from hidden states slice by slice. Then no array of T x (V + K) elements is held.
 
     Args:
         policy_logits: `(T, V + K)`, the policy's logits at the positions that predict the completion tokens; K may be

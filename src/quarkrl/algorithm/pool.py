@@ -1,7 +1,7 @@
 """The data pool D: every sample of the run, and the quantile of each sample.
 
 A sample is a prompt x, a completion y and one reward r(x, y) per attribute. The pool only grows. `quantize` assigns the
-quantiles of all samples anew, so an old sample moves to a lower quantile when better samples arrive. Quantile 0 is the
+quantiles of all samples again, so an old sample moves to a lower quantile when better samples arrive. Quantile 0 is the
 worst and K - 1 the best; the official code counts the other way.
 """
 
@@ -129,7 +129,7 @@ class DataPool:
 
         Args:
             ceiling: a reward that is good enough. If more than 1 / K of the pool reaches it, all of those samples form
-                the best quantile, and the K - 1 others divide the rest evenly.
+                the best quantile. The K - 1 others divide the rest evenly.
 
         Raises:
             UserError: the pool has fewer samples than quantiles.

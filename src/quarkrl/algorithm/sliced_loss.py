@@ -1,12 +1,13 @@
 """The loss of Quark over slices of positions: values and gradients in one pass.
 
-The logits of a slice are computed, turned into their gradient in place and overwritten by the next slice, so that no
-array of tokens x vocabulary is held. Buffers are reused from slice to slice.
+The logits of a slice are computed, turned into their gradient in place and overwritten by those of the next slice. So
+no array of tokens x vocabulary is held. Slices share their buffers.
 
-With p the policy over V + K tokens, p' the policy renormalised on the V original tokens, q the reference and z the
-policy's logits, the gradients in z are:
+Let z be the policy's logits and p the policy over V + K tokens. Let p' be p renormalised on the V original tokens, and
+q the reference. The gradients in z are:
 
-    NLL              p - onehot(target)                   at temperature T: (p_T - onehot(target)) / T
+    NLL              p - onehot(target)
+    NLL at T         (p_T - onehot(target)) / T
     KL(p' || q)      p' * (log p' - log q - KL)
     KL(q || p')      p' - q
     H                -p' * (log p' + H)
@@ -28,7 +29,7 @@ KLDirection = Literal["policy_ref", "ref_policy"]
 
 # A slice of logits has about this many elements, to stay in the CPU cache ...
 _SLICE_ELEMENTS = 2**18
-# ... but at least this many positions, because narrow matrix products are slow.
+# ... but at least this many positions, because matrix products of few rows are slow.
 _MIN_SLICE_LENGTH = 256
 # Elements of the output matrix's gradient that are accumulated at a time if they have to be widened first.
 GRADIENT_CHUNK_ELEMENTS = 2**22
@@ -66,7 +67,8 @@ class SlicedQuarkLoss(torch.autograd.Function):
         tokens, vocab_size = inputs.policy.shape
         kl_coef, entropy_coef, _, _ = inputs.settings
         # Cast once, because autocast would cast again for every slice.
-        policy, ref = _cast_as_autocast(inputs.policy), inputs.ref and _cast_as_autocast(inputs.ref)
+        policy = _cast_as_autocast(inputs.policy)
+        ref = None if inputs.ref is None else _cast_as_autocast(inputs.ref)
         dtypes = [projection.hidden.dtype for projection in (policy, ref) if projection is not None]
         dtype = reduce(torch.promote_types, dtypes, torch.float32)  # That of the loss: at least float32.
         gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3])
@@ -150,18 +152,24 @@ def _compute_log_q(ref: Projection, rows: slice, buffers: _Buffers, dtype: torch
 
 
 class _Nll(NamedTuple):
-    """The NLL of R positions, and what its gradient needs: the first two tensors at temperature 1, else the third."""
+    """The NLL of R positions at temperature 1, and the parts of p that p' lacks."""
 
     value: Tensor  # (R, 1)
-    log_reward_odds: Tensor | None = None  # (R, K), log of a reward token's probability relative to all V tokens
-    log_norm: Tensor | None = None  # (R, 1), log of the sum of p over V + K relative to the sum over V
-    log_p_tempered: Tensor | None = None  # (R, V + K)
+    log_reward_odds: Tensor  # (R, K), log of p(reward token) / p(all V original tokens)
+    log_norm: Tensor  # (R, 1), -log of p(all V original tokens)
+
+
+class _TemperedNll(NamedTuple):
+    """The NLL of R positions at another temperature, and the log-probabilities at that temperature."""
+
+    value: Tensor  # (R, 1)
+    log_p: Tensor  # (R, V + K)
 
 
 class _Terms(NamedTuple):
     """The loss terms of R positions, and what their gradient needs."""
 
-    nll: _Nll
+    nll: _Nll | _TemperedNll
     kl: Tensor  # (R, 1)
     entropy: Tensor  # (R, 1)
     p: Tensor  # (R, V), p'
@@ -171,7 +179,7 @@ class _Terms(NamedTuple):
 
 
 def _compute_nll(z: Tensor, log_p: Tensor, target: Tensor) -> _Nll:
-    """Compute the NLL at temperature 1, where p is p' but for the reward tokens' share."""
+    """Compute the NLL at temperature 1 from log p' and the reward tokens' logits."""
     vocab_size = log_p.shape[-1]
     # Logits are relative to the target's: relative to a fixed token's, which may be extreme, they would be inexact.
     token = target.clamp(max=vocab_size - 1)
@@ -182,11 +190,11 @@ def _compute_nll(z: Tensor, log_p: Tensor, target: Tensor) -> _Nll:
     return _Nll(nll, log_reward_odds, log_norm)
 
 
-def _compute_tempered_nll(z: Tensor, target: Tensor, temperature: float, buffers: _Buffers) -> _Nll:
+def _compute_tempered_nll(z: Tensor, target: Tensor, temperature: float, buffers: _Buffers) -> _TemperedNll:
     """Compute the NLL of softmax(z / temperature)."""
     tempered = torch.div(z, temperature, out=buffers.empty_like(z, "tempered"))
-    log_p_tempered = torch.log_softmax(tempered, -1, out=buffers.empty_like(z, "log_p_tempered"))
-    return _Nll(-log_p_tempered.gather(-1, target), log_p_tempered=log_p_tempered)
+    log_p = torch.log_softmax(tempered, -1, out=buffers.empty_like(z, "log_p_tempered"))
+    return _TemperedNll(-log_p.gather(-1, target), log_p)
 
 
 def _compute_terms(
@@ -205,6 +213,7 @@ def _compute_terms(
     original = z[:, :vocab_size]
     p = buffers.empty_like(original, "p").copy_(original)  # The logits for now, contiguous for the softmax.
     log_p = torch.log_softmax(p, -1, out=buffers.empty_like(p, "log_p"))
+    nll: _Nll | _TemperedNll
     if settings.nll_temperature == 1:
         nll = _compute_nll(z, log_p, target)
     else:
@@ -231,7 +240,7 @@ def _compute_gradient(terms: _Terms, target: Tensor, settings: LossSettings, dz:
     kl_coef, entropy_coef, _, temperature = settings
     nll, vocab_size = terms.nll, terms.p.shape[-1]
     shift = entropy_coef * terms.entropy
-    if nll.log_norm is not None:
+    if isinstance(nll, _Nll):
         shift = shift + torch.exp(-nll.log_norm)
     if terms.log_ratio is not None:
         shift = shift - kl_coef * terms.kl
@@ -241,11 +250,11 @@ def _compute_gradient(terms: _Terms, target: Tensor, settings: LossSettings, dz:
     gradient = torch.mul(inner, terms.p, out=dz[:, :vocab_size])
     if terms.q is not None:
         gradient.add_(terms.p.sub_(terms.q), alpha=kl_coef)
-    if nll.log_reward_odds is not None:
+    if isinstance(nll, _Nll):
         torch.exp(nll.log_reward_odds - nll.log_norm, out=dz[:, vocab_size:])
     else:
         dz[:, vocab_size:] = 0
-        dz.add_(nll.log_p_tempered.exp_(), alpha=1 / temperature)
+        dz.add_(nll.log_p.exp_(), alpha=1 / temperature)
     dz.scatter_add_(-1, target, torch.full_like(nll.value, -1 / temperature))
 
 
@@ -260,7 +269,9 @@ class _Gradients(NamedTuple):
     def zeros(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> "_Gradients":
         return cls(
             *(
-                torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) if wanted else None
+                torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+                if tensor is not None and wanted
+                else None
                 for tensor, wanted in zip(tensors, needed, strict=True)
             )
         )
@@ -285,4 +296,7 @@ class _Gradients(NamedTuple):
                 weight_chunk += dz_chunk @ policy.hidden[rows]
 
     def cast_as(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [grad if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(self, tensors, strict=True)]
+        return [
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(self, tensors, strict=True)
+        ]

@@ -86,15 +86,17 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_from(arguments, EvaluationOptions)
     _check_outputs(inputs, options)  # Before hours of sampling.
     scorer, *judges = scorers(rewards, inputs.judges)
-    resolved = {
-        name: model_path(value) for name in ("reference", "perplexity_model") if (value := getattr(options, name))
-    }
+    resolved = dataclasses.replace(
+        options,
+        reference=options.reference and model_path(options.reference),
+        perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
+    )
     with progress_bars("evaluate") as notify:
         evaluation = evaluate(
             model_path(arguments.model),
             load_prompt_sets(arguments.model, inputs, options),
             scorer,
-            dataclasses.replace(options, **resolved),
+            resolved,
             judges=judges,
             corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
             notify=notify,

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from quarkrl.errors import UserError, did_you_mean
@@ -111,11 +111,19 @@ def typed_fields(options: type) -> list[tuple[dataclasses.Field, Any]]:
 
 def summary(field: dataclasses.Field) -> str:
     """Return an option's text for `--help`: the first sentence of its help, and its default."""
-    text = re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".")
+    return re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".") + _default_in_words(field)
+
+
+def describe_fully(field: dataclasses.Field) -> str:
+    """Return the whole help of an option, and its default."""
+    return field.metadata.get("help", "") + _default_in_words(field)
+
+
+def _default_in_words(field: dataclasses.Field) -> str:
     default = default_of(field)
-    if default is None or default is False or default in (dataclasses.MISSING, [], ()):
-        return text
-    return f"{text} ({' '.join(map(str, default)) if isinstance(default, list | tuple) else default})"
+    if default is None or default is False or default is dataclasses.MISSING or default in ([], ()):
+        return ""
+    return f" (default {' '.join(map(str, default)) if isinstance(default, list | tuple) else default})"
 
 
 def takes_list(kind: Any) -> bool:
@@ -131,8 +139,9 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
         target.add_argument(f"--{field.name}", action="store_true", **settings)
         return
     of_item = get_args(kind)[0] if takes_list(kind) else kind
-    settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(of_item, "NAME")
-    settings["type"] = _reader(of_item, field.metadata.get("choices"))
+    choices = tuple(field.metadata.get("choices") or (get_args(kind) if get_origin(kind) is Literal else ()))
+    settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(of_item, "|".join(choices) or "VALUE")
+    settings["type"] = _reader(of_item, choices)
     if takes_list(kind):
         settings["nargs"] = "+"
     if kind is bool:
@@ -142,14 +151,12 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
         target.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
 
 
-def _reader(kind: Any, choices: Iterable[str] | None) -> Callable[[str], Any]:
+def _reader(kind: Any, choices: Sequence[str]) -> Callable[[str], Any]:
     """Return a function that reads the text of a flag as a type."""
-    valid = tuple(choices or (get_args(kind) if get_origin(kind) is Literal else ()))
 
     def read(text: str) -> Any:
-        if valid and text not in valid:
-            hint = did_you_mean(text, valid)
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {'one of ' * (len(valid) > 1)}{listed(valid)}.{hint}")
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {listed(choices)}.{did_you_mean(text, choices)}")
         if kind is bool:
             if text.lower() not in (*_TRUE, *_FALSE):
                 raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")

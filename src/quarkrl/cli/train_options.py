@@ -1,82 +1,104 @@
-"""The options of `quarkrl train`, from flags and a YAML file or preset, checked alike."""
+"""The options of `quarkrl train`, from flags and from a YAML file or preset.
 
+The entries of a file become flags that precede the user's own: both are read, checked and reported by one parser, and
+a flag takes precedence over the file. Types therefore come from the options, not from YAML, which reads 1e-5 as text.
+"""
+
+import argparse
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
-from quarkrl.cli.flags import Parser
-from quarkrl.errors import UserError
+from quarkrl.cli.common import REWARD_HELP, REWARD_LABEL_HELP
+from quarkrl.cli.flags import Parser, add_flags, describe_fully, options_from, summary, takes_list, typed_fields
+from quarkrl.errors import UserError, did_you_mean, one_line, shorten
+from quarkrl.options import check_options, option
+from quarkrl.training.options import GROUPS, QuarkOptions
 
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
 
 PRESETS = Path(__file__).parents[1] / "presets"
+USAGE = "quarkrl train --config PRESET|FILE [--OPTION VALUE …]"
+EXAMPLES = """\
+examples:
+  quarkrl train --config tiny-toxicity --output_dir runs/mine --kl_coef 0.2
+  quarkrl train --model gpt2 --prompts prompts.txt --reward toxicity --output_dir runs/mine"""
 
 
 @dataclass
 class RunArguments:
-    """What `quarkrl train` needs beside `QuarkConfig`."""
+    """Options of `quarkrl train` beside those of `QuarkConfig`."""
 
-    model: str | None = field(default=None, metadata={"help": "Model to train: a directory, a hub name, or builtin."})
-    ref_model: str | None = field(default=None, metadata={"help": "Reference p_0; default: the model as it was."})
-    prompts: str | None = field(default=None, metadata={"help": "Prompts to explore: a file, a data set, or builtin."})
-    eval_prompts: str | None = field(default=None, metadata={"help": "Held-out prompts, for evaluation each epoch."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompt."})
-    prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Cut texts to their first so many tokens, and leave out shorter ones."}
+    model: str | None = option(None, "Model to train: a directory, a hub name, or builtin.", group="model")
+    ref_model: str | None = option(
+        None, "Reference model p_0. The default is the model before training.", group="model", metavar="MODEL"
     )
-    prompt_split: str = field(default="train", metadata={"help": "Split of a data set, such as train[:5000]."})
-    eval_prompt_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split of the data set of eval_prompts; default: test where prompts names it too, else train."
-        },
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "float32",
+        "Data type of the weights: float32, bfloat16, float16, or auto.",
+        group="model",
+        metavar="DTYPE",
     )
-    reward: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "profanity, vader, perspective, judge, …, a classifier (directory or hub name), module:function or "
-            "file.py:function; with options as NAME?option=value&option=value (docs/rewards.md)."
-        },
+    attn_implementation: str | None = option(
+        None, "Attention implementation: sdpa, eager (default on a CPU), …", group="model", metavar="NAME"
     )
-    reward_label: str | None = field(
-        default=None, metadata={"help": "Label of a classifier whose probability is the reward, or 'not LABEL'."}
+    lora_rank: int | None = option(None, "Train a LoRA adapter of this rank.", at_least=1, group="model")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model and the reference.", group="model"
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the model: sdpa, eager (the default on a CPU), …"}
+
+    prompts: str | None = option(
+        None, "Prompts to explore: a file, a data set, or builtin.", group="prompts", metavar="SOURCE"
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Type of the weights; auto: as the model was saved."}
+    prompt_column: str = option("prompt", "Column of the prompt.", group="prompts", metavar="NAME")
+    prompt_split: str = option("train", "Split of a data set, such as train[:5000].", group="prompts", metavar="SPLIT")
+    prompt_tokens: int | None = option(
+        None, "Truncate texts to their first N tokens, and skip shorter texts.", at_least=1, group="prompts"
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the Python code that comes with the model and the reference."}
+    eval_prompts: str | None = option(
+        None, "Held-out prompts, evaluated after each iteration.", group="prompts", metavar="SOURCE"
     )
-    lora_rank: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
-    resume: bool = field(
-        default=False,
-        metadata={
-            "help": "Go on with the run in output_dir after whatever ended it; its config.yaml says the rest unless "
-            "--config does."
-        },
+    eval_prompt_split: str | None = option(
+        None,
+        "Split of eval_prompts. The default is test if prompts names the same data set, else train.",
+        group="prompts",
+        metavar="SPLIT",
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many evaluations in a row without a better held-out reward; the best checkpoint "
-            "becomes final/."
-        },
+
+    reward: list[str] | None = option(None, REWARD_HELP, group="reward", metavar="REWARD")
+    reward_label: str | None = option(None, REWARD_LABEL_HELP, group="reward", metavar="LABEL")
+
+    resume: bool = option(
+        False,
+        "Resume the run in output_dir. Its config.yaml gives the options, unless --config is set.",
+        group="saving and evaluating",
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop after N evaluations without a better held-out reward. The best checkpoint becomes final/.",
+        at_least=1,
+        group="saving and evaluating",
     )
 
     def __post_init__(self) -> None:
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise UserError(f"early_stopping_patience {self.early_stopping_patience}: want at least 1")
-        for name in ("lora_rank", "prompt_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: want at least 1")
+        check_options(self)
+
+
+# Options of TrainingArguments that `--help` shows, too: name, placeholder, text. They are read like all the others.
+_COMMON_INHERITED = [
+    ("output_dir", "DIR", "Directory of the run"),
+    ("seed", "N", "Seed of sampling, draws and new weights (42)"),
+    ("bf16", "BOOL", "Compute in bfloat16"),
+    ("eval_strategy", "WHEN", "When to evaluate: epoch (default if eval_prompts is set), steps, or no"),
+    ("load_best_model_at_end", "BOOL", "Make the best checkpoint final/"),
+    ("logging_steps", "N", "Optimizer steps between two logged rows"),
+    ("report_to", "NAME", "Trackers: wandb, tensorboard, …"),
+]
 
 
 class TrainCommand(NamedTuple):
@@ -102,95 +124,150 @@ class TrainCommand(NamedTuple):
 
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
-    """Flags and file of `quarkrl train` as objects, and the options given by either, for `config.yaml`.
+    """Parse flags and file.
 
-    The file's entries become flags put before the user's own, so that both are read, checked and reported alike, and
-    a flag beats the file.
+    Raises:
+        UserError: an option is unknown or invalid, or the file cannot be read.
     """
-    from transformers import HfArgumentParser
-
+    _print_help(argv)
     from quarkrl.training.config import QuarkConfig
 
-    class TrainParser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(message)
-
-    parser = TrainParser(
-        [RunArguments, QuarkConfig],
-        prog="quarkrl train",
-        description="Train a model with Quark. Every field of transformers.TrainingArguments is an option too.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="PRESET|FILE", help=f"a YAML file, or one of {', '.join(preset_names())}")
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    # As parsed: an option that is true by default has a second flag, --no_NAME, whose action has another default.
-    defaults = vars(parser.parse_args([]))
-    pre = Parser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config")
-    pre.add_argument("--output_dir", default="")
-    pre.add_argument("--resume", nargs="?", const=True)
-    first = pre.parse_known_args(argv)[0]
-    config_name = first.config
-    if first.resume and not config_name and (saved := Path(first.output_dir) / "config.yaml").exists():
-        config_name = str(saved)  # A resumed run knows its own options.
-    entries = load_config(config_name, known) if config_name is not None else {}
-    several = [action.dest for action in parser._actions if action.nargs in ("+", "*")]
-    _check_values(str(config_name), entries, several)
-    parser.set_defaults(**{key: None for key, value in entries.items() if value is None})
+    parser = _parser(_hugging_face_flags(QuarkConfig))
+    declared = [field for options in (RunArguments, QuarkConfig) for field in dataclasses.fields(options) if field.init]
+    parser.flag_names = [*(field.name for field in declared), "config"]
+    # As parsed: for some options of TrainingArguments, HfArgumentParser has another default than the dataclass.
+    defaults = vars(parser.parse([]))
+    entries, source = _file_entries(argv, [field.name for field in declared])
+    _check_entries(source, entries, _list_options(QuarkConfig))
+    parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
     flags = [*_as_flags(entries), *argv]
-    found, unknown = parser.parse_known_args(flags)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown option {flag}{_nearest(flag.lstrip('-'), known, '--')}")
-    values = vars(found)
-    values.pop("config")
+    arguments = parser.parse(flags)
+    values = vars(arguments)
     for name in ("hub_token", "push_to_hub_token"):
         if values.get(name):
             raise UserError(
-                f"{name} on the command line or in a file: set HF_TOKEN in the environment, or `hf auth login`"
+                f"{name}: must not be on the command line or in a file. Set HF_TOKEN, or run `hf auth login`."
             )
-    if values["eval_prompts"] and not any(name.split("=")[0] == "--eval_strategy" for name in flags):
-        values["eval_strategy"] = "epoch"  # Held-out prompts are there to be used: after each iteration.
-    _check_guards(values)
-    parts = []
-    for kind in (RunArguments, QuarkConfig):
-        names = {f.name for f in dataclasses.fields(kind) if f.init}
-        try:
-            parts.append(kind(**{name: value for name, value in values.items() if name in names}))
-        except UserError:
-            raise
-        except (ValueError, TypeError, ImportError) as error:
-            raise UserError(str(error)) from error
+    if values["eval_prompts"] and not any(flag.split("=")[0] == "--eval_strategy" for flag in flags):
+        values["eval_strategy"] = "epoch"  # Held-out prompts are evaluated after each iteration by default.
+    _check_selection(values)
+    run = options_from(arguments, RunArguments)
+    try:
+        config = options_from(arguments, QuarkConfig)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(str(error)) from error
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
-        raise UserError(f"eval_strategy {values['eval_strategy']} without eval_prompts: give --eval_prompts")
-    given = {name: value for name, value in values.items() if value != defaults[name]}
-    return TrainCommand(parts[0], parts[1], given)  # type: ignore[arg-type]
+        raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
+    given = {field.name: values[field.name] for field in declared if values[field.name] != defaults[field.name]}
+    return TrainCommand(run, config, given)
 
 
-def _check_guards(values: dict[str, Any]) -> None:
-    """Options that keep the best of a run need evaluations, and checkpoints to choose from."""
-    patience = values["early_stopping_patience"] is not None
-    if patience:
+# The parser
+
+
+def _parser(
+    inherited: argparse.ArgumentParser | None = None,
+    describe: Callable[[dataclasses.Field], str] = summary,
+) -> Parser:
+    """Return the parser of the run's and Quark's own options.
+
+    Args:
+        inherited: a parser of the options of `TrainingArguments` to include.
+        describe: makes the text for `--help` from a field.
+    """
+    parser = Parser(
+        prog="quarkrl train",
+        usage=USAGE,
+        description="Train a model with Quark.",
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        parents=[inherited] if inherited else [],
+    )
+    parser.add_argument(
+        "--help_all", action="store_true", help="list the options of transformers.TrainingArguments, too"
+    )
+    parser.add_argument("--config", metavar="NAME", help=f"YAML file, or preset: {', '.join(preset_names())}")
+    add_flags(parser, RunArguments, QuarkOptions, groups=GROUPS, switches=False, describe=describe)
+    return parser
+
+
+def _print_help(argv: Sequence[str]) -> None:
+    """Print the help and exit if that is wanted: `--help` without importing transformers, `--help_all` with all."""
+    if "--help_all" in argv or "--help-all" in argv:
+        from quarkrl.training.config import QuarkConfig
+
+        _parser(_hugging_face_flags(QuarkConfig), describe=describe_fully).print_help()
+        sys.exit(0)
+    if "--help" in argv or "-h" in argv:
+        parser = _parser()
+        group = parser.add_argument_group("of transformers.TrainingArguments, all of which are options")
+        for name, metavar, text in _COMMON_INHERITED:
+            group.add_argument(f"--{name}", metavar=metavar, help=text)
+        parser.print_help()
+        sys.exit(0)
+
+
+def _hugging_face_flags(config: type) -> argparse.ArgumentParser:
+    """Return a parser of the options that a config inherits from `TrainingArguments` unchanged."""
+    from transformers import HfArgumentParser
+
+    own, hints = {field.name for field in dataclasses.fields(QuarkOptions)}, get_type_hints(config)
+    inherited = [
+        (field.name, hints[field.name], _copy(field))
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in own
+    ]
+    return HfArgumentParser(dataclasses.make_dataclass("Inherited", inherited, kw_only=True), add_help=False)
+
+
+def _copy(field: dataclasses.Field) -> Any:
+    return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
+
+
+def _list_options(config: type) -> set[str]:
+    """Return the names of the options that may take several values."""
+    return {
+        field.name
+        for options in (RunArguments, config)
+        for field, kind in typed_fields(options)
+        if takes_list(kind) or any(map(takes_list, get_args(kind)))
+    }
+
+
+def _check_selection(values: dict[str, Any]) -> None:
+    """Check the options that keep the best checkpoint: they need evaluations, and checkpoints to choose from."""
+    patience = values["early_stopping_patience"]
+    if patience is not None:
         values["load_best_model_at_end"] = True
-        values["restore_callback_states_from_checkpoint"] = True  # A resumed run goes on counting.
-    if values["load_best_model_at_end"]:
-        name = "early_stopping_patience" if patience else "load_best_model_at_end"
-        if not values["eval_prompts"]:
-            raise UserError(f"{name} without eval_prompts: give --eval_prompts, held-out prompts to judge by")
-        if values["save_strategy"] == "no":
-            raise UserError(f"{name} with save_strategy no: there is no checkpoint to keep; give --save_strategy epoch")
+        values["restore_callback_states_from_checkpoint"] = True  # A resumed run continues to count.
+    if not values["load_best_model_at_end"]:
+        return
+    option = "load_best_model_at_end True" if patience is None else f"early_stopping_patience {patience}"
+    if not values["eval_prompts"]:
+        raise UserError(f"{option}: must come with held-out prompts. Set --eval_prompts.")
+    if values["save_strategy"] == "no":
+        raise UserError(f"{option}: must come with checkpoints to choose from. Set --save_strategy epoch.")
+
+
+# The file
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """Return the names of the presets in the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_config(name: str, known: Sequence[str]) -> dict[str, Any]:
-    """A preset's or a file's entries.
+def load_config(name: str, known: Collection[str]) -> dict[str, Any]:
+    """Read a preset or a YAML file.
+
+    Args:
+        name: of a preset, or path of a file.
+        known: names of the valid keys.
 
     Raises:
-        UserError: no such file or preset, no YAML mapping, or a key that is no option.
+        UserError: there is no such preset or file, it is not a YAML mapping, or a key is unknown.
     """
     import yaml
 
@@ -198,35 +275,47 @@ def load_config(name: str, known: Sequence[str]) -> dict[str, Any]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        near = _nearest(name, preset_names())
+        presets = ", ".join(preset_names())
         raise UserError(
-            f"config {name!r}: no such file or preset{near}; presets: {', '.join(preset_names())}"
+            f"config {name!r}: must be a file or one of {presets}.{did_you_mean(name, preset_names())}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"config {str(path)!r}: must be valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(entries, dict):
-        raise UserError(f"{path}: want a mapping of options to values, got {type(entries).__name__}")
+        raise UserError(f"config {str(path)!r}: must map options to values, not be of type {type(entries).__name__}.")
     for key in entries:
         if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise UserError(f"config {str(path)!r}: unknown key {key!r}.{did_you_mean(str(key), known)}")
     return entries
 
 
-def _check_values(name: str, entries: dict[str, Any], several: Sequence[str]) -> None:
-    """See that each value can stand behind a flag: a word or a number, a list of them, or a mapping that is JSON."""
+def _file_entries(argv: Sequence[str], known: Collection[str]) -> tuple[dict[str, Any], str]:
+    """Return the entries of the file that --config names, or of the config.yaml of the run to resume; and its name."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--output_dir", default="")
+    first.add_argument("--resume", nargs="?", const=True)
+    arguments = first.parse_known_args(argv)[0]
+    name, saved = arguments.config, Path(arguments.output_dir) / "config.yaml"
+    if arguments.resume and not name and saved.exists():
+        name = str(saved)
+    return ({}, "") if name is None else (load_config(name, known), name)
+
+
+def _check_entries(source: str, entries: dict[str, Any], lists: Collection[str]) -> None:
+    """Check that each value can follow a flag: a word, a number, a list of them, or a mapping that is JSON."""
     for key, value in entries.items():
         if isinstance(value, list):
-            if key not in several:
-                raise UserError(f"{name}: {key} is a list: want one value")
-            if bad := [item for item in value if isinstance(item, dict | list | None) or str(item).startswith("--")]:
-                raise UserError(
-                    f"{name}: {key} has {type(bad[0]).__name__} {str(bad[0])[:40]!r} in it: want plain values"
-                )
+            if key not in lists:
+                raise UserError(f"{key} in {source}: must be one value, not a list.")
+            for item in value:
+                if isinstance(item, dict | list | None) or str(item).startswith("--"):
+                    raise UserError(f"{key} in {source}: must hold words or numbers, not {shorten(item, 40)}.")
         elif isinstance(value, dict):
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
-                raise UserError(f"{name}: {key} cannot be written as JSON ({error})") from error
+                raise UserError(f"{key} in {source}: must be writable as JSON ({one_line(error)}).") from error
 
 
 def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
@@ -236,11 +325,6 @@ def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, list):
             yield from (f"--{key}", *map(str, value))
         elif key == "fsdp" and value is True:
-            yield "--fsdp"  # TrainingArguments knows the bare flag, and takes a word behind it for an old option.
+            yield "--fsdp"  # TrainingArguments reads the bare flag, and takes a word after it for an old option.
         else:
             yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"
-
-
-def _nearest(word: str, known: Sequence[str], dashes: str = "") -> str:
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {dashes}{match[0]}?" if match else ""

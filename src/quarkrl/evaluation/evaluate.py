@@ -223,7 +223,7 @@ def _sample(
     options: EvaluationOptions,
     on_progress: Callable[[int, int], None],
 ) -> list[list[int]]:
-    """Token ids of S completions of each prompt, those of one prompt side by side."""
+    """Token ids of S completions of each prompt, in the order of the prompts."""
     generator = variant.generator
     plain_ids = [ids for ids in prompts.ids for _ in range(options.samples_per_prompt)]
     finished = 0

@@ -17,7 +17,7 @@ from quarkrl.rewards.scorer import Scorer
 
 @dataclass(frozen=True)
 class Completions:
-    """S completions of each of P prompts, those of one prompt side by side.
+    """S completions of each of P prompts, in the order of the prompts.
 
     Attributes:
         prompts: the P prompts.
@@ -83,7 +83,7 @@ class Panel:
     Attributes:
         scorer: the reward.
         perplexity_model: computes perplexity and MAUVE's features.
-        judges: further scorers by name. They show whether a policy only exploits its reward.
+        judges: further scorers by name, which show whether a policy only exploits its reward.
         threshold: the probability from which a text counts as a member of a class.
         batch_size: completions per batch.
         resamples: number of bootstrap resamples.
@@ -241,9 +241,9 @@ def human_texts(prompts: Prompts, column: str) -> list[str | None]:
 
 def _score_distinct(scorer: Scorer, completions: Completions) -> tuple[np.ndarray, np.ndarray]:
     """Rewards `(n,)` and components `(n, R)`; a repeated completion of the same prompt is scored once."""
-    places: dict[tuple[int, ...], int] = {}  # prompt number and token ids → row among the distinct completions
-    rows = []  # of each completion, its row among the distinct ones
-    first = []  # of each distinct completion, its first index
+    places: dict[tuple[int, ...], int] = {}  # prompt and token ids → row among the distinct completions
+    rows: list[int] = []  # of each completion, its row among the distinct ones
+    first: list[int] = []  # of each distinct completion, its first index
     for i, (number, ids) in enumerate(zip(completions.prompt_numbers, completions.ids, strict=True)):
         key = (number, *ids)
         if key not in places:

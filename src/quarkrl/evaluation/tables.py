@@ -138,7 +138,7 @@ def _digits(name: str) -> int:
 
 
 def _left_out_lines(evaluation: Evaluation) -> list[str]:
-    """A line for each reason that prompts or completions do not count."""
+    """One line per reason that prompts or completions do not count."""
     lines = []
     for name, entry in evaluation.protocol["prompts"].items():
         if entry["left_out"]:

@@ -1,4 +1,4 @@
-"""A trained policy as an ordinary checkpoint, and the identity of a model."""
+"""Write a trained policy as an ordinary checkpoint, and identify a model by its weights."""
 
 import copy
 import hashlib
@@ -19,22 +19,22 @@ def save_steered(
     facts: dict[str, Any],
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint that plain transformers loads and that is steered by default.
+    """Write a checkpoint that plain transformers loads and that asks for the best quantile by default.
 
     Args:
         model: the policy; an adapter is merged into a copy.
-        tokenizer: one that puts the best reward token first (`Conditioning.steered`).
-        conditioning: its reward tokens, which the generation config suppresses.
-        directory: where to.
-        facts: what `quark.json` says beside the conditioning.
-        state_dict: the weights, where they were gathered from several processes.
+        tokenizer: one that puts the best reward token first (`Conditioning.steer_tokenizer`).
+        conditioning: the reward tokens, which the checkpoint's generation config suppresses.
+        directory: where to write; it exists.
+        facts: what `quark.json` holds beside the conditioning.
+        state_dict: the weights, if they were gathered from several processes; by default those of the model.
     """
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
     model.generation_config.suppress_tokens = conditioning.all_token_ids
-    model.config.use_cache = True  # Off while training.
+    model.config.use_cache = True  # Trainer switches it off.
     try:
         model.save_pretrained(directory, state_dict=state_dict)
     finally:
@@ -44,7 +44,7 @@ def save_steered(
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """Which model this is: its name, the hub's commit if it has one, its size, and a digest of its weights."""
+    """Identify a model: its name, its commit on the hub (None for a directory), its size, a digest of its weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())

@@ -1,17 +1,14 @@
 """A run's directory: who holds it, which run it is of, and whether that run can go on here."""
 
-import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-import transformers
 import yaml
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
@@ -20,30 +17,21 @@ from quarkrl.errors import UserError
 from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_checkpoints, step_of
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
-from quarkrl.training.config import QuarkConfig
-
-if TYPE_CHECKING:
-    from quarkrl.rewards.scorer import Scorer
 
 RUN_FILE, LOCK_FILE = "run.json", "run.lock"
 
-# QuarkConfig's own options that may change from one sitting to the next: how much is done at a time, how often it is
-# saved or said, when to give up, and how long the run is. (draws_per_step tells the product of batch sizes.)
-_FREE = {
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "num_iterations"),
-    *("save_strategy", "save_total_limit", "disable_tqdm", "logging_nan_inf_filter", "score_cache"),
-    *("max_unscored_share", "skip_bad_prompts", "metric_for_best_model", "num_train_epochs", "remove_unused_columns"),
-    *("reward_timeout", "on_bad_numbers", "on_collapse"),
-}
-# Those of TrainingArguments that may not.
-_BOUND = (
-    *("seed", "bf16", "fp16", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "load_best_model_at_end", "draws_per_step"),
-)
-# Those that may not even where another run is to branch off from a checkpoint: samples and steps are counted by them.
-_SETTLED = {"num_quantiles", "condition_on", "reward_weights", "steps_per_iteration", "draws_per_step"}
-# Where the best checkpoint becomes the result, so may not what it is chosen by.
-_CHOICE = ("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay")
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What the result of a run depends on.
+
+    Attributes:
+        facts: the content of run.json: options by name under "options", digests, rewards, versions.
+        fixed: names of the options that may not change even if a run branches off from a checkpoint.
+    """
+
+    facts: dict[str, Any]
+    fixed: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -75,54 +63,12 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in ("pool", "final")) or bool(list_checkpoints(directory))
 
 
-def identity(
-    args: QuarkConfig,
-    model: str,
-    reference: str,
-    prompts: Sequence[Sequence[int]],
-    scorer: "Scorer",
-    adapter: Any | None,
-) -> dict[str, Any]:
-    """What makes a run this run: all that its result depends on, as JSON.
-
-    Args:
-        args: the options.
-        model, reference: digests of the weights that both start from.
-        prompts: those to explore, as token ids.
-        scorer: the rewards.
-        adapter: the configuration of an adapter, or None.
-    """
-    names = {*QuarkConfig.__annotations__, *_BOUND} - _FREE
-    names = {name for name in names if args.load_best_model_at_end or not name.startswith("eval_")}
-    if args.load_best_model_at_end:
-        names |= set(_CHOICE)
-    options = {name: getattr(args, name, None) for name in sorted(names)}
-    facts = {
-        "options": options,
-        "num_iterations": args.num_iterations,
-        "model": model,
-        "reference": reference,
-        "prompts": _digest(prompts),
-        "rewards": scorer.identity,
-        "adapter": None if adapter is None else adapter.to_dict(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    return json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
-
-
-def _digest(prompts: Sequence[Sequence[int]]) -> str:
-    digest = hashlib.sha256(np.array([len(ids) for ids in prompts], dtype=np.int64).tobytes())
-    for ids in prompts:
-        digest.update(np.array(ids, dtype=np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
+def opened(directory: Path, identity: RunIdentity, resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
     """Begin a run in a directory, or find what the one in it can go on from.
 
     Args:
         directory: the run's own; held by this process.
-        facts: `identity` of the run that wants to be in it.
+        identity: that of the run that wants to be in it.
         resume: False or None for a new one; True for the last good checkpoint; or a checkpoint's directory, from which
             a run with other options may branch off.
 
@@ -132,7 +78,7 @@ def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) ->
     Raises:
         UserError: the directory holds a run already, or none; or another one, or a damaged one.
     """
-    path = directory / RUN_FILE
+    path, facts = directory / RUN_FILE, identity.facts
     if not resume:
         if holds_run(directory):
             raise UserError(
@@ -149,7 +95,7 @@ def opened(directory: Path, facts: dict[str, Any], resume: bool | str | None) ->
         clean_up(folder)
     was = _read(path)
     changed, others, notes = _compared(was, facts)
-    branches = isinstance(resume, str) and not others and not changed.keys() & _SETTLED
+    branches = isinstance(resume, str) and not others and not changed.keys() & identity.fixed
     if (changed or others) and not branches:
         raise UserError(
             f"{str(directory)!r} holds another run ({'; '.join([*changed.values(), *others])}): resume with what it "

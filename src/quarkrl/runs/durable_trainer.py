@@ -61,7 +61,7 @@ class DurableTrainer(Trainer):
     `save_run_files` for its own files beside the weights.
 
     Args:
-        identity: everything that the run's result depends on, as JSON (`runs.directory`).
+        identity: everything that the result of the run depends on.
         steps_per_epoch: optimizer steps in an epoch.
         kwargs: the arguments of `Trainer`.
 
@@ -70,7 +70,7 @@ class DurableTrainer(Trainer):
         stopping: whether all processes have agreed to stop.
     """
 
-    def __init__(self, *, identity: dict[str, Any], steps_per_epoch: int, **kwargs: Any):
+    def __init__(self, *, identity: directory.RunIdentity, steps_per_epoch: int, **kwargs: Any):
         self.identity, self.steps_per_epoch = identity, steps_per_epoch
         self.interrupts = Interrupts()
         self.stopping = False

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quarkrl.models.batching import left_pad
+
 # A model, or a function whose context provides one, such as a policy with its adapter disabled.
 ModelSource: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
 
@@ -82,14 +84,6 @@ class CachedDecoder:
             )
         self._cache = output[cache]
         return output.logits[:, -1]
-
-
-def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `(batch, length)` ids and mask; the padding id is 0, because only the mask marks padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def _forward_parameters(model: PreTrainedModel) -> Sequence[str]:

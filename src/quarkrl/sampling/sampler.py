@@ -1,7 +1,6 @@
 """Sampling of completions as token ids. Reward tokens are never sampled: they are conditions, not outputs."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.head_access import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, GuidedDecoder, make_contrast
@@ -171,15 +171,3 @@ def complete(
             completions[row] = ids
         on_batch(len(rows))
     return completions
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into eval mode; at the end each module returns to its previous mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training

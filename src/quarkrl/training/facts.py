@@ -37,7 +37,7 @@ def run_facts(
         "reference": reference,
         "rewards": rewards,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
-        "config": {name: getattr(config, name) for name in (*config.__annotations__, "seed", "bf16", "fp16")},
+        "config": config.recorded_options(),
     }
     if best_checkpoint:
         best = read_quark_json(best_checkpoint) or {}

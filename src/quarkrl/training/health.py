@@ -19,11 +19,10 @@ from transformers import TrainerCallback
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.training.metrics_log import LossMeans
+from quarkrl.training.options import MAX_SKIPPED_STEPS
 
 logger = logging.getLogger(__name__)
 
-# Consecutive steps that may be skipped. A loss scaler of fp16 skips a few steps at the start until it finds its scale.
-MOST_SKIPPED_IN_A_ROW = 20
 # Nats per token. Below it the next token has a probability above 0.999. Human text has about 3, a well-trained policy
 # about 1.
 LEAST_ENTROPY = 0.01
@@ -180,7 +179,7 @@ class Health:
             step: its number, from 1.
 
         Raises:
-            UserError: more than `MOST_SKIPPED_IN_A_ROW` consecutive steps were skipped.
+            UserError: more than `MAX_SKIPPED_STEPS` consecutive steps were skipped.
         """
         problem, self._problem = self._problem, ""
         if self.accelerator.optimizer_step_was_skipped and not problem:
@@ -189,9 +188,9 @@ class Health:
         if not problem:
             return
         self.skipped += 1
-        if self._skipped_in_a_row > MOST_SKIPPED_IN_A_ROW:
+        if self._skipped_in_a_row > MAX_SKIPPED_STEPS:
             raise UserError(
-                f"{problem}, and the {MOST_SKIPPED_IN_A_ROW} steps before it were skipped, too. Resume from an earlier "
+                f"{problem}, and the {MAX_SKIPPED_STEPS} steps before it were skipped, too. Resume from an earlier "
                 "checkpoint with a lower --learning_rate."
             )
         self.log({"skipped_steps": self.skipped})

@@ -41,16 +41,16 @@ from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
+from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.runs.directory import identity
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import eval_mode, sample, sample_best
+from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
@@ -64,6 +64,7 @@ from quarkrl.training.exploration import (
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
+from quarkrl.training.identity import run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
@@ -155,12 +156,12 @@ class QuarkTrainer(DurableTrainer):
         args.train_sampling_strategy = "sequential"
 
         super().__init__(
-            identity=identity(
+            identity=run_identity(
                 args,
                 models.policy_digest,
                 self.reference_identity["sha256"],
                 self.prompts.ids,
-                self.scorer,
+                self.scorer.identity,
                 peft_config,
             ),
             steps_per_epoch=args.steps_per_iteration,

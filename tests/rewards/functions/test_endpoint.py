@@ -162,9 +162,9 @@ def test_an_error_after_the_time_budget_names_the_endpoint_and_the_last_answer(u
 
 
 def test_waiting_for_the_rate_limit_does_not_use_up_the_time_budget(usual_waits):
-    """Eight texts, one every 200 s, take 1400 s, longer than `give_up_after`."""
+    """Eight texts wait together, the last for 1400 s, which is longer than `give_up_after`."""
     service = Service({7: [503]})
-    endpoint = service.endpoint(queries_per_second=1 / 200, give_up_after=600)
+    endpoint = service.endpoint(queries_per_second=1 / 200, concurrency=8, give_up_after=600)
     assert asyncio.run(endpoint.score(range(8))) == [*range(8)]
     assert service.times(7) == pytest.approx([1400, 1600])
 

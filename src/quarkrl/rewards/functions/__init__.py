@@ -1,4 +1,4 @@
-"""The rewards that come with quarkrl, one file each."""
+"""The built-in rewards, one file each. `endpoint`, `response` and `rate_limiter` are shared by those over HTTP."""
 
 import lazy_loader
 

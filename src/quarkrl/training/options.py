@@ -1,0 +1,236 @@
+"""Quark's own options, each declared once. Light: `quarkrl train --help` reads this without importing torch.
+
+`QuarkConfig` (config.py) adds those of `transformers.TrainingArguments`; `INHERITED` says which of them are checked and
+recorded in the identity of a run.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quarkrl.options import option
+
+# Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
+MAX_SKIPPED_STEPS = 20
+GROUPS = ("model", "prompts", "reward", "exploring", "learning", "saving and evaluating")
+
+
+@dataclass
+class QuarkOptions:
+    """Options of Quark, and options of `TrainingArguments` with another default. Defaults: the paper's for toxicity."""
+
+    ref_dtype: Literal["same", "float32", "bfloat16", "float16"] = option(
+        "same",
+        "Data type of the reference's weights. Only for a reference that is a separate model.",
+        group="model",
+        metavar="DTYPE",
+    )
+    skip_bad_prompts: bool = option(
+        False, "Skip and count invalid prompts. Otherwise the first one is an error.", group="prompts", resume="free"
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = option(
+        None, "Weight of each reward in the sum. The default is 1 each.", resume="fixed", group="reward"
+    )
+    condition_on: Literal["sum", "each"] = option(
+        "sum", "Reward tokens for the weighted sum, or for each reward.", resume="fixed", group="reward"
+    )
+    reward_ceiling: float | None = option(
+        None,
+        "Rewards above the ceiling count as equal to it. They then share the best quantile (docs/algorithm.md).",
+        group="reward",
+    )
+    score_cache: str | None = option(
+        None,
+        "File of cached scores. A text is scored once, in whichever run or command it occurs.",
+        metavar="FILE",
+        resume="free",
+        group="reward",
+    )
+    reward_timeout: float | None = option(
+        3600.0,
+        "Time limit in seconds for the rewards of a batch. A slower reward stops the run; null in YAML is no limit.",
+        above=0,
+        infinite=True,
+        resume="free",
+        group="reward",
+    )
+    max_unscored_share: float = option(
+        0.5,
+        "Stop if a larger share of rewards is None or non-finite.",
+        at_least=0,
+        at_most=1,
+        resume="free",
+        group="reward",
+    )
+
+    # Exploring
+    num_iterations: int = option(
+        47, "Iterations: explore, quantize, learn.", at_least=1, resume="free", group="exploring"
+    )
+    prompts_per_iteration: int | None = option(
+        None, "Prompts explored per iteration, in turn. The default is all of them.", at_least=1, group="exploring"
+    )
+    samples_per_prompt: int = option(1, "Completions sampled per explored prompt.", at_least=1, group="exploring")
+    max_completion_length: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="exploring")
+    min_completion_length: int = option(
+        3,
+        "Tokens before EOS may occur. If it equals max_completion_length, EOS never occurs.",
+        at_least=0,
+        group="exploring",
+    )
+    do_sample: bool = option(True, "Explore by sampling. --no_do_sample explores greedily.", group="exploring")
+    temperature: list[float] = option(
+        default_factory=lambda: [1.0],
+        help="Sampling temperature of exploration. Several temperatures take turns, one per iteration: 1 and 0.2 "
+        "explore both what the policy samples and what it decodes almost greedily.",
+        above=0,
+        group="exploring",
+    )
+    top_p: float = option(
+        1.0, "Nucleus sampling of exploration; 1 keeps all tokens.", above=0, at_most=1, group="exploring"
+    )
+    explore_guidance_scale: list[float] = option(
+        default_factory=lambda: [1.0],
+        help="Guidance γ of exploration; 1 is off. Several scales are for one iteration each, the last for all that "
+        "follow. Iteration 0 samples the reference without guidance (docs/guide.md).",
+        at_least=0,
+        group="exploring",
+    )
+    guidance_from: str = option(
+        "worst",
+        "Guidance steers away from worst, a quantile's number, or reference.",
+        metavar="FROM",
+        group="exploring",
+    )
+    generation_batch_size: int | None = option(
+        None,
+        "Completions sampled at a time. The default is 128, or 512 on a GPU, or fewer if memory is short.",
+        at_least=1,
+        resume="free",
+        group="exploring",
+    )
+
+    # Learning: the pool
+    num_quantiles: int = option(
+        5, "Quantiles K, and reward tokens, per attribute.", at_least=2, resume="fixed", group="learning"
+    )
+    draw: Literal["uniform", "balanced"] = option(
+        "uniform", "Draw uniformly over samples, or over quantiles first (balanced).", group="learning"
+    )
+
+    # Learning: the objective
+    kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
+    kl_direction: Literal["policy_ref", "ref_policy"] = option(
+        "policy_ref",
+        "Direction of the KL term: policy_ref (official code) or ref_policy (paper).",
+        group="learning",
+        metavar="NAME",
+    )
+    kl_target: float | None = option(
+        None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning"
+    )
+    entropy_coef: float = option(0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning")
+    entropy_target: float | None = option(
+        None, "Adapt α to this entropy per completion, in nats (official code: 40).", above=0, group="learning"
+    )
+    coef_horizon: int = option(2500, "Samples over which β and α adapt.", at_least=1, group="learning")
+    nll_temperature: float = option(
+        1.0,
+        "Divides the logits in the NLL term. The temperature of exploration, if it is below 1, learns the sampled "
+        "distribution and keeps the policy from sharpening. KL and entropy stay at 1.",
+        above=0,
+        group="learning",
+    )
+
+    # Learning: the optimizer
+    steps_per_iteration: int = option(
+        500, "Optimizer steps per iteration.", at_least=1, resume="fixed", group="learning"
+    )
+    per_device_train_batch_size: int = option(
+        128, "Samples per device and micro-batch.", at_least=1, resume="free", group="learning"
+    )
+    learning_rate: float = option(1e-5, "Peak learning rate, which decays linearly to 0.", at_least=0, group="learning")
+    warmup_steps: float = option(
+        0.02, "Warm-up steps; below 1, a share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
+    )
+    adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning")
+    max_grad_norm: float = option(0.0, "Clip gradients at this norm; 0 does not clip.", at_least=0, group="learning")
+    on_bad_numbers: Literal["stop", "skip"] = option(
+        "stop",
+        "Stop at a non-finite loss or gradient, or skip the step. At most "
+        f"{MAX_SKIPPED_STEPS} steps in a row are skipped; they are counted in metrics.jsonl.",
+        resume="free",
+        group="learning",
+    )
+    on_collapse: Literal["stop", "warn"] = option(
+        "stop",
+        "Stop or warn if there is nothing left to learn from. That is: all completions are empty or equal, all rewards "
+        "of the pool are equal, or the policy has no entropy.",
+        resume="free",
+        group="learning",
+    )
+
+    # Saving and evaluating
+    save_strategy: str = option(
+        "epoch",
+        "When to save: epoch (an iteration), steps, best, or no.",
+        resume="free",
+        metavar="WHEN",
+        group="saving and evaluating",
+    )
+    save_total_limit: int | None = option(2, "Checkpoints to keep.", resume="free", group="saving and evaluating")
+    metric_for_best_model: str | None = option(
+        None,
+        "Held-out metric of load_best_model_at_end. The default is reward.",
+        metavar="NAME",
+        resume="selection",
+        group="saving and evaluating",
+    )
+    per_device_eval_batch_size: int = option(
+        128, "Completions sampled at a time in evaluation.", at_least=1, resume="free", group="saving and evaluating"
+    )
+    eval_samples_per_prompt: int = option(
+        1, "Completions per held-out prompt.", at_least=1, resume="selection", group="saving and evaluating"
+    )
+    eval_do_sample: bool = option(
+        True,
+        "Evaluate by sampling. --no_eval_do_sample evaluates greedily.",
+        resume="selection",
+        group="saving and evaluating",
+    )
+    eval_temperature: float = option(
+        1.0, "Sampling temperature of evaluation.", above=0, resume="selection", group="saving and evaluating"
+    )
+    eval_top_p: float = option(
+        0.9,
+        "Nucleus sampling of evaluation; 1 keeps all tokens.",
+        above=0,
+        at_most=1,
+        resume="selection",
+        group="saving and evaluating",
+    )
+    eval_guidance_scale: float = option(
+        1.0, "Guidance γ of evaluation; 1 is off.", at_least=0, resume="selection", group="saving and evaluating"
+    )
+    logging_nan_inf_filter: bool = option(
+        False, "Leave non-finite losses out of the logged mean.", resume="free", group="saving and evaluating"
+    )
+    disable_tqdm: bool | None = option(False, "Show no progress.", resume="free", group="saving and evaluating")
+
+
+# Limits and resume rules of fields of `TrainingArguments` that QuarkOptions does not declare anew, and of the property
+# `draws_per_step`. Fields that are not listed are "free".
+INHERITED = {
+    "seed": option(at_least=0, at_most=2**32 - 1),  # the range of NumPy's generator
+    "gradient_accumulation_steps": option(at_least=1, resume="free"),  # draws_per_step covers it
+    "draws_per_step": option(resume="fixed"),
+    **{
+        name: option(resume="branch")
+        for name in (
+            *("bf16", "fp16", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2"),
+            *("optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "load_best_model_at_end"),
+        )
+    },
+    **{name: option(resume="selection") for name in ("greater_is_better", "eval_strategy", "eval_steps", "eval_delay")},
+}
