@@ -22,7 +22,7 @@ from quarkrl.training.config import QuarkConfig
 
 logger = logging.getLogger(__name__)
 
-SAFETY_FACTOR = 1.4
+SAFETY_FACTOR = 1.4  # With it, 14 runs on a CPU were estimated from 20 % below their peaks to 19 % above. No GPU yet.
 REFUSAL_FACTOR = 1.25  # A run is refused if its estimate exceeds the free memory by this factor, and else warned of.
 # The largest sampling batch that is chosen automatically (more is hardly faster), and its share of the memory.
 LARGEST_BATCH_CPU, LARGEST_BATCH_ACCELERATOR, SAMPLING_SHARE = 128, 512, 0.5
