@@ -23,7 +23,7 @@ from quarkrl.rewards.functions.judge import read_rating
 from quarkrl.rewards.functions.response import retry_after_seconds
 from quarkrl.rewards.spec import split_spec
 from quarkrl.rewards.validation import attribute_names, checked_scores
-from quarkrl.runs.checkpoints import load_state, save_state
+from quarkrl.runs.states import load_state, save_state
 from quarkrl.storage.json import nan_to_null
 
 FIXTURES = HealthCheck.function_scoped_fixture  # A folder that each example overwrites.
