@@ -1,11 +1,13 @@
-# Everything works from nothing but Python >= 3.10, pip and make; .venv is made on first use.
+# Needs nothing but Python >= 3.10, pip and make. The first target that needs .venv creates it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is installed is what the constraints file pins; the stamp notices when either file changes.
+# The stamp is older than these two files if the installation is out of date.
 STAMP := $(VENV)/.installed
+# The fast tests use one process per core, up to four.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install demo test test-all check prose format benchmarks benchmarks-quick audit clean
+.PHONY: install demo test test-slow test-all test-floor mutations check prose format benchmarks benchmarks-quick audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,26 +19,39 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-install: $(STAMP)  ## make .venv with everything in it
+install: $(STAMP)  ## create .venv with all dependencies
 
 demo: install  ## unlearn toxicity on the built-in model: minutes on a laptop
 	$(BIN)/quarkrl demo
 
 test: install  ## the fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-test-all: test  ## every test, the slow ones too, two at a time
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadgroup
+test-slow: install  ## the slow tests
+	$(PYTEST) -m "slow and not gpu"
 
-check: install prose  ## what CI runs besides the tests: lint, format, types, prose
+test-all: test test-slow  ## every test
+
+mutations: install  ## break ten central lines, one at a time; a test must notice each
+	$(BIN)/python -m tools.mutations
+
+test-floor:  ## the trainer, resume and command-line tests with the oldest supported versions
+	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[floor]'
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup \
+		tests/contract tests/training/test_trainer.py tests/runs tests/cli/test_main.py
+
+check: install prose  ## what CI runs besides the tests: lint, format, types, import contracts, prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 prose: install  ## the style of README and docs: sentence length and glossary (styles/quarkrl)
 	$(BIN)/python tools/prose.py README.md AGENTS.md CHANGELOG.md docs
 
-format: install  ## put the code in order
+format: install  ## fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

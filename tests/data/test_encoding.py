@@ -1,14 +1,20 @@
-"""Prompts as token ids: as their tokenizer writes them, chats through its template, lengths checked."""
+"""From text to token ids: as the tokenizer does it, chats by the chat template, lengths checked."""
 
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from helpers.prompting import CHAT, byte_tokenizer, fails, write
 from transformers import ByT5Tokenizer
 
+from quarkrl.data.encoding import (
+    RefusedChat,
+    decode_completions,
+    encode_plain_texts,
+    encode_prompts,
+    try_encode_prompts,
+)
 from quarkrl.data.prompts import Prompts, load_prompts
 
 TEMPLATE = (
@@ -111,10 +117,47 @@ def test_messages_that_the_template_refuses():
     assert encoded.skipped == {"refused by the chat template": 2}
 
 
-def test_many_prompts_take_seconds(tmp_path):
+def test_many_texts_are_encoded_in_few_calls_of_the_tokenizer(tmp_path, monkeypatch):
     row = {"prompt": {"text": "He said that the answer was", "toxicity": 0.1}, "id": "x"}
-    lines = json.dumps(row) + "\n"
-    path = write(tmp_path / "p.jsonl", lines * 20_000)
-    start = time.monotonic()
-    encoded = load_prompts(path).encode(byte_tokenizer(), max_length=64)
-    assert len(encoded.ids) == 20_000 and time.monotonic() - start < 10
+    path = write(tmp_path / "p.jsonl", (json.dumps(row) + "\n") * 20_000)
+    tokenizer, sizes = byte_tokenizer(), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, texts, **how: sizes.append(len(texts)) or call(self, texts, **how)
+    )
+    assert len(load_prompts(path).encode(tokenizer, max_length=64).ids) == 20_000
+    assert sizes == [4096] * 4 + [20_000 - 4 * 4096]
+
+
+# encode_prompts, which Prompts.encode, QuarkGenerator and perplexity share
+
+
+def test_texts_and_chats_are_encoded_in_their_order():
+    tokenizer = byte_tokenizer("<s> $A </s>", TEMPLATE)
+    ids = encode_prompts(tokenizer, ["ab", CHAT[1:], "c"])
+    assert [tokenizer.decode(row) for row in ids] == ["<s>ab", "<s>user:hello</s>bot:", "<s>c"]
+    assert ids == Prompts(["ab", CHAT[1:], "c"], {}, ["1", "2", "3"]).encode(tokenizer, max_length=99).ids
+
+
+@pytest.mark.parametrize(("special", "kept"), [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
+def test_an_empty_text_is_bos_or_nothing(special, kept):
+    tokenizer = byte_tokenizer(special)
+    assert encode_prompts(tokenizer, [""], allow_empty=True) == [kept]
+    assert encode_prompts(tokenizer, [""]) == [[]]
+
+
+def test_a_refused_chat_is_reported_with_the_reason():
+    tokenizer = byte_tokenizer(None, TEMPLATE)
+    villain = [{"role": "villain", "content": "x"}]
+    assert try_encode_prompts(tokenizer, [villain, "a"]) == [
+        RefusedChat("no villains"),
+        encode_prompts(tokenizer, ["a"])[0],
+    ]
+    fails(lambda: encode_prompts(tokenizer, ["a", villain]), "villain", "no villains")
+
+
+def test_plain_texts_have_no_special_tokens_and_completions_lose_theirs():
+    tokenizer = byte_tokenizer("<s> $A </s>")
+    (ids,) = encode_plain_texts(tokenizer, ["a  b ."])
+    assert 0 not in ids and 1 not in ids
+    assert decode_completions(tokenizer, [[*ids, 1], [1]]) == ["a  b .", ""]

@@ -1,11 +1,10 @@
-"""Prompts: every source, every bad row told in one line with its place, and the token ids."""
+"""Prompts: every source is read, and each bad row is reported in one line with its location."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-import time
 from pathlib import Path
 
 import datasets
@@ -144,7 +143,7 @@ def test_nested_prompts_give_columns(tmp_path):
     assert (again.prompts, again.columns) == (["a"], {"q_n": [1]})
 
 
-def test_columns_of_left_out_rows_are_left_out():
+def test_columns_of_skipped_rows_are_removed():
     prompts = load_prompts([{"prompt": "", "x": 1}, {"prompt": "b", "y": 2}, {"prompt": "c"}], skip_bad=True)
     assert prompts.columns == {"y": [2, None]} and prompts.skipped == {"empty prompt": 1}
 
@@ -341,7 +340,7 @@ def test_the_first_bad_row_is_told_and_all_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [["", " "], [None], [{"prompt": ""}, {"prompt": None}]])
-def test_nothing_left(rows):
+def test_no_row_left(rows):
     fails(lambda: load_prompts(rows, skip_bad=True), "the list", "no prompt is left (rows skipped: ")
 
 
@@ -425,9 +424,8 @@ def test_a_hub_name_that_cannot_be_had_fails_at_once(monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read at import, hence the two below as well
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    start = time.monotonic()
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is used"))
     fails(lambda: load_prompts(name), repr(name)[:50], "no such file, and the hub has no split 'train'")
-    assert time.monotonic() - start < 5
 
 
 # Properties

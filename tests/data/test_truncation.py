@@ -1,4 +1,4 @@
-"""Prompts cut from texts."""
+"""Prompts truncated from texts."""
 
 import json
 
@@ -19,13 +19,13 @@ def tokenizer():
     return load_tokenizer(model_path())
 
 
-def test_a_cut_prompt_is_a_text_s_beginning_of_so_many_tokens(tokenizer):
+def test_a_prompt_is_the_first_tokens_of_a_text(tokenizer):
     found = truncate_to_prompts(load_prompts(TEXTS), tokenizer, 4)
     assert [len(tokenizer(prompt)["input_ids"]) for prompt in found.prompts] == [4, 4]
     assert all(text.startswith(prompt) for text, prompt in zip([TEXTS[0], TEXTS[2]], found.prompts, strict=True))
 
 
-def test_short_texts_are_left_out_and_counted_with_their_columns(tokenizer):
+def test_short_texts_are_skipped_and_counted_with_their_columns(tokenizer):
     rows = [{"prompt": text, "number": i} for i, text in enumerate(TEXTS)]
     found = truncate_to_prompts(load_prompts(rows), tokenizer, 4)
     assert found.columns["number"] == [0, 2]
@@ -33,7 +33,7 @@ def test_short_texts_are_left_out_and_counted_with_their_columns(tokenizer):
     assert found.skipped == {"short": 1}
 
 
-def test_no_character_is_cut_in_two(tokenizer):
+def test_no_character_is_split(tokenizer):
     text = "naïve 🙂🙂🙂🙂"
     for tokens in range(1, len(tokenizer(text)["input_ids"]) + 1):
         try:
@@ -50,7 +50,7 @@ def test_texts_that_are_all_too_short_and_chats_are_errors(tokenizer):
         truncate_to_prompts(load_prompts([{"messages": [{"role": "user", "content": "hi"}]}]), tokenizer, 1)
 
 
-def test_evaluate_cuts_a_column_of_texts(tmp_path, capsys):
+def test_evaluate_truncates_a_column_of_texts(tmp_path, capsys):
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     options = ["--prompt_column", "text", "--prompt_tokens", "4", "--samples", "2", "--resamples", "10"]

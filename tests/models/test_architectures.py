@@ -1,4 +1,4 @@
-"""One short real run for each kind of model: learning, sampling and the saved result, with every kind of tokenizer."""
+"""One short run per architecture, with every kind of tokenizer: what is learned, sampled and saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quarkrl.algorithm.pool import DataPool
 
 PROMPTS = ["a b", "c", "d e f g h", "b a c", "e e e e", "f"]
 
-# Architecture, output embedding tied, BOS in front, PAD: each of the latter with and without, over all of them.
+# Architecture, tied output embedding, BOS, kind of PAD. All values of the last three occur.
 CASES = [
     ("gpt2", True, False, "eos"),
     ("gpt2", False, False, None),
@@ -67,7 +67,7 @@ def run(model, tokenizer, directory) -> QuarkTrainer:
     CASES,
     ids=[f"{a}-{'tied' if t else 'untied'}-{'bos' if b else 'no_bos'}-pad_{p}" for a, t, b, p in CASES],
 )
-def test_a_run_moves_every_reward_token_and_samples_none(tmp_path, architecture, tied, bos, pad):
+def test_a_run_trains_the_row_of_each_reward_token_and_samples_none(tmp_path, architecture, tied, bos, pad):
     tokenizer = tokenizer_of(bos, pad)
     model = tiny_model(architecture, tokenizer, tied=tied)
     trainer = run(model, tokenizer, tmp_path)
@@ -100,8 +100,8 @@ def test_a_run_moves_every_reward_token_and_samples_none(tmp_path, architecture,
         torch.testing.assert_close(plain(out).logits, trainer.model.eval()(out).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path):
-    """Qwen and others have more rows than tokens; the reward tokens take from them, and none of the rest is sampled."""
+def test_rows_that_pad_the_embedding_become_reward_tokens_or_are_never_sampled(tmp_path):
+    """Qwen and others have more embedding rows than tokens."""
     tokenizer = tokenizer_of(False, "own")
     model = tiny_model("qwen3", tokenizer, rows=len(tokenizer) + 8)
     trainer = run(model, tokenizer, tmp_path)

@@ -19,7 +19,7 @@ EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
-# The tokens
+# Tokens
 
 
 def test_one_token_per_quantile_is_added():
@@ -41,27 +41,27 @@ def test_one_token_per_quantile_and_attribute_is_added():
     assert len(extended) == 261
 
 
-def test_the_given_tokenizer_is_left_alone():
+def test_the_given_tokenizer_is_not_changed():
     tokenizer = tiny_tokenizer(bos=True, chat_template=True)
     before = tokenizer.backend_tokenizer.to_str()
     conditioning, extended, _ = add_reward_tokens(tokenizer)
     conditioning.steer_tokenizer(extended)
     assert tokenizer.backend_tokenizer.to_str() == before and tokenizer.chat_template == CHAT_TEMPLATE
-    assert extended("ab")["input_ids"] == tokenizer("ab")["input_ids"]  # added, not yet put anywhere
+    assert extended("ab")["input_ids"] == tokenizer("ab")["input_ids"]  # Known, but not put first.
 
 
-def test_a_reward_token_in_a_text_is_one_token_and_is_no_part_of_what_people_read():
+def test_a_reward_token_in_a_text_is_one_token_and_is_left_out_of_decoded_text():
     conditioning, extended, _ = add_reward_tokens()
     ids = extended("a<|reward_1|>b")["input_ids"]
     assert ids == [64, conditioning.token_ids[0][1], 65]
     assert extended.decode(ids, skip_special_tokens=True) == "ab"
 
 
-def test_a_model_that_has_reward_tokens_is_refused_before_anything_changes():
+def test_a_model_that_has_reward_tokens_is_refused_and_not_changed():
     _, extended, model = add_reward_tokens()
     with pytest.raises(UserError, match=r"already has the reward token <\|reward_0\|>"):
         Conditioning.add_to(extended, model, 3)
-    with pytest.raises(UserError, match=r"reward_2"):  # even if only some are there
+    with pytest.raises(UserError, match=r"reward_2"):  # One is enough.
         Conditioning.add_to(_with_token(tiny_tokenizer(), "<|reward_2|>"), model, 5)
     assert model.get_input_embeddings().weight.shape[0] == 260
 
@@ -80,7 +80,7 @@ def test_a_quantile_by_name_or_number(quantile, expected):
 
 
 @pytest.mark.parametrize("quantile", [5, -1, "5", "-1", "Best", "", "1.0", 1.0, None, True, "²"], ids=repr)
-def test_any_other_quantile_is_refused_with_what_there_is(quantile):
+def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
     conditioning = Conditioning(("a",), (tuple(range(5)),), None, 0)
     with pytest.raises(UserError, match=r"must be best, worst, or a number from 0 \(worst\) to 4") as caught:
         conditioning.quantiles_of(quantile)
@@ -100,29 +100,29 @@ WITHOUT_BOS = Conditioning(("kind",), ((90, 91, 92),), bos_id=None, vocab_size=9
         (WITHOUT_BOS, [5, 6], (0,), [90, 5, 6]),
         (WITHOUT_BOS, [], (1,), [91]),
         (WITH_BOS, [1, 5, 6], (2, 0), [1, 92, 93, 5, 6]),
-        (WITH_BOS, [5, 1, 6], (2, 0), [92, 93, 5, 1, 6]),  # BOS elsewhere is a word like any other
+        (WITH_BOS, [5, 1, 6], (2, 0), [92, 93, 5, 1, 6]),  # BOS elsewhere is an ordinary token.
         (WITH_BOS, [1], (0, 1), [1, 90, 94]),
         (WITH_BOS, [1, 1, 5], (0, 1), [1, 90, 94, 1, 5]),
         (WITH_BOS, [], (0, 1), [90, 94]),
     ],
 )
-def test_the_prefix_stands_first_or_after_bos(conditioning, prompt, quantiles, expected):
+def test_the_reward_tokens_come_first_or_after_bos(conditioning, prompt, quantiles, expected):
     assert conditioning.prefix(prompt, quantiles) == expected
 
 
 @settings(max_examples=50, deadline=None)
 @given(prompt=st.lists(st.integers(0, 89)), quantiles=st.tuples(st.integers(0, 2), st.integers(0, 2)))
-def test_strip_takes_away_what_prefix_put_there(prompt, quantiles):
+def test_strip_is_the_inverse_of_prefix(prompt, quantiles):
     assert WITH_BOS.strip(WITH_BOS.prefix(prompt, quantiles)) == prompt
     assert WITHOUT_BOS.strip(WITHOUT_BOS.prefix(prompt, quantiles[:1])) == prompt
 
 
-# Rows
+# Embedding rows
 
 
 @EVERY_MODEL
 @TIED
-def test_old_rows_stay_new_rows_come_and_tied_stays_tied(architecture, tied):
+def test_old_rows_are_kept_new_rows_differ_and_tied_stays_tied(architecture, tied):
     tokenizer = tiny_tokenizer()
     plain = tiny_model(architecture, tokenizer, tied=tied)
     conditioning, _, model = add_reward_tokens(tokenizer, 5, architecture=architecture, tied=tied)
@@ -130,14 +130,14 @@ def test_old_rows_stay_new_rows_come_and_tied_stays_tied(architecture, tied):
     assert (inputs is outputs) == tied == model.config.tie_word_embeddings
     for weight, old in ((inputs, plain.get_input_embeddings().weight), (outputs, plain.get_output_embeddings().weight)):
         assert weight.shape == (262, 16) and torch.equal(weight[:257], old)
-        assert weight[257:].unique(dim=0).shape[0] == 5  # five different rows
+        assert weight[257:].unique(dim=0).shape[0] == 5  # All different.
     assert (inputs[257:] == outputs[257:]).all() == tied
     ids = torch.tensor([[3, 4, 5]])
     torch.testing.assert_close(model(ids).logits[..., :257], plain(ids).logits)
     assert conditioning.vocab_size == 257
 
 
-def test_a_model_with_new_rows_is_saved_and_loaded_as_it_is(tmp_path):
+def test_a_model_with_new_rows_is_loaded_as_it_was_saved(tmp_path):
     _, _, model = add_reward_tokens()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
@@ -150,7 +150,7 @@ def test_an_adapter_trains_the_rows_of_the_reward_tokens_and_no_other(tied):
     conditioning, _, model = add_reward_tokens(architecture="llama", tied=tied)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     adapted = conditioning.add_adapter(model, config)
-    assert config.trainable_token_indices is None  # the user's own stays as it was
+    assert config.trainable_token_indices is None  # The user's config is not changed.
     before = adapted.get_input_embeddings()(torch.arange(260)).detach().clone()
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)
     adapted(input_ids=torch.tensor([[258, 64, 65]]), labels=torch.tensor([[258, 64, 65]])).loss.backward()
@@ -160,7 +160,7 @@ def test_an_adapter_trains_the_rows_of_the_reward_tokens_and_no_other(tied):
 
 
 def spread(weight: torch.Tensor, rows: int) -> None:
-    """Give each dimension of the old rows a mean and a deviation of its own."""
+    """Give each dimension of the old rows its own mean and standard deviation."""
     width = weight[:rows].shape[1:].numel()
     mean, std = torch.linspace(-5, 5, width), torch.linspace(0.1, 3, width)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def spread(weight: torch.Tensor, rows: int) -> None:
 
 
 def assert_standard_normal(z: torch.Tensor) -> None:
-    """Bounds are some four standard errors wide."""
+    """Check mean, deviation and two quantiles; the bounds are about four standard errors."""
     n = z.numel()
     assert abs(z.mean()) < 4 / n**0.5
     assert abs(z.std() - 1) < 4 / (2 * n) ** 0.5
@@ -185,15 +185,15 @@ def test_new_rows_are_drawn_from_the_mean_and_deviation_of_each_dimension():
     Conditioning.add_to(tokenizer, model, 20)
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     z = [(w[257:] - w[:257].mean(0)) / w[:257].std(0) for w in (inputs.weight, outputs.weight, outputs.bias)]
-    assert [each.shape for each in z] == [(20, 256), (20, 256), (20,)]
+    assert [values.shape for values in z] == [(20, 256), (20, 256), (20,)]
     assert_standard_normal(z[0])
     assert_standard_normal(z[1])
     assert abs(z[2].mean()) < 1 and 0.4 < z[2].std() < 1.6
-    # The rows of the two layers have nothing to do with each other.
+    # The rows of the two layers are independent.
     assert abs(torch.corrcoef(torch.stack([z[0].flatten(), z[1].flatten()]))[0, 1]) < 0.06
 
 
-def test_new_rows_depend_on_the_seed_and_on_nothing_else():
+def test_new_rows_depend_on_the_seed_alone():
     def rows(seed: int, global_seed: int) -> torch.Tensor:
         torch.manual_seed(global_seed)
         _, _, model = add_reward_tokens(seed=seed)
@@ -205,7 +205,7 @@ def test_new_rows_depend_on_the_seed_and_on_nothing_else():
 
 @TIED
 def test_rows_that_pad_the_embedding_are_used_before_it_grows(tied):
-    """As in Qwen, whose embedding has more rows than its tokenizer has tokens."""
+    """As in Qwen, whose embedding is larger than its vocabulary."""
     tokenizer = tiny_tokenizer()
     plain = tiny_model("qwen3", tokenizer, tied=tied, rows=320)
     conditioning, _, model = add_reward_tokens(tokenizer, 5, architecture="qwen3", tied=tied, rows=320)
@@ -216,13 +216,13 @@ def test_rows_that_pad_the_embedding_are_used_before_it_grows(tied):
     assert torch.equal(weight[262:], plain.get_input_embeddings().weight[262:])
 
 
-def test_padding_too_small_for_the_reward_tokens_grows():
+def test_an_embedding_whose_padding_is_too_small_grows():
     conditioning, _, model = add_reward_tokens(num_quantiles=5, rows=259)
     assert conditioning.vocab_size == 257 and model.get_input_embeddings().weight.shape[0] == 262
 
 
-def test_a_tokenizer_larger_than_the_embedding():
-    """Tokens of the tokenizer that have no row are no words of the model, and stay so."""
+def test_a_tokenizer_may_be_larger_than_the_embedding():
+    """Tokens without an embedding row are never sampled, also when the embedding has grown."""
     conditioning, _, model = add_reward_tokens(num_quantiles=5, rows=200)
     assert conditioning.token_ids == ((257, 258, 259, 260, 261),) and conditioning.vocab_size == 200
     assert model.get_input_embeddings().weight.shape[0] == 262

@@ -11,6 +11,7 @@ from helpers.small_runs import trainer_of
 from helpers.tiny import tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, MptConfig
 
 from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
@@ -311,6 +312,31 @@ def test_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert_projections_give_the_loss(*models, rtol=4e-3)
     assert_projections_give_the_loss(*models)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that a tensor has while this is active."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+def test_neither_model_nor_loss_nor_backward_pass_has_a_tensor_of_tokens_times_vocabulary():
+    model = tiny_model("llama", tiny_tokenizer(bos=True), rows=2000)
+    tokens = 30 * 20
+    batch = build_batch([[257, 3]] * 30, [list(range(20))] * 30)
+    largest = {}
+    for way in ("projections", "whole logits"):
+        with LargestTensor() as seen:
+            compute_losses(model, model, batch, way, slice_length=8)
+        largest[way] = seen.elements
+    assert largest["whole logits"] >= tokens * 2000
+    assert largest["projections"] <= max(8 * 2000, model.lm_head.weight.numel())
 
 
 # Output layers that are more than a product

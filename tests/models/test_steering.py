@@ -44,8 +44,8 @@ def test_a_steered_tokenizer_puts_the_best_token_first_also_when_loaded(make, ex
         assert len(tokenizer) == len(extended)
 
 
-def test_a_tokenizer_from_a_directory_that_asks_for_bos_by_its_config_stays_steered(tmp_path):
-    """`add_bos_token` in tokenizer_config.json makes transformers set the post-processor anew when it loads."""
+def test_a_tokenizer_whose_config_adds_bos_is_steered_when_loaded_too(tmp_path):
+    """With `add_bos_token` in tokenizer_config.json, transformers would replace the post-processor when it loads."""
     tiny_tokenizer(bos=True).save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": True}))
@@ -56,7 +56,7 @@ def test_a_tokenizer_from_a_directory_that_asks_for_bos_by_its_config_stays_stee
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_a_steered_tokenizer_gives_what_prefix_gives(bos):
+def test_a_steered_tokenizer_gives_the_ids_of_prefix(bos):
     conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(bos=bos), attributes=("kind", "brief"))
     for quantiles in ((2, 2), (0, 1)):
         steered = conditioning.steer_tokenizer(extended, quantiles)
@@ -64,7 +64,7 @@ def test_a_steered_tokenizer_gives_what_prefix_gives(bos):
             assert steered(text)["input_ids"] == conditioning.prefix(extended(text)["input_ids"], quantiles)
 
 
-def test_a_steered_tokenizer_pads_and_cuts_like_any_other():
+def test_a_steered_tokenizer_pads_and_truncates():
     conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(bos=True, pad="own"))
     steered = conditioning.steer_tokenizer(extended)
     bos, best, pad = extended.bos_token_id, conditioning.token_ids[0][2], extended.pad_token_id
@@ -126,16 +126,16 @@ def test_a_steered_template_renders_as_before_with_the_token_in_front(template, 
     conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(bos=bos, chat_template=template))
     steered = conditioning.steer_tokenizer(extended)
     rendered, plain = (
-        each.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generation_prompt)
-        for each in (steered, extended)
+        tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=generation_prompt)
+        for tokenizer in (steered, extended)
     )
     if bos and plain.startswith(BOS):
         assert rendered == BOS + "<|reward_2|>" + plain.removeprefix(BOS)
     else:
         assert rendered == "<|reward_2|>" + plain
     ids, plain_ids = (
-        each.apply_chat_template(CHAT, add_generation_prompt=generation_prompt, return_dict=False)
-        for each in (steered, extended)
+        tokenizer.apply_chat_template(CHAT, add_generation_prompt=generation_prompt, return_dict=False)
+        for tokenizer in (steered, extended)
     )
     assert ids == conditioning.prefix(plain_ids, conditioning.best)
 
@@ -159,7 +159,7 @@ def test_a_template_survives_saving(tmp_path):
     assert loaded.chat_template == steered.chat_template
 
 
-def test_a_template_puts_tokens_of_any_script_after_a_bos_of_any_script():
+def test_bos_and_reward_tokens_may_have_any_characters():
     bos = '<"bos"▁😀\\>'
     tokenizer = tiny_tokenizer(chat_template="{{ bos_token }}{{ messages[0].content }}")
     tokenizer.add_special_tokens({"bos_token": bos})
@@ -168,7 +168,7 @@ def test_a_template_puts_tokens_of_any_script_after_a_bos_of_any_script():
     assert rendered == f"{bos}<|güte😀_2|>be kind"
 
 
-def test_what_a_template_raises_is_still_raised():
+def test_an_exception_of_a_template_is_still_raised():
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
     conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(chat_template=template))
     with pytest.raises(Exception, match="no system, please"):

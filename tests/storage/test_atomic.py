@@ -1,33 +1,15 @@
-"""What is on the disk is whole or absent, damage is told, a full disk loses nothing, and nothing is pickled."""
+"""Atomic files and directories: whole or unchanged after an error, and write errors in one line."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import random
-import resource
-import shutil
-import subprocess
-from collections import OrderedDict
-from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
-import torch
-from helpers.crashes import SHORT, assert_same, assert_same_run, files_of, in_a_process, run, short_run, trainer_of
+from helpers.crashes import files_of
 
 from quarkrl.errors import UserError
-from quarkrl.runs import checkpoints
-from quarkrl.runs.checkpoints import (
-    find_damage,
-    last_good_checkpoint,
-    rotate,
-    seal,
-)
-from quarkrl.runs.states import load_state, random_states, restore_random_states, save_state
-from quarkrl.storage import atomic as disk
+from quarkrl.storage import atomic
 from quarkrl.storage.atomic import (
     atomic_directory,
     atomic_file,
@@ -36,13 +18,8 @@ from quarkrl.storage.atomic import (
     replace_directory,
     report_write_errors,
     sha256,
+    write_text,
 )
-from quarkrl.storage.json import write_json
-from quarkrl.storage.parquet import read_table, write_table
-from quarkrl.training.metrics_log import MetricsFile
-from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches
-
-# Files and directories
 
 
 def test_the_digest_of_several_files_is_that_of_one_with_all_their_bytes(tmp_path):
@@ -88,7 +65,7 @@ def test_whenever_a_directory_is_replaced_one_of_both_is_there_afterwards(tmp_pa
             raise KeyboardInterrupt
         rename(*paths)
 
-    monkeypatch.setattr(disk.os, "rename", cut_off)
+    monkeypatch.setattr(atomic.os, "rename", cut_off)
     try:
         replace_directory(tmp_path / "_saving.tmp/checkpoint-3", tmp_path / "checkpoint-3")
     except KeyboardInterrupt:
@@ -104,7 +81,7 @@ def test_a_directory_is_gone_before_it_is_removed(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     monkeypatch.setattr(
-        disk.shutil, "rmtree", lambda path, **_: (path / "model").unlink(missing_ok=True)
+        atomic.shutil, "rmtree", lambda path, **_: (path / "model").unlink(missing_ok=True)
     )  # Half of it.
     remove_directory(tmp_path / "checkpoint-3")
     monkeypatch.undo()
@@ -133,293 +110,19 @@ def test_other_errors_are_left_alone():
         raise ValueError("shapes differ")
 
 
-# Tables
+def test_files_that_differ_only_in_their_suffix_do_not_share_a_temporary_file(tmp_path):
+    with atomic_file(tmp_path / "results.json") as one, atomic_file(tmp_path / "results.parquet") as other:
+        one.write(b"1")
+        other.write(b"2")
+    assert (tmp_path / "results.json").read_bytes() == b"1" and (tmp_path / "results.parquet").read_bytes() == b"2"
 
 
-def test_a_table_comes_back_with_its_notes(tmp_path):
-    lists = pa.array([[1, 2], [], [3]], pa.list_(pa.int32()))
-    table = pa.table({"ids": lists, "reward": [0.1, float("nan"), -0.0]})
-    write_table(tmp_path / "t.parquet", table, {"seconds": 0.1})
-    found, notes = read_table(tmp_path / "t.parquet")
-    assert found["ids"].to_pylist() == [[1, 2], [], [3]] and notes == {"seconds": 0.1}
-    assert np.array_equal(found["reward"].to_numpy(), [0.1, np.nan, -0.0], equal_nan=True)
-    assert files_of(tmp_path) == {"t.parquet"}
+def test_text_is_written_as_utf_8_with_its_line_feeds(tmp_path):
+    write_text(tmp_path / "text", "naïve ☃\n")
+    assert (tmp_path / "text").read_bytes() == "naïve ☃\n".encode()
 
 
-def test_no_changed_byte_changes_a_value_unseen(tmp_path):
-    rng = np.random.default_rng(0)
-    lists = pa.array([rng.integers(0, 50000, n).tolist() for n in rng.integers(1, 9, 60)], pa.list_(pa.int32()))
-    table = pa.table({"ids": lists, "reward": rng.random(60)})
-    path = tmp_path / "t.parquet"
-    write_table(path, table, {"seconds": 1.5})
-    good, refused = path.read_bytes(), 0
-    places = rng.choice(len(good), 400, replace=False)
-    for place in places:
-        path.write_bytes(good[:place] + bytes([good[place] ^ (1 << int(rng.integers(8)))]) + good[place + 1 :])
-        try:
-            found, notes = read_table(path)
-            assert found.equals(table) and notes == {"seconds": 1.5}, place
-        except (pa.ArrowException, OSError, ValueError, KeyError, UnicodeDecodeError):
-            refused += 1
-    assert refused > 300  # The rest is what Parquet says twice, or nobody reads.
-
-
-def test_finished_batches_come_back_and_the_rest_is_left_to_do(tmp_path):
-    rows = list(range(100, 112))
-    batches = FinishedBatches(tmp_path / "partial")
-    for start in (0, 8):
-        rewards = np.array([[0.5, np.nan, 2.0, 1.0]]).T
-        part = Rollout(rows[start : start + 4], [[1, 2], [3], [4], [5, 6, 7]], rewards, 0.25, 0.5, start)
-        part.terms["kind"] = np.arange(4.0)
-        batches.keep(part)
-    found = batches.load(rows)
-    assert [part.start for part in found] == [0, 8] and found[0].rows == rows[:4]
-    assert found[1].completions == [[1, 2], [3], [4], [5, 6, 7]] and found[1].terms["kind"].tolist() == [0, 1, 2, 3]
-    assert np.array_equal(found[0].rewards[:, 0], [0.5, np.nan, 2, 1], equal_nan=True)
-    assert remaining_batches(12, 4, found) == [slice(4, 8)]
-    assert remaining_batches(12, 3, found) == [slice(4, 7), slice(7, 8)]  # After a smaller generation_batch_size.
-    assert remaining_batches(12, 5, []) == [slice(0, 5), slice(5, 10), slice(10, 12)]
-    assert batches.load(rows[::-1]) == []  # Of other prompts.
-    path = tmp_path / "partial/000000000.parquet"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert [part.start for part in batches.load(rows)] == [8]
-    batches.clear()
-    assert files_of(tmp_path) == set()
-
-
-def test_metrics_go_back_to_where_they_were_and_are_rewritten_where_they_are_shorter(tmp_path):
-    metrics = MetricsFile(tmp_path)
-    metrics.cut(0, [])
-    assert files_of(tmp_path) == set()
-    metrics.path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    metrics.cut(12, [])
-    assert metrics.path.read_text() == '{"step": 1}\n'
-    metrics.cut(24, [{"step": 1}, {"step": 2}])
-    assert metrics.path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-# States, without pickle
-
-
-def test_a_state_comes_back_as_it_was(tmp_path):
-    state = {
-        "state": {0: {"step": torch.tensor(3.0), "m": torch.arange(6.0).view(2, 3).T}, 7: {}},
-        "groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0, 7], "foreach": None, "inf": float("inf")}],
-        "half": torch.tensor([1.5], dtype=torch.bfloat16),
-        "tensor": "a word that means something",
-        "dict": [1, True, OrderedDict(a=(1, (2,)))],
-        (1, 2): np.float64(0.1),
-    }
-    save_state(tmp_path / "training/s.safetensors", state)
-    assert_same(load_state(tmp_path / "training/s.safetensors"), state)
-    with pytest.raises(TypeError, match="state of type function"):
-        save_state(tmp_path / "f.safetensors", {"f": len.__class__ and (lambda: 0)})
-
-
-def test_random_generators_go_on_where_they_were(tmp_path):
-    torch.rand(3), random.gauss(0, 1), np.random.standard_normal(3)
-    save_state(tmp_path / "r.safetensors", random_states())
-    expected = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
-    restore_random_states(load_state(tmp_path / "r.safetensors"))
-    found = torch.rand(4), random.gauss(0, 1), np.random.standard_normal(5)
-    assert torch.equal(found[0], expected[0]) and found[1] == expected[1] and found[2].tolist() == expected[2].tolist()
-
-
-def test_a_damaged_state_is_told(tmp_path):
-    path = tmp_path / "s.safetensors"
-    save_state(path, {"a": torch.ones(3)})
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"s.safetensors: not a state that quarkrl wrote"):
-        load_state(path)
-    with pytest.raises(UserError, match="not a state"):
-        load_state(tmp_path / "none.safetensors")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return short_run(tmp_path_factory.mktemp("whole") / "run")
-
-
-@pytest.fixture
-def copied(tmp_path, whole) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-def again(directory: Path, **options) -> None:
-    resume = options.pop("resume", True)
-    trainer = trainer_of(directory, **{**SHORT, **options})
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_final()
-
-
-def test_a_run_writes_no_pickle_and_resuming_reads_none(copied, whole, monkeypatch):
-    kinds = {Path(name).suffix for name in files_of(whole)}
-    assert kinds <= {".json", ".jsonl", ".jinja", ".safetensors", ".parquet", ".lock"}
-    for name in files_of(whole):
-        content = (whole / name).read_bytes()
-        # A pickle of protocol 2 and later, a zip as torch writes it, and its old format.
-        assert (
-            not content.startswith((b"\x80", b"PK")) and b"torch._utils" not in content and b"data.pkl" not in content
-        )
-
-    def read(*_, **__):
-        raise AssertionError("something is unpickled")
-
-    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
-        monkeypatch.setattr(owner, name, read)
-    shutil.rmtree(copied / "checkpoint-4")
-    shutil.rmtree(copied / "final")
-    again(copied)
-    assert_same_run(copied, whole)
-
-
-# Damage
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
-
-
-def shorten(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("harm", [flip, shorten, Path.unlink], ids=lambda harm: harm.__name__)
-def test_harm_to_any_file_of_a_checkpoint_is_found(whole, tmp_path, harm):
-    names = sorted(files_of(whole / "checkpoint-4"))
-    assert find_damage(whole / "checkpoint-4") is None and "training/process-0.safetensors" in names
-    for name in names:
-        checkpoint = Path(shutil.copytree(whole / "checkpoint-4", tmp_path / "checkpoint-4", dirs_exist_ok=True))
-        harm(checkpoint / name)
-        found = find_damage(checkpoint)
-        assert found is not None and (name in found or name == "manifest.json")
-
-
-def test_a_damaged_checkpoint_is_passed_over_and_said_and_the_run_ends_the_same(copied, whole, capsys):
-    flip(copied / "checkpoint-4/model.safetensors")
-    again(copied)
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"resumed {copied} from iteration 1/1, step 2/4" in said
-    assert "left out checkpoint-4: model.safetensors is damaged" in said
-    assert_same_run(copied, whole)
-
-
-def test_where_no_checkpoint_is_whole_the_run_is_refused(copied):
-    flip(copied / "checkpoint-4/training/optimizer.safetensors")
-    shorten(copied / "checkpoint-2/trainer_state.json")
-    with pytest.raises(
-        UserError, match=r"every checkpoint is damaged \(checkpoint-4: .* damaged.*; checkpoint-2: .* bytes, expected "
-    ):
-        again(copied)
-    with pytest.raises(UserError, match=r"checkpoint-2': trainer_state.json has [\d,]+ bytes, expected [\d,]+"):
-        again(copied, resume=str(copied / "checkpoint-2"))
-
-
-def test_a_damaged_sample_file_is_named(copied):
-    shorten(copied / "pool/iteration-000000.parquet")
-    with pytest.raises(UserError, match=r"iteration-000000.parquet: must be an undamaged pool file with reward"):
-        again(copied)
-
-
-def test_a_damaged_run_file_is_named(copied):
-    shorten(copied / "run.json")
-    with pytest.raises(UserError, match=r"run.json is damaged .*want it back"):
-        again(copied)
-
-
-def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
-    def made(*steps: int) -> None:
-        for step in steps:
-            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
-        (tmp_path / "checkpoint-best").mkdir(exist_ok=True)  # Somebody else's.
-
-    def left() -> list[int]:
-        return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)]
-
-    made(2, 10, 9)
-    rotate(tmp_path, None, set())
-    assert left() == [2, 9, 10]
-    rotate(tmp_path, 2, {tmp_path / "checkpoint-2"})
-    assert left() == [2, 10]
-    made(20)
-    rotate(tmp_path, 1, {tmp_path / "checkpoint-2", tmp_path / "checkpoint-10"})  # The best, and the one just saved.
-    assert left() == [2, 10]
-    assert (tmp_path / "checkpoint-best").exists()
-
-
-def test_the_last_good_checkpoint_is_the_latest_that_is_whole(tmp_path):
-    assert last_good_checkpoint(tmp_path) == (None, [])
-    for step in (9, 10):
-        save_state(tmp_path / f"checkpoint-{step}/training/optimizer.safetensors", {})
-        write_json(tmp_path / f"checkpoint-{step}/trainer_state.json", {})
-        seal(tmp_path / f"checkpoint-{step}")
-    assert last_good_checkpoint(tmp_path)[0] == tmp_path / "checkpoint-10"
-    (tmp_path / "checkpoint-11").mkdir()
-    good, wrong = last_good_checkpoint(tmp_path)
-    assert good == tmp_path / "checkpoint-10" and wrong[0].startswith("checkpoint-11: it has no manifest.json")
-    (tmp_path / "checkpoint-10/training/optimizer.safetensors").unlink()
-    seal(tmp_path / "checkpoint-10")
-    good, wrong = last_good_checkpoint(tmp_path)
-    assert good == tmp_path / "checkpoint-9" and "checkpoint-10: it has no optimizer state (save_only_model)" in wrong
-
-
-# A full disk
-
-
-def limited(directory: Path, resume: bool, largest: int, options: dict) -> int:
-    """A run whose files may have so many bytes; a larger one is refused as by a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
-    try:
-        run(directory, resume, None, options)
-    except UserError as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        os.write(1, f"\nerror: {error}".encode())
-        return 2
-    return 0
-
-
-@pytest.mark.parametrize("largest", [200, 4_000, 20_000])  # Too little for run.json, a table, the model's weights.
-def test_a_write_that_fails_is_one_error_and_the_run_goes_on_when_there_is_room(tmp_path, whole, largest):
-    code, said = in_a_process(limited, tmp_path / "run", False, largest, SHORT)
-    assert code == 2, said
-    assert "cannot be written: file too large." in said.splitlines()[-1]
-    code, said = in_a_process(run, tmp_path / "run", (tmp_path / "run/run.json").exists(), None, SHORT)
-    assert code == 0, said
-    assert_same_run(tmp_path / "run", whole)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a file system of its own at `tmp_path/run`, of so many bytes; more with a second call."""
-    place = tmp_path / "run"
-    place.mkdir()
-
-    def mount(size: int) -> None:
-        options = f"size={size}" + (",remount" if os.path.ismount(place) else "")
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
-
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount here")
-    yield mount
-    if os.path.ismount(place):
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_disk_that_fills_up_again_and_again_loses_nothing(tmp_path, whole, small_disk):
-    used = sum((whole / name).stat().st_size for name in files_of(whole))
-    directory, seen, size = tmp_path / "run", set(), used // 16
-    for _ in range(12):
-        small_disk(size)
-        resume = (directory / "run.json").exists()
-        code, said = in_a_process(limited, directory, resume, resource.RLIM_INFINITY, SHORT)
-        if code == 0:
-            break
-        assert code == 2 and "no space left on device." in said.splitlines()[-1], said
-        seen.add(said.splitlines()[-1].split("'")[1])
-        size += used // 4
-    assert code == 0 and len(seen) > 1, seen  # It has failed in several places.
-    assert_same_run(directory, whole)
+def test_a_directory_that_does_not_exist_is_reported_with_the_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be written: no such file or directory") as caught:
+        write_text(tmp_path / "missing" / "file", "")
+    assert str(tmp_path / "missing" / "file") in str(caught.value)

@@ -1,4 +1,4 @@
-"""A causal language model seen from outside: loading, reward tokens, logits, batches, export."""
+"""A causal language model seen from outside: loading, reward tokens, tokenizer, logits, batches, export."""
 
 import lazy_loader
 
