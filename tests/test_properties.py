@@ -317,7 +317,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, state, numbers):
 def test_any_other_file_is_no_state(tmp_path, content):
     path = tmp_path / "s.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="s.safetensors: not a state"):
+    with pytest.raises(UserError, match="not a state that quarkrl wrote"):
         load_state(path)
 
 
