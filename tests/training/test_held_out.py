@@ -1,4 +1,4 @@
-"""What keeps a run honest: held-out rewards, the best checkpoint, an early stop; and decoding as it was asked for."""
+"""Held-out evaluation: the best checkpoint, early stopping, and the options of decoding and guidance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from quarkrl.cli.main import main
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
-# Rises with what is trained, and falls when that is overdone; `held_out` is a column of the held-out prompts only.
+# `overdone` rises with the trained reward and falls when training goes too far. Only the held-out prompts have a column
+# `held_out`.
 REWARDS = """
 def overdone(completion_ids, held_out=None, **_):
     shares = [sum(i < 4 for i in ids) / len(ids) for ids in completion_ids]
@@ -53,8 +54,8 @@ GUARDED = {
 }
 
 
-class Written:
-    """A reward that judges the n-th evaluation by the n-th of these numbers, and training by what it finds."""
+class ScriptedEvaluations:
+    """A reward that gives the n-th of its numbers in the n-th evaluation, and a real reward in training."""
 
     def __init__(self, *rewards: float):
         self.rewards = iter(rewards)
@@ -65,8 +66,8 @@ class Written:
         return [next(self.rewards)] * len(completion_ids)
 
 
-class Remember(TrainerCallback):
-    """Keeps the weights of each evaluation."""
+class WeightsRecorder(TrainerCallback):
+    """Records the weights at each evaluation."""
 
     def __init__(self):
         self.weights = []
@@ -79,15 +80,15 @@ class Remember(TrainerCallback):
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
-def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_its_best_is_final(tmp_path, lora):
-    remember = Remember()
+def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_final_is_the_best_checkpoint(tmp_path, lora):
+    recorder = WeightsRecorder()
     trainer = trainer_of(
         tmp_path,
-        Written(0.1, 0.5, 0.9, 0.4, 0.8, 0.95),
+        ScriptedEvaluations(0.1, 0.5, 0.9, 0.4, 0.8, 0.95),
         prompts=PROMPTS * 4,
         eval_dataset=HELD_OUT,
         load_best_model_at_end=True,
-        callbacks=[EarlyStoppingCallback(2), remember],
+        callbacks=[EarlyStoppingCallback(2), recorder],
         **{**GUARDED, "steps_per_iteration": 3},
         **({"peft_config": lora} if lora else {}),
     )
@@ -97,30 +98,32 @@ def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_its_best_is_fi
     assert trainer.pool.iterations.max() == 4  # No exploration after the stop.
     checkpoint = tmp_path / "checkpoint-9"
     assert Path(trainer.state.best_model_checkpoint).name == checkpoint.name
-    assert_same_weights(weights_of(trainer.model), remember.weights[2])
+    assert_same_weights(weights_of(trainer.model), recorder.weights[2])
     for other in (1, 3, 4):
         with pytest.raises(AssertionError):
-            assert_same_weights(weights_of(trainer.model), remember.weights[other])
+            assert_same_weights(weights_of(trainer.model), recorder.weights[other])
     final = trainer.save_final()
     model = AutoModelForCausalLM.from_pretrained(final).eval()
     ids = torch.tensor([[token, *row] for token in trainer.conditioning.token_ids[0] for row in ([0, 1], [7, 3])])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
-    # What is said of final/ is what was true of the best.
-    facts, then = (json.loads((place / "quark.json").read_text()) for place in (final, checkpoint))
-    assert facts == then and facts["iterations"] == 3 and facts["pool_size"] == 3 * 32
+    # The facts in final/ are those of the best checkpoint.
+    facts, best_facts = (json.loads((place / "quark.json").read_text()) for place in (final, checkpoint))
+    assert facts == best_facts and facts["iterations"] == 3 and facts["pool_size"] == 3 * 32
 
 
-def test_a_run_that_keeps_no_best_ends_with_its_last(tmp_path):
+def test_without_load_best_model_at_end_final_is_the_last_checkpoint(tmp_path):
     options = {**GUARDED, "num_iterations": 3, "steps_per_iteration": 3, "metric_for_best_model": "reward"}
-    trainer = trainer_of(tmp_path, Written(0.9, 0.5, 0.1), prompts=PROMPTS * 4, eval_dataset=HELD_OUT, **options)
+    trainer = trainer_of(
+        tmp_path, ScriptedEvaluations(0.9, 0.5, 0.1), prompts=PROMPTS * 4, eval_dataset=HELD_OUT, **options
+    )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-3")
     facts = json.loads((trainer.save_final() / "quark.json").read_text())
     assert (facts["iterations"], facts["pool_size"]) == (3, 3 * 32)
 
 
-def test_several_rewards_have_a_mean_to_judge_by(tmp_path):
+def test_eval_reward_is_the_mean_of_several_rewards(tmp_path):
     def calm(completion_ids, **_):
         return [float(len(ids)) for ids in completion_ids]
 
@@ -155,7 +158,7 @@ def iterations_of(final: Path) -> float:
     return json.loads((final / "quark.json").read_text())["iterations"]
 
 
-def test_the_command_stops_when_training_overdoes_it_and_keeps_the_best(home):
+def test_the_command_stops_early_and_keeps_the_best_checkpoint(home):
     run = home / "run"
     assert main(["train", "--config", str(home / "run.yaml"), "--early_stopping_patience", "2"]) == 0
     rewards = figures_of(run, "eval_reward")
@@ -165,11 +168,11 @@ def test_the_command_stops_when_training_overdoes_it_and_keeps_the_best(home):
     assert yaml.safe_load((run / "config.yaml").read_text())["early_stopping_patience"] == 2
 
 
-def test_a_resumed_run_goes_on_counting_to_its_early_stop(home):
+def test_a_resumed_run_continues_the_count_of_early_stopping(home):
     train = ["train", "--config", str(home / "run.yaml"), "--reward", f"{home / 'rewards.py'}:never_better"]
     train += ["--early_stopping_patience", "3", "--steps_per_iteration", "3"]
     assert main([*train, "--num_iterations", "3"]) == 0
-    assert len(figures_of(home / "run", "eval_reward")) == 3  # The first, and two that are no better.
+    assert len(figures_of(home / "run", "eval_reward")) == 3  # The first, and two that are not better.
     assert main([*train, "--resume_from_checkpoint", str(home / "run" / "checkpoint-9")]) == 0
     assert len(figures_of(home / "run", "eval_reward")) == 4
     assert iterations_of(home / "run" / "final") == 1
@@ -184,13 +187,13 @@ def test_a_resumed_run_goes_on_counting_to_its_early_stop(home):
         (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': must be one of reward, "),
     ],
 )
-def test_a_guard_without_what_it_needs_is_one_line(home, capsys, flags, message):
+def test_options_that_lack_a_requirement_are_errors_in_one_line(home, capsys, flags, message):
     assert main(["train", "--config", str(home / "run.yaml"), *flags]) == 2
     assert message in (error := capsys.readouterr().err) and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", ["--early_stopping_patience=2", "--load_best_model_at_end"])
-def test_a_guard_wants_held_out_prompts(home, capsys, flag):
+def test_choosing_the_best_checkpoint_requires_held_out_prompts(home, capsys, flag):
     entries = yaml.safe_load((home / "run.yaml").read_text())
     del entries["eval_prompts"]
     (home / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
@@ -206,40 +209,40 @@ def samples_of(trainer) -> list[list[int]]:
     return [sample.completion_ids.tolist() for sample in trainer.pool]
 
 
-def test_greedy_exploring_gives_a_prompt_one_answer(tmp_path):
-    found = []
+def test_greedy_exploring_gives_equal_prompts_equal_completions(tmp_path):
+    samples = []
     for seed in (0, 1):
         trainer = trainer_of(tmp_path / str(seed), do_sample=False, seed=seed, prompts=["a b"] * 4)
         trainer.explore(0)
-        found.append(samples_of(trainer))
-    assert len(set(map(tuple, found[0]))) == 1 and found[0] == found[1]
-    chance = trainer_of(tmp_path / "chance", prompts=["a b"] * 4)
-    chance.explore(0)
-    assert len(set(map(tuple, samples_of(chance)))) > 1
+        samples.append(samples_of(trainer))
+    assert len(set(map(tuple, samples[0]))) == 1 and samples[0] == samples[1]
+    sampling = trainer_of(tmp_path / "sampling", prompts=["a b"] * 4)
+    sampling.explore(0)
+    assert len(set(map(tuple, samples_of(sampling)))) > 1
 
 
-def test_evaluating_decodes_as_it_is_told_whatever_exploring_does(tmp_path):
+def test_evaluation_has_its_own_decoding_options(tmp_path):
     seen: list[list[int]] = []
 
     def reward(completion_ids, **_):
         seen[:] = completion_ids
         return [0.0] * len(completion_ids)
 
-    def evaluated(name, **options):
+    def evaluate(name, **options):
         trainer_of(tmp_path / name, reward, eval_dataset=["a b"] * 8, **options).evaluate()
         return list(map(tuple, seen))
 
-    greedy = evaluated("greedy", eval_do_sample=False)
+    greedy = evaluate("greedy", eval_do_sample=False)
     assert len(set(greedy)) == 1
-    assert len(set(evaluated("chance", do_sample=False))) > 1
-    # At a temperature of (nearly) 0 chance has no say; at a high one it has all.
-    assert evaluated("cold", eval_temperature=1e-4) == greedy
-    assert evaluated("hot", eval_temperature=100.0) != evaluated("chance too")
+    assert len(set(evaluate("sampling", do_sample=False))) > 1
+    # A temperature near 0 is greedy decoding. A high one changes the completions.
+    assert evaluate("cold", eval_temperature=1e-4) == greedy
+    assert evaluate("hot", eval_temperature=100.0) != evaluate("temperature 1")
 
 
-def test_eos_never_comes_where_the_shortest_is_the_longest(tmp_path):
-    """Not as the last token either, where the completion would be as long."""
-    for name, do_sample in (("chance", True), ("greedy", False)):
+def test_eos_is_suppressed_where_min_and_max_completion_length_are_equal(tmp_path):
+    """EOS is not the last token either."""
+    for name, do_sample in (("sampling", True), ("greedy", False)):
         model = still_model()
         model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor([EOS_ID]), 50.0))
         trainer = trainer_of(tmp_path / name, model=model, min_completion_length=6, do_sample=do_sample)
@@ -251,11 +254,11 @@ def test_eos_never_comes_where_the_shortest_is_the_longest(tmp_path):
 
 
 def rows_sampled(calls) -> list[int]:
-    """How many rows were read at a time, where prompts were."""
+    """The batch sizes of the forward passes that read prompts."""
     return [len(ids) for _, what, _, ids in calls if what == "sample" and ids.shape[1] > 1]
 
 
-def test_exploring_follows_its_schedule_and_evaluating_its_own_scale(tmp_path):
+def test_exploring_follows_the_schedule_of_guidance_and_evaluation_has_its_own_scale(tmp_path):
     count = len(PROMPTS)
     trainer = trainer_of(
         tmp_path,
@@ -268,44 +271,45 @@ def test_exploring_follows_its_schedule_and_evaluating_its_own_scale(tmp_path):
     )
     calls = watch(trainer)
     trainer.train()
-    # Iteration 0 is the reference's, unguided; 1 is plain; from 2 on the best and the worst are read together.
+    # Iteration 0 samples the reference without guidance; 1 has scale 1; later batches have best and worst tokens.
     assert rows_sampled(calls) == [count, 3, count, 3, 2 * count, 3, 2 * count, 3, 2 * count, 3]
     best, worst = trainer.conditioning.token_ids[0][-1], trainer.conditioning.token_ids[0][0]
     last = next(ids for _, what, _, ids in reversed(calls) if what == "sample" and len(ids) == 2 * count)
     ids = next(ids for _, what, _, ids in calls if what == "sample" and len(ids) == 2 * count and ids.shape[1] > 1)
     assert (ids[:count] == best).sum(1).tolist() == [1] * count
     assert (ids[count:] == worst).sum(1).tolist() == [1] * count
-    assert torch.equal(last[:count], last[count:])  # Both go on with the same tokens.
+    assert torch.equal(last[:count], last[count:])  # Both continue with the same tokens.
 
 
-def test_guided_evaluating_differs_from_plain(tmp_path):
-    def evaluated(name, **options):
+def test_guidance_raises_the_reward_of_an_evaluation(tmp_path):
+    def evaluate(name, **options):
         small = {**GUARDED, "num_iterations": 1, "eval_strategy": "no", "save_strategy": "no"}
         trainer = trainer_of(tmp_path / name, share_of_a_to_d, prompts=PROMPTS * 4, **small, **options)
         trainer.train()
         return trainer.evaluate(PROMPTS * 4)["eval_reward"]
 
-    assert evaluated("guided", eval_guidance_scale=3.0) > evaluated("plain") + 0.02
+    assert evaluate("guided", eval_guidance_scale=3.0) > evaluate("plain") + 0.02
 
 
 @pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}, {}], ids=["lora", "no kl", "copy"])
-def test_guidance_from_the_reference_reads_the_model_as_it_was(tmp_path, options):
-    """Also where nothing else needs a reference, β = 0."""
+def test_guidance_from_the_reference_reads_the_untrained_model(tmp_path, options):
+    """The reference exists even if nothing else needs it (kl_coef 0)."""
     trainer = trainer_of(
         tmp_path, explore_guidance_scale=2.0, guidance_from="reference", learning_rate=3e-2, num_iterations=3, **options
     )
-    seen = []
     before = still_model()
     ids, mask = torch.tensor([[0, 1], [3, 4]]), torch.ones(2, 2, dtype=torch.long)
     calls = watch(trainer)
     trainer.train()
     with torch.no_grad(), trainer.reference() as reference:
-        seen = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : EOS_ID + 1]
-        torch.testing.assert_close(seen, before(ids).logits, rtol=1e-4, atol=1e-4)
+        ref_logits = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : EOS_ID + 1]
+        torch.testing.assert_close(ref_logits, before(ids).logits, rtol=1e-4, atol=1e-4)
         policy = trainer.model.eval()
     with torch.no_grad():
         after = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : EOS_ID + 1]
-    assert (after - seen).abs().max() > 0.01
-    # In iterations 1 and 2 the prompts are read twice: behind the best token, and plainly.
-    read = [bool((ids > EOS_ID).any()) for _, what, _, ids in calls if what == "sample" and ids.shape[1] > 1]
-    assert read == [False, True, False, True, False]
+    assert (after - ref_logits).abs().max() > 0.01
+    # In iterations 1 and 2 the prompts are read twice: with the best reward token and without.
+    has_reward_token = [
+        bool((ids > EOS_ID).any()) for _, what, _, ids in calls if what == "sample" and ids.shape[1] > 1
+    ]
+    assert has_reward_token == [False, True, False, True, False]
