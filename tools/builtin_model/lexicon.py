@@ -1,4 +1,4 @@
-"""The words of the built-in corpus: people, moods and manners. All of it was written for the corpus; names are invented.
+"""The words of the built-in corpus: people, moods and manners. They were written for it; names are invented.
 
 `corpus.py` fills the slots in braces.
 """
