@@ -10,7 +10,7 @@ it is more, such as a layer with an adapter on it, the model computes all logits
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ def completion_projection(
     # The model has to compute some logits: those of one position.
     hidden, _ = forward_at_completions(model, input_ids, attention_mask, labels, logits_at=slice(0, 1))
     if head.own_weights:
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
     else:
         product = _only_product(layer, hidden[:1])
         if product is None:

@@ -31,10 +31,10 @@ def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequen
             "the model."
         )
     before, after = _special_tokens_around(tokenizer)
-    single = [*before, *reward_token_ids, "$A", *after]
-    pair = [*single, *before, "$B:1", *after]
+    single: list[int | str] = [*before, *reward_token_ids, "$A", *after]
+    pair: list[int | str] = [*single, *before, "$B:1", *after]
     steered = copy.deepcopy(tokenizer)
-    token_of = {i: steered.convert_ids_to_tokens(i) for i in (*before, *reward_token_ids, *after)}
+    token_of: dict[int | str, str] = {i: steered.convert_ids_to_tokens(i) for i in (*before, *reward_token_ids, *after)}
     steered.backend_tokenizer.post_processor = TemplateProcessing(
         single=[token_of.get(piece, piece) for piece in single],
         pair=[token_of.get(piece, piece) for piece in pair],
