@@ -36,7 +36,7 @@ class MetricsFile(TrainerCallback):
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
 
-    def cut(self, size: int, history: list[dict[str, Any]]) -> None:
+    def truncate(self, size: int, history: list[dict[str, Any]]) -> None:
         """Truncate the file to an earlier size.
 
         Args:

@@ -57,12 +57,12 @@ class Progress(TrainerCallback):
         finally:
             self.close()
 
-    def sampled(self, count: int) -> None:
+    def advance_sampling(self, count: int) -> None:
         """Advance the bar of sampling by `count` completions."""
         if self._bars:
             self._bars.advance(self._explore, count)
 
-    def scored(self, rewards: np.ndarray) -> None:
+    def advance_scoring(self, rewards: np.ndarray) -> None:
         """Advance the bar of scoring by a batch.
 
         Args:

@@ -433,7 +433,7 @@ class QuarkTrainer(DurableTrainer):
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, each = self.state.global_step, self.args.steps_per_iteration
         if self.is_world_process_zero():
-            self.metrics_file.cut(state.get("metrics_bytes", 0), self.state.log_history)
+            self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
         self.pool = load_pool(self.pool, self.pool_directory, step, each)
         if begun := iterations_begun(step, each):
             self.quantize(begun - 1)
