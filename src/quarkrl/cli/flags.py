@@ -77,8 +77,8 @@ def add_flags(
         parser: receives the flags.
         classes: dataclasses; a field without a default is a required flag.
         groups: headings of `--help`, in order; a field's own heading is its metadata `group`.
-        switches: whether an option that is False by default is a bare flag; otherwise it takes an optional value, as
-            the flags of transformers do, which a subcommand with positional arguments cannot have.
+        switches: whether an option that is False by default is a bare flag. Otherwise it takes an optional value, as
+            the flags of transformers do. A subcommand with positional arguments needs bare flags.
         describe: makes the text for `--help` from a field; `summary` by default.
     """
     describe = describe or summary

@@ -59,7 +59,7 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
 def _steer_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
     """A chat template that renders the same text with the reward tokens first, after BOS if the text starts with it."""
     # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, its final newline is removed, and the + of the closing tag
+    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
     # keeps the blanks before that tag.
     body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
     bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))

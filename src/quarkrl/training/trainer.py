@@ -11,11 +11,16 @@ learn:
 
 The policy sees r_k, the reference does not. `algorithm/loss.py` says over which vocabulary each term is taken.
 
-Deviations (docs/algorithm.md lists all, with sources). From the paper, as options: KL(p_θ || p_0) instead of
-KL(p_0 || p_θ), and the entropy bonus, as in the code that produced the published figures; draws uniform over samples
-instead of quantiles, which is the same if rewards do not tie. From the official code: completions stay token ids from
-sampling to training, EOS is trained, reward tokens are never sampled, exactly K are added, equal rewards share a
-quantile, and dropout is on while learning.
+Deviations (docs/algorithm.md lists all, with sources).
+
+From the paper, as options:
+- KL(p_θ || p_0) instead of KL(p_0 || p_θ), and the entropy bonus, as in the code that produced the published figures
+- draws uniform over samples instead of quantiles, which is the same if rewards do not tie
+
+From the official code:
+- completions stay token ids from sampling to training, and EOS is trained
+- reward tokens are never sampled, and exactly K are added
+- equal rewards share a quantile, and dropout is on while learning
 """
 
 import logging
