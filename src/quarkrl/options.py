@@ -31,7 +31,7 @@ class _Metadata(dict):
         return {"help": self["help"]}
 
 
-def option(
+def option(  # noqa: PLR0913 - one keyword per property of an option
     default: Any = dataclasses.MISSING,
     help: str = "",
     *,

@@ -28,6 +28,7 @@ class TokenLists(NamedTuple):
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int]]) -> "TokenLists":
+        """Convert lists of token ids."""
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         return cls(lengths, np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=lengths.sum()))
 

@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` instead of printing the usage."""
         # argparse writes "argument --name: …"; ours is "name …".
         message = re.sub(r"^argument -{0,2}([^\s:/]+)[^\s:]*: ", r"\1 ", message)
         message = re.sub(r" invalid (\w+) value: (.*)$", r" \2: must be of type \1.", message)

@@ -184,6 +184,7 @@ class ConfigFile(TrainerCallback):
         self.options = {name: value for name, value in options.items() if not name.startswith("resume")}
 
     def on_train_begin(self, args, state, control, **_):
+        """Write the file, in the first process."""
         if state.is_world_process_zero:
             with atomic_file(Path(args.output_dir) / "config.yaml") as file:
                 file.write(yaml.safe_dump(self.options, sort_keys=False).encode())

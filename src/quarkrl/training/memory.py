@@ -60,6 +60,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak of a run."""
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:

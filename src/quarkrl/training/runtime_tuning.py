@@ -36,8 +36,10 @@ class MallocTrimCallback(TrainerCallback):
     """Calls `trim_malloc` at the start of each iteration and after every hundredth step."""
 
     def on_epoch_begin(self, args, state, control, **_):
+        """Trim after exploring."""
         trim_malloc()
 
     def on_step_end(self, args, state, control, **_):
+        """Trim every so many steps."""
         if state.global_step % _STEPS_BETWEEN_TRIMS == 0:
             trim_malloc()

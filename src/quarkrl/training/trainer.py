@@ -108,7 +108,7 @@ class QuarkTrainer(DurableTrainer):
 
     args: QuarkConfig
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
         model: PreTrainedModel | str | os.PathLike,
         reward_funcs: Rewards | Scorer,

@@ -41,7 +41,7 @@ class Classifier:
         UserError: the model, its weights, tokenizer or trained head is missing, or an option is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the reward's public options
         self,
         model: str | os.PathLike[str],
         label: str | int | None = None,
