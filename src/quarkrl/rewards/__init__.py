@@ -1,7 +1,6 @@
 """Rewards: functions that score completions; a higher score is better. See `Reward` for their protocol.
 
 Examples:
-
     resolve("profanity")                              # a name of REWARDS
     resolve("my_rewards.py:kindness")                 # a function of a file, or module:function
     resolve("unitary/toxic-bert", label="not toxic")  # a sequence classifier: a hub name or a directory
