@@ -191,10 +191,13 @@ def _server():
     return context
 
 
-def in_a_process(target: Callable, *args: Any) -> tuple[int, str]:
+def in_a_process(target: Callable, *args: Any) -> tuple[int | None, str]:
     """Call `target(*args)` in a process; gives its exit code, negative for a signal, and what it printed."""
     process = started(target, *args)
     process.join(120)
+    if process.is_alive():  # It hangs, so that its exit code is None.
+        process.kill()
+        return None, Path(process.log).read_text(encoding="utf-8")
     return process.exitcode, Path(process.log).read_text(encoding="utf-8")
 
 

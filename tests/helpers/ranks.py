@@ -25,11 +25,10 @@ STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout de
 
 @dataclass
 class Ended:
-    """What a job ended with: its exit code, what it printed, how long it took."""
+    """The exit code of a job and its output."""
 
     code: int
     said: str
-    seconds: float
 
 
 def environment() -> dict[str, str]:
@@ -47,7 +46,6 @@ def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
             processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each;
             or, beside `trap`, `argv`: the command is run as it is typed, and the first process speaks late.
     """
-    began = time.monotonic()
     if processes == 1:
         code, said = in_a_process(alone, directory, spec)
     else:
@@ -63,7 +61,7 @@ def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
             timeout=300,
         )
         code, said = job.returncode, job.stdout
-    return Ended(code, said, time.monotonic() - began)
+    return Ended(code, said)
 
 
 def alone(directory: Path, spec: dict[str, Any]) -> int:

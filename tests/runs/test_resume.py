@@ -141,7 +141,7 @@ def hangs(completion_ids):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    time.sleep(100_000)
 """
 
 
@@ -199,11 +199,9 @@ def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_o
 
 
 def test_a_second_ctrl_c_ends_at_once_a_reward_that_hangs(tmp_path, home):
-    began = time.monotonic()
     flags = ["--output_dir", tmp_path / "run", "--reward", f"{home}/rewards.py:hangs"]
     code, said = in_a_process(command, tmp_path / "run", ["train", "--config", home / "run.yaml", *flags])
     assert code == 130 and said.splitlines()[-1] == "stopped at once"
-    assert time.monotonic() - began < 20
 
 
 def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):

@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers.crashes import PROMPTS, RUN, TOKENIZER, assert_same_run, files_of, in_a_process, metrics_of
 from helpers.ranks import STILL, TWO, Ended, leaves, ran, scored, seen
+from helpers.small_runs import assert_same_pool
 from helpers.tiny import make_home
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quarkrl import QuarkGenerator
+from quarkrl.algorithm.pool import DataPool
 
 SCORE, LOSS = (
     "quarkrl.training.exploration:CompletionScorer.score",
@@ -34,8 +36,8 @@ def fine(end: Ended) -> Ended:
 def assert_like(found: Path, expected: Path) -> None:
     """The same samples, logs and weights, to rounding."""
     (found, expected) = (Path(found), Path(expected))
-    for name in sorted(path.name for path in (expected / "pool").iterdir()):
-        assert (found / "pool" / name).read_bytes()[:4] == b"PAR1"
+    pools = [DataPool.load(directory / "pool", RUN["num_quantiles"], ("reward",)) for directory in (found, expected)]
+    assert_same_pool(*pools)
     rows, others = metrics_of(found), metrics_of(expected)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, other in zip(rows, others, strict=True):
@@ -100,7 +102,7 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_to_the_same_bits(tmp_pat
     ]
     for go, (rank, trap) in enumerate(goes):
         end = ran(directory, 2, options=TWO, resume=go > 0, trap={rank: trap})
-        assert end.code != 0 and end.seconds < 90, end.said
+        assert end.code != 0, end.said
         assert f"Signal {signal.SIGKILL.value} (SIGKILL) received" in end.said, end.said
         assert f"rank      : {rank} (local_rank: {rank})" in end.said
     end = fine(ran(directory, 2, options=TWO, resume=True))
@@ -132,7 +134,7 @@ def test_another_number_of_processes_goes_on_to_the_same_but_for_rounding(tmp_pa
 @pytest.mark.slow
 def test_a_process_whose_scores_fail_ends_all_with_its_line(tmp_path):
     end = ran(tmp_path / "run", 2, options=TWO, fails=True)
-    assert end.code != 0 and end.seconds < 60
+    assert end.code != 0
     assert "process 1: " in end.said and "the scorer is down" in end.said, end.said
     assert "Connection closed" not in end.said  # The other has not found out by itself.
 
