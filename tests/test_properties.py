@@ -23,7 +23,7 @@ from quarkrl.rewards.functions.judge import read_rating
 from quarkrl.rewards.functions.response import retry_after_seconds
 from quarkrl.rewards.spec import split_spec
 from quarkrl.rewards.validation import attribute_names, checked_scores
-from quarkrl.runs.checkpoints import load_state, save_state
+from quarkrl.runs.states import load_state, save_state
 from quarkrl.storage.json import nan_to_null
 
 FIXTURES = HealthCheck.function_scoped_fixture  # A folder that each example overwrites.
@@ -318,7 +318,7 @@ def test_a_state_comes_back_as_it_was(tmp_path, state, numbers):
 def test_any_other_file_is_no_state(tmp_path, content):
     path = tmp_path / "s.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no state that quarkrl wrote"):
+    with pytest.raises(UserError, match="not a state that quarkrl wrote"):
         load_state(path)
 
 

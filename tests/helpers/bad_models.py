@@ -193,7 +193,7 @@ def in_pool(change: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 FIRST = "iteration-000000.parquet"
-NONE_GOOD = "has no checkpoint to go on from"
+NONE_GOOD = "every checkpoint is damaged"
 CASES |= {
     f"run: {name}": run(change, said)
     for name, change, said in [

@@ -418,10 +418,10 @@ CASES |= {f"reward {text!r}": spec(text, said) for text, said in SPECS}
 CASES |= {
     "every reward NaN": (
         [*TRAIN, "--reward", "rewards.py:nan"],
-        "4 of 4 rewards of iteration 0 are None or not finite",
+        "4 of 4 rewards in iteration 0 are None or not finite",
     ),
-    "every reward None": ([*TRAIN, "--reward", "rewards.py:none"], "4 of 4 rewards of iteration 0 are None or not"),
-    "every reward too large": ([*TRAIN, "--reward", "rewards.py:huge"], "4 of 4 rewards of iteration 0 are None or"),
+    "every reward None": ([*TRAIN, "--reward", "rewards.py:none"], "4 of 4 rewards in iteration 0 are None or not"),
+    "every reward too large": ([*TRAIN, "--reward", "rewards.py:huge"], "4 of 4 rewards in iteration 0 are None or"),
     "every reward NaN, evaluating": (
         [*EVALUATE, "--reward", "rewards.py:nan"],
         "none of the 8 completions has a reward",

@@ -8,14 +8,17 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 import quarkrl
 from quarkrl import QuarkConfig
 from quarkrl.cli.train_options import parse_train
 from quarkrl.errors import UserError
+from quarkrl.training.config import resume_rules
+from quarkrl.training.options import QuarkOptions
 
 SOURCE = Path(quarkrl.__file__).parent
+QUARK_OPTIONS = {f.name for f in fields(QuarkOptions)}
 OWN = sorted({f.name for f in fields(QuarkConfig)} - {f.name for f in fields(TrainingArguments)})
 
 
@@ -72,6 +75,53 @@ def test_every_own_option_is_read_somewhere(name):
         used.append("config.py")
     assert used, f"nothing reads {name}"
 
+
+def test_a_parser_of_transformers_reads_the_config(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--kl_coef", "0.2", "--draw", "balanced", "--temperature", "1", "0.5"]
+    (config,) = HfArgumentParser([QuarkConfig]).parse_args_into_dataclasses(flags)
+    assert (config.kl_coef, config.draw, config.temperature) == (0.2, "balanced", [1.0, 0.5])
+
+
+# Resuming
+
+BRANCH = {"kl_coef", "learning_rate", "temperature", "draw", "top_p", "seed", "bf16", "optim", "lr_scheduler_type"}
+FIXED = {"num_quantiles", "condition_on", "reward_weights", "steps_per_iteration", "draws_per_step"}
+FREE = {"num_iterations", "per_device_train_batch_size", "generation_batch_size", "save_strategy", "score_cache"}
+FREE |= {"reward_timeout", "on_bad_numbers", "disable_tqdm", "skip_bad_prompts", "max_unscored_share"}
+SELECTION = {"metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay", "eval_top_p"}
+
+
+def test_each_option_has_the_resume_rule_of_its_declaration():
+    rules = resume_rules()
+    by_rule = {
+        rule: {name for name in rules if rules[name] == rule} for rule in ("branch", "fixed", "free", "selection")
+    }
+    assert by_rule["fixed"] == FIXED
+    assert by_rule["branch"] >= BRANCH and by_rule["free"] >= FREE and by_rule["selection"] >= SELECTION
+    assert set(OWN) <= set(rules)
+
+
+def test_a_run_is_identified_by_the_options_that_its_result_depends_on(tmp_path):
+    identity = QuarkConfig(output_dir=str(tmp_path), temperature=0.5, report_to=["none"]).run_identity()
+    assert identity["temperature"] == [0.5] and identity["draws_per_step"] == 128
+    assert identity.keys() >= BRANCH | FIXED
+    assert not identity.keys() & (FREE | SELECTION | {"output_dir", "report_to", "logging_steps"})
+
+
+def test_a_run_that_keeps_its_best_checkpoint_is_also_identified_by_what_chooses_it(tmp_path):
+    options = {"eval_strategy": "epoch", "load_best_model_at_end": True, "eval_top_p": 0.5}
+    identity = QuarkConfig(output_dir=str(tmp_path), **options).run_identity()
+    assert identity.keys() >= SELECTION and not identity.keys() & FREE
+    assert (identity["eval_top_p"], identity["metric_for_best_model"]) == (0.5, "reward")
+
+
+def test_the_recorded_options_are_quarks_own_and_the_numeric_type(tmp_path):
+    recorded = QuarkConfig(output_dir=str(tmp_path), seed=3).recorded_options()
+    assert recorded.keys() == {*QUARK_OPTIONS, "remove_unused_columns", "num_train_epochs", "seed", "bf16", "fp16"}
+    assert recorded["seed"] == 3
+
+
+# Values
 
 IMPOSSIBLE = [
     ({"num_quantiles": 1}, "num_quantiles 1: must be at least 2"),

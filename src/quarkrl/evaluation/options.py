@@ -51,7 +51,7 @@ class EvaluationOptions(SamplingOptions):
         group="metrics",
     )
     human_column: str | None = option(
-        None, "Column with people's continuations of the prompts; adds MAUVE.", metavar="COLUMN", group="metrics"
+        None, "Column with human continuations of the prompts; adds MAUVE.", metavar="COLUMN", group="metrics"
     )
     resamples: int = option(
         10_000, "Bootstrap resamples for the confidence intervals.", at_least=1, metavar="N", group="metrics"

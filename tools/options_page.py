@@ -1,0 +1,81 @@
+"""Write docs/options.md, the reference of the options, from their declarations: `python -m tools.options_page`."""
+
+import dataclasses
+from pathlib import Path
+
+from quarkrl.cli.common import RewardOptions
+from quarkrl.cli.evaluate import InputOptions
+from quarkrl.cli.flags import typed_fields
+from quarkrl.cli.generate import GenerateOptions
+from quarkrl.cli.score import ScoreOptions
+from quarkrl.cli.train_options import RunArguments
+from quarkrl.evaluation.options import EvaluationOptions
+from quarkrl.options import choices_of, default_of, limits_in_words, listed
+from quarkrl.sampling.options import SamplingOptions
+from quarkrl.training.options import GROUPS, INHERITED, QuarkOptions
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+RESUME = {"free": "yes", "branch": "from a checkpoint", "fixed": "no", "selection": "yes, unless"}
+INTRODUCTION = """\
+# Options
+
+This page is generated: `python -m tools.options_page`. Each option is a flag, such as `--kl_coef 0.1`. Each option of
+`quarkrl train` is also a key of its YAML file, such as `kl_coef: 0.1`. The default is in parentheses. "Resume" says
+whether a resumed run may change the option. Options with that note are also arguments of `QuarkConfig`.
+
+- *yes*: always.
+- *from a checkpoint*: only with `--resume_from_checkpoint DIR`.
+- *no*: never.
+- *yes, unless*: *yes*, but *from a checkpoint* in a run with `load_best_model_at_end`.
+
+"""
+
+
+def page() -> str:
+    """Return the text of the page."""
+    train = [typed for options in (RunArguments, QuarkOptions) for typed in typed_fields(options)]
+    run = {field.name for field in dataclasses.fields(RunArguments)}
+    lines = [INTRODUCTION, "## quarkrl train\n\n"]
+    for group in GROUPS:
+        rows = [(field, kind) for field, kind in train if field.metadata["group"] == group]
+        lines += [f"### {group.capitalize()}\n\n", *_entries(rows, no_rule=run), "\n"]
+    rules: dict[str, list[str]] = {}
+    for name, field in INHERITED.items():
+        rules.setdefault(RESUME[field.metadata["resume"]], []).append(f"`{name}`")
+    lines += ["### Of transformers.TrainingArguments\n\n"]
+    lines += [
+        "Every field of `transformers.TrainingArguments` is an option; `quarkrl train --help_all` lists them. A\n"
+    ]
+    lines += ["resumed run may change all of them, except for these.\n\n", ""]
+    lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
+    for command, classes in {
+        "generate": (GenerateOptions, SamplingOptions),
+        "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
+        "score": (ScoreOptions, RewardOptions),
+    }.items():
+        rows = [typed for options in classes for typed in typed_fields(options)]
+        lines += [f"\n## quarkrl {command}\n\n", *_entries(rows, no_rule={field.name for field, _ in rows})]
+    return "".join(lines)
+
+
+def _entries(rows: list[tuple[dataclasses.Field, object]], no_rule: set[str]) -> list[str]:
+    lines = []
+    for field, _ in rows:
+        valid = listed(choices_of(field)) if choices_of(field) else limits_in_words(field.metadata)
+        sentences = [field.metadata["help"], f"Valid: {valid}." if valid else ""]
+        if field.name not in no_rule:
+            sentences.append(f"Resume: {RESUME[field.metadata['resume']]}.")
+        lines.append(f"- `{field.name}`{_in_words(default_of(field))}: {' '.join(filter(None, sentences))}\n")
+    return lines
+
+
+def _in_words(default: object) -> str:
+    if default is dataclasses.MISSING:
+        return " (required)"
+    if default is None or default in ([], ()):
+        return ""
+    return f" (`{' '.join(map(str, default)) if isinstance(default, list | tuple) else default}`)"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
