@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import (
+from helpers.runs import (
     EOS_ID,
     LORA,
     PROMPTS,
