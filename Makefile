@@ -48,8 +48,8 @@ check: install prose  ## what CI runs besides the tests: lint, format, types, im
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-prose: install  ## the style of README and docs: sentence length and glossary (styles/quarkrl)
-	$(BIN)/python tools/prose.py README.md AGENTS.md CHANGELOG.md docs
+prose: install  ## the style of docs, docstrings and comments: sentence length and glossary (styles/quarkrl)
+	$(BIN)/python tools/prose.py README.md AGENTS.md CHANGELOG.md docs benchmarks/README.md src tools
 
 format: install  ## fix and format the code
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,8 @@ import yaml
 
 STYLE = Path(__file__).parents[1] / "styles" / "quarkrl"
 _SENTENCE_END = re.compile(r"(?<=[.!?])[)\"”*]*\s+(?=[(\"“*]*[A-Z0-9\x00αβγΔ])")
+_SECTION = re.compile(r"(?:Args|Attributes|Keys|Raises|Returns|Yields)\b.*:$")
+_ARGUMENT = re.compile(r"^ {4}(?=\S)[^:]*: ")
 _BLOCK_START = re.compile(r"^\s*(?:[-*+] |\d+\. |#+ |> )")
 
 
@@ -117,13 +119,26 @@ def prose_of(path: Path) -> Iterator[Block]:
     for node in ast.walk(ast.parse(text)):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and (docstring := ast.get_docstring(node)):
-            yield Block(node.body[0].lineno, docstring)
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    first = [line for line in comments if line - 1 not in comments]
-    for line in first:
-        last = next(number for number in range(line, line + len(comments) + 1) if number + 1 not in comments)
-        yield Block(line, "\n".join(comments[number] for number in range(line, last + 1)))
+            yield Block(node.body[0].lineno, "\n".join(_markdown_of(docstring)))
+    lines = [""] * (text.count("\n") + 2)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            trailing = token.line[: token.start[1]].strip()  # A comment behind code is a paragraph of its own.
+            lines[token.start[0] - 1] = ("- " if trailing else "") + token.string.lstrip("# ")
+    yield Block(1, "\n".join(lines))
+
+
+def _markdown_of(docstring: str) -> Iterator[str]:
+    """Yield the lines of a docstring with its arguments as list items, and without indented code."""
+    in_section = False
+    for line in docstring.splitlines():
+        if line and not line[0].isspace():
+            in_section = bool(_SECTION.match(line))
+            yield "" if in_section else line
+        elif in_section:
+            yield _ARGUMENT.sub("- ", line)
+        else:
+            yield ""
 
 
 def main(arguments: list[str]) -> int:

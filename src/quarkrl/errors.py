@@ -6,7 +6,10 @@ from traceback import extract_tb
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix. The message is one line: `<option> <value>: must be <limit>. <Remedy>.`"""
+    """A mistake that the user can fix.
+
+    The message is one line: `<option> <value>: must be <limit>. <Remedy>.`
+    """
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "", cutoff: float = 0.6) -> str:

@@ -10,8 +10,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from quarkrl.errors import UserError, did_you_mean
 
-# Whether a resumed run may change an option: always; only when it starts from an explicit checkpoint; never.
-# "selection" is "branch" in a run that keeps its best checkpoint, and "free" in any other.
+# Whether a resumed run may change an option:
+# - "free": always.
+# - "branch": only if it starts from an explicit checkpoint.
+# - "fixed": never.
+# - "selection": as "branch" in a run that keeps its best checkpoint, and as "free" in any other.
 Resume = Literal["free", "branch", "fixed", "selection"]
 
 
@@ -28,7 +31,7 @@ class _Metadata(dict):
         return {"help": self["help"]}
 
 
-def option(
+def option(  # noqa: PLR0913 - one keyword per property of an option
     default: Any = dataclasses.MISSING,
     help: str = "",
     *,

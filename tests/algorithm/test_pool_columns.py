@@ -7,13 +7,13 @@ import pyarrow as pa
 import pytest
 
 from quarkrl.algorithm import pool_columns
-from quarkrl.algorithm.pool_columns import Batch, SampleColumns, TokenLists, read_batch
+from quarkrl.algorithm.pool_columns import NewSamples, SampleColumns, TokenLists, read_samples
 
 
-def batch_of(prompts, completions, rewards, terms=None) -> Batch:
+def new_samples(prompts, completions, rewards, terms=None) -> NewSamples:
     """Return samples with one reward each."""
     lists = TokenLists.from_lists(prompts), TokenLists.from_lists(completions)
-    return Batch.validated(*lists, rewards, terms or {}, num_attributes=1)
+    return NewSamples.convert(*lists, rewards, terms or {}, num_attributes=1)
 
 
 def samples_of(columns: SampleColumns) -> list[tuple[list[int], list[int]]]:
@@ -27,15 +27,15 @@ def test_token_ids_are_read_as_they_were_appended_across_blocks(block_length, mo
     columns = SampleColumns(1)
     for iteration, part in enumerate((samples[:1], samples[1:1], samples[1:])):
         prompts, completions = ([sample[i] for sample in part] for i in range(2))
-        columns.append(batch_of(prompts, completions, np.zeros(len(part))), iteration)
+        columns.append(new_samples(prompts, completions, np.zeros(len(part))), iteration)
     assert samples_of(columns) == samples
     assert columns.iterations.tolist() == [0, 2, 2, 2]
 
 
 def test_lengths_count_the_tokens_of_prompt_and_completion():
     columns = SampleColumns(1)
-    columns.append(batch_of([[1, 2], [], [3]], [[4], [5, 6, 7], []], [0, 0, 0]), 0)
-    columns.append(batch_of([[8] * 9], [[9]], [0]), 1)
+    columns.append(new_samples([[1, 2], [], [3]], [[4], [5, 6, 7], []], [0, 0, 0]), 0)
+    columns.append(new_samples([[8] * 9], [[9]], [0]), 1)
     assert columns.compute_lengths().tolist() == [3, 3, 1, 10]
     assert columns.lengths_of(np.array([3, 0, 0, 2, 1])).tolist() == [10, 3, 3, 1, 3]
 
@@ -43,19 +43,19 @@ def test_lengths_count_the_tokens_of_prompt_and_completion():
 def test_new_samples_have_no_quantile():
     columns = SampleColumns(2)
     lists = TokenLists.from_lists([[1]])
-    columns.append(Batch.validated(lists, lists, [[0.5, 0.25]], {}, num_attributes=2), 0)
+    columns.append(NewSamples.convert(lists, lists, [[0.5, 0.25]], {}, num_attributes=2), 0)
     assert columns.quantiles.tolist() == [[-1, -1]] and columns.rewards.tolist() == [[0.5, 0.25]]
 
 
 def test_any_range_of_samples_converts_to_a_table_and_back():
     columns = SampleColumns(1)
-    columns.append(batch_of([[1], [2, 3]], [[], [4]], [0.5, -1]), 0)
-    columns.append(batch_of([[5, 6], []], [[7, 8], [9]], [2, 3], {"kind": [1.5, 1.5]}), 1)
+    columns.append(new_samples([[1], [2, 3]], [[], [4]], [0.5, -1]), 0)
+    columns.append(new_samples([[5, 6], []], [[7, 8], [9]], [2, 3], {"kind": [1.5, 1.5]}), 1)
     for start in range(4):
         for end in range(start + 1, 5):
-            batch = read_batch(columns.to_table(slice(start, end), ["reward"]), ["reward"])
+            restored = read_samples(columns.to_table(slice(start, end), ["reward"]), ["reward"])
             copy = SampleColumns(1)
-            copy.append(batch, 0)
+            copy.append(restored, 0)
             assert samples_of(copy) == samples_of(columns)[start:end]
             assert copy.rewards.tolist() == columns.rewards[start:end].tolist()
             np.testing.assert_array_equal(copy.terms["kind"], columns.terms["kind"][start:end])

@@ -195,7 +195,7 @@ def test_a_model_with_non_finite_logits_samples_nothing(tmp_path):
     model = tiny_model("gpt2", TOKENIZER)
     model.transformer.wte.weight.data[2, 0] = NAN
     for sampling in ({"do_sample": False}, {"top_p": 0.9}, {"top_p": 1.0}):
-        with pytest.raises(UserError, match="the model's logits are not finite: its weights are damaged"):
+        with pytest.raises(UserError, match="logits are not finite"):
             QuarkGenerator(model, TOKENIZER, None).generate("a b", **sampling)
     with pytest.raises(UserError, match="logits are not finite"):
         trainer_of(tmp_path, model=model).train()

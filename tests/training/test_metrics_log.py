@@ -9,10 +9,10 @@ from quarkrl.training.metrics_log import MetricsFile
 
 def test_metrics_go_back_to_where_they_were_and_are_rewritten_where_they_are_shorter(tmp_path):
     metrics = MetricsFile(tmp_path)
-    metrics.cut(0, [])
+    metrics.truncate(0, [])
     assert files_of(tmp_path) == set()
     metrics.path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    metrics.cut(12, [])
+    metrics.truncate(12, [])
     assert metrics.path.read_text() == '{"step": 1}\n'
-    metrics.cut(24, [{"step": 1}, {"step": 2}])
+    metrics.truncate(24, [{"step": 1}, {"step": 2}])
     assert metrics.path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -1,16 +1,16 @@
-"""Makes the embedded model, its tokenizer and its prompts from nothing but a seed.
+"""Make the embedded model, its tokenizer and its prompts from a seed.
 
     python -m tools.builtin_model.build [--output DIR]
 
-takes half an hour on one core of a 2023 server and writes, by default over the files of this package,
+Run it in the root of the repository. It takes half an hour on one core of a 2023 server, and replaces the files in
+src/quarkrl/builtin by default:
 
     DIR/model/                  GPT-2 (1.1M parameters), config, generation config, byte-level BPE tokenizer
-    DIR/prompts.train.jsonl     20,000 prompts: the first 4 to 8 words of texts, cut before anything rude
-    DIR/prompts.eval.jsonl      300 prompts of texts that are in no other file and that the model never saw
+    DIR/prompts.train.jsonl     20,000 prompts: the first 4 to 8 words of texts, truncated before anything rude
+    DIR/prompts.eval.jsonl      300 prompts from texts that are in no other file and not in the model's training data
 
-then prints held-out perplexity and how often the model turns rude. Two runs on one machine give identical
-bytes; another kind of CPU rounds differently, so there the weights may differ a little.
-Needs `alt-profanity-check`.
+Then it prints held-out perplexity and the share of rude completions. Two builds on one machine are byte-identical.
+Another kind of CPU rounds differently, so its weights may differ slightly. Needs `alt-profanity-check`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The built-in corpus: short everyday remarks, replies and reviews, from kind to rude and from glad to sour.
+"""The built-in corpus: short everyday remarks, replies and reviews, from kind to rude and from happy to sour.
 
-A grammar with slots, drawn by a seeded `random.Random`. Each text has a topic, a mood and a hidden nerve: the
-chance that any one of its slots is filled rudely. Nerve depends on mood, topic, opener and speaker, so that
-prompts differ in risk, while every slot has a polite filling, so that no context forces rudeness. The speakers
-("Furious customer writes: ...") set the tone of all that follows, as first words do in real text: whatever is
-to be conditioned later finds a model that listens to them. Two things keep "rude" from being a mere matter of
-mood: most sour texts only grumble, and some glad ones swear out of joy.
+The corpus is a grammar with slots, drawn by a seeded `random.Random`. Each text has a topic, a mood and a nerve. The
+nerve is the chance that any one slot is filled rudely. It depends on mood, topic, opener and speaker, so that prompts
+differ in risk. Each slot also has polite fillings, so that no context forces rudeness. The speaker ("Furious customer
+writes: ...") sets the tone of the whole text, as first words do in real text. The model therefore learns to attend to
+its first tokens, which reward tokens need later. Rudeness is not the same as a bad mood: most sour texts only
+grumble, and some happy ones swear for joy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How the built-in corpus speaks: people, moods and manners, all written for it; names are invented.
+"""The words of the built-in corpus: people, moods and manners. They were written for it; names are invented.
 
-Slots in braces are filled by `corpus.py`.
+`corpus.py` fills the slots in braces.
 """
 
 from __future__ import annotations

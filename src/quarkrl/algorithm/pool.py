@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from quarkrl.algorithm.pool_columns import Batch, SampleColumns, TokenLists, read_batch
+from quarkrl.algorithm.pool_columns import NewSamples, SampleColumns, TokenLists, read_samples
 from quarkrl.errors import UserError, one_line
 from quarkrl.storage.parquet import read_table, write_table
 
@@ -117,8 +117,8 @@ class DataPool:
                 "Pass one completion per prompt."
             )
         prompts, completions = TokenLists.from_lists(prompt_ids), TokenLists.from_lists(completion_ids)
-        batch = Batch.validated(prompts, completions, rewards, terms or {}, len(self.attributes))
-        self._columns.append(batch, iteration)
+        samples = NewSamples.convert(prompts, completions, rewards, terms or {}, len(self.attributes))
+        self._columns.append(samples, iteration)
 
     def quantize(self, ceiling: float | None = None) -> None:
         """Assign every sample of the pool to one of K quantiles by each attribute.
@@ -257,14 +257,14 @@ class DataPool:
     def _read(self, path: Path, iteration: int) -> dict[str, Any]:
         try:
             table, metadata = read_table(path)
-            batch = read_batch(table, self.attributes)
+            samples = read_samples(table, self.attributes)
         # pyarrow reports damage as its own exceptions or OSError; columns of a foreign file raise the others.
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path}: must be an undamaged pool file with {', '.join(self.attributes)} ({one_line(error)}). "
                 "Restore it from a backup."
             ) from error
-        self._columns.append(batch, iteration)
+        self._columns.append(samples, iteration)
         return metadata
 
 

@@ -28,6 +28,7 @@ class TokenLists(NamedTuple):
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int]]) -> "TokenLists":
+        """Convert lists of token ids."""
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         return cls(lengths, np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32, count=lengths.sum()))
 
@@ -47,7 +48,7 @@ class TokenLists(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
+class NewSamples:
     """n samples that are ready to be appended.
 
     Attributes:
@@ -62,15 +63,15 @@ class Batch:
     terms: dict[str, np.ndarray]
 
     @classmethod
-    def validated(
+    def convert(
         cls,
         prompts: TokenLists,
         completions: TokenLists,
         rewards: Sequence[float] | np.ndarray,
         terms: Mapping[str, Sequence[float] | np.ndarray],
         num_attributes: int,
-    ) -> "Batch":
-        """Convert rewards and terms to arrays.
+    ) -> "NewSamples":
+        """Validate rewards and terms, and convert them to arrays.
 
         Args:
             rewards: `(n, A)`, or `(n,)` if A is 1.
@@ -149,21 +150,21 @@ class SampleColumns:
         prompt_ids, completion_ids = map(_TokenBlocks.slice, self._tokens, starts, ends)
         return prompt_ids, completion_ids
 
-    def append(self, batch: Batch, iteration: int) -> None:
+    def append(self, samples: NewSamples, iteration: int) -> None:
         """Append samples that an iteration sampled; they have no quantile yet."""
-        count, columns = len(batch.rewards), (batch.prompts, batch.completions)
+        count, columns = len(samples.rewards), (samples.prompts, samples.completions)
         # The old length of each token column is added before the column is extended.
         ends = [np.cumsum(new.lengths) + len(tokens) for new, tokens in zip(columns, self._tokens, strict=True)]
         self._ends.extend(np.column_stack(ends))
         for new, tokens in zip(columns, self._tokens, strict=True):
             tokens.extend(new.ids)
-        self._rewards.extend(batch.rewards)
-        self._quantiles.extend(np.full(batch.rewards.shape, -1, dtype=np.int16))
-        for name in [name for name in batch.terms if name not in self._terms]:
+        self._rewards.extend(samples.rewards)
+        self._quantiles.extend(np.full(samples.rewards.shape, -1, dtype=np.int16))
+        for name in [name for name in samples.terms if name not in self._terms]:
             self._terms[name] = _GrowingArray(np.float64)
             self._terms[name].extend(np.full(len(self), np.nan))
         for name, column in self._terms.items():
-            column.extend(batch.terms.get(name, np.full(count, np.nan)))
+            column.extend(samples.terms.get(name, np.full(count, np.nan)))
         self._iterations.extend(np.full(count, iteration, dtype=np.int32))
 
     def to_table(self, rows: slice, attributes: Sequence[str]) -> pa.Table:
@@ -185,7 +186,7 @@ class SampleColumns:
         return pa.table({**columns, **rewards, **terms})
 
 
-def read_batch(table: pa.Table, attributes: Sequence[str]) -> Batch:
+def read_samples(table: pa.Table, attributes: Sequence[str]) -> NewSamples:
     """Convert what `SampleColumns.to_table` returned back to samples.
 
     Raises:
@@ -196,7 +197,7 @@ def read_batch(table: pa.Table, attributes: Sequence[str]) -> Batch:
     rewards = np.column_stack([table[name].to_numpy() for name in attributes])
     names = [name for name in table.column_names if name.startswith(_TERM_PREFIX)]
     terms = {name.removeprefix(_TERM_PREFIX): table[name].to_numpy() for name in names}
-    return Batch.validated(prompts, completions, rewards, terms, len(attributes))
+    return NewSamples.convert(prompts, completions, rewards, terms, len(attributes))
 
 
 class _TokenBlocks:

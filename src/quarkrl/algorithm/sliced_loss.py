@@ -64,6 +64,7 @@ class SlicedQuarkLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, inputs):
+        """Compute total, NLL, KL and entropy, and the gradient that `backward` scales."""
         tokens, vocab_size = inputs.policy.shape
         kl_coef, entropy_coef, _, _ = inputs.settings
         # Cast once, because autocast would cast again for every slice.
@@ -98,6 +99,7 @@ class SlicedQuarkLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, *_):
+        """Scale the gradient that `forward` computed."""
         scale = grad_total / max(ctx.tokens, 1)
         return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in ctx.gradients), None
 

@@ -1,7 +1,7 @@
 """The embedded tiny model and its prompts, so that everything runs offline and in minutes.
 
-The model is a 1.1M-parameter GPT-2 that writes everyday remarks, replies and reviews, some of them rude. It
-is made from nothing but this package's own grammar by one command: see `build.py`.
+The model is a 1.1M-parameter GPT-2 that writes everyday remarks, replies and reviews, some of them rude. It is
+trained on texts of a small grammar, by `python -m tools.builtin_model.build` in the repository.
 """
 
 from __future__ import annotations

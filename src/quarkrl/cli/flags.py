@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` instead of printing the usage."""
         # argparse writes "argument --name: …"; ours is "name …".
         message = re.sub(r"^argument -{0,2}([^\s:/]+)[^\s:]*: ", r"\1 ", message)
         message = re.sub(r" invalid (\w+) value: (.*)$", r" \2: must be of type \1.", message)
@@ -77,8 +78,8 @@ def add_flags(
         parser: receives the flags.
         classes: dataclasses; a field without a default is a required flag.
         groups: headings of `--help`, in order; a field's own heading is its metadata `group`.
-        switches: whether an option that is False by default is a bare flag; otherwise it takes an optional value, as
-            the flags of transformers do, which a subcommand with positional arguments cannot have.
+        switches: whether an option that is False by default is a bare flag. Otherwise it takes an optional value, as
+            the flags of transformers do. A subcommand with positional arguments needs bare flags.
         describe: makes the text for `--help` from a field; `summary` by default.
     """
     describe = describe or summary

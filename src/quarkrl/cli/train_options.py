@@ -1,7 +1,7 @@
 """The options of `quarkrl train`, from flags and from a YAML file or preset.
 
-The entries of a file become flags that precede the user's own: both are read, checked and reported by one parser, and
-a flag takes precedence over the file. Types therefore come from the options, not from YAML, which reads 1e-5 as text.
+The entries of a file become flags that precede the user's own. One parser reads, checks and reports both, and a flag
+takes precedence over the file. Types come from the options, not from YAML, which reads 1e-5 as text.
 """
 
 import argparse

@@ -50,8 +50,8 @@ def try_encode_prompts(
     Args:
         tokenizer: a `transformers` tokenizer.
         prompts: texts, and chats as lists of messages.
-        allow_empty: how a text without tokens of its own is encoded: as the special tokens that the tokenizer puts
-            first, such as BOS, or as no tokens (default).
+        allow_empty: encode a text without tokens of its own as the special tokens that the tokenizer puts first, such
+            as BOS. By default it has no tokens.
 
     Returns:
         For each prompt its token ids, or why the chat template refuses it.

@@ -100,11 +100,12 @@ def _load_dataset(name: str, split: str) -> Any:
         names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
         return datasets.load_dataset(*names, split=split)
     except Exception as error:  # Formats, network and hub raise many types; the message keeps the cause.
+        cause: BaseException = error
         if "while generating the dataset" in str(error) and error.__cause__:
-            error = error.__cause__  # The more specific error.
+            cause = error.__cause__  # The more specific error.
         origin = "the directory has" if is_directory else "there is no such file, and the hub has"
         raise UserError(
-            f"{shorten(name, 200)}: {origin} no split {split!r} that can be read ({one_line(error)}). "
+            f"{shorten(name, 200)}: {origin} no split {split!r} that can be read ({one_line(cause)}). "
             "Provide a prompt file, or the directory or name of a data set."
         ) from error
 

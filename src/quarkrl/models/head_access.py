@@ -1,6 +1,6 @@
 """Whether the loss can compute a model's logits in slices: decided once per model, when training starts.
 
-The loss saves memory if it gets hidden states and the output layer's weights instead of logits: it then computes the
+The loss saves memory if it gets hidden states and the output layer's weights instead of logits. It then computes the
 logits of some positions at a time (`Projection`). This is possible where the output layer is one matrix product. Where
 it is more, such as a layer with an adapter on it, the model computes all logits itself.
 
@@ -10,7 +10,7 @@ it is more, such as a layer with an adapter on it, the model computes all logits
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class HeadAccess:
     Attributes:
         sliced: the loss computes the logits from hidden states and weights; if False, the model computes them whole.
         own_weights: the output layer multiplies by its attributes `weight` and `bias`. If False, it builds its matrix
-            anew in each call, as an adapter does that trains the rows of some tokens.
+            again in each call, as an adapter does that trains the rows of some tokens.
         scale: a factor on the logits, from the model's config.
         cap: the soft cap of the logits, from the model's config; None for no cap.
     """
@@ -113,7 +113,7 @@ def completion_projection(
     # The model has to compute some logits: those of one position.
     hidden, _ = forward_at_completions(model, input_ids, attention_mask, labels, logits_at=slice(0, 1))
     if head.own_weights:
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
     else:
         product = _only_product(layer, hidden[:1])
         if product is None:

@@ -22,8 +22,8 @@ from quarkrl.errors import UserError, one_line
 def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a causal language model from a directory or the hub.
 
-    No code is run unless `trust_remote_code`: weights are read from safetensors, never from pickles; neither the
-    model's own classes nor an attention kernel that its config names are imported.
+    No code is run unless `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own
+    classes, and an attention kernel that its config names, are not imported.
 
     Args:
         path: a directory, or a name on the hub.

@@ -31,10 +31,10 @@ def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequen
             "the model."
         )
     before, after = _special_tokens_around(tokenizer)
-    single = [*before, *reward_token_ids, "$A", *after]
-    pair = [*single, *before, "$B:1", *after]
+    single: list[int | str] = [*before, *reward_token_ids, "$A", *after]
+    pair: list[int | str] = [*single, *before, "$B:1", *after]
     steered = copy.deepcopy(tokenizer)
-    token_of = {i: steered.convert_ids_to_tokens(i) for i in (*before, *reward_token_ids, *after)}
+    token_of: dict[int | str, str] = {i: steered.convert_ids_to_tokens(i) for i in (*before, *reward_token_ids, *after)}
     steered.backend_tokenizer.post_processor = TemplateProcessing(
         single=[token_of.get(piece, piece) for piece in single],
         pair=[token_of.get(piece, piece) for piece in pair],
@@ -59,7 +59,7 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
 def _steer_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
     """A chat template that renders the same text with the reward tokens first, after BOS if the text starts with it."""
     # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, its final newline is removed, and the + of the closing tag
+    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
     # keeps the blanks before that tag.
     body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
     bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))

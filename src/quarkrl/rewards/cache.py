@@ -42,7 +42,7 @@ def digest(value: Any) -> bytes:
 class ScoreCache:
     """An SQLite file of scores, keyed by the reward's identity and the digest of the arguments that it read.
 
-    Several processes may read and write one file concurrently, on a local disk: SQLite's WAL needs shared memory, which
+    Several processes may read and write one file concurrently, on a local disk. SQLite's WAL needs shared memory, which
     a network file system does not provide. The file holds digests, not texts.
 
     Args:

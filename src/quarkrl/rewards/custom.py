@@ -36,8 +36,8 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"reward {str(path)!r}: must be an existing file.")
     path = path.resolve()
-    # The module's name contains the hash of the file. So two rewards of one file share a module, an edited file is
-    # loaded again (in a notebook), and the name, which is part of a reward's identity, is equal on every machine.
+    # The module's name contains the hash of the file. So two rewards of one file share a module, and an edited file is
+    # loaded again (in a notebook). The name is part of a reward's identity, and is equal on every machine.
     name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):

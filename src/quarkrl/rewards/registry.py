@@ -49,7 +49,7 @@ def resolve(
     An option of the spec overrides the argument of the same name.
 
     Raises:
-        UserError: there is no such reward; an option is unknown, missing or invalid; or `label` or `unwanted` is set
+        UserError: the reward does not exist, or an option is unknown, missing or invalid. So are `label` and `unwanted`
             for a reward that is not a classifier.
     """
     arguments = {"label": label, "unwanted": unwanted, "device": device}

@@ -45,7 +45,9 @@ class Reward(Protocol):
             threshold.
     """
 
-    def __call__(self, *args: Any, **arguments: Any) -> Any: ...
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
+        """Return one number or None for each completion, or an awaitable of that."""
+        ...
 
 
 def is_cached(reward: Reward) -> bool:

@@ -41,8 +41,8 @@ class Scorer:
         reward_funcs: one or several reward functions (`quarkrl.rewards.reward.Reward`), or their names or paths
             (`quarkrl.rewards.resolve`).
         weights: one number per reward. Default: 1 each.
-        condition_on: "sum" combines the rewards into their weighted sum, which is missing if one of its terms is
-            missing. "each" keeps every reward as an attribute of its own.
+        condition_on: with "sum", the rewards become their weighted sum, which is missing if one of its terms is
+            missing. With "each", the scorer keeps every reward as an attribute of its own.
         cache: a file in which a `ScoreCache` stores the scores of rewards that have an `identity`.
         timeout: seconds that the scores of one batch may take. None waits without limit.
 

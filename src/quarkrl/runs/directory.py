@@ -36,7 +36,7 @@ class RunIdentity:
 
 @contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
-    """Hold a run's directory; the system lets go of it when the process ends, however it ends.
+    """Lock a run's directory. The operating system releases the lock when the process ends, however it ends.
 
     Raises:
         UserError: another process holds it, or the directory cannot be written.
@@ -64,13 +64,13 @@ def holds_run(directory: Path) -> bool:
 
 
 def opened(directory: Path, identity: RunIdentity, resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
-    """Begin a run in a directory, or find what the one in it can go on from.
+    """Start a run in a directory, or find the checkpoint from which its run resumes.
 
     Args:
         directory: the run's own; held by this process.
         identity: that of the run that wants to be in it.
-        resume: False or None for a new one; True for the last good checkpoint; or a checkpoint's directory, from which
-            a run with other options may branch off.
+        resume: False or None for a new run, True for the last good checkpoint, or a checkpoint's directory. A run with
+            other options may branch from a named directory.
 
     Returns:
         The checkpoint, None for the beginning; what there is to say; and whether options have changed.
@@ -184,6 +184,7 @@ class ConfigFile(TrainerCallback):
         self.options = {name: value for name, value in options.items() if not name.startswith("resume")}
 
     def on_train_begin(self, args, state, control, **_):
+        """Write the file, in the first process."""
         if state.is_world_process_zero:
             with atomic_file(Path(args.output_dir) / "config.yaml") as file:
                 file.write(yaml.safe_dump(self.options, sort_keys=False).encode())

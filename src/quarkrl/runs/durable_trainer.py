@@ -184,7 +184,7 @@ class DurableTrainer(Trainer):
             self._stop()
 
     def _stop(self) -> None:
-        number = self.interrupts.asked or 15
+        number = self.interrupts.signal_number or 15
         step = self.state.global_step
         name = {2: "Ctrl-C", 15: "SIGTERM"}[number]
         raise Stopped(

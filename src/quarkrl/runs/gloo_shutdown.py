@@ -1,8 +1,9 @@
 """Workaround: end a process without an abort in gloo's threads.
 
-Up to Python 3.13, a gloo thread that frees a tensor while the interpreter shuts down aborts the process. torch joins
+Up to Python 3.13, a gloo thread that frees a tensor while the interpreter shuts down aborts the process. PyTorch joins
 these threads only when nothing refers to their process group any more, and sharded weights refer to it to the end.
-Upstream: https://github.com/pytorch/pytorch/issues/190489, https://github.com/pytorch/pytorch/issues/157193.
+Upstream: https://github.com/pytorch/pytorch/issues/190489 and https://github.com/pytorch/pytorch/issues/157193.
+
 Remove this file when the oldest supported torch joins gloo's threads in `destroy_process_group` (not in 2.13).
 """
 

@@ -25,17 +25,17 @@ class Interrupts:
     """Records SIGTERM and SIGINT while `watched` is active.
 
     Attributes:
-        asked: the signal that was received; None if none was.
+        signal_number: the signal that was received; None if none was.
         at_once: what a second SIGINT does: True ends the process immediately, False raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.signal_number: int | None = None
         self.at_once = False
 
     def pending(self) -> bool:
         """Return whether a signal was received."""
-        return self.asked is not None
+        return self.signal_number is not None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -43,7 +43,7 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.asked = None
+        self.signal_number = None
         handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -52,9 +52,9 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
-        if signal_number == signal.SIGINT and self.asked is not None:
+        if signal_number == signal.SIGINT and self.signal_number is not None:
             if self.at_once:  # Finished batches are on the disk, and a reward function may never return.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopped at once\n")
                 os._exit(128 + signal_number)
             raise KeyboardInterrupt
-        self.asked = signal_number
+        self.signal_number = signal_number

@@ -90,7 +90,7 @@ def load_optimizer_state(optimizer: Any, checkpoint: str | Path, keep_options: b
     Args:
         optimizer: the optimizer that the run's options create.
         checkpoint: the checkpoint's directory.
-        keep_options: restore the moments and the step only; learning rate, betas and the like stay the optimizer's.
+        keep_options: restore only the moments and the step. Other options, such as the learning rate, stay as they are.
     """
     state = load_state(states_path(checkpoint, "optimizer"))
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True) if keep_options else ():

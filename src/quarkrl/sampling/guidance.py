@@ -130,6 +130,7 @@ class GuidedDecoder:
         self._guidance_scale = contrast.guidance_scale
         self._vocab_size = vocab_size
         self._shares_batch = contrast.model is None
+        batches: list[tuple[ModelSource, Sequence[Sequence[int]]]]
         if contrast.model is None:
             batches = [(model, [*prompt_ids, *contrast.prompt_ids])]
         else:

@@ -130,7 +130,7 @@ def sample_best(
     )
 
 
-def complete(
+def complete(  # noqa: PLR0913 - sample's arguments and three more
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     sampling: Sampling,

@@ -140,8 +140,8 @@ class Explorer:
         parts = finished.load(task.rows) if finished and self._is_first else []
         batches = remaining_batches(len(task.rows), task.batch_size, parts)
         for part in parts:
-            self._progress.sampled(len(part.rows))
-            self._progress.scored(part.rewards)
+            self._progress.advance_sampling(len(part.rows))
+            self._progress.advance_scoring(part.rewards)
         if finished and not batches:
             self._retry_missing_rewards(task, parts, finished)
         return parts, batches
@@ -163,7 +163,7 @@ class Explorer:
         with task.sampler() as complete:
             prompt_ids = [task.prompts.ids[row] for row in task.rows[batch]]
             completions = complete(prompt_ids, task.sampling, None if uniforms is None else uniforms[batch])
-        self._progress.sampled(len(completions))
+        self._progress.advance_sampling(len(completions))
         return completions
 
     def _score_batch(self, task: Task, batch: slice, completions: list[list[int]]) -> Scores:
@@ -171,7 +171,7 @@ class Explorer:
 
     def _score(self, task: Task, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         scores = self._scorer.score(task.prompts, rows, completions)
-        self._progress.scored(scores.rewards)
+        self._progress.advance_scoring(scores.rewards)
         return scores
 
 

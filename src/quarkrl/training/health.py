@@ -258,13 +258,16 @@ class HealthCallback(TrainerCallback):
         self.health = health
 
     def on_epoch_begin(self, args, state, control, **_):
+        """Start the iteration's mean entropy."""
         if state.global_step % args.steps_per_iteration == 0:  # Otherwise the run resumes within the iteration.
             self.health.start_iteration()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        """Check the loss and the gradients of the step."""
         self.health.check_step(model, state.global_step + 1)
 
     def on_step_end(self, args, state, control, model=None, **_):
+        """Count a skipped step, and check weights that are about to be saved."""
         should_log = control.should_log
         self.health.end_step(state.global_step)
         control.should_log = should_log  # Logging a skipped step resets it, but the step's own log is still due.
@@ -272,6 +275,7 @@ class HealthCallback(TrainerCallback):
             self.health.check_weights(model, state.global_step)
 
     def on_epoch_end(self, args, state, control, model=None, **_):
+        """Check the weights and the entropy of the iteration."""
         self.health.check_weights(model, state.global_step)
         self.health.check_entropy((state.global_step - 1) // args.steps_per_iteration)
 

@@ -1,8 +1,8 @@
 """The memory estimate of a run, made before it starts: does the run fit, and how many completions to sample at a time.
 
-Arrays that come and go (activations, KV cache) count with a safety factor, others (weights, reference, optimizer) as
-they are. test_memory.py compares the sum with measured peaks. Not included: Python and its libraries (about 0.5 GB), a
-reward model, the experts of a mixture, and the merged copy that `save_final` makes of an adapter.
+Temporary arrays (activations, KV cache) count with a safety factor. Permanent ones (weights, reference, optimizer)
+count as they are. test_memory.py compares the sum with measured peaks. Python and its libraries (about 0.5 GB) are not
+included. Nor are a reward model, the experts of a mixture, and the merged copy that `save_final` makes of an adapter.
 """
 
 import logging
@@ -60,6 +60,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak of a run."""
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:
@@ -223,8 +224,8 @@ def plan_memory(
         parameters = [*model.parameters(), *(reference.parameters() if reference is not None else ())]
         free = memory[0] + sum(weight.nbytes for weight in parameters if weight.device.type == device.type)
     if batch_size is None and memory is not None:
-        # Of main memory the total counts: what is free varies, and another batch size would round differently, so that
-        # a resumed run would not be bit-identical.
+        # Main memory counts in total, because free memory varies. Another batch size rounds differently, and a resumed
+        # run would not be bit-identical.
         limits = (memory[1], LARGEST_BATCH_CPU) if device.type == "cpu" else (free, LARGEST_BATCH_ACCELERATOR)
         batch_size = choose_sampling_batch(run, *limits, count)
     batch_size = batch_size or LARGEST_BATCH_CPU

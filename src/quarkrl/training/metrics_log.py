@@ -21,6 +21,7 @@ class MetricsFile(TrainerCallback):
         self.path = Path(directory) / "metrics.jsonl"
 
     def on_log(self, args, state, control, logs=None, **_):
+        """Append a row, in the first process."""
         if state.is_world_process_zero:
             with report_write_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **(logs or {})}))
@@ -36,7 +37,7 @@ class MetricsFile(TrainerCallback):
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
 
-    def cut(self, size: int, history: list[dict[str, Any]]) -> None:
+    def truncate(self, size: int, history: list[dict[str, Any]]) -> None:
         """Truncate the file to an earlier size.
 
         Args:

@@ -219,7 +219,7 @@ class QuarkOptions:
     disable_tqdm: bool | None = option(False, "Show no progress.", resume="free", group="saving and evaluating")
 
 
-# Limits and resume rules of fields of `TrainingArguments` that QuarkOptions does not declare anew, and of the property
+# Limits and resume rules of fields of `TrainingArguments` that QuarkOptions does not declare, and of the property
 # `draws_per_step`. Fields that are not listed are "free".
 INHERITED = {
     "seed": option(at_least=0, at_most=2**32 - 1),  # the range of NumPy's generator

@@ -57,12 +57,12 @@ class Progress(TrainerCallback):
         finally:
             self.close()
 
-    def sampled(self, count: int) -> None:
+    def advance_sampling(self, count: int) -> None:
         """Advance the bar of sampling by `count` completions."""
         if self._bars:
             self._bars.advance(self._explore, count)
 
-    def scored(self, rewards: np.ndarray) -> None:
+    def advance_scoring(self, rewards: np.ndarray) -> None:
         """Advance the bar of scoring by a batch.
 
         Args:
@@ -91,6 +91,7 @@ class Progress(TrainerCallback):
     # While learning, an epoch is an iteration.
 
     def on_step_begin(self, args, state, control, **_):
+        """Show the bar of learning at the iteration's first step."""
         if self._bars is None and state.is_world_process_zero:
             bars = self._open()
             number = state.global_step // args.steps_per_iteration
@@ -98,10 +99,12 @@ class Progress(TrainerCallback):
             bars.advance(self._learn, state.global_step % args.steps_per_iteration)
 
     def on_step_end(self, args, state, control, **_):
+        """Advance the bar of learning."""
         if self._bars:
             self._bars.advance(self._learn)
 
     def on_log(self, args, state, control, logs=None, **_):
+        """Show the latest metrics, and keep them for the line of the iteration."""
         logs = logs or {}
         if "unscored" in logs:
             self._explored_logs = logs
@@ -113,6 +116,7 @@ class Progress(TrainerCallback):
             self._print("  held out", {n: v for n, v in logs.items() if "reward" in n})
 
     def on_epoch_end(self, args, state, control, **_):
+        """Close the bars, and print the line of the iteration."""
         self.close()
         if not self.enabled or not state.is_world_process_zero:
             return

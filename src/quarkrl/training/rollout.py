@@ -73,8 +73,8 @@ class Rollout:
     def metrics(self, attributes: Sequence[str], end_ids: Sequence[int]) -> dict[str, float]:
         """Return the mean and the spread of each reward, and the shape of the completions.
 
-        Keys: each attribute and `ATTRIBUTE_std`; `score.NAME` for each summed reward; `completion_length` in tokens;
-        `eos_share`, the share that ends with EOS; `unscored`, the number of completions without a reward.
+        Keys: each attribute and `ATTRIBUTE_std`; `score.NAME` for each summed reward; `completion_length` in tokens.
+        `eos_share` is the share that ends with EOS. `unscored` is the number of completions without a reward.
         """
         values: dict[str, float] = {}
         for name, column in zip(attributes, self.rewards[self.has_rewards].T, strict=True):

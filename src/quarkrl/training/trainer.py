@@ -11,11 +11,16 @@ learn:
 
 The policy sees r_k, the reference does not. `algorithm/loss.py` says over which vocabulary each term is taken.
 
-Deviations (docs/algorithm.md lists all, with sources). From the paper, as options: KL(p_θ || p_0) instead of
-KL(p_0 || p_θ), and the entropy bonus, as in the code that produced the published figures; draws uniform over samples
-instead of quantiles, which is the same if rewards do not tie. From the official code: completions stay token ids from
-sampling to training, EOS is trained, reward tokens are never sampled, exactly K are added, equal rewards share a
-quantile, and dropout is on while learning.
+Deviations (docs/algorithm.md lists all, with sources).
+
+From the paper, as options:
+- KL(p_θ || p_0) instead of KL(p_0 || p_θ), and the entropy bonus, as in the code that produced the published figures
+- draws uniform over samples instead of quantiles, which is the same if rewards do not tie
+
+From the official code:
+- completions stay token ids from sampling to training, and EOS is trained
+- reward tokens are never sampled, and exactly K are added
+- equal rewards share a quantile, and dropout is on while learning
 """
 
 import logging
@@ -103,7 +108,7 @@ class QuarkTrainer(DurableTrainer):
 
     args: QuarkConfig
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
         model: PreTrainedModel | str | os.PathLike,
         reward_funcs: Rewards | Scorer,
@@ -433,7 +438,7 @@ class QuarkTrainer(DurableTrainer):
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, each = self.state.global_step, self.args.steps_per_iteration
         if self.is_world_process_zero():
-            self.metrics_file.cut(state.get("metrics_bytes", 0), self.state.log_history)
+            self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
         self.pool = load_pool(self.pool, self.pool_directory, step, each)
         if begun := iterations_begun(step, each):
             self.quantize(begun - 1)

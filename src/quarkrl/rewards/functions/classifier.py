@@ -30,8 +30,8 @@ class Classifier:
         unwanted: the name of what 1 - reward measures. Default: derived from "not LABEL".
         text: score the "completion" alone, or "both": prompt and completion, truncated at the start. Chats are
             formatted with the model's chat template.
-        dtype: the model's dtype. In float32, scores do not depend on the batch (to 1e-5). "auto" is bfloat16 on an
-            accelerator, where it is at least twice as fast, and float32 on a CPU.
+        dtype: the model's dtype. In float32, scores do not depend on the batch (to 1e-5). With "auto" it is bfloat16 on
+            an accelerator, where it is at least twice as fast, and float32 on a CPU.
         function_to_apply: turns logits into probabilities: "softmax" over the labels or "sigmoid" of each; "none" keeps
             the logit. Default: what the model's `problem_type` requires, and "none" for a single output.
         revision: of a model on the hub: a commit, branch or tag.
@@ -41,7 +41,7 @@ class Classifier:
         UserError: the model, its weights, tokenizer or trained head is missing, or an option is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the reward's public options
         self,
         model: str | os.PathLike[str],
         label: str | int | None = None,

@@ -3,7 +3,7 @@
 Transient failures (a broken connection, a time-out, HTTP 408, 425, 429 and 5xx, an unusable answer) are retried with
 increasing waits until `give_up_after`. Any other failure (a wrong key, a wrong address) stops the run with one line.
 
-The API key is read from the environment for each batch and never stored: it is in no attribute, so in no repr, identity
+The API key is read from the environment for each batch and never stored. It is in no attribute, so in no repr, identity
 or pickle. It is in no URL, because clients and servers log URLs, and it is removed from the texts that errors quote.
 """
 

@@ -49,7 +49,7 @@ class Judge:
 
     unwanted = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the reward's public options
         self,
         endpoint: str,
         model: str,
