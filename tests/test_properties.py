@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import string
-import time
 
 import numpy as np
 import pytest
 import torch
+from helpers.hang_guard import raises_if_it_hangs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -272,10 +272,11 @@ def test_any_answer_is_a_rating_on_the_scale_or_none(content):
 
 
 @pytest.mark.parametrize("unit", ["1", "score:", "<think>", "8/10 ", '"score": 99999 ', "1.1", "</think>", " 1 to 10"])
-def test_an_endless_answer_takes_no_time(unit):
-    began = time.monotonic()
-    read_rating(unit * (1_000_000 // len(unit)), 1, 10)
-    assert time.monotonic() - began < 5
+def test_a_long_answer_is_read_in_linear_time(unit):
+    """A regular expression that backtracks needs hours for a million characters."""
+    with raises_if_it_hangs():
+        rating = read_rating(unit * (1_000_000 // len(unit)), 1, 10)
+    assert rating is None or 1 <= rating <= 10
 
 
 @any_input(100)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.server import Server
-from helpers.tiny import make_home, tiny_tokenizer
+from helpers.tiny_models import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl import QuarkGenerator

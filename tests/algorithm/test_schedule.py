@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.tiny import SHARED, needs_shared
+from helpers.tiny_models import SHARED, needs_shared
 
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import load_prompts

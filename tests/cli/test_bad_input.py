@@ -17,7 +17,7 @@ import datasets
 import pytest
 from helpers import bad_models, bad_sources
 from helpers.bad_sources import TRAIN
-from helpers.tiny import make_home, tiny_tokenizer
+from helpers.tiny_models import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl.cli.main import main

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.evaluating import save_plain_model, save_quantile_model
-from helpers.tiny import SHARED, needs_shared
+from helpers.evaluation_helpers import save_plain_model, save_quantile_model
+from helpers.tiny_models import SHARED, needs_shared
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from quarkrl.cli.evaluate import load_corpus, set_names

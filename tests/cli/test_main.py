@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers.tiny import make_home, tiny_model, tiny_tokenizer
+from helpers.tiny_models import make_home, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.prompting import CHAT, byte_tokenizer, fails, write
+from helpers.errors import error_message
+from helpers.files import write
+from helpers.prompt_helpers import CHAT, byte_tokenizer
 from transformers import ByT5Tokenizer
 
 from quarkrl.data.encoding import (
@@ -50,7 +52,7 @@ def test_a_tokenizer_written_in_python():
 def test_too_long(tmp_path):
     path = write(tmp_path / "p.txt", "abc\nabcdef\nab\n")
     prompts, tokenizer = load_prompts(path), byte_tokenizer("<s> $A </s>")
-    fails(
+    error_message(
         lambda: prompts.encode(tokenizer, max_length=4),
         *("p.txt:2: ", "7 tokens, limit 4", "Shorten", "raise the limit", "--skip_bad_prompts"),
     )
@@ -58,8 +60,8 @@ def test_too_long(tmp_path):
     assert (encoded.prompts, encoded.skipped) == (["abc", "ab"], {"too long": 1})
     assert encoded.locations == [f"{path}:1", f"{path}:3"]
     assert prompts.encode(tokenizer, max_length=7).skipped == {}
-    fails(lambda: prompts.encode(tokenizer, max_length=1, skip_bad=True), "no prompt is left", "3 too long")
-    fails(lambda: prompts.encode(tokenizer, max_length=0), "limit 0: must be at least 1")
+    error_message(lambda: prompts.encode(tokenizer, max_length=1, skip_bad=True), "no prompt is left", "3 too long")
+    error_message(lambda: prompts.encode(tokenizer, max_length=0), "limit 0: must be at least 1")
 
 
 def test_skipped_adds_up_over_loading_and_encoding():
@@ -72,16 +74,16 @@ def test_skipped_adds_up_over_loading_and_encoding():
 def test_a_prompt_of_which_nothing_comes_through(special):
     wrapped = byte_tokenizer(special, lacks="b")
     prompts = load_prompts(["a", "b"])
-    fails(lambda: prompts.encode(wrapped, max_length=9), "row 2 of the list: ", "no tokens")
+    error_message(lambda: prompts.encode(wrapped, max_length=9), "row 2 of the list: ", "no tokens")
     assert prompts.encode(wrapped, max_length=9, skip_bad=True).skipped == {"no tokens": 1}
 
 
 def test_prompts_made_by_hand_are_checked_too():
     prompts = Prompts(["a", "\ud800", ""], {}, ["x:1", "x:2", "x:3"])
-    fails(lambda: prompts.encode(byte_tokenizer(), max_length=9), "x:2: ", "UTF-8")
+    error_message(lambda: prompts.encode(byte_tokenizer(), max_length=9), "x:2: ", "UTF-8")
     encoded = prompts.encode(byte_tokenizer(), max_length=9, skip_bad=True)
     assert encoded.skipped == {"lone surrogate": 1, "empty prompt": 1}
-    fails(lambda: Prompts([], {}, []).encode(byte_tokenizer(), max_length=9), "no prompt is left")
+    error_message(lambda: Prompts([], {}, []).encode(byte_tokenizer(), max_length=9), "no prompt is left")
 
 
 def test_messages_go_through_the_chat_template():
@@ -94,14 +96,14 @@ def test_messages_go_through_the_chat_template():
         "<s>user:hello</s>bot:",
     ]
     # <s> + 14 letters + </s> + <s> + 10 letters + </s> + "bot:"
-    fails(lambda: prompts.encode(tokenizer, max_length=20), "row 1 of the list: ", "32 tokens, limit 20")
+    error_message(lambda: prompts.encode(tokenizer, max_length=20), "row 1 of the list: ", "32 tokens, limit 20")
     assert len(prompts.encode(tokenizer, max_length=20, skip_bad=True)) == 2
 
 
 def test_messages_without_a_chat_template():
     prompts = load_prompts([{"prompt": CHAT}])
     for skip_bad in (False, True):
-        fails(
+        error_message(
             lambda skip_bad=skip_bad: prompts.encode(byte_tokenizer(), max_length=99, skip_bad=skip_bad),
             "chat template",
         )
@@ -111,7 +113,7 @@ def test_messages_that_the_template_refuses():
     tokenizer = byte_tokenizer(None, TEMPLATE)
     rows = [[{"role": role, "content": "x"}] for role in ("user", "villain", "user", "\ud800", "bot")]
     prompts = load_prompts([{"messages": row} for row in rows])
-    fails(lambda: prompts.encode(tokenizer, max_length=99), "row 2 of the list: ", "no villains")
+    error_message(lambda: prompts.encode(tokenizer, max_length=99), "row 2 of the list: ", "no villains")
     encoded = prompts.encode(tokenizer, max_length=99, skip_bad=True)
     assert [tokenizer.decode(ids) for ids in encoded.ids] == ["<s>user:x</s>bot:"] * 2 + ["<s>bot:x</s>bot:"]
     assert encoded.skipped == {"refused by the chat template": 2}
@@ -153,7 +155,7 @@ def test_a_refused_chat_is_reported_with_the_reason():
         RefusedChat("no villains"),
         encode_prompts(tokenizer, ["a"])[0],
     ]
-    fails(lambda: encode_prompts(tokenizer, ["a", villain]), "villain", "no villains")
+    error_message(lambda: encode_prompts(tokenizer, ["a", villain]), "villain", "no villains")
 
 
 def test_plain_texts_have_no_special_tokens_and_completions_lose_theirs():

@@ -11,7 +11,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.prompting import CHAT, byte_tokenizer, fails, write
+from helpers.errors import error_message
+from helpers.files import write
+from helpers.prompt_helpers import CHAT, byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,9 +111,9 @@ def test_splits(tmp_path):
     saved = save_dict(tmp_path)
     assert load_prompts(saved, split="test").prompts == ["three"]
     assert load_prompts(datasets.load_from_disk(saved), split="test").columns == {"n": [3]}
-    fails(lambda: load_prompts(saved, split="valid"), "saved", "no split 'valid'", "'train', 'test'")
+    error_message(lambda: load_prompts(saved, split="valid"), "saved", "no split 'valid'", "'train', 'test'")
     files = save_files(tmp_path)
-    fails(lambda: load_prompts(files, split="valid"), "files", "'valid'", "train")
+    error_message(lambda: load_prompts(files, split="valid"), "files", "'valid'", "train")
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -153,10 +155,10 @@ def test_column_names():
     assert load_prompts([{"messages": CHAT, "n": 1}]) == Prompts([CHAT], {"n": [1]}, ["row 1 of the list"])
     both = load_prompts([{"prompt": "a", "messages": CHAT}])
     assert (both.prompts, both.columns) == (["a"], {"messages": [CHAT]})
-    fails(lambda: load_prompts([{"text": "a", "n": 1}]), "no column 'prompt'", "'text', 'n'")
-    fails(lambda: load_prompts([{"messages": CHAT}], column="q"), "no column 'q'", "'messages'")
+    error_message(lambda: load_prompts([{"text": "a", "n": 1}]), "no column 'prompt'", "'text', 'n'")
+    error_message(lambda: load_prompts([{"messages": CHAT}], column="q"), "no column 'q'", "'messages'")
     many = {f"column_{i}": 0 for i in range(200)}
-    fails(lambda: load_prompts([many]), "'column_0', 'column_1'")
+    error_message(lambda: load_prompts([many]), "'column_0', 'column_1'")
 
 
 def test_messages_from_files_and_datasets(tmp_path, monkeypatch):
@@ -220,7 +222,7 @@ JSONL = {
 def test_bad_jsonl_line(tmp_path, line):
     reason, found = JSONL[line]
     path = write(tmp_path / "bad.jsonl", b'{"prompt": "a"}\n' + line + b'\n{"prompt": "c"}\n')
-    message = fails(lambda: load_prompts(path), "bad.jsonl:2: ", found, "--skip_bad_prompts")
+    message = error_message(lambda: load_prompts(path), "bad.jsonl:2: ", found, "--skip_bad_prompts")
     assert len(message) < 400
     prompts = load_prompts(path, skip_bad=True)
     assert (prompts.prompts, prompts.skipped) == (["a", "c"], {reason: 1})
@@ -241,7 +243,7 @@ def test_bad_jsonl_line(tmp_path, line):
 )
 def test_bad_row_in_memory(row, reason, found):
     rows = [{"prompt": "a"}, row, {"prompt": "c"}]
-    fails(lambda: load_prompts(rows), "row 2 of the list: ", found, "--skip_bad_prompts")
+    error_message(lambda: load_prompts(rows), "row 2 of the list: ", found, "--skip_bad_prompts")
     prompts = load_prompts(rows, skip_bad=True)
     assert (prompts.prompts, prompts.skipped) == (["a", "c"], {reason: 1})
 
@@ -262,7 +264,7 @@ def test_bad_row_in_memory(row, reason, found):
 )
 def test_bad_csv_record(tmp_path, body, line, reason, found):
     path = write(tmp_path / "bad.csv", b"prompt,n\n" + body)
-    fails(lambda: load_prompts(path), f"bad.csv:{line}: ", found, "--skip_bad_prompts")
+    error_message(lambda: load_prompts(path), f"bad.csv:{line}: ", found, "--skip_bad_prompts")
     prompts = load_prompts(path, skip_bad=True)
     assert (prompts.prompts, prompts.columns) == (["a", "c"], {"n": ["1", "3"]})
     assert prompts.skipped == {reason: 1}
@@ -289,7 +291,7 @@ def test_an_open_quote_over_the_csv_field_limit_loses_no_row(tmp_path):
 )
 def test_bad_csv_file(tmp_path, data, found):
     path = write(tmp_path / "bad.csv", data)
-    fails(lambda: load_prompts(path, skip_bad=True), "bad.csv", found)
+    error_message(lambda: load_prompts(path, skip_bad=True), "bad.csv", found)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_bad_csv_file(tmp_path, data, found):
 )
 def test_bad_text_line(tmp_path, data, line, reason):
     path = write(tmp_path / "bad.txt", data)
-    fails(lambda: load_prompts(path), f"bad.txt:{line}: ", "--skip_bad_prompts")
+    error_message(lambda: load_prompts(path), f"bad.txt:{line}: ", "--skip_bad_prompts")
     prompts = load_prompts(path, skip_bad=True)
     assert (prompts.prompts, prompts.skipped) == (["a", "c"], {reason: 1})
 
@@ -327,7 +329,7 @@ def invalid_strings() -> pa.Array:
 def test_bad_parquet_row(tmp_path, values, reason, found):
     pq.write_table(pa.table({"prompt": values}), tmp_path / "bad.parquet")
     source = tmp_path / "bad.parquet"
-    fails(lambda: load_prompts(source), "row 2 of ", "bad.parquet: ", found, "--skip_bad_prompts")
+    error_message(lambda: load_prompts(source), "row 2 of ", "bad.parquet: ", found, "--skip_bad_prompts")
     prompts = load_prompts(source, skip_bad=True)
     assert (prompts.prompts, prompts.skipped) == (["a", "c"], {reason: 1})
     assert prompts.locations == [f"row 1 of {source}", f"row 3 of {source}"]
@@ -335,13 +337,13 @@ def test_bad_parquet_row(tmp_path, values, reason, found):
 
 def test_the_first_bad_row_is_told_and_all_are_counted(tmp_path):
     path = write(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\nx\ny\n{"prompt": "b\nb"}\n')
-    fails(lambda: load_prompts(path), "p.jsonl:2")
+    error_message(lambda: load_prompts(path), "p.jsonl:2")
     assert load_prompts(path, skip_bad=True).skipped == {"empty prompt": 1, "malformed JSON": 4}
 
 
 @pytest.mark.parametrize("rows", [["", " "], [None], [{"prompt": ""}, {"prompt": None}]])
 def test_no_row_left(rows):
-    fails(lambda: load_prompts(rows, skip_bad=True), "the list", "no prompt is left (rows skipped: ")
+    error_message(lambda: load_prompts(rows, skip_bad=True), "the list", "no prompt is left (rows skipped: ")
 
 
 # Files
@@ -397,18 +399,18 @@ def test_bad_source(tmp_path, monkeypatch, make, found):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     source = make(tmp_path)
     for skip_bad in (False, True):
-        fails(lambda skip_bad=skip_bad: load_prompts(source, skip_bad=skip_bad), found)
+        error_message(lambda skip_bad=skip_bad: load_prompts(source, skip_bad=skip_bad), found)
 
 
 def test_a_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "train.jsonl", "")
-    fails(lambda: load_prompts(tmp_path / "trian.jsonl"), "trian.jsonl: no such file", "train.jsonl'?")
+    error_message(lambda: load_prompts(tmp_path / "trian.jsonl"), "trian.jsonl: no such file", "train.jsonl'?")
 
 
 def test_a_bad_line_in_a_directory_of_files_tells_its_cause(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write(save_files(tmp_path) / "train.jsonl", '{"prompt": "a"}\n{"prompt": "b\n')
-    message = fails(lambda: load_prompts(tmp_path / "files"), "JSON")
+    message = error_message(lambda: load_prompts(tmp_path / "files"), "JSON")
     assert "while generating" not in message
 
 
@@ -425,7 +427,7 @@ def test_a_hub_name_that_cannot_be_had_fails_at_once(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network is used"))
-    fails(lambda: load_prompts(name), repr(name)[:50], "no such file, and the hub has no split 'train'")
+    error_message(lambda: load_prompts(name), repr(name)[:50], "no such file, and the hub has no split 'train'")
 
 
 # Properties
@@ -464,7 +466,7 @@ def test_skip_bad_never_loses_a_good_row(tmp_path, rows):
     lines = [json.dumps({"prompt": row}).encode() if isinstance(row, str) else row for row in rows]
     path = write(tmp_path / "p.jsonl", b"\n".join(lines))
     if not good:
-        fails(lambda: load_prompts(path, skip_bad=True))
+        error_message(lambda: load_prompts(path, skip_bad=True))
         return
     prompts = load_prompts(path, skip_bad=True)
     assert prompts.prompts == good
@@ -474,7 +476,7 @@ def test_skip_bad_never_loses_a_good_row(tmp_path, rows):
     assert [json.loads(path.read_bytes().split(b"\n")[n - 1])["prompt"] for n in numbers] == good
     for row in (path, rows):
         if len(good) < len(rows):
-            fails(lambda row=row: load_prompts(row))
+            error_message(lambda row=row: load_prompts(row))
 
 
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters='"\r\n,\0'), min_size=1, max_size=20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.evaluating import save_plain_model, save_quantile_model
+from helpers.evaluation_helpers import save_plain_model, save_quantile_model
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.evaluating import WORDS
-from helpers.tiny import tiny_model
+from helpers.evaluation_helpers import WORDS
+from helpers.tiny_models import tiny_model
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.corpus import SPANS, corpus_ratios, corpus_row

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers.evaluating import EOS_ID, PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.evaluation_helpers import EOS_ID, PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl import metrics
 from quarkrl.data.prompts import load_prompts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.evaluating import WORDS, NoA, few_b, nll_by_hand
-from helpers.tiny import tiny_model
+from helpers.evaluation_helpers import WORDS, NoA, few_b, nll_by_hand
+from helpers.tiny_models import tiny_model
 
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError

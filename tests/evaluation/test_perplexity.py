@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.evaluating import EOS_ID, WORDS, nll_by_hand
-from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.evaluation_helpers import EOS_ID, WORDS, nll_by_hand
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
 from quarkrl.evaluation.perplexity import PerplexityModel, completion_nll, has_same_vocabulary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.evaluating import evaluation_of, row_with
+from helpers.evaluation_helpers import evaluation_of, row_with
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.plots import check_plot, plot_curves

@@ -8,8 +8,8 @@ import warnings
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers.evaluating import PROMPTS, WORDS, NoA, few_b, short
-from helpers.tiny import tiny_model
+from helpers.evaluation_helpers import PROMPTS, WORDS, NoA, few_b, short
+from helpers.tiny_models import tiny_model
 
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError

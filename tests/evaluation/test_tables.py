@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from helpers.evaluating import evaluation_of, row_with
+from helpers.evaluation_helpers import evaluation_of, row_with
 from rich.console import Console
 
 from quarkrl.evaluation.results import CorpusRow, Evaluation

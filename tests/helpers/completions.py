@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quarkrl import QuarkConfig, QuarkTrainer

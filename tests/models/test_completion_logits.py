@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.completions import EVERY_MODEL, TIED, add_lora, tied_or_untied, unequal_rows
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from quarkrl.algorithm.loss import quark_loss

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers.conditioned import add_reward_tokens
-from helpers.tiny import ARCHITECTURES, CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from helpers.reward_token_models import add_reward_tokens
+from helpers.tiny_models import ARCHITECTURES, CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from helpers.conditioned import add_reward_tokens
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.reward_token_models import add_reward_tokens
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 from helpers.completions import EVERY_MODEL, TIED, add_lora, tied_or_untied, unequal_rows
-from helpers.small_runs import trainer_of
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.runs import trainer_of
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

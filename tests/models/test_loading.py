@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.completions import EVERY_MODEL
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig
 from transformers.activations import NewGELUActivation

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.conditioned import add_reward_tokens
-from helpers.tiny import BOS, CHAT_TEMPLATE, EOS, SHARED, needs_shared, tiny_tokenizer
+from helpers.reward_token_models import add_reward_tokens
+from helpers.tiny_models import BOS, CHAT_TEMPLATE, EOS, SHARED, needs_shared, tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 
 from quarkrl.errors import UserError

@@ -1,6 +1,7 @@
 """Which arguments a reward function receives."""
 
-from helpers.scoring import IDS, PROMPTS, TEXTS, error_of, score
+from helpers.errors import error_message
+from helpers.reward_helpers import IDS, PROMPTS, TEXTS, score
 
 from quarkrl.rewards import Scorer
 
@@ -37,7 +38,7 @@ def test_a_parameter_of_two_stars_and_an_underscore_receives_nothing():
 
 
 def test_a_required_parameter_without_a_column_is_an_error_that_lists_the_columns():
-    message = error_of(lambda: score(lambda completions, topik: [0] * 4, columns={"topic": [1, 2, 3, 4]}))
+    message = error_message(lambda: score(lambda completions, topik: [0] * 4, columns={"topic": [1, 2, 3, 4]}))
     assert "parameter 'topik': must be one of topic, prompts, completions, completion_ids" in message
     assert "Did you mean 'topic'?" in message
 

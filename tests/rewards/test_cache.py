@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.scoring import error_of
+from helpers.errors import error_message
 
 from quarkrl.cli.main import main
 from quarkrl.rewards import ScoreCache
@@ -84,7 +84,7 @@ def test_a_foreign_or_damaged_file_is_refused_and_not_modified(tmp_path, make):
     path = tmp_path / "file"
     make(path)
     before = path.read_bytes()
-    message = error_of(lambda: ScoreCache(path))
+    message = error_message(lambda: ScoreCache(path))
     assert f"score_cache {str(path)!r}: must be " in message and "name another file" in message
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -92,15 +92,15 @@ def test_a_foreign_or_damaged_file_is_refused_and_not_modified(tmp_path, make):
 def test_an_empty_file_becomes_a_cache_and_a_directory_does_not(tmp_path):
     (tmp_path / "c").touch()
     assert len(ScoreCache(tmp_path / "c")) == 0
-    assert "must be a file, not a directory" in error_of(lambda: ScoreCache(tmp_path))
-    assert "cannot create its folder" in error_of(lambda: ScoreCache(tmp_path / "c" / "under"))
+    assert "must be a file, not a directory" in error_message(lambda: ScoreCache(tmp_path))
+    assert "cannot create its folder" in error_message(lambda: ScoreCache(tmp_path / "c" / "under"))
 
 
 def test_a_file_that_another_process_locks_for_too_long_is_an_error(tmp_path):
     cache = ScoreCache(tmp_path / "c", timeout=0.1)
     holder = sqlite3.connect(tmp_path / "c", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    assert "cannot use the file (database is locked)" in error_of(lambda: cache.put(WHO, {digest("a"): 1.0}))
+    assert "cannot use the file (database is locked)" in error_message(lambda: cache.put(WHO, {digest("a"): 1.0}))
     holder.execute("COMMIT")
     cache.put(WHO, {digest("a"): 1.0})
     assert cache.get(WHO, [digest("a")]) == {digest("a"): 1.0}

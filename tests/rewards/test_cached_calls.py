@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from helpers.scoring import error_of
-from helpers.tiny import make_home, tiny_tokenizer
+from helpers.errors import error_message
+from helpers.tiny_models import make_home, tiny_tokenizer
 
 from quarkrl.cli.main import main
 from quarkrl.rewards import Perspective, Scorer, cached_calls
@@ -92,10 +92,10 @@ def test_a_reward_that_accepts_all_columns_is_called_again_if_one_of_them_differ
     assert ask(scoring, "x", columns={"topic": [2]}) == [2]
     assert ask(scoring, "x", columns={"topic": [1]}) == [1]
     assert (scoring.cache_misses, scoring.cache_hits) == (2, 1)
-    message = error_of(lambda: ask(scoring, "x", columns={"topic": [1], "image": [object()]}))
+    message = error_message(lambda: ask(scoring, "x", columns={"topic": [1], "image": [object()]}))
     assert "image" in message and "must be JSON-able to be cached" in message and "`reads`" in message
     on_topic.reads = ("completions", "theme")
-    assert "attribute reads 'theme': must be one of topic, prompts" in error_of(
+    assert "attribute reads 'theme': must be one of topic, prompts" in error_message(
         lambda: ask(scoring, "x", columns={"topic": [1]})
     )
 
@@ -113,7 +113,7 @@ def test_each_reward_decides_whether_it_is_cached(tmp_path):
     assert ask(scoring, "bb") == [3]
     assert kept.requested == ["a", "bb"] and called == ["a", "a", "bb", "bb"]
     for reward in (anonymous, "repetition"):
-        message = error_of(lambda reward=reward: Scorer(reward, cache=tmp_path / "c"))
+        message = error_message(lambda reward=reward: Scorer(reward, cache=tmp_path / "c"))
         assert "must be unset, because" in message and "cannot be cached" in message
     anonymous.identity = {"version": 3}
     scoring = Scorer(anonymous, cache=tmp_path / "c")
@@ -156,7 +156,7 @@ def test_answers_before_an_error_are_cached(tmp_path, monkeypatch):
 
     for reward in (Quota(), AsyncQuota()):
         scoring = Scorer(reward, cache=tmp_path / "c")
-        assert "raised RuntimeError: quota" in error_of(lambda scoring=scoring: ask(scoring, *"abcdefg"))
+        assert "raised RuntimeError: quota" in error_message(lambda scoring=scoring: ask(scoring, *"abcdefg"))
         assert reward.requested == ["a", "b", "c", "d"]
         reward.limit = 99
         assert ask(scoring, *"abcdefg") == [1] * 7
@@ -189,7 +189,7 @@ def test_an_async_reward_that_never_starts_causes_no_warning(tmp_path):
     def broken(completions):
         raise ValueError("no")
 
-    message = error_of(lambda: ask(Scorer([Slow(), broken], cache=tmp_path / "c"), "a"))
+    message = error_message(lambda: ask(Scorer([Slow(), broken], cache=tmp_path / "c"), "a"))
     gc.collect()  # Python would warn of a coroutine that was never awaited here.
     assert "'broken' raised ValueError: no" in message
 
@@ -229,7 +229,7 @@ def test_each_score_of_an_endpoint_is_cached_immediately(tmp_path, server):
         reward = Perspective(endpoint=server.perspective, queries_per_second=None, concurrency=1)
         return Scorer(reward, cache=tmp_path / "c")
 
-    assert "no more" in error_of(lambda: ask(scorer(), *texts))
+    assert "no more" in error_message(lambda: ask(scorer(), *texts))
     again = scorer()
     assert ask(again, *texts) == [pytest.approx(1 - n / 100) for n in range(12)]
     assert (again.cache_misses, again.cache_hits) == (1, 11)

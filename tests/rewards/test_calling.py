@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from helpers.scoring import IDS, PROMPTS, TEXTS, error_of, length, score
-from helpers.tiny import make_home, tiny_tokenizer
+from helpers.errors import error_message
+from helpers.reward_helpers import IDS, PROMPTS, TEXTS, length, score
+from helpers.tiny_models import make_home, tiny_tokenizer
 from transformers.utils import logging
 
 from quarkrl.cli.main import main
@@ -65,7 +66,7 @@ def test_every_kind_of_exception_is_one_line(error):
         raise error if not isinstance(error, StopIteration) else ValueError("end")
 
     for reward in (broken, broken_later):
-        assert f"reward {reward.__name__!r} raised " in error_of(lambda reward=reward: score(reward))
+        assert f"reward {reward.__name__!r} raised " in error_message(lambda reward=reward: score(reward))
 
 
 def test_ctrl_c_in_a_reward_is_not_swallowed():
@@ -142,7 +143,7 @@ def test_an_error_in_an_async_reward_cancels_the_others():
     async def broken(completions):
         raise ValueError("quota")
 
-    assert "reward 'broken' raised ValueError: quota (" in error_of(lambda: score(endless, broken))
+    assert "reward 'broken' raised ValueError: quota (" in error_message(lambda: score(endless, broken))
     assert cancelled == [True]
 
 
@@ -212,12 +213,12 @@ def test_a_plain_function_that_hangs_is_abandoned_and_named_with_its_line(releas
 
     scorer = Scorer([length, hangs], timeout=0.2)
     line = hangs.__code__.co_firstlineno + 1
-    assert error_of(lambda: rewards_of(scorer)) == (
+    assert error_message(lambda: rewards_of(scorer)) == (
         f"reward 'hangs' did not score 4 completions within 0.2 s ({__file__}:{line}). "
         "Fix the reward or raise --reward_timeout, then resume the run."
     )
     assert not released.is_set()  # The error came although the function still hangs.
-    message = error_of(lambda: rewards_of(scorer))
+    message = error_message(lambda: rewards_of(scorer))
     assert message == "reward 'hangs' is still running after its time-out. Start a new process."
 
 
@@ -234,7 +235,7 @@ def test_an_async_function_that_hangs_is_cancelled_and_the_next_call_works():
         return length(completions)
 
     scorer = Scorer([slow, length], timeout=2)
-    assert "reward 'slow' did not score 4 completions within 2 s. Fix" in error_of(lambda: rewards_of(scorer))
+    assert "reward 'slow' did not score 4 completions within 2 s. Fix" in error_message(lambda: rewards_of(scorer))
     assert cancelled == [True]
     assert rewards_of(scorer) == [2, 4, 0, 8]
 
@@ -246,7 +247,7 @@ def test_only_the_rewards_without_an_answer_are_named():
     async def slow(completions):
         await asyncio.Event().wait()
 
-    message = error_of(lambda: rewards_of(Scorer([quick, slow], timeout=2)))
+    message = error_message(lambda: rewards_of(Scorer([quick, slow], timeout=2)))
     assert message.startswith("reward 'slow' did not score 4 completions")
 
 
@@ -263,8 +264,8 @@ def test_an_async_function_that_blocks_or_ignores_its_cancellation_is_abandoned(
 
     for reward in (blocks, ignores):
         caller = RewardCaller(timeout=0.1, grace=0.05)
-        assert f"reward '{reward.__name__}' did not score 4" in error_of(lambda r=reward, c=caller: run(c, r))
-        assert "is still running" in error_of(lambda r=reward, c=caller: run(c, r))
+        assert f"reward '{reward.__name__}' did not score 4" in error_message(lambda r=reward, c=caller: run(c, r))
+        assert "is still running" in error_message(lambda r=reward, c=caller: run(c, r))
 
 
 def test_a_reward_that_ends_within_the_grace_does_not_hang():
@@ -279,7 +280,7 @@ def test_a_reward_that_ends_within_the_grace_does_not_hang():
         return length(completions)
 
     caller = RewardCaller(timeout=2, grace=60)
-    assert "did not score" in error_of(lambda: run(caller, tidy))
+    assert "did not score" in error_message(lambda: run(caller, tidy))
     assert ended.is_set() and run(caller, tidy) == [[1, 2, 0, 4]]
 
 

@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from helpers.scoring import IDS, PROMPTS, TEXTS, error_of
+from helpers.errors import error_message
+from helpers.reward_helpers import IDS, PROMPTS, TEXTS
 
 from quarkrl.rewards import Scorer, resolve
 
@@ -57,7 +58,7 @@ def test_a_function_that_cannot_be_loaded_is_an_error_of_one_line(spec, expected
     (folder / "broken.py").write_text("import nothing_here\n")
     (folder / "wrong.py").write_text("def f(:\n")
     (folder / "leaves.py").write_text("raise SystemExit(3)\n")
-    message = error_of(lambda: resolve(spec))
+    message = error_message(lambda: resolve(spec))
     assert expected in message
     if spec == "broken.py:f":
         assert f"({folder / 'broken.py'}:1)" in message

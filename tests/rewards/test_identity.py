@@ -4,7 +4,8 @@ import functools
 import hashlib
 import json
 
-from helpers.scoring import error_of, length
+from helpers.errors import error_message
+from helpers.reward_helpers import length
 
 from quarkrl.rewards import Scorer
 
@@ -35,6 +36,6 @@ def test_the_identity_of_an_object_is_its_attribute_and_must_be_json():
 
     assert Scorer(Mine()).identity == [{"name": "mine", "model": "m", "version": 3, "weight": 1.0}]
     Mine.identity = {"model": object()}
-    assert "reward 'mine' attribute identity: must be JSON-able" in error_of(lambda: Scorer(Mine()))
+    assert "reward 'mine' attribute identity: must be JSON-able" in error_message(lambda: Scorer(Mine()))
     Mine.identity = "me"
-    assert "reward 'mine' attribute identity: must be a dict" in error_of(lambda: Scorer(Mine()))
+    assert "reward 'mine' attribute identity: must be a dict" in error_message(lambda: Scorer(Mine()))

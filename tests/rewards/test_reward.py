@@ -4,7 +4,7 @@ import inspect
 import json
 
 import pytest
-from helpers.scoring import error_of
+from helpers.errors import error_message
 
 from quarkrl.rewards import Judge, Perspective, Repetition, resolve
 from quarkrl.rewards.identity import name_of
@@ -51,4 +51,4 @@ def test_a_reward_without_an_identity_or_with_cached_false_is_not_cached():
 
 def test_endpoints_are_checked_before_any_request():
     for build_reward in (lambda: Perspective(endpoint="nowhere"), lambda: Judge("nowhere", "m", "r")):
-        assert "endpoint: must be http://HOST/PATH" in error_of(build_reward)
+        assert "endpoint: must be http://HOST/PATH" in error_message(build_reward)

@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from helpers.scoring import IDS, PROMPTS, TEXTS, error_of, length, score
+from helpers.errors import error_message
+from helpers.reward_helpers import IDS, PROMPTS, TEXTS, length, score
 
 from quarkrl.rewards import Scorer
 
@@ -97,11 +98,11 @@ def test_names_are_unique_and_fit_into_a_token():
     ],
 )
 def test_invalid_options_are_refused(options, expected):
-    assert expected in error_of(lambda: Scorer([length, length], **options))
+    assert expected in error_message(lambda: Scorer([length, length], **options))
 
 
 def test_at_least_one_reward_is_required():
-    assert "at least one reward" in error_of(lambda: Scorer([]))
+    assert "at least one reward" in error_message(lambda: Scorer([]))
 
 
 def test_the_class_of_a_reward_is_known_for_a_single_unweighted_reward():

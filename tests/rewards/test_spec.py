@@ -1,7 +1,8 @@
 """Rewards with options, `NAME?option=value&option=value`: how values are converted, and which errors mistakes get."""
 
 import pytest
-from helpers.scoring import error_of, make_bert
+from helpers.errors import error_message
+from helpers.reward_helpers import make_bert
 
 from quarkrl.rewards import Perspective, Scorer, resolve
 
@@ -48,7 +49,7 @@ def test_a_name_that_sets_an_option_does_not_accept_it():
     pytest.importorskip("vaderSentiment")
     assert resolve("vader?negative=true")(["bad"]) == resolve("vader-negative")(["bad"]) == [0.5423]
     assert resolve("vader?negative=False")(["bad"]) == [-0.5423]
-    assert "option 'negative': must be unset" in error_of(lambda: resolve("vader-negative?negative=false"))
+    assert "option 'negative': must be unset" in error_message(lambda: resolve("vader-negative?negative=false"))
 
 
 def test_a_directory_accepts_the_options_of_a_classifier(here):
@@ -104,11 +105,11 @@ def test_options_are_converted_to_the_types_of_a_functions_parameters(here):
 )
 def test_a_mistake_is_an_error_of_one_line(spec, expected, here):
     (here / "bert").mkdir()  # Empty: the options are checked first.
-    assert expected in error_of(lambda: resolve(spec))
+    assert expected in error_message(lambda: resolve(spec))
 
 
 def test_arguments_for_classifiers_are_refused_by_other_rewards(here):
     for spec in (LOCAL, "ours.py:short", "ours.py:short?limit=1"):
-        assert "label 'x': must be unset" in error_of(lambda spec=spec: resolve(spec, label="x"))
-        assert "unwanted 'x': must be unset" in error_of(lambda spec=spec: resolve(spec, unwanted="x"))
+        assert "label 'x': must be unset" in error_message(lambda spec=spec: resolve(spec, label="x"))
+        assert "unwanted 'x': must be unset" in error_message(lambda spec=spec: resolve(spec, unwanted="x"))
         resolve(spec, device="cpu")  # May be given for all rewards together.

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers.scoring import error_of, score
+from helpers.errors import error_message
+from helpers.reward_helpers import score
 
 from quarkrl.errors import UserError
 from quarkrl.rewards.validation import checked_scores
@@ -42,7 +43,7 @@ def test_any_other_result_is_an_error_that_names_reward_index_and_value(result, 
     def my_reward(completions):
         return result
 
-    message = error_of(lambda: score(my_reward))
+    message = error_message(lambda: score(my_reward))
     assert expected in message and "reward 'my_reward'" in message
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.crashes import SHORT, assert_same, assert_same_run, files_of, in_a_process, run, short_run, trainer_of
+from helpers.files import files_of
+from helpers.killed_runs import SHORT, assert_same, assert_same_run, in_a_process, run, short_run, trainer_of
 
 from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints

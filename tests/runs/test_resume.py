@@ -1,7 +1,7 @@
 """A run that is stopped anywhere and resumed ends as one that was not: to the bit, on a CPU, in one process.
 
-The runs are processes of their own (`crashes.py`). They end themselves by SIGKILL, at a call of a function that belongs
-to one of a run's phases, so that a test says when in the run it is and not after how many seconds.
+The runs are processes of their own (`killed_runs.py`). They end themselves by SIGKILL at a call of a function of one
+phase of the run, so that a test states the place of the kill and not a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.crashes import (
+from helpers.files import files_of
+from helpers.killed_runs import (
     AMID,
     PROMPTS,
     RUN,
@@ -24,7 +25,6 @@ from helpers.crashes import (
     Trap,
     assert_same_run,
     command,
-    files_of,
     in_a_process,
     metrics_of,
     run,
@@ -32,7 +32,7 @@ from helpers.crashes import (
     started,
     trainer_of,
 )
-from helpers.tiny import make_home, tiny_model
+from helpers.tiny_models import make_home, tiny_model
 
 from quarkrl.errors import UserError
 from quarkrl.runs.interrupts import Stopped
@@ -132,7 +132,7 @@ def test_a_run_killed_anywhere_ends_as_one_that_was_not(tmp_path, options, count
 
 REWARDS = """
 import os, signal, time
-from helpers.crashes import reward
+from helpers.killed_runs import reward
 
 def own(completion_ids):
     return reward(completion_ids)
@@ -141,7 +141,7 @@ def hangs(completion_ids):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
+    time.sleep(100_000)
 """
 
 
@@ -199,11 +199,9 @@ def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_o
 
 
 def test_a_second_ctrl_c_ends_at_once_a_reward_that_hangs(tmp_path, home):
-    began = time.monotonic()
     flags = ["--output_dir", tmp_path / "run", "--reward", f"{home}/rewards.py:hangs"]
     code, said = in_a_process(command, tmp_path / "run", ["train", "--config", home / "run.yaml", *flags])
     assert code == 130 and said.splitlines()[-1] == "stopped at once"
-    assert time.monotonic() - began < 20
 
 
 def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import (
+from helpers.runs import (
     EOS_ID,
     LORA,
     VOCAB,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.sampling.decoder import CachedDecoder
 

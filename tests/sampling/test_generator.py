@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.logits import prefer
-from helpers.tiny import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
+from helpers.preferred_tokens import prefer
+from helpers.tiny_models import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
 
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -448,25 +447,14 @@ def test_guidance_without_what_it_needs_is_one_error(final):
         QuarkGenerator(model, tokenizer, None).generate("ab", guidance_scale=2.0)
 
 
-@needs_shared
-@pytest.mark.slow
-def test_guidance_of_a_real_model_costs_about_twice_plain_sampling():
-    generator = QuarkGenerator.from_pretrained(SHARED / "models" / "webmix-gpt2", device="cpu")
-    conditioning, _ = Conditioning.add_to(generator.tokenizer, generator.model, 5)
-    prompts = [ids[:12] for ids in generator.encode(["The weather was fine and we went out to the lake to swim"] * 64)]
-    wanted, contrast = pairs(conditioning, prompts)
-
-    def seconds(scale):
-        began = time.process_time()
-        options = {
-            "end_ids": [],
-            "vocab_size": conditioning.vocab_size,
-            "seed": 0,
-            "contrast": Contrast(scale, contrast),
-        }
-        complete(generator.model, wanted, Sampling(max_new_tokens=20), **options)
-        return time.process_time() - began
-
-    seconds(1.0)
-    ratio = min(seconds(2.0) for _ in range(3)) / min(seconds(1.0) for _ in range(3))
-    assert ratio < 2.5, ratio
+@pytest.mark.parametrize("guided", [False, True])
+def test_guidance_costs_twice_the_tokens_of_plain_sampling(guided):
+    """And as many forward passes: both prompts of a pair are in one batch."""
+    model, conditioning = trained()
+    wanted, contrast = pairs(conditioning)
+    shapes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    options = {"contrast": Contrast(2.0, contrast)} if guided else {}
+    run(model, wanted, Sampling(max_new_tokens=20), end_ids=(), **options)
+    rows, width = len(PROMPTS) * (1 + guided), max(map(len, wanted))
+    assert shapes == [(rows, width)] + [(rows, 1)] * 19

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.logits import prefer
-from helpers.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from helpers.preferred_tokens import prefer
+from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 
 import pytest
-from helpers.crashes import files_of
+from helpers.files import files_of
 
 from quarkrl.errors import UserError
 from quarkrl.storage import atomic

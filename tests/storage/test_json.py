@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from helpers.crashes import files_of
+from helpers.files import files_of
 
 from quarkrl.storage.json import nan_to_null, write_json
 

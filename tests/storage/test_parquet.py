@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.crashes import files_of
+from helpers.files import files_of
 
 from quarkrl.storage.parquet import read_table, write_table
 

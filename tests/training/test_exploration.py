@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from helpers.crashes import files_of
+from helpers.files import files_of
 
 from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches
 

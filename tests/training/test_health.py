@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SMALL_RUN, tiny_model, tiny_tokenizer
+from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.small_runs import (
+from helpers.runs import (
     EOS_ID,
     PROMPTS,
     TOKENIZER,
@@ -21,7 +21,7 @@ from helpers.small_runs import (
     watch,
     weights_of,
 )
-from helpers.tiny import make_home
+from helpers.tiny_models import make_home
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.small_runs import LORA, PROMPTS, TOKENIZER, distinct_rewards, model_of, trainer_of
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.runs import LORA, PROMPTS, TOKENIZER, distinct_rewards, model_of, trainer_of
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from quarkrl.errors import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.crashes import files_of
+from helpers.files import files_of
 
 from quarkrl.training.metrics_log import MetricsFile
 

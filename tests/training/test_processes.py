@@ -9,13 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.crashes import PROMPTS, RUN, TOKENIZER, assert_same_run, files_of, in_a_process, metrics_of
-from helpers.ranks import STILL, TWO, Ended, leaves, ran, scored, seen
-from helpers.tiny import make_home
+from helpers.files import files_of
+from helpers.killed_runs import PROMPTS, RUN, TOKENIZER, assert_same_run, in_a_process, metrics_of
+from helpers.runs import assert_same_pool
+from helpers.tiny_models import make_home
+from helpers.torchrun_jobs import (
+    NO_DROPOUT,
+    TWO,
+    JobResult,
+    final_state,
+    run_job,
+    scored_completions,
+    shut_down_gloo_under_load,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quarkrl import QuarkGenerator
+from quarkrl.algorithm.pool import DataPool
 
 SCORE, LOSS = (
     "quarkrl.training.exploration:CompletionScorer.score",
@@ -26,16 +37,18 @@ SHARDED = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "fsdp": True
 FIGURES = ("loss", "nll", "kl", "entropy", "grad_norm", "kl_coef", "entropy_coef", "train_loss", "learning_rate")
 
 
-def fine(end: Ended) -> Ended:
-    assert end.code == 0, end.said
+def fine(end: JobResult) -> JobResult:
+    assert end.code == 0, end.output
     return end
 
 
 def assert_like(found: Path, expected: Path) -> None:
     """The same samples, logs and weights, to rounding."""
     (found, expected) = (Path(found), Path(expected))
-    for name in sorted(path.name for path in (expected / "pool").iterdir()):
-        assert (found / "pool" / name).read_bytes()[:4] == b"PAR1"
+    pools = [DataPool.load(directory / "pool", RUN["num_quantiles"], ("reward",)) for directory in (found, expected)]
+    for pool in pools:
+        pool.quantize()
+    assert_same_pool(*pools)
     rows, others = metrics_of(found), metrics_of(expected)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, other in zip(rows, others, strict=True):
@@ -51,15 +64,15 @@ def assert_like(found: Path, expected: Path) -> None:
 def one(tmp_path_factory) -> Path:
     """A run of one process, without dropout."""
     directory = tmp_path_factory.mktemp("one") / "run"
-    fine(ran(directory, 1, model=STILL))
+    fine(run_job(directory, 1, model=NO_DROPOUT))
     return directory
 
 
 def test_two_processes_have_the_samples_and_losses_of_one_and_only_the_first_writes(tmp_path, one):
     directory = tmp_path / "run"
-    end = fine(ran(directory, 2, model=STILL, options=TWO, apart=True))
-    first, second = (seen(directory, rank) for rank in (0, 1))
-    alone = seen(one)
+    end = fine(run_job(directory, 2, model=NO_DROPOUT, options=TWO, apart=True))
+    first, second = (final_state(directory, rank) for rank in (0, 1))
+    alone = final_state(one)
     for name in ("rewards", "quantiles", "completions", "drawn"):
         assert first[name] == second[name] == alone[name], name
     assert len(first["rewards"]) == 31  # Of 36 samples 5 have no reward.
@@ -69,21 +82,21 @@ def test_two_processes_have_the_samples_and_losses_of_one_and_only_the_first_wri
         for name in expected.keys() & set(FIGURES):
             assert mine[name] == other[name] == pytest.approx(expected[name], rel=1e-5), name
     assert first["logs"][-1]["train_loss"] == pytest.approx(alone["logs"][-1]["train_loss"], rel=1e-5)
-    assert scored(directory) == scored(one) and len(scored(one)) == 36 + 9  # Each sample once, and each held-out one.
+    assert scored_completions(directory) == scored_completions(one) and len(scored_completions(one)) == 36 + 9
     assert min(first["scored"], second["scored"]) > 10
     assert files_of(tmp_path / "rank-1") == set()
     assert files_of(tmp_path / "rank-0/run") == files_of(one) | {
         f"checkpoint-{step}/training/process-1.safetensors" for step in (9, 12)
     }
     assert_like(tmp_path / "rank-0/run", one)
-    assert "Traceback" not in end.said
+    assert "Traceback" not in end.output
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     """A run of two processes, with dropout."""
     directory = tmp_path_factory.mktemp("two") / "run"
-    fine(ran(directory, 2, options=TWO))
+    fine(run_job(directory, 2, options=TWO))
     return directory
 
 
@@ -99,20 +112,20 @@ def test_a_process_that_dies_ends_the_job_which_goes_on_to_the_same_bits(tmp_pat
         ("1", ["quarkrl.runs.durable_trainer:DurableTrainer._save_checkpoint", "before", 2]),
     ]
     for go, (rank, trap) in enumerate(goes):
-        end = ran(directory, 2, options=TWO, resume=go > 0, trap={rank: trap})
-        assert end.code != 0 and end.seconds < 90, end.said
-        assert f"Signal {signal.SIGKILL.value} (SIGKILL) received" in end.said, end.said
-        assert f"rank      : {rank} (local_rank: {rank})" in end.said
-    end = fine(ran(directory, 2, options=TWO, resume=True))
-    assert f"resumed {directory} from iteration" in end.said
+        end = run_job(directory, 2, options=TWO, resume=go > 0, trap={rank: trap})
+        assert end.code != 0, end.output
+        assert f"Signal {signal.SIGKILL.value} (SIGKILL) received" in end.output, end.output
+        assert f"rank      : {rank} (local_rank: {rank})" in end.output
+    end = fine(run_job(directory, 2, options=TWO, resume=True))
+    assert f"resumed {directory} from iteration" in end.output
     assert_same_run(directory, two)
 
 
 @pytest.mark.slow
 def test_what_rounding_decides_in_one_process_is_decided_in_both(tmp_path):
     directory = tmp_path / "run"
-    fine(ran(directory, 2, options={**TWO, "bf16": True, "learning_rate": 0.1}))
-    first, second = (seen(directory, rank) for rank in (0, 1))
+    fine(run_job(directory, 2, options={**TWO, "bf16": True, "learning_rate": 0.1}))
+    first, second = (final_state(directory, rank) for rank in (0, 1))
     assert first["completions"] == second["completions"] and first["drawn"] == second["drawn"]
 
 
@@ -121,34 +134,34 @@ def test_what_rounding_decides_in_one_process_is_decided_in_both(tmp_path):
 def test_another_number_of_processes_goes_on_to_the_same_but_for_rounding(tmp_path, one, before, after):
     directory = tmp_path / "run"
     options = {1: {}, 2: TWO}
-    end = ran(directory, before, model=STILL, options=options[before], trap={"0": [LOSS, "after", 8]})
-    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.said
-    end = fine(ran(directory, after, model=STILL, options=options[after], resume=True))
-    assert "iteration 1/2, step 6/12, pool 20 samples" in end.said
+    end = run_job(directory, before, model=NO_DROPOUT, options=options[before], trap={"0": [LOSS, "after", 8]})
+    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
+    end = fine(run_job(directory, after, model=NO_DROPOUT, options=options[after], resume=True))
+    assert "iteration 1/2, step 6/12, pool 20 samples" in end.output
     assert_like(directory, one)
-    assert seen(directory)["completions"] == seen(one)["completions"]
+    assert final_state(directory)["completions"] == final_state(one)["completions"]
 
 
 @pytest.mark.slow
 def test_a_process_whose_scores_fail_ends_all_with_its_line(tmp_path):
-    end = ran(tmp_path / "run", 2, options=TWO, fails=True)
-    assert end.code != 0 and end.seconds < 60
-    assert "process 1: " in end.said and "the scorer is down" in end.said, end.said
-    assert "Connection closed" not in end.said  # The other has not found out by itself.
+    end = run_job(tmp_path / "run", 2, options=TWO, fails=True)
+    assert end.code != 0
+    assert "process 1: " in end.output and "the scorer is down" in end.output, end.output
+    assert "Connection closed" not in end.output  # The other has not found out by itself.
 
 
 @pytest.mark.slow
 def test_sigterm_stops_all_after_the_batch_and_the_job_goes_on(tmp_path, two):
     directory = tmp_path / "run"
     trap = {"1": [LOSS, "after", 5, signal.SIGTERM]}  # As a scheduler sends it to each.
-    end = ran(directory, 2, options=TWO, trap=trap)
-    assert end.code != 0 and "stopped by SIGTERM in iteration 1 after step 5, all saved" in end.said, end.said
+    end = run_job(directory, 2, options=TWO, trap=trap)
+    assert end.code != 0 and "stopped by SIGTERM in iteration 1 after step 5, all saved" in end.output, end.output
     assert (directory / "checkpoint-5").is_dir()
-    fine(ran(directory, 2, options=TWO, resume=True))
+    fine(run_job(directory, 2, options=TWO, resume=True))
     for path in directory.glob("checkpoint-*"):
         if path.name in ("checkpoint-5", "checkpoint-9"):
             shutil.rmtree(path)
-    assert seen(directory)["completions"] == seen(two)["completions"]
+    assert final_state(directory)["completions"] == final_state(two)["completions"]
     assert (directory / "final/model.safetensors").read_bytes() == (two / "final/model.safetensors").read_bytes()
 
 
@@ -159,22 +172,26 @@ def test_the_command_stops_with_one_line_and_goes_on_as_one_process(tmp_path):
     home = make_home(tmp_path, TOKENIZER, PROMPTS, "from crashes import reward", **options)
     argv = ["train", "--config", str(home / "run.yaml"), "--output_dir", str(directory)]
     argv += ["--reward", f"{home / 'rewards.py'}:reward"]
-    end = ran(directory, 2, argv=argv, trap={"1": [LOSS, "after", 5, signal.SIGTERM]})
-    assert "exitcode  : 143" in end.said, end.said
-    assert end.said.count("stopped by SIGTERM in iteration 1 after step 5") == 1, end.said
+    end = run_job(directory, 2, argv=argv, trap={"1": [LOSS, "after", 5, signal.SIGTERM]})
+    assert "exitcode  : 143" in end.output, end.output
+    assert end.output.count("stopped by SIGTERM in iteration 1 after step 5") == 1, end.output
     resume = ["train", "--resume", "--output_dir", str(directory)]
-    end = ran(directory, 1, argv=resume)
-    assert end.code == 2 and "draws_per_step was 4, is 2" in end.said, end.said
-    end = fine(ran(directory, 1, argv=[*resume, "--per_device_train_batch_size", "4"]))
-    assert "one process, which has no use for ddp_backend and fsdp;" in end.said, end.said
-    assert "iteration 1/2, step 5/12, pool 20 samples" in end.said, end.said
+    end = run_job(directory, 1, argv=resume)
+    assert end.code == 2 and "draws_per_step was 4, is 2" in end.output, end.output
+    end = fine(run_job(directory, 1, argv=[*resume, "--per_device_train_batch_size", "4"]))
+    assert "one process, which has no use for ddp_backend and fsdp;" in end.output, end.output
+    assert "iteration 1/2, step 5/12, pool 20 samples" in end.output, end.output
     assert os.listdir(directory / "checkpoint-12/training").count("process-1.safetensors") == 0
     assert (directory / "final/model.safetensors").is_file()
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="tells of threads on Linux only")
 def test_no_thread_of_gloo_holds_a_tensor_when_the_interpreter_ends(tmp_path):
-    code, said = in_a_process(leaves, tmp_path / "run")  # It would abort the process, now and then, on a busy machine.
+    code, said = in_a_process(
+        shut_down_gloo_under_load,
+        tmp_path / "run",
+        # It would abort the process, now and then, on a busy machine.
+    )
     assert code == 0, said
 
 
@@ -184,15 +201,19 @@ def test_no_thread_of_gloo_holds_a_tensor_when_the_interpreter_ends(tmp_path):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sharded") / "run"
-    fine(ran(directory, 2, model=STILL, options=SHARDED))
+    fine(run_job(directory, 2, model=NO_DROPOUT, options=SHARDED))
     return directory
 
 
 @pytest.mark.slow
 def test_fsdp2_learns_what_one_process_learns_and_leaves_an_ordinary_model(sharded, one):
-    assert seen(sharded, 0)["layers"] == seen(sharded, 1)["layers"] == ["DTensor", "DTensor"]  # Policy and reference.
-    assert scored(sharded) == scored(one)
-    assert seen(sharded)["completions"] == seen(sharded, 1)["completions"] == seen(one)["completions"]
+    assert (
+        final_state(sharded, 0)["layers"] == final_state(sharded, 1)["layers"] == ["DTensor", "DTensor"]
+    )  # Policy and reference.
+    assert scored_completions(sharded) == scored_completions(one)
+    assert (
+        final_state(sharded)["completions"] == final_state(sharded, 1)["completions"] == final_state(one)["completions"]
+    )
     assert_like(sharded, one)
     assert {Path(name).suffix for name in files_of(sharded)} <= {".json", ".jsonl", ".safetensors", ".parquet", ".lock"}
     model = AutoModelForCausalLM.from_pretrained(sharded / "final")
@@ -207,10 +228,10 @@ def test_fsdp2_learns_what_one_process_learns_and_leaves_an_ordinary_model(shard
 @pytest.mark.slow
 def test_fsdp2_goes_on_to_the_same_bits(tmp_path, sharded):
     directory = tmp_path / "run"
-    end = ran(directory, 2, model=STILL, options=SHARDED, trap={"1": [LOSS, "before", 5]})
-    assert end.code != 0 and "(SIGKILL) received" in end.said, end.said
-    end = fine(ran(directory, 2, model=STILL, options=SHARDED, resume=True))
-    assert "step 3/12, pool 10 samples" in end.said
+    end = run_job(directory, 2, model=NO_DROPOUT, options=SHARDED, trap={"1": [LOSS, "before", 5]})
+    assert end.code != 0 and "(SIGKILL) received" in end.output, end.output
+    end = fine(run_job(directory, 2, model=NO_DROPOUT, options=SHARDED, resume=True))
+    assert "step 3/12, pool 10 samples" in end.output
     assert_same_run(directory, sharded)
 
 
@@ -220,11 +241,11 @@ def test_one_process_goes_on_with_what_sharded_ones_left_and_they_with_what_it_l
     directory = tmp_path / "run"
     goes = [(2, SHARDED), (1, {})][:: 1 if sharded_first else -1]
     processes, options = goes[0]
-    end = ran(directory, processes, model=STILL, options=options, trap={"0": [LOSS, "before", 8]})
-    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.said
+    end = run_job(directory, processes, model=NO_DROPOUT, options=options, trap={"0": [LOSS, "before", 8]})
+    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
     processes, options = goes[1]
-    end = fine(ran(directory, processes, model=STILL, options=options, resume=True))
-    assert "iteration 1/2, step 6/12" in end.said
+    end = fine(run_job(directory, processes, model=NO_DROPOUT, options=options, resume=True))
+    assert "iteration 1/2, step 6/12" in end.output
     assert_like(directory, one)
 
 
@@ -238,16 +259,16 @@ def test_deepspeed_learns_what_one_process_learns_and_goes_on_to_the_same_bits(t
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
     options = {**TWO, "deepspeed": {"zero_optimization": {"stage": 2}, **auto}}
     whole, directory = tmp_path / "whole", tmp_path / "run"
-    fine(ran(whole, 2, model=STILL, options=options))
-    assert seen(whole)["completions"] == seen(whole, 1)["completions"] == seen(one)["completions"]
-    assert scored(whole) == scored(one)
+    fine(run_job(whole, 2, model=NO_DROPOUT, options=options))
+    assert final_state(whole)["completions"] == final_state(whole, 1)["completions"] == final_state(one)["completions"]
+    assert scored_completions(whole) == scored_completions(one)
     assert_like(whole, one)
-    end = ran(directory, 2, model=STILL, options=options, trap={"1": [LOSS, "before", 8]})
-    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.said
-    end = fine(ran(directory, 2, model=STILL, options=options, resume=True))
-    assert "iteration 1/2, step 6/12" in end.said
+    end = run_job(directory, 2, model=NO_DROPOUT, options=options, trap={"1": [LOSS, "before", 8]})
+    assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
+    end = fine(run_job(directory, 2, model=NO_DROPOUT, options=options, resume=True))
+    assert "iteration 1/2, step 6/12" in end.output
     assert metrics_of(directory) == metrics_of(whole)
     assert (directory / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
     options["deepspeed"]["zero_optimization"]["stage"] = 3
-    end = ran(tmp_path / "other", 2, model=STILL, options=options)
-    assert end.code != 0 and "UserError: DeepSpeed's ZeRO stage 3: not supported" in end.said
+    end = run_job(tmp_path / "other", 2, model=NO_DROPOUT, options=options)
+    assert end.code != 0 and "UserError: DeepSpeed's ZeRO stage 3: not supported" in end.output

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.small_runs import trainer_of
+from helpers.runs import trainer_of
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "64"), ("1024", "1024")])
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from measure import held_bytes
-from helpers.small_runs import trainer_of
+from helpers.runs import trainer_of
 
 from quarkrl.training.runtime_tuning import trim_malloc
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.small_runs import (
+from helpers.runs import (
     EOS_ID,
     LORA,
     PROMPTS,
@@ -38,7 +38,7 @@ from quarkrl.models.completion_logits import completion_logits
 from quarkrl.models.conditioning import reward_token
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import complete, sample_best
+from quarkrl.sampling.sampler import sample_best
 from quarkrl.sampling.strategy import Sampling
 
 # Explore
@@ -80,9 +80,7 @@ def test_the_pool_holds_what_was_sampled_token_for_token(tmp_path):
     seen: list[tuple[list[int], str]] = []
 
     def reward(prompts, completions, completion_ids, **_):
-        assert completions == [" ".join("abcdefgh"[i] for i in ids if i < 8) for ids in completion_ids] or any(
-            8 in ids for ids in completion_ids
-        )
+        assert completions == [" ".join("abcdefgh"[i] for i in ids if i < 8) for ids in completion_ids]
         seen.extend(zip(map(list, completion_ids), prompts, strict=True))
         return distinct_rewards(completion_ids)
 
@@ -477,7 +475,7 @@ def test_the_weights_of_kl_and_entropy_move_towards_their_targets(tmp_path, opti
     factor = 1 + (0.2 if grows else -0.2) * 8 / 80
     expected = [start[name] * factor**step for step in range(1, 7)]
     logged = figures_of(tmp_path, name)
-    assert logged == pytest.approx(expected) or logged == pytest.approx([start[name], *expected[:-1]])
+    assert logged == pytest.approx(expected)
     (other,) = start.keys() - {name}
     assert set(figures_of(tmp_path, other)) == {start[other]}
 
@@ -616,13 +614,3 @@ def test_a_model_trained_before_is_an_error(tmp_path):
 def test_a_reward_that_returns_nonsense_is_an_error(tmp_path, returned, message):
     with pytest.raises(UserError, match=message):
         trainer_of(tmp_path, lambda **_: returned).train()
-
-
-def test_sampling_alone_is_what_complete_gives():
-    """`complete_one` above samples as the trainer does."""
-    model, prompts = still_model(), [[0, 1], [2]]
-    sampling = Sampling(6, 1, 1.0, 1.0)
-    uniforms = sampling.uniforms(2, 0)
-    assert uniforms is not None
-    together = complete(model, prompts, sampling, end_ids=[EOS_ID], vocab_size=VOCAB, seed=0)
-    assert together == [complete_one(model, ids, sampling, uniforms[i : i + 1]) for i, ids in enumerate(prompts)]

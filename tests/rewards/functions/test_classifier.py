@@ -11,7 +11,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from helpers.scoring import LONG, SMALL, WORDS, error_of, make_bert, make_tokenizer
+from helpers.errors import error_message
+from helpers.reward_helpers import LONG, SMALL, WORDS, make_bert, make_tokenizer
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -55,10 +56,10 @@ def test_a_label_by_name_index_or_negation(bert, label, reward, unwanted):
 
 
 def test_a_label_must_be_chosen_and_exist(bert):
-    assert "label: must be one of 'bad', 'good'" in error_of(lambda: Classifier(bert))
-    assert "label: must be one of 'bad', 'good'" in error_of(lambda: resolve(str(bert)))
+    assert "label: must be one of 'bad', 'good'" in error_message(lambda: Classifier(bert))
+    assert "label: must be one of 'bad', 'good'" in error_message(lambda: resolve(str(bert)))
     for label in ("ugly", "not ugly", 2, -1, "nott bad"):
-        assert f"label {label!r}: must be one of 'bad', 'good'" in error_of(lambda x=label: Classifier(bert, x))
+        assert f"label {label!r}: must be one of 'bad', 'good'" in error_message(lambda x=label: Classifier(bert, x))
 
 
 def test_unwanted_has_the_short_name_of_what_is_negated(tmp_path):
@@ -79,8 +80,8 @@ def test_several_labels_at_once_are_sigmoids(tmp_path):
 def test_a_single_output_is_a_reward_models_raw_score(tmp_path):
     make_bert(tmp_path, bias=[-2.5], labels=("LABEL_0",))
     assert Classifier(tmp_path)(["p"], ["w1"]) == pytest.approx([-2.5])
-    assert "label 'not LABEL_0': must not be negated" in error_of(lambda: Classifier(tmp_path, "not LABEL_0"))
-    assert "unwanted must be unset" in error_of(lambda: Classifier(tmp_path, unwanted="toxicity"))
+    assert "label 'not LABEL_0': must not be negated" in error_message(lambda: Classifier(tmp_path, "not LABEL_0"))
+    assert "unwanted must be unset" in error_message(lambda: Classifier(tmp_path, unwanted="toxicity"))
 
 
 def texts_of_many_lengths():
@@ -136,7 +137,7 @@ def test_max_length_truncates_earlier_and_must_be_within_the_models_limit(lively
     long, same = Classifier(lively, "good", max_length=7)(["p"] * 2, [LONG, " ".join(WORDS[:5])])
     assert long == pytest.approx(same, abs=1e-6)
     for length in (2, 513):
-        assert f"max_length {length}: must be from 3 to 512 tokens" in error_of(
+        assert f"max_length {length}: must be from 3 to 512 tokens" in error_message(
             lambda n=length: Classifier(lively, "good", max_length=n)
         )
 
@@ -173,7 +174,7 @@ def test_both_is_prompt_and_completion_and_a_long_prompt_is_truncated_at_its_sta
     assert both(["w1 w2"], [" w3"]) == pytest.approx(alone(["x"], ["w1 w2 w3"]), abs=1e-6)
     tail = " ".join(LONG.split()[-508:])
     assert both([LONG], [" w5 w6"]) == pytest.approx(alone(["x"], [tail + " w5 w6"]), abs=1e-6)
-    assert "text 'prompt': must be 'completion' or 'both'" in error_of(
+    assert "text 'prompt': must be 'completion' or 'both'" in error_message(
         lambda: Classifier(lively, "good", text="prompt")
     )
 
@@ -200,15 +201,15 @@ def test_a_directory_without_a_usable_classifier_is_refused(tmp_path, bert):
         return tmp_path / name
 
     load = functools.partial(Classifier, label="bad")
-    assert "must be a model with a config.json" in error_of(lambda: load(copy("no-config", "config")))
-    assert "must have safetensors" in error_of(lambda: load(copy("no-weights", "model")))
-    assert "must have a tokenizer" in error_of(lambda: load(copy("no-tokenizer", "tokenizer")))
+    assert "must be a model with a config.json" in error_message(lambda: load(copy("no-config", "config")))
+    assert "must have safetensors" in error_message(lambda: load(copy("no-weights", "model")))
+    assert "must have a tokenizer" in error_message(lambda: load(copy("no-tokenizer", "tokenizer")))
     pickled = copy("pickled", "model")
     torch.save({}, pickled / "pytorch_model.bin")
-    assert "must have safetensors" in error_of(lambda: load(pickled))
+    assert "must have safetensors" in error_message(lambda: load(pickled))
     broken = copy("broken", "model")
     (broken / "model.safetensors").write_bytes(b"no weights at all")
-    assert "cannot load the classifier" in error_of(lambda: load(broken))
+    assert "cannot load the classifier" in error_message(lambda: load(broken))
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, bert):
@@ -221,7 +222,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, bert):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\n")
-    assert "cannot load the classifier" in error_of(lambda: Classifier(tmp_path, "bad"))
+    assert "cannot load the classifier" in error_message(lambda: Classifier(tmp_path, "bad"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -230,11 +231,15 @@ def test_a_language_model_is_refused_and_gets_no_random_head(tmp_path):
 
     GPT2LMHeadModel(GPT2Config(vocab_size=44, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     make_tokenizer(tmp_path, pad=False)
-    assert "must be a trained sequence classifier. It lacks score.weight" in error_of(lambda: Classifier(tmp_path, 0))
+    assert "must be a trained sequence classifier. It lacks score.weight" in error_message(
+        lambda: Classifier(tmp_path, 0)
+    )
 
 
 def test_an_unknown_device_is_refused(bert):
-    assert "device banana: must exist on this machine" in error_of(lambda: Classifier(bert, "bad", device="banana"))
+    assert "device banana: must exist on this machine" in error_message(
+        lambda: Classifier(bert, "bad", device="banana")
+    )
 
 
 def test_a_cached_model_is_used_if_the_hub_cannot_be_reached(bert, tmp_path, monkeypatch):
@@ -260,10 +265,10 @@ def test_function_to_apply_overrides_the_models_config(bert, tmp_path):
     assert Scorer(f"{bert}?label=good&function_to_apply=sigmoid").identity[0]["function"] == "sigmoid"
     make_bert(tmp_path, bias=[math.log(3)], labels=("LABEL_0",))
     assert Classifier(tmp_path, function_to_apply="sigmoid")(["p"], ["w1"]) == pytest.approx([0.75])
-    assert "function_to_apply 'softmax': must be 'sigmoid' or 'none'" in error_of(
+    assert "function_to_apply 'softmax': must be 'sigmoid' or 'none'" in error_message(
         lambda: Classifier(tmp_path, function_to_apply="softmax")
     )
-    assert "function_to_apply 'tanh': must be 'softmax', 'sigmoid' or 'none'" in error_of(
+    assert "function_to_apply 'tanh': must be 'softmax', 'sigmoid' or 'none'" in error_message(
         lambda: Classifier(bert, "bad", function_to_apply="tanh")
     )
 
@@ -274,13 +279,13 @@ def test_dtype_auto_is_float32_on_a_cpu_and_bfloat16_scores_are_close(lively):
     assert auto.identity["dtype"] == "float32" and brief.identity["dtype"] == "bfloat16"
     assert auto(texts, texts) == exact(texts, texts)
     np.testing.assert_allclose(brief(texts, texts), exact(texts, texts), atol=0.05)
-    assert "dtype 'half': must be 'float32', " in error_of(lambda: Classifier(lively, "good", dtype="half"))
+    assert "dtype 'half': must be 'float32', " in error_message(lambda: Classifier(lively, "good", dtype="half"))
 
 
 def test_a_chat_is_formatted_with_the_models_template(lively, tmp_path):
     chat = [{"role": "user", "content": "w1 w2"}]
     both = Classifier(lively, "good", text="both", name="kind")
-    assert "reward 'kind' text 'both': must be 'completion' for chats" in error_of(lambda: both([chat], ["w3"]))
+    assert "reward 'kind' text 'both': must be 'completion' for chats" in error_message(lambda: both([chat], ["w3"]))
     shutil.copytree(lively, tmp_path / "model")
     template = "{% for message in messages %}{{ message.role[0] }}: {{ message.content }} {% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text("[CLS]" + template + "[SEP]")
@@ -315,7 +320,7 @@ def test_a_shortcut_requests_its_documented_model_from_the_hub(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for spec in ("toxicity", "sentiment?revision=main"):
-        error_of(lambda spec=spec: resolve(spec))
+        error_message(lambda spec=spec: resolve(spec))
     sst2 = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
     assert requested == [("s-nlp/roberta_toxicity_classifier", None), (sst2, "main")]
 

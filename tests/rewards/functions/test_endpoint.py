@@ -16,9 +16,10 @@ import traceback
 import httpx2
 import numpy as np
 import pytest
-from helpers.clock import SimulatedClock
-from helpers.scoring import KEY, ask, error_of, judge, perspective
+from helpers.errors import error_message
+from helpers.reward_helpers import KEY, ask, judge, perspective
 from helpers.server import ANY, Server
+from helpers.simulated_clock import SimulatedClock
 
 from quarkrl.errors import UserError
 from quarkrl.rewards import Judge, Perspective, Scorer
@@ -267,7 +268,7 @@ def test_a_server_that_is_down_for_a_while_is_retried(server):
 def test_a_server_that_is_never_reached_is_an_error_that_names_it():
     with Server() as gone:
         reward = Perspective(endpoint=gone.perspective, queries_per_second=None, give_up_after=0.2)
-    message = error_of(lambda: ask(reward, ["text 1"]))
+    message = error_message(lambda: ask(reward, ["text 1"]))
     assert gone.perspective in message and "ConnectError" in message
 
 
@@ -363,7 +364,7 @@ def test_an_error_ends_a_request_whose_answer_arrives_with_it(turns):
 def test_the_last_answer_is_quoted_in_one_short_line(server):
     server.plan(ANY, *[(503, b"<h1>\nover\x1b[31mloaded</h1>" + b"x" * 5000)] * 1000)
     scorer = Scorer(perspective(server, give_up_after=0.5))
-    message = error_of(lambda: scorer(["p"] * 9, [f"text {i}" for i in range(9)], [[]] * 9))
+    message = error_message(lambda: scorer(["p"] * 9, [f"text {i}" for i in range(9)], [[]] * 9))
     pattern = r"gave no usable answer in [0-9]+ s and [0-9]+ requests, the last: HTTP 503 <h1> over \[31mloaded</h1>x+"
     assert re.search(pattern, message) and server.perspective in message and "resume the run" in message
     assert len(message) < 600
@@ -407,7 +408,7 @@ def test_no_key_is_sent_if_none_is_set(server):
 def test_a_key_that_a_header_cannot_hold_is_an_error_that_does_not_show_it(server, monkeypatch):
     for key in ("sécret", "two\nlines", "a b"):
         monkeypatch.setenv("PERSPECTIVE_API_KEY", key)
-        message = error_of(lambda: ask(perspective(server), ["text 1"]))
+        message = error_message(lambda: ask(perspective(server), ["text 1"]))
         assert "PERSPECTIVE_API_KEY: must be" in message and key not in message
     monkeypatch.setenv("PERSPECTIVE_API_KEY", f"  {KEY}\n")  # As `cat` prints it.
     assert ask(perspective(server), ["text 1"]) == [0.99]
@@ -419,5 +420,5 @@ def test_a_key_that_a_header_cannot_hold_is_an_error_that_does_not_show_it(serve
 )
 def test_a_key_in_the_address_is_refused_and_not_shown(endpoint):
     for action in (lambda: Perspective(endpoint=endpoint), lambda: Judge(endpoint, "m", "r")):
-        message = error_of(action)
+        message = error_message(action)
         assert KEY not in message and ("API_KEY" in message or "must be http://HOST" in message)

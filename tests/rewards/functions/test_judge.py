@@ -4,7 +4,8 @@ import re
 from urllib.parse import quote
 
 import pytest
-from helpers.scoring import KEY, ask, error_of, judge
+from helpers.errors import error_message
+from helpers.reward_helpers import KEY, ask, judge
 from helpers.server import ANY
 
 from quarkrl.rewards import resolve
@@ -135,7 +136,7 @@ def test_a_text_that_the_endpoint_refuses_has_no_score(error, server):
 
 def test_an_unknown_model_stops_the_run(server):
     server.plan(ANY, *[(404, {"error": {"message": "The model `org/judge-7b` does not exist", "code": []}})] * 9)
-    assert "does not exist" in error_of(lambda: ask(judge(server), ["text 7"]))
+    assert "does not exist" in error_message(lambda: ask(judge(server), ["text 7"]))
 
 
 def test_the_identity_contains_the_rubric_and_the_scale(server, tmp_path):
@@ -164,7 +165,7 @@ def test_the_identity_contains_the_rubric_and_the_scale(server, tmp_path):
     ],
 )
 def test_an_invalid_option_is_refused(options, expected, server):
-    assert expected in error_of(lambda: judge(server, **options))
+    assert expected in error_message(lambda: judge(server, **options))
 
 
 def test_a_judge_can_be_named_by_a_spec(server, tmp_path):
@@ -175,6 +176,6 @@ def test_a_judge_can_be_named_by_a_spec(server, tmp_path):
     (tmp_path / "rubric.md").write_text(rubric, encoding="utf-8")
     from_file = spec.replace(quote(rubric), str(tmp_path / "rubric.md"))
     assert resolve(from_file).identity == resolve(spec).identity
-    assert "options model, rubric: must be set. Write 'judge?model=…&rubric=…'" in error_of(
+    assert "options model, rubric: must be set. Write 'judge?model=…&rubric=…'" in error_message(
         lambda: resolve("judge?endpoint=http://h")
     )

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.scoring import KEY, ask, error_of, judge, perspective
+from helpers.errors import error_message
+from helpers.reward_helpers import KEY, ask, judge, perspective
 from helpers.server import ANY
 
 from quarkrl.cli.main import main
@@ -106,14 +107,14 @@ def test_a_refusal_of_the_text_gives_none_and_is_not_retried(kind, server):
 def test_any_other_refusal_stops_the_run_at_once(answer, server):
     server.plan(ANY, *[answer] * 200)
     texts = [f"text {i}" for i in range(100)]
-    message = error_of(lambda: ask(perspective(server, concurrency=4), texts))
+    message = error_message(lambda: ask(perspective(server, concurrency=4), texts))
     assert message.startswith(f"reward 'perspective-toxicity': {server.perspective} refuses: HTTP {answer[0]}")
     assert message.isprintable() and len(message) < 600
     assert max(server.count.values()) == 1 and len(server.count) <= 4
 
 
 def test_only_the_original_service_requires_a_key(server, monkeypatch):
-    message = error_of(Perspective)
+    message = error_message(Perspective)
     assert "PERSPECTIVE_API_KEY: must be set" in message and "31 December 2026" in message
     perspective(server)
     monkeypatch.setenv("PERSPECTIVE_API_KEY", KEY)

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from helpers.clock import SimulatedClock
+from helpers.simulated_clock import SimulatedClock
 
 from quarkrl.rewards.functions.rate_limiter import RateLimiter, SystemClock
 

@@ -1,4 +1,4 @@
-"""Runs of several processes, started by torchrun as a user starts them; and the script that it starts."""
+"""Runs of several processes: start them with torchrun, as a user does. This file is also the script that runs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.crashes import TOKENIZER, Trap, in_a_process, reward, trainer_of
-from helpers.tiny import tiny_model
+from helpers.killed_runs import TOKENIZER, Trap, in_a_process, reward, trainer_of
+from helpers.tiny_models import tiny_model
 
 from quarkrl.cli import main as cli
 from quarkrl.runs.gloo_shutdown import gloo_threads, shut_down_gloo
 
 TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
-STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # Dropout depends on who computes what.
+NO_DROPOUT = {
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}  # Dropout depends on the process.
 
 
 @dataclass
-class Ended:
-    """What a job ended with: its exit code, what it printed, how long it took."""
+class JobResult:
+    """The exit code of a job and its output."""
 
     code: int
-    said: str
-    seconds: float
+    output: str
 
 
 def environment() -> dict[str, str]:
@@ -37,19 +40,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
-    """A run of `crashes.RUN` in a directory, by torchrun at a port that is free; one process is one without torchrun.
+def run_job(directory: Path, processes: int = 2, **spec: Any) -> JobResult:
+    """Start a run of `killed_runs.RUN` with torchrun at a free port; one process starts without torchrun.
 
     Args:
-        directory: the run's.
-        processes: how many.
-        spec: `options`; `model`, fields of its config; `resume`; `trap`, {rank: the arguments of a `crashes.Trap`} for
-            processes that are to die; `fails`, scores fail in the second; `apart`, a working directory for each;
-            or, beside `trap`, `argv`: the command is run as it is typed, and the first process speaks late.
+        directory: the run directory.
+        processes: the number of processes.
+        spec: `options`; `model`, fields of its config; `resume`; `trap`, {rank: the arguments of a `killed_runs.Trap`}
+            for processes that must die; `fails`, the reward raises in the second process; `apart`, a working directory
+            for each process; or, with `trap`, `argv`: the command runs, and the first process prints late.
     """
-    began = time.monotonic()
     if processes == 1:
-        code, said = in_a_process(alone, directory, spec)
+        code, output = in_a_process(alone, directory, spec)
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -62,21 +64,21 @@ def ran(directory: Path, processes: int = 2, **spec: Any) -> Ended:
             text=True,
             timeout=300,
         )
-        code, said = job.returncode, job.stdout
-    return Ended(code, said, time.monotonic() - began)
+        code, output = job.returncode, job.stdout
+    return JobResult(code, output)
 
 
 def alone(directory: Path, spec: dict[str, Any]) -> int:
     return main({"directory": str(directory), **spec})
 
 
-def seen(directory: Path, rank: int = 0) -> dict[str, Any]:
-    """What a process had in memory in the end."""
+def final_state(directory: Path, rank: int = 0) -> dict[str, Any]:
+    """Return what a process had in memory at the end of the run."""
     return json.loads(Path(f"{directory}.rank-{rank}.json").read_text(encoding="utf-8"))
 
 
-def scored(directory: Path) -> list[str]:
-    """Completions that were scored, each as often as it was, in a fixed order."""
+def scored_completions(directory: Path) -> list[str]:
+    """Return the completions that were scored, repeated as often as they were scored, sorted."""
     return sorted(Path(f"{directory}.asked").read_text(encoding="utf-8").splitlines())
 
 
@@ -130,10 +132,10 @@ def main(spec: dict[str, Any]) -> int:
     return 0
 
 
-def leaves(_log: Path) -> None:
-    """`shut_down_gloo` where gloo's threads hardly run, until five times one of them still held a tensor before it.
+def shut_down_gloo_under_load(_log: Path) -> None:
+    """Call `shut_down_gloo` on a busy core until a gloo thread held a tensor before the call five times.
 
-    A torch whose threads let go before they tell that they are done never does: then 300 rounds have shown it.
+    In some versions of torch a thread never holds a tensor after it reports completion. 300 rounds are enough then.
     """
     core = min(os.sched_getaffinity(0))
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -147,12 +149,12 @@ def leaves(_log: Path) -> None:
             for thread in gloo_threads():
                 os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
             tensors = [torch.ones(10)]
-            seen = weakref.ref(tensors[0])
+            reference = weakref.ref(tensors[0])
             torch.distributed.all_reduce(tensors[0])
             tensors.clear()
-            held += seen() is not None
+            held += reference() is not None
             shut_down_gloo()
-            assert seen() is None
+            assert reference() is None
     finally:
         busy.kill()
         busy.wait()

@@ -1,32 +1,11 @@
-"""What tests of prompts share: files, a chat, a tokenizer of bytes, and the error a bad source ends with."""
+"""A chat and a tokenizer of bytes for tests of prompts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quarkrl.errors import UserError
-
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
-
-
-def fails(call, *wanted: str) -> str:
-    """The call raises a UserError of one line that holds each of the wanted pieces."""
-    with pytest.raises(UserError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1 and len(message) < 700, message
-    for piece in wanted:
-        assert piece in message, message
-    return message
-
-
-def write(path: Path, data: str | bytes) -> Path:
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
 
 
 def byte_tokenizer(special: str | None = None, template: str | None = None, lacks: str = ""):

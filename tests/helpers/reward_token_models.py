@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl.models.conditioning import Conditioning
 

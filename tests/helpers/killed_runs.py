@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.files import files_of
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a", "c c", "a", "h g", "b b b"]
@@ -191,10 +192,13 @@ def _server():
     return context
 
 
-def in_a_process(target: Callable, *args: Any) -> tuple[int, str]:
+def in_a_process(target: Callable, *args: Any) -> tuple[int | None, str]:
     """Call `target(*args)` in a process; gives its exit code, negative for a signal, and what it printed."""
     process = started(target, *args)
     process.join(120)
+    if process.is_alive():  # It hangs, so that its exit code is None.
+        process.kill()
+        return None, Path(process.log).read_text(encoding="utf-8")
     return process.exitcode, Path(process.log).read_text(encoding="utf-8")
 
 
@@ -249,10 +253,6 @@ def command(directory: Path, argv: list[str], trap: Trap | None = None) -> int:
 def metrics_of(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in CLOCKS} for line in lines]
-
-
-def files_of(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

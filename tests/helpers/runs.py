@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from helpers.tiny import SMALL_RUN, tiny_model, tiny_tokenizer
+from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from quarkrl import QuarkConfig, QuarkTrainer

@@ -1,8 +1,7 @@
-"""What tests of rewards share: asking one, the error it ends with, and classifiers made from a config."""
+"""Texts, calls of rewards, and tiny classifiers for tests of rewards."""
 
 import asyncio
 
-import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,7 +13,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from quarkrl.errors import UserError
 from quarkrl.rewards import Judge, Perspective, Scorer
 
 KEY = "sk-Very-Secret-0123456789"
@@ -47,15 +45,6 @@ def ask(reward, texts, prompts=None):
     prompts = [""] * len(texts) if prompts is None else prompts
     scores = asyncio.run(reward(prompts=prompts, completions=texts, completion_ids=[[]] * len(texts)))
     return [None if score is None else round(score, 9) for score in scores]
-
-
-def error_of(action):
-    """The message of the UserError that `action` raises: always one line."""
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 WORDS = [f"w{i}" for i in range(40)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
 from quarkrl.evaluation.options import EvaluationOptions
