@@ -197,7 +197,7 @@ NONE_GOOD = "every checkpoint is damaged"
 CASES |= {
     f"run: {name}": run(change, said)
     for name, change, said in [
-        ("nothing", lambda directory: (shutil.rmtree(directory), directory.mkdir()), "holds no run"),
+        ("nothing", lambda directory: (shutil.rmtree(directory), directory.mkdir()), "must hold a run to resume"),
         ("run.json is missing", drops("run.json"), "run.json is missing"),
         ("run.json is empty", writes("run.json", ""), "run.json is damaged"),
         ("run.json cut short", cuts("run.json"), "run.json is damaged"),

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_and_the_run_ends_the_same(
     again(copied)
     said = " ".join(capsys.readouterr().err.split())
     assert f"resumed {copied} from iteration 1/1, step 2/4" in said
-    assert "left out checkpoint-4: model.safetensors is damaged" in said
+    assert "skipped checkpoint-4: model.safetensors is damaged" in said
     assert_same_run(copied, whole)
 
 
