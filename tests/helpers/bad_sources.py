@@ -137,7 +137,7 @@ CASES |= {
     "another split": ([*TRAIN, "--prompts", "nobody/nothing", "--prompt_split", "dev"], "no split 'dev'"),
     "too few prompts are left": (
         [*TRAIN, "--num_quantiles", "5"],
-        "num_quantiles 5: must be at most the samples of an iteration, 4",
+        "num_quantiles 5: must be at most 4, the samples of an iteration",
     ),
     "bad held-out prompts": ([*TRAIN, "--eval_prompts", "model/config.json"], "config.json:1: malformed JSON"),
     "a folder that is no data set": ([*GENERATE, "--prompts", "model"], "the directory has no split"),

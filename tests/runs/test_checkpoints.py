@@ -155,7 +155,7 @@ def test_a_damaged_sample_file_is_named(copied):
 
 def test_a_damaged_run_file_is_named(copied):
     shorten(copied / "run.json")
-    with pytest.raises(UserError, match=r"run.json is damaged .*want it back"):
+    with pytest.raises(UserError, match=r"run.json is damaged .*Restore it"):
         again(copied)
 
 
