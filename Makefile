@@ -38,7 +38,7 @@ mutations: install  ## break ten central lines, one at a time; a test must notic
 test-floor:  ## the trainer, resume and command-line tests with the oldest supported versions
 	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
-	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[floor]'
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[test]'
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup \
 		tests/contract tests/training/test_trainer.py tests/runs tests/cli/test_main.py
 
