@@ -173,9 +173,15 @@ def test_a_resumed_run_continues_the_count_of_early_stopping(home):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--early_stopping_patience", "0"], "early_stopping_patience 0: want at least 1"),
-        (["--early_stopping_patience", "2", "--save_strategy", "no"], "with save_strategy no: there is no checkpoint"),
-        (["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end with save_strategy no"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience 0: must be at least 1"),
+        (
+            ["--early_stopping_patience", "2", "--save_strategy", "no"],
+            "early_stopping_patience 2: must come with checkpoints",
+        ),
+        (
+            ["--load_best_model_at_end", "--save_strategy", "no"],
+            "load_best_model_at_end True: must come with checkpoints",
+        ),
         (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': must be one of reward, "),
     ],
 )
@@ -190,7 +196,8 @@ def test_choosing_the_best_checkpoint_requires_held_out_prompts(home, capsys, fl
     del entries["eval_prompts"]
     (home / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
     assert main(["train", "--config", str(home / "run.yaml"), flag]) == 2
-    assert f"{flag[2:].split('=')[0]} without eval_prompts" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{flag[2:].split('=')[0]} " in error and "Set --eval_prompts" in error
 
 
 # Decoding as it was asked for
