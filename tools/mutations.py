@@ -75,7 +75,7 @@ MUTATIONS = [
         "training/resumption.py",
         "return -(-step // steps_per_iteration)",
         "return step // steps_per_iteration",
-        ("tests/runs/test_saving.py",),
+        ("tests/training/test_resumption.py",),
     ),
     Mutation(
         "score cache key",

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.statistics import chi_square
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -259,11 +260,6 @@ def test_prompts_completions_and_rewards_must_have_the_same_number(prompts, comp
 
 
 # Draws
-
-
-def chi_square(counts: np.ndarray) -> float:
-    expected = counts.sum() / len(counts)
-    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_draws_are_uniform_over_samples():

@@ -13,7 +13,8 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers.tiny_models import make_home, tiny_model, tiny_tokenizer
+from helpers.eight_letters import TOKENIZER
+from helpers.tiny_models import make_home, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
@@ -24,7 +25,6 @@ from quarkrl.cli.train_options import RunArguments, parse_train
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
-TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
 REWARDS = """
 def few_a(completions, **_):
     return [-text.split().count("a") for text in completions]

@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers.evaluation_helpers import EOS_ID, PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
+from helpers.eight_letters import EOS_ID
+from helpers.evaluation_helpers import PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl import metrics

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.evaluation_helpers import EOS_ID, WORDS, nll_by_hand
+from helpers.eight_letters import EOS_ID
+from helpers.evaluation_helpers import WORDS, nll_by_hand
 from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts

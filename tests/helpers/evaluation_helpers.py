@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.eight_letters import TOKENIZER as WORDS
+from helpers.tiny_models import tiny_model
 
 from quarkrl.data.prompts import load_prompts
 from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.evaluation.results import CorpusRow, Evaluation, Row
 from quarkrl.models.conditioning import Conditioning
 
-WORDS = tiny_tokenizer(words=[*"abcdefgh"])  # a to h are 0 to 7, <unk> 8, <eos> 9; reward tokens from 10.
-EOS_ID = 9
 PROMPTS = ["a b", "c", "d e f"]
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import eight_letters
+from helpers.eight_letters import TOKENIZER
 from helpers.files import files_of
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.tiny_models import tiny_model
 
-TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
-PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a", "c c", "a", "h g", "b b b"]
+PROMPTS = [*eight_letters.PROMPTS, "c c", "a", "h g", "b b b"]
 # Checkpoints amid iterations and at their ends, logs that fall between checkpoints, β and α that adapt, dropout.
 RUN = {
     "num_quantiles": 3,

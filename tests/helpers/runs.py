@@ -1,4 +1,4 @@
-"""Small runs of a tiny model in this process: their trainer, rewards with a known effect, what they leave."""
+"""Small runs of a tiny model in this process: the trainer, simple rewards, and readers of their files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
+from helpers.eight_letters import PROMPTS, TOKENIZER
+from helpers.tiny_models import SMALL_RUN, tiny_model
 from peft import LoraConfig
 
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 
-# Ids: a to h are 0 to 7, <unk> 8, <eos> 9; then the reward tokens.
-TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
-EOS_ID, VOCAB = 9, 10
-PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a"]
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LORA = LoraConfig(
     r=4,
@@ -45,7 +42,7 @@ def distinct_rewards(completion_ids, **_):
     return [sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
 
 
-def trainer_of(directory: Path, rewards=share_of_a, model=None, prompts=PROMPTS, kind=QuarkTrainer, **options):
+def small_trainer(directory: Path, rewards=share_of_a, model=None, prompts=PROMPTS, kind=QuarkTrainer, **options):
     """A trainer of a small run: 2 iterations of 3 steps of 8 samples, 6 tokens each, unless `options` say otherwise."""
     names = ("eval_dataset", "ref_model", "peft_config", "callbacks", "processing_class")
     others = {name: options.pop(name) for name in names if name in options}
@@ -54,10 +51,19 @@ def trainer_of(directory: Path, rewards=share_of_a, model=None, prompts=PROMPTS,
     return kind(still_model() if model is None else model, rewards, config, prompts, **others)
 
 
-def logs_of(directory: Path, key: str) -> list[dict]:
-    """The entries of `metrics.jsonl` that have a figure of this name."""
+def read_metrics(directory: Path) -> list[dict]:
+    """Return the rows of `metrics.jsonl`; NaN and Infinity are not JSON and fail."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if key in entry]
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def logs_of(directory: Path, key: str) -> list[dict]:
+    """Return the rows of `metrics.jsonl` that have a value of this name."""
+    return [row for row in read_metrics(directory) if key in row]
 
 
 def figures_of(directory: Path, key: str) -> list[float]:

@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.eight_letters import EOS_ID, VOCAB
 from helpers.runs import (
-    EOS_ID,
     LORA,
-    VOCAB,
     assert_same_pool,
     assert_same_weights,
     distinct_rewards,
     figures_of,
     model_of,
+    small_trainer,
     still_model,
-    trainer_of,
     weights_of,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, pipeline
@@ -32,7 +31,7 @@ from quarkrl.sampling.generator import QuarkGenerator
 
 
 def test_held_out_prompts_are_evaluated_and_the_best_checkpoint_is_kept(tmp_path):
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path,
         eval_dataset=["a", "b c"],
         eval_strategy="epoch",
@@ -56,7 +55,7 @@ def test_held_out_prompts_are_evaluated_and_the_best_checkpoint_is_kept(tmp_path
 
 
 def test_a_run_stops_early_when_the_reward_no_longer_grows(tmp_path):
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path,
         lambda completion_ids, **_: [1.0] * len(completion_ids),
         eval_dataset=["a", "b c"],
@@ -73,7 +72,7 @@ def test_a_run_stops_early_when_the_reward_no_longer_grows(tmp_path):
 
 
 def test_a_checkpoint_holds_the_conditioning_and_no_pickled_options(tmp_path):
-    trainer_of(tmp_path, save_strategy="epoch").train()
+    small_trainer(tmp_path, save_strategy="epoch").train()
     for checkpoint in (tmp_path / "checkpoint-3", tmp_path / "checkpoint-6"):
         names = {path.name for path in checkpoint.iterdir()}
         assert {"quark.json", "model.safetensors", "tokenizer.json", "training", "trainer_state.json"} <= names
@@ -83,7 +82,7 @@ def test_a_checkpoint_holds_the_conditioning_and_no_pickled_options(tmp_path):
 
 
 def test_final_is_an_ordinary_checkpoint_steered_to_the_best(tmp_path):
-    trainer = trainer_of(tmp_path)
+    trainer = small_trainer(tmp_path)
     trainer.train()
     final = trainer.save_final()
     assert final == tmp_path / "final"
@@ -101,7 +100,7 @@ def test_final_is_an_ordinary_checkpoint_steered_to_the_best(tmp_path):
 
 
 def test_quark_json_says_what_a_run_was(tmp_path):
-    trainer = trainer_of(tmp_path, distinct_rewards, ref_model=still_model(seed=5), kl_coef=0.07)
+    trainer = small_trainer(tmp_path, distinct_rewards, ref_model=still_model(seed=5), kl_coef=0.07)
     trainer.train()
     facts = json.loads((trainer.save_final() / "quark.json").read_text(encoding="utf-8"))
     assert facts["conditioning"]["token_ids"] == [[10, 11, 12]]
@@ -110,12 +109,12 @@ def test_quark_json_says_what_a_run_was(tmp_path):
     assert facts["config"]["kl_coef"] == facts["coefs"]["kl_coef"] == 0.07 and facts["config"]["seed"] == 0
     assert "distinct_rewards" in json.dumps(facts["rewards"])
     assert facts["reference"]["parameters"] == sum(p.numel() for p in still_model().parameters())
-    other = trainer_of(tmp_path / "other", ref_model=still_model(seed=6))
+    other = small_trainer(tmp_path / "other", ref_model=still_model(seed=6))
     assert len(facts["reference"]["sha256"]) == 64 != other.reference_identity["sha256"]
 
 
 def test_an_adapter_is_merged_into_final(tmp_path):
-    trainer = trainer_of(tmp_path, peft_config=LORA, learning_rate=1e-2, save_strategy="epoch")
+    trainer = small_trainer(tmp_path, peft_config=LORA, learning_rate=1e-2, save_strategy="epoch")
     before = trainer.conditioning.token_ids[0]
     rows = trainer.model.get_input_embeddings().weight[list(before)].detach().clone()
     trainer.train()
@@ -168,15 +167,15 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop, options):
         asked.extend(completion_ids)
         return distinct_rewards(completion_ids)
 
-    whole = trainer_of(tmp_path / "whole", reward, **{**options, "model": model_of()})  # With dropout.
+    whole = small_trainer(tmp_path / "whole", reward, **{**options, "model": model_of()})  # With dropout.
     whole.train()
     expected = list(asked)
 
     asked.clear()
-    cut = trainer_of(tmp_path / "cut", reward, **{**options, "model": model_of()}, callbacks=[Stop(stop)])
+    cut = small_trainer(tmp_path / "cut", reward, **{**options, "model": model_of()}, callbacks=[Stop(stop)])
     with pytest.raises(KeyboardInterrupt):
         cut.train()
-    resumed = trainer_of(tmp_path / "cut", reward, **{**options, "model": model_of()})
+    resumed = small_trainer(tmp_path / "cut", reward, **{**options, "model": model_of()})
     resumed.train(resume_from_checkpoint=True)
     assert asked == expected  # Nothing is sampled twice, or otherwise.
     assert_same_pool(resumed.pool, whole.pool)
@@ -188,7 +187,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop, options):
 
 
 def test_resuming_without_the_pool_is_an_error(tmp_path):
-    trainer_of(tmp_path, save_strategy="epoch").train()
+    small_trainer(tmp_path, save_strategy="epoch").train()
     shutil.rmtree(tmp_path / "pool")
     with pytest.raises(UserError, match="pool: iteration 0 is missing"):
-        trainer_of(tmp_path, num_iterations=4, save_strategy="epoch").train(resume_from_checkpoint=True)
+        small_trainer(tmp_path, num_iterations=4, save_strategy="epoch").train(resume_from_checkpoint=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.preferred_tokens import prefer
+from helpers.statistics import chi_square
 from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
@@ -153,11 +154,6 @@ def test_batches_are_told_as_they_are_done(gpt2):
 
 
 # The distribution
-
-
-def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
-    expected = counts.sum() * shares
-    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_each_step_takes_its_own_numbers():

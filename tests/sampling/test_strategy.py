@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.statistics import chi_square
 from transformers import TopPLogitsWarper
 
 from quarkrl.errors import UserError
@@ -85,11 +86,6 @@ def test_inverse_transform_never_picks_what_has_no_probability(number, seed):
     weights[:, :100] = weights[:, 900:] = weights[:, 300:500] = 0
     chosen = sample_by_inverse_transform(weights, torch.full((50,), number))
     assert (weights.gather(-1, chosen[:, None]) > 0).all()
-
-
-def chi_square(counts: np.ndarray, shares: np.ndarray) -> float:
-    expected = counts.sum() * shares
-    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_inverse_transform_follows_the_softmax():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.eight_letters import TOKENIZER
+from helpers.runs import logs_of
+from helpers.tiny_models import tiny_model
 
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
@@ -15,8 +16,7 @@ from quarkrl.models.batching import build_batch
 from quarkrl.sampling.sampler import sample
 from quarkrl.sampling.strategy import Sampling
 
-WORDS = tiny_tokenizer(words=[*"abcdefgh"])
-MODEL = tiny_model("gpt2", WORDS)
+MODEL = tiny_model("gpt2", TOKENIZER)
 
 
 def trainer_of(directory, rewards, **options) -> QuarkTrainer:
@@ -25,7 +25,7 @@ def trainer_of(directory, rewards, **options) -> QuarkTrainer:
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
     config = QuarkConfig(output_dir=str(directory), **{**small, **quiet, **options})
     prompts = ["a", "b c", "d", "e f g", "h", "a a", "b"]
-    return QuarkTrainer(tiny_model("gpt2", WORDS), rewards, config, prompts, processing_class=WORDS)
+    return QuarkTrainer(tiny_model("gpt2", TOKENIZER), rewards, config, prompts, processing_class=TOKENIZER)
 
 
 def test_an_exploration_is_what_it_would_be_one_after_the_other(tmp_path):
@@ -73,8 +73,7 @@ def test_the_terms_of_a_sum_are_in_the_pool_and_in_the_log(tmp_path):
         ids = drawn.completion_ids.tolist()
         assert pool.terms["length"][i] == len(ids) and pool.terms["share_of_a"][i] == ids.count(0) / len(ids)
         assert pool.rewards[i, 0] == 0.5 * len(ids) + 2 * ids.count(0) / len(ids)
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    (explored,) = [entry for entry in logged if "pool_size" in entry]
+    (explored,) = logs_of(tmp_path, "pool_size")
     assert explored["score.length"] == pytest.approx(pool.terms["length"].mean())
     assert explored["score.share_of_a"] == pytest.approx(pool.terms["share_of_a"].mean())
 

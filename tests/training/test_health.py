@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
+from helpers.eight_letters import TOKENIZER
+from helpers.runs import distinct_rewards, read_metrics, small_trainer, weights_of
+from helpers.tiny_models import tiny_model
 from transformers import TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
@@ -23,14 +24,7 @@ from quarkrl.training.health import (
 )
 from quarkrl.training.options import MAX_SKIPPED_STEPS
 
-# Ids: a to h are 0 to 7, <unk> 8, <eos> 9; then the reward tokens.
-TOKENIZER = tiny_tokenizer(words=[*"abcdefgh"])
-PROMPTS = ["a b", "c", "d e f g h", "h h", "b a c", "e e e e", "f", "g a"]
 NAN, INF = math.nan, math.inf
-
-
-def distinct(completion_ids, **_):
-    return [sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
 
 
 class At(TrainerCallback):
@@ -48,23 +42,9 @@ class At(TrainerCallback):
             dict(model.named_parameters())["transformer.ln_f.bias"].grad[3] = self.gradient
 
 
-def trainer_of(directory: Path, *callbacks: TrainerCallback, reward=distinct, model=None, **options) -> QuarkTrainer:
-    """A trainer of 2 iterations of 3 steps of 8 samples. `callbacks` run before the checks."""
-    config = QuarkConfig(output_dir=str(directory), **{**SMALL_RUN, **options})
-    model = tiny_model("gpt2", TOKENIZER, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0) if model is None else model
-    return QuarkTrainer(model, reward, config, PROMPTS, processing_class=TOKENIZER, callbacks=[*callbacks])
-
-
-def logged(directory: Path) -> list[dict]:
-    def no_constant(name):
-        raise AssertionError(f"{name} is no JSON")
-
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line, parse_constant=no_constant) for line in lines]
-
-
-def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def trainer_of(directory: Path, *callbacks: TrainerCallback, reward=distinct_rewards, **options) -> QuarkTrainer:
+    """A small trainer of two quantiles whose `callbacks` run before the checks."""
+    return small_trainer(directory, reward, callbacks=[*callbacks], **{"num_quantiles": 2, **options})
 
 
 def same(a: dict, b: dict) -> bool:
@@ -128,7 +108,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path, accumulation, c
     assert all(torch.equal(a, b) for a, b in zip(seen[0][1], seen[1][1], strict=True))
     assert seen[0][2] == seen[1][2] != seen[2][2]
     assert trainer.state.global_step == 6 and len({lr for *_, lr in seen}) == 6  # The schedule goes on.
-    lines = logged(tmp_path)
+    lines = read_metrics(tmp_path)
     assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [1, 2]
     losses = [line for line in lines if "loss" in line]
     assert len(losses) == 2 and all(math.isfinite(line[name]) for line in losses for name in ("nll", "kl", "loss"))
@@ -156,14 +136,14 @@ def test_a_non_finite_loss_is_not_part_of_the_logged_means(tmp_path, every):
     trainer = trainer_of(tmp_path, Ruin(), on_bad_numbers="skip", logging_steps=every)
     trainer.train()
     names = ("loss", "nll", "kl", "entropy")
-    losses = {line["step"]: [line[name] for name in names] for line in logged(tmp_path) if "loss" in line}
+    losses = {line["step"]: [line[name] for name in names] for line in read_metrics(tmp_path) if "loss" in line}
     if every == 1:  # The log has no other step, so its values are null; JSON has no NaN.
         assert losses.pop(2) == [None] * 4
-        (line,) = [line for line in logged(tmp_path) if line["step"] == 2 and "loss" in line]
+        (line,) = [line for line in read_metrics(tmp_path) if line["step"] == 2 and "loss" in line]
         assert line["grad_norm"] is None
     assert len(losses) == 6 // every - (every == 1)
     assert all(math.isfinite(value) for values in losses.values() for value in values)
-    assert [line["skipped_steps"] for line in logged(tmp_path) if "skipped_steps" in line] == [1]
+    assert [line["skipped_steps"] for line in read_metrics(tmp_path) if "skipped_steps" in line] == [1]
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
@@ -244,7 +224,7 @@ COLLAPSED = {
         "iteration 0: all 8 samples of the pool have reward 2.5",
     ),
     "one of two rewards": (
-        {"reward": [distinct, lambda completions: [1.0] * len(completions)], "condition_on": "each"},
+        {"reward": [distinct_rewards, lambda completions: [1.0] * len(completions)], "condition_on": "each"},
         "iteration 0: all 8 samples of the pool have lambda 1",
     ),
     "all good enough": (

@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.runs import (
-    EOS_ID,
-    PROMPTS,
-    TOKENIZER,
-    assert_same_weights,
-    figures_of,
-    share_of_a_to_d,
-    still_model,
-    trainer_of,
-    watch,
-    weights_of,
-)
+from helpers.eight_letters import EOS_ID, PROMPTS, TOKENIZER
+from helpers.runs import assert_same_weights, figures_of, share_of_a_to_d, small_trainer, still_model, watch, weights_of
 from helpers.tiny_models import make_home
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
@@ -82,7 +72,7 @@ class WeightsRecorder(TrainerCallback):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
 def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_final_is_the_best_checkpoint(tmp_path, lora):
     recorder = WeightsRecorder()
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path,
         ScriptedEvaluations(0.1, 0.5, 0.9, 0.4, 0.8, 0.95),
         prompts=PROMPTS * 4,
@@ -114,7 +104,7 @@ def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_final_is_the_b
 
 def test_without_load_best_model_at_end_final_is_the_last_checkpoint(tmp_path):
     options = {**GUARDED, "num_iterations": 3, "steps_per_iteration": 3, "metric_for_best_model": "reward"}
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path, ScriptedEvaluations(0.9, 0.5, 0.1), prompts=PROMPTS * 4, eval_dataset=HELD_OUT, **options
     )
     trainer.train()
@@ -128,7 +118,9 @@ def test_eval_reward_is_the_mean_of_several_rewards(tmp_path):
         return [float(len(ids)) for ids in completion_ids]
 
     options = {"eval_dataset": PROMPTS, "eval_strategy": "epoch", "save_strategy": "epoch"}
-    trainer = trainer_of(tmp_path, [share_of_a_to_d, calm], condition_on="each", load_best_model_at_end=True, **options)
+    trainer = small_trainer(
+        tmp_path, [share_of_a_to_d, calm], condition_on="each", load_best_model_at_end=True, **options
+    )
     trainer.train()
     names = ("eval_reward", "eval_share_of_a_to_d", "eval_calm")
     means, shares, lengths = (figures_of(tmp_path, name) for name in names)
@@ -181,9 +173,15 @@ def test_a_resumed_run_continues_the_count_of_early_stopping(home):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--early_stopping_patience", "0"], "early_stopping_patience 0: want at least 1"),
-        (["--early_stopping_patience", "2", "--save_strategy", "no"], "with save_strategy no: there is no checkpoint"),
-        (["--load_best_model_at_end", "--save_strategy", "no"], "load_best_model_at_end with save_strategy no"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience 0: must be at least 1"),
+        (
+            ["--early_stopping_patience", "2", "--save_strategy", "no"],
+            "early_stopping_patience 2: must come with checkpoints",
+        ),
+        (
+            ["--load_best_model_at_end", "--save_strategy", "no"],
+            "load_best_model_at_end True: must come with checkpoints",
+        ),
         (["--metric_for_best_model", "rewards"], "metric_for_best_model 'rewards': must be one of reward, "),
     ],
 )
@@ -198,7 +196,8 @@ def test_choosing_the_best_checkpoint_requires_held_out_prompts(home, capsys, fl
     del entries["eval_prompts"]
     (home / "run.yaml").write_text(yaml.safe_dump(entries), encoding="utf-8")
     assert main(["train", "--config", str(home / "run.yaml"), flag]) == 2
-    assert f"{flag[2:].split('=')[0]} without eval_prompts" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{flag[2:].split('=')[0]} " in error and "Set --eval_prompts" in error
 
 
 # Decoding as it was asked for
@@ -212,11 +211,11 @@ def samples_of(trainer) -> list[list[int]]:
 def test_greedy_exploring_gives_equal_prompts_equal_completions(tmp_path):
     samples = []
     for seed in (0, 1):
-        trainer = trainer_of(tmp_path / str(seed), do_sample=False, seed=seed, prompts=["a b"] * 4)
+        trainer = small_trainer(tmp_path / str(seed), do_sample=False, seed=seed, prompts=["a b"] * 4)
         trainer.explore(0)
         samples.append(samples_of(trainer))
     assert len(set(map(tuple, samples[0]))) == 1 and samples[0] == samples[1]
-    sampling = trainer_of(tmp_path / "sampling", prompts=["a b"] * 4)
+    sampling = small_trainer(tmp_path / "sampling", prompts=["a b"] * 4)
     sampling.explore(0)
     assert len(set(map(tuple, samples_of(sampling)))) > 1
 
@@ -229,7 +228,7 @@ def test_evaluation_has_its_own_decoding_options(tmp_path):
         return [0.0] * len(completion_ids)
 
     def evaluate(name, **options):
-        trainer_of(tmp_path / name, reward, eval_dataset=["a b"] * 8, **options).evaluate()
+        small_trainer(tmp_path / name, reward, eval_dataset=["a b"] * 8, **options).evaluate()
         return list(map(tuple, seen))
 
     greedy = evaluate("greedy", eval_do_sample=False)
@@ -245,7 +244,7 @@ def test_eos_is_suppressed_where_min_and_max_completion_length_are_equal(tmp_pat
     for name, do_sample in (("sampling", True), ("greedy", False)):
         model = still_model()
         model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor([EOS_ID]), 50.0))
-        trainer = trainer_of(tmp_path / name, model=model, min_completion_length=6, do_sample=do_sample)
+        trainer = small_trainer(tmp_path / name, model=model, min_completion_length=6, do_sample=do_sample)
         trainer.explore(0)
         assert all(len(ids) == 6 and EOS_ID not in ids for ids in samples_of(trainer))
 
@@ -260,7 +259,7 @@ def rows_sampled(calls) -> list[int]:
 
 def test_exploring_follows_the_schedule_of_guidance_and_evaluation_has_its_own_scale(tmp_path):
     count = len(PROMPTS)
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path,
         num_iterations=5,
         steps_per_iteration=1,
@@ -284,7 +283,7 @@ def test_exploring_follows_the_schedule_of_guidance_and_evaluation_has_its_own_s
 def test_guidance_raises_the_reward_of_an_evaluation(tmp_path):
     def evaluate(name, **options):
         small = {**GUARDED, "num_iterations": 1, "eval_strategy": "no", "save_strategy": "no"}
-        trainer = trainer_of(tmp_path / name, share_of_a_to_d, prompts=PROMPTS * 4, **small, **options)
+        trainer = small_trainer(tmp_path / name, share_of_a_to_d, prompts=PROMPTS * 4, **small, **options)
         trainer.train()
         return trainer.evaluate(PROMPTS * 4)["eval_reward"]
 
@@ -294,7 +293,7 @@ def test_guidance_raises_the_reward_of_an_evaluation(tmp_path):
 @pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}, {}], ids=["lora", "no kl", "copy"])
 def test_guidance_from_the_reference_reads_the_untrained_model(tmp_path, options):
     """The reference exists even if nothing else needs it (kl_coef 0)."""
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path, explore_guidance_scale=2.0, guidance_from="reference", learning_rate=3e-2, num_iterations=3, **options
     )
     before = still_model()

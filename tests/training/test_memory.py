@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import LORA, PROMPTS, TOKENIZER, distinct_rewards, model_of, trainer_of
+from helpers.eight_letters import PROMPTS, TOKENIZER
+from helpers.runs import LORA, distinct_rewards, model_of, small_trainer
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
@@ -95,7 +96,7 @@ def test_the_states_of_optimizers(name, number, expected):
 
 def test_the_sizes_of_a_gpt2(tmp_path):
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
-    trainer = trainer_of(tmp_path, model=tiny_model("gpt2", TOKENIZER), **options)
+    trainer = small_trainer(tmp_path, model=tiny_model("gpt2", TOKENIZER), **options)
     run = size_of_run(trainer.model, trainer.args, prompt=6, count=40, reference=trainer.ref_model)
     vocab = 10 + 3  # Ten words and three reward tokens.
     assert run.weights == run.trained == 4 * trainer.model.num_parameters()
@@ -125,13 +126,13 @@ def test_the_sizes_of_a_gpt2(tmp_path):
 def test_the_sizes_that_an_option_changes(tmp_path, options, changed):
     runs = []
     for name, settings in (("a", {}), ("b", options)):
-        trainer = trainer_of(tmp_path / name, **settings)
+        trainer = small_trainer(tmp_path / name, **settings)
         runs.append(vars(size_of_run(trainer.model, trainer.args, prompt=6, count=8)))
     assert {field for field in runs[0] if runs[0][field] != runs[1][field]} == changed
 
 
 def test_the_keys_of_a_model_with_grouped_queries_are_narrower(tmp_path):
-    trainer = trainer_of(tmp_path, model=tiny_model("llama", TOKENIZER))
+    trainer = small_trainer(tmp_path, model=tiny_model("llama", TOKENIZER))
     # One head of width 8 for keys and values, two for queries; no dropout.
     run = size_of_run(trainer.model, trainer.args, prompt=6, count=8)
     assert run.cache == 12 * 4 * 2 * 2 * 8
@@ -139,8 +140,8 @@ def test_the_keys_of_a_model_with_grouped_queries_are_narrower(tmp_path):
 
 
 def test_an_adapter_has_few_trained_numbers_and_merges_the_embedding(tmp_path):
-    trainer = trainer_of(tmp_path, model=model_of(), peft_config=LORA)
-    full = trainer_of(tmp_path / "full", model=model_of())
+    trainer = small_trainer(tmp_path, model=model_of(), peft_config=LORA)
+    full = small_trainer(tmp_path / "full", model=model_of())
     run, plain = (size_of_run(t.model, t.args, prompt=6, count=8) for t in (trainer, full))
     assert run.trained == sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad) < run.weights / 2
     assert run.reference == 0 and run.activations == plain.activations
@@ -150,7 +151,7 @@ def test_an_adapter_has_few_trained_numbers_and_merges_the_embedding(tmp_path):
 
 def test_an_adapted_output_layer_needs_all_logits(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    trainer = trainer_of(tmp_path, model=tiny_model("llama", TOKENIZER, tied=False), peft_config=lora)
+    trainer = small_trainer(tmp_path, model=tiny_model("llama", TOKENIZER, tied=False), peft_config=lora)
     assert size_of_run(trainer.model, trainer.args, prompt=6, count=8).logits == 3 * 4 * 6 * 13
 
 
@@ -190,7 +191,7 @@ def test_the_samples_do_not_depend_on_the_memory(tmp_path, monkeypatch):
     samples = []
     for total, size in ((10**12, 128), (10**5, 1)):
         monkeypatch.setattr(memory, "free_and_total", lambda _, total=total: (10**12, total))
-        trainer = trainer_of(tmp_path / str(total))
+        trainer = small_trainer(tmp_path / str(total))
         assert trainer.memory_plan.generation_batch_size == size
         trainer.explore(0)
         trainer.quantize(0)
@@ -200,17 +201,17 @@ def test_the_samples_do_not_depend_on_the_memory(tmp_path, monkeypatch):
 
 def test_a_given_sampling_batch_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_and_total", lambda _: (10**12, 10**5))
-    assert trainer_of(tmp_path, generation_batch_size=7).memory_plan.generation_batch_size == 7
+    assert small_trainer(tmp_path, generation_batch_size=7).memory_plan.generation_batch_size == 7
 
 
 def test_an_unknown_amount_of_memory_gives_a_batch_of_128(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_and_total", lambda _: None)
-    trainer = trainer_of(tmp_path)
+    trainer = small_trainer(tmp_path)
     assert trainer.memory_plan.generation_batch_size == 128 and trainer.memory_plan.message.endswith(")")
 
 
 def test_processes_take_the_smallest_batch_and_are_refused_together(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path)
+    trainer = small_trainer(tmp_path)
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     monkeypatch.setattr(memory, "free_and_total", lambda _: (10**12, 10**12))
     monkeypatch.setattr(memory, "gather_object", lambda own: [*own, (64, None)])
@@ -224,7 +225,7 @@ def test_processes_take_the_smallest_batch_and_are_refused_together(tmp_path, mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
 def test_a_gpu_samples_up_to_512_completions_at_a_time_and_trains(tmp_path, options):
-    trainer = trainer_of(tmp_path, use_cpu=False, **options)
+    trainer = small_trainer(tmp_path, use_cpu=False, **options)
     assert trainer.args.device.type == "cuda" and trainer.memory_plan.generation_batch_size == 512
     trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -264,35 +265,35 @@ def test_advice_names_what_helps_and_the_most_effective_first():
 def test_where_exploring_does_not_fit_the_sampling_batches_are_named(options, advice, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_and_total", lambda _: (1000, 10**12))
     with pytest.raises(UserError) as error:
-        trainer_of(tmp_path, per_device_train_batch_size=1, samples_per_prompt=100, **options)
+        small_trainer(tmp_path, per_device_train_batch_size=1, samples_per_prompt=100, **options)
     assert f"Set {advice}" in str(error.value)
 
 
 def test_a_run_that_cannot_fit_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_and_total", lambda _: (1000, 10**12))
     with pytest.raises(UserError, match=r"memory: .* about .* GB, and .* GB are free") as error:
-        trainer_of(tmp_path, per_device_train_batch_size=512)
+        small_trainer(tmp_path, per_device_train_batch_size=512)
     message = str(error.value)
     assert "\n" not in message and "per_device_train_batch_size 128 with 4 times" in message
     assert not (tmp_path / "pool").exists()
 
 
 def test_a_run_that_may_not_fit_is_warned_of(tmp_path, monkeypatch, caplog):
-    trainer = trainer_of(tmp_path / "a")
+    trainer = small_trainer(tmp_path / "a")
     models = sum(p.nbytes for model in (trainer.model, trainer.ref_model) for p in model.parameters())
     run = size_of_run(trainer.model, trainer.args, max(map(len, trainer.prompts.ids)) + 1, 8, trainer.ref_model)
     free = int(estimate(run).total / 1.2) - models
     monkeypatch.setattr(memory, "free_and_total", lambda _: (free, 10**12))
     with caplog.at_level(logging.WARNING, "quarkrl.training.memory"):
-        trainer_of(tmp_path / "b")
+        small_trainer(tmp_path / "b")
     assert "memory: " in caplog.text and "per_device_train_batch_size 2" in caplog.text
 
 
 def test_a_run_says_at_its_start_how_much_memory_it_needs(tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO, "quarkrl.training"):
-        trainer_of(tmp_path / "a", num_iterations=1).train()
+        small_trainer(tmp_path / "a", num_iterations=1).train()
     assert "memory: about 0.0" in caplog.text and "memory" not in capsys.readouterr().err
-    trainer_of(tmp_path / "b", num_iterations=1, disable_tqdm=False).train()
+    small_trainer(tmp_path / "b", num_iterations=1, disable_tqdm=False).train()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memory: ")]
     assert line.startswith("memory: about 0.0") and "exploring" in line
 
@@ -342,13 +343,13 @@ def run_and_measure() -> None:
     sampled = options.get("generation_batch_size", batch)
     count = max(2 * batch, sampled)  # Prompts, all of them different, as equal ones are read once.
     # A first run loads and compiles what is needed once.
-    trainer_of(directory / "first", model=tiny_model("llama", TOKENIZER), num_iterations=1).train()
+    small_trainer(directory / "first", model=tiny_model("llama", TOKENIZER), num_iterations=1).train()
     before = held_bytes("cpu")
     adapted = shape.pop("adapted", None)
     adapter = LoraConfig(r=8, target_modules=adapted, task_type="CAUSAL_LM") if adapted else None
     # With the two tokens that the tokenizer adds, the vocabulary has the size of the shape.
     tokenizer = tiny_tokenizer(words=[*"abcdefgh", *map(str, range(shape.pop("vocab") - 10))])
-    trainer = trainer_of(
+    trainer = small_trainer(
         directory / "run",
         distinct_rewards,
         with_fused_gelu(tiny_model(tokenizer=tokenizer, initializer_range=0.02, **shape)),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import trainer_of
+from helpers.runs import small_trainer
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "64"), ("1024", "1024")])
@@ -19,7 +19,7 @@ def test_a_trainer_limits_onednn_caches_unless_the_user_has_set_them(tmp_path, m
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
-    trainer_of(tmp_path)
+    small_trainer(tmp_path)
     assert [os.environ[name] for name in names] == [expected, expected]
 
 
@@ -32,11 +32,11 @@ from pathlib import Path
 
 import torch
 from measure import held_bytes
-from helpers.runs import trainer_of
+from helpers.runs import small_trainer
 
 from quarkrl.training.runtime_tuning import trim_malloc
 
-trainer_of(Path(sys.argv[1]))
+small_trainer(Path(sys.argv[1]))
 weight = torch.ones(512, 128, dtype=torch.bfloat16)
 
 

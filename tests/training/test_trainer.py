@@ -8,12 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers.eight_letters import EOS_ID, PROMPTS, TOKENIZER, VOCAB
 from helpers.runs import (
-    EOS_ID,
     LORA,
-    PROMPTS,
-    TOKENIZER,
-    VOCAB,
     assert_same_pool,
     assert_same_weights,
     distinct_rewards,
@@ -22,8 +19,8 @@ from helpers.runs import (
     model_of,
     share_of_a,
     share_of_a_to_d,
+    small_trainer,
     still_model,
-    trainer_of,
     watch,
     weights_of,
 )
@@ -45,7 +42,7 @@ from quarkrl.sampling.strategy import Sampling
 
 
 def test_the_reference_samples_first_and_then_the_policy_on_the_best_token(tmp_path):
-    trainer = trainer_of(tmp_path, num_iterations=3)
+    trainer = small_trainer(tmp_path, num_iterations=3)
     calls = watch(trainer)
     trainer.train()
     phases = [(who, what) for who, what, _, _ in calls if what == "sample" or who == "policy"]
@@ -60,7 +57,7 @@ def test_the_reference_samples_first_and_then_the_policy_on_the_best_token(tmp_p
 
 
 def test_what_is_learned_from_has_its_quantiles_token_and_the_reference_sees_none(tmp_path):
-    trainer = trainer_of(tmp_path)
+    trainer = small_trainer(tmp_path)
     trainer.explore(0)
     trainer.quantize(0)
     numbers = range(8)
@@ -84,7 +81,7 @@ def test_the_pool_holds_what_was_sampled_token_for_token(tmp_path):
         seen.extend(zip(map(list, completion_ids), prompts, strict=True))
         return distinct_rewards(completion_ids)
 
-    trainer = trainer_of(tmp_path, reward, samples_per_prompt=3)
+    trainer = small_trainer(tmp_path, reward, samples_per_prompt=3)
     trainer.train()
     pool = trainer.pool
     assert len(seen) == len(pool) == 2 * 3 * len(PROMPTS)
@@ -107,7 +104,7 @@ def test_the_pool_grows_by_each_iteration_and_is_cut_anew(tmp_path):
             fresh.quantize()
             assert pool.quantiles.tolist() == fresh.quantiles.tolist()
 
-    trainer = trainer_of(
+    trainer = small_trainer(
         tmp_path, distinct_rewards, prompts_per_iteration=4, num_iterations=3, num_quantiles=4, callbacks=[Watch()]
     )
     trainer.train()
@@ -122,7 +119,7 @@ def test_the_pool_grows_by_each_iteration_and_is_cut_anew(tmp_path):
 def test_a_completion_does_not_depend_on_the_batches_around_it(tmp_path):
     runs = []
     for size in (3, 8):
-        trainer = trainer_of(tmp_path / str(size), generation_batch_size=size)
+        trainer = small_trainer(tmp_path / str(size), generation_batch_size=size)
         trainer.explore(0)
         trainer.quantize(0)
         runs.append(trainer.pool)
@@ -133,7 +130,7 @@ def test_a_completion_does_not_depend_on_the_batches_around_it(tmp_path):
 
 
 def test_draws_are_a_function_of_seed_and_iteration_alone(tmp_path):
-    trainer = trainer_of(tmp_path, distinct_rewards)
+    trainer = small_trainer(tmp_path, distinct_rewards)
     trainer.explore(0)
     trainer.quantize(0)
     first = trainer.draws
@@ -156,7 +153,7 @@ def test_balanced_draws_take_a_rare_quantile_as_often_as_the_others(tmp_path):
     options = {"num_quantiles": 2, "steps_per_iteration": 50}
     shares = []
     for draw in ("uniform", "balanced"):
-        trainer = trainer_of(tmp_path / draw, one_is_worse, draw=draw, **options)
+        trainer = small_trainer(tmp_path / draw, one_is_worse, draw=draw, **options)
         trainer.explore(0)
         trainer.quantize(0)
         shares.append(float(np.mean(trainer.pool.rewards[trainer.draws] == 0)))
@@ -166,7 +163,7 @@ def test_balanced_draws_take_a_rare_quantile_as_often_as_the_others(tmp_path):
 def test_the_same_seed_gives_the_same_weights(tmp_path):
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        trainer = trainer_of(tmp_path / name, distinct_rewards, model=model_of(), seed=seed)  # With dropout.
+        trainer = small_trainer(tmp_path / name, distinct_rewards, model=model_of(), seed=seed)  # With dropout.
         trainer.train()
         found.append(weights_of(trainer.model))
         torch.rand(5)
@@ -177,7 +174,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 def test_worker_processes_load_this_iterations_draws(tmp_path):
     found = []
     for count in (0, 1):
-        trainer = trainer_of(tmp_path / str(count), dataloader_num_workers=count)
+        trainer = small_trainer(tmp_path / str(count), dataloader_num_workers=count)
         trainer.train()
         found.append(weights_of(trainer.model))
     assert_same_weights(*found)
@@ -196,7 +193,7 @@ LONGER = {
 
 
 def test_it_learns_and_best_is_better_than_worst(tmp_path):
-    trainer = trainer_of(tmp_path, share_of_a_to_d, learning_rate=1e-2, **LONGER)
+    trainer = small_trainer(tmp_path, share_of_a_to_d, learning_rate=1e-2, **LONGER)
     trainer.train()
     rewards = figures_of(tmp_path, "reward")
     assert len(rewards) == 5
@@ -217,7 +214,7 @@ def test_it_learns_to_stop(tmp_path):
     def short(completion_ids, **_):
         return [-float(len(ids)) for ids in completion_ids]
 
-    trainer = trainer_of(tmp_path, short, learning_rate=3e-2, **LONGER)
+    trainer = small_trainer(tmp_path, short, learning_rate=3e-2, **LONGER)
     trainer.train()
     ends, lengths = figures_of(tmp_path, "eos_share"), figures_of(tmp_path, "completion_length")
     assert ends[-1] > ends[0] + 0.3
@@ -225,7 +222,7 @@ def test_it_learns_to_stop(tmp_path):
 
 
 def test_eos_is_a_label(tmp_path):
-    trainer = trainer_of(tmp_path, prompts=PROMPTS * 4)
+    trainer = small_trainer(tmp_path, prompts=PROMPTS * 4)
     trainer.explore(0)
     trainer.quantize(0)
     batch = trainer.collate(range(24))
@@ -237,7 +234,7 @@ def test_eos_is_a_label(tmp_path):
 def test_policy_and_reference_may_be_two_models(tmp_path):
     """Official Quark builds the policy from `ref_model` and the reference from `init_model`."""
     policy, reference = still_model(seed=1), still_model(seed=2)
-    trainer = trainer_of(tmp_path, model=policy, ref_model=reference, prompts=PROMPTS * 2)
+    trainer = small_trainer(tmp_path, model=policy, ref_model=reference, prompts=PROMPTS * 2)
     assert trainer.ref_model is reference and not any(p.requires_grad for p in reference.parameters())
     trainer.explore(0)
     trainer.quantize(0)
@@ -280,7 +277,7 @@ def complete_one(model, prompt_ids, sampling, uniforms) -> list[int]:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_dropout_is_on_while_learning_and_nowhere_else(tmp_path, lora):
     """Official Quark never undoes `.eval()`; the reference must not drop out either, nor the adapter's base model."""
-    trainer = trainer_of(tmp_path, model=model_of(), peft_config=LORA if lora else None)
+    trainer = small_trainer(tmp_path, model=model_of(), peft_config=LORA if lora else None)
     calls = watch(trainer)
     trainer.train()
     assert {training for _, what, training, _ in calls if what == "sample"} == {False}
@@ -291,7 +288,7 @@ def test_dropout_is_on_while_learning_and_nowhere_else(tmp_path, lora):
 
 def test_with_an_adapter_the_reference_is_the_model_as_it_was(tmp_path):
     untouched = still_model()
-    trainer = trainer_of(tmp_path, peft_config=LORA, learning_rate=1e-2)
+    trainer = small_trainer(tmp_path, peft_config=LORA, learning_rate=1e-2)
     assert trainer.ref_model is None
     trainer.train()
     ids = torch.tensor([[0, 1, 2, 3]])
@@ -306,7 +303,7 @@ def test_accumulation_from_smaller_batches_changes_nothing(tmp_path):
     """Completions differ in length, so that averaging per batch instead of per token would show."""
     found = []
     for size, batches in ((8, 1), (4, 2), (2, 4)):
-        trainer = trainer_of(
+        trainer = small_trainer(
             tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=batches, warmup_steps=1
         )
         trainer.train()
@@ -319,7 +316,7 @@ def test_accumulation_from_smaller_batches_changes_nothing(tmp_path):
 
 
 def test_the_logged_loss_is_the_sum_of_its_parts(tmp_path):
-    trainer_of(tmp_path, kl_coef=0.3, entropy_coef=0.2).train()
+    small_trainer(tmp_path, kl_coef=0.3, entropy_coef=0.2).train()
     for entry in logs_of(tmp_path, "loss"):
         assert entry["loss"] == pytest.approx(entry["nll"] + 0.3 * entry["kl"] - 0.2 * entry["entropy"], abs=1e-4)
         assert entry["kl"] >= 0 and 0 < entry["entropy"] <= math.log(VOCAB)
@@ -328,7 +325,7 @@ def test_the_logged_loss_is_the_sum_of_its_parts(tmp_path):
 def test_both_directions_of_the_kl_run(tmp_path):
     found = {}
     for direction in ("policy_ref", "ref_policy"):
-        trainer_of(tmp_path / direction, ref_model=still_model(seed=5), kl_direction=direction).train()
+        small_trainer(tmp_path / direction, ref_model=still_model(seed=5), kl_direction=direction).train()
         found[direction] = figures_of(tmp_path / direction, "kl")
     assert all(kl > 0 for kls in found.values() for kl in kls)
     assert found["policy_ref"][0] != pytest.approx(found["ref_policy"][0], rel=1e-3)
@@ -336,7 +333,7 @@ def test_both_directions_of_the_kl_run(tmp_path):
 
 @pytest.mark.parametrize("given", [False, True], ids=["none", "given"])
 def test_without_the_kl_term_no_reference_is_read(tmp_path, given):
-    trainer = trainer_of(tmp_path, kl_coef=0.0, ref_model=still_model(seed=5) if given else None)
+    trainer = small_trainer(tmp_path, kl_coef=0.0, ref_model=still_model(seed=5) if given else None)
     assert (trainer.ref_model is None) is not given
     calls = watch(trainer)
     trainer.train()
@@ -349,7 +346,7 @@ def test_the_nll_may_be_taken_at_a_temperature(tmp_path):
     """Policies start alike, so that only the temperature moves the NLL, and nothing the rest."""
     figures = {}
     for temperature in (1.0, 0.5):
-        trainer = trainer_of(tmp_path / str(temperature), nll_temperature=temperature)
+        trainer = small_trainer(tmp_path / str(temperature), nll_temperature=temperature)
         trainer.explore(0)
         trainer.quantize(0)
         batch = trainer.collate(range(8))
@@ -372,7 +369,7 @@ def test_the_nll_may_be_taken_at_a_temperature(tmp_path):
 def test_the_reference_may_be_of_a_narrower_type(tmp_path):
     kl = {}
     for dtype in ("same", "bfloat16"):
-        trainer = trainer_of(tmp_path / dtype, ref_dtype=dtype, num_iterations=1)
+        trainer = small_trainer(tmp_path / dtype, ref_dtype=dtype, num_iterations=1)
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         wanted = torch.float32 if dtype == "same" else torch.bfloat16
         assert {p.dtype for p in trainer.ref_model.parameters()} == {wanted}
@@ -384,17 +381,17 @@ def test_the_reference_may_be_of_a_narrower_type(tmp_path):
 @pytest.mark.parametrize("options", [{"peft_config": LORA}, {"kl_coef": 0.0}])
 def test_a_type_for_a_reference_that_is_not_there_is_an_error(tmp_path, options):
     with pytest.raises(UserError, match="ref_dtype bfloat16: must be same"):
-        trainer_of(tmp_path, ref_dtype="bfloat16", **options)
+        small_trainer(tmp_path, ref_dtype="bfloat16", **options)
 
 
 def test_the_learning_rate_warms_up_and_decays(tmp_path):
-    trainer_of(tmp_path, num_iterations=2, steps_per_iteration=5, warmup_steps=4, learning_rate=1.0e-3).train()
+    small_trainer(tmp_path, num_iterations=2, steps_per_iteration=5, warmup_steps=4, learning_rate=1.0e-3).train()
     expected = [0, 1 / 4, 2 / 4, 3 / 4, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert figures_of(tmp_path, "learning_rate") == pytest.approx([1e-3 * share for share in expected])
 
 
 def test_bf16_runs_on_a_cpu(tmp_path):
-    trainer_of(tmp_path, bf16=True).train()
+    small_trainer(tmp_path, bf16=True).train()
     assert all(math.isfinite(value) for value in figures_of(tmp_path, "loss") + figures_of(tmp_path, "kl"))
 
 
@@ -422,7 +419,7 @@ class Work(TorchDispatchMode):
 @pytest.mark.parametrize("adapter", [None, LORA])
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_sampling_makes_each_weight_once_whether_it_is_learned_or_not(tmp_path, iteration, adapter):
-    trainer = trainer_of(tmp_path, bf16=True, peft_config=adapter)
+    trainer = small_trainer(tmp_path, bf16=True, peft_config=adapter)
     sampled = trainer.ref_model if iteration == 0 and adapter is None else trainer.model
     before = {name: (weight.requires_grad, weight.clone()) for name, weight in sampled.named_parameters()}
     assert sampled is not trainer.ref_model or not any(learned for learned, _ in before.values())
@@ -439,7 +436,7 @@ def test_sampling_makes_each_weight_once_whether_it_is_learned_or_not(tmp_path, 
 
 
 def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path):
-    trainer = trainer_of(tmp_path, peft_config=LORA)
+    trainer = small_trainer(tmp_path, peft_config=LORA)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             if "trainable_tokens" in name:
@@ -470,7 +467,7 @@ def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path
 )
 def test_the_weights_of_kl_and_entropy_move_towards_their_targets(tmp_path, options, name, grows):
     """AlpacaFarm parses --adaptive_kl and does nothing. Six steps of 8 samples, at most 20 % · 8 / horizon each."""
-    trainer_of(tmp_path, coef_horizon=80, ref_model=still_model(seed=5), **options).train()
+    small_trainer(tmp_path, coef_horizon=80, ref_model=still_model(seed=5), **options).train()
     start = {"kl_coef": 0.05, "entropy_coef": 0.06}
     factor = 1 + (0.2 if grows else -0.2) * 8 / 80
     expected = [start[name] * factor**step for step in range(1, 7)]
@@ -489,7 +486,7 @@ def test_missing_rewards_are_left_out_and_counted(tmp_path):
     def reward(completion_ids, **_):
         return [[None, float("nan"), 0.5, 1.0][i % 4] for i, _ in enumerate(completion_ids)]
 
-    trainer = trainer_of(tmp_path, reward, num_quantiles=2)
+    trainer = small_trainer(tmp_path, reward, num_quantiles=2)
     trainer.train()
     assert figures_of(tmp_path, "unscored") == [4, 4]
     assert figures_of(tmp_path, "pool_size") == [4, 8]
@@ -503,7 +500,7 @@ def test_too_many_missing_rewards_stop_the_run(tmp_path, share, values):
         return [values[i % 2] for i, _ in enumerate(completion_ids)]
 
     with pytest.raises(UserError, match=rf"max_unscored_share {share}: \d of 8 rewards in iteration 0"):
-        trainer_of(tmp_path, reward, max_unscored_share=share).train()
+        small_trainer(tmp_path, reward, max_unscored_share=share).train()
 
 
 def test_rewards_may_be_async_see_other_columns_and_be_several_with_weights(tmp_path):
@@ -514,7 +511,7 @@ def test_rewards_may_be_async_see_other_columns_and_be_several_with_weights(tmp_
         return [len(ids) for ids in completion_ids]
 
     prompts = [{"prompt": prompt, "wanted_id": i} for i, prompt in enumerate(PROMPTS)]
-    trainer = trainer_of(tmp_path, [wanted, length], prompts=prompts, reward_weights=[10.0, 0.5])
+    trainer = small_trainer(tmp_path, [wanted, length], prompts=prompts, reward_weights=[10.0, 0.5])
     trainer.train()
     assert trainer.pool.attributes == ("reward",)
     wanted_ids = {tuple(TOKENIZER(prompt)["input_ids"]): i for i, prompt in enumerate(PROMPTS)}
@@ -530,7 +527,7 @@ def test_each_reward_may_condition_on_its_own(tmp_path):
     def long(completion_ids, **_):
         return [len(ids) for ids in completion_ids]
 
-    trainer = trainer_of(tmp_path, [few_a, long], condition_on="each", num_quantiles=2, prompts=PROMPTS * 4)
+    trainer = small_trainer(tmp_path, [few_a, long], condition_on="each", num_quantiles=2, prompts=PROMPTS * 4)
     calls = watch(trainer)
     trainer.train()
     tokens = trainer.conditioning.token_ids
@@ -553,7 +550,7 @@ def test_each_reward_may_condition_on_its_own(tmp_path):
 
 
 def test_a_reward_ceiling_lets_the_best_quantile_keep_all_that_is_good_enough(tmp_path):
-    trainer = trainer_of(tmp_path, distinct_rewards, reward_ceiling=-100.0)
+    trainer = small_trainer(tmp_path, distinct_rewards, reward_ceiling=-100.0)
     trainer.explore(0)
     trainer.quantize(0)
     assert set(trainer.pool.quantiles[:, 0]) == {2}
@@ -564,19 +561,19 @@ def test_a_reward_ceiling_lets_the_best_quantile_keep_all_that_is_good_enough(tm
 
 def test_more_quantiles_than_samples_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"num_quantiles 3: must be at most 2,"):
-        trainer_of(tmp_path, prompts=["a", "b"])
-    trainer_of(tmp_path, prompts=["a", "b"], samples_per_prompt=2)
+        small_trainer(tmp_path, prompts=["a", "b"])
+    small_trainer(tmp_path, prompts=["a", "b"], samples_per_prompt=2)
 
 
 def test_no_prompts_is_an_error(tmp_path):
     for nothing in (None, []):
         with pytest.raises(UserError):
-            trainer_of(tmp_path, prompts=nothing)
+            small_trainer(tmp_path, prompts=nothing)
 
 
 def test_evaluating_without_prompts_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"eval_dataset .* is missing"):
-        trainer_of(tmp_path).evaluate()
+        small_trainer(tmp_path).evaluate()
 
 
 def test_a_model_without_tokenizer_is_an_error(tmp_path):
@@ -590,15 +587,15 @@ def test_a_model_without_tokenizer_is_an_error(tmp_path):
 
 def test_a_reference_of_another_vocabulary_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"ref_model .* at least 10"):
-        trainer_of(tmp_path, ref_model=still_model(rows=VOCAB - 1))
-    trainer_of(tmp_path, ref_model=still_model(rows=VOCAB + 6)).train()  # Rows that pad the embedding are no tokens.
+        small_trainer(tmp_path, ref_model=still_model(rows=VOCAB - 1))
+    small_trainer(tmp_path, ref_model=still_model(rows=VOCAB + 6)).train()  # Rows that pad the embedding are no tokens.
 
 
 def test_a_model_trained_before_is_an_error(tmp_path):
-    trainer = trainer_of(tmp_path)
+    trainer = small_trainer(tmp_path)
     final = trainer.save_final()
     with pytest.raises(UserError, match=r"<\|reward_0\|>"):
-        trainer_of(
+        small_trainer(
             tmp_path, model=AutoModelForCausalLM.from_pretrained(final), processing_class=trainer.processing_class
         )
 
@@ -613,4 +610,4 @@ def test_a_model_trained_before_is_an_error(tmp_path):
 )
 def test_a_reward_that_returns_nonsense_is_an_error(tmp_path, returned, message):
     with pytest.raises(UserError, match=message):
-        trainer_of(tmp_path, lambda **_: returned).train()
+        small_trainer(tmp_path, lambda **_: returned).train()
