@@ -197,7 +197,7 @@ NONE_GOOD = "every checkpoint is damaged"
 CASES |= {
     f"run: {name}": run(change, said)
     for name, change, said in [
-        ("nothing", lambda directory: (shutil.rmtree(directory), directory.mkdir()), "holds no run"),
+        ("nothing", lambda directory: (shutil.rmtree(directory), directory.mkdir()), "must hold a run to resume"),
         ("run.json is missing", drops("run.json"), "run.json is missing"),
         ("run.json is empty", writes("run.json", ""), "run.json is damaged"),
         ("run.json cut short", cuts("run.json"), "run.json is damaged"),
@@ -233,7 +233,7 @@ CASES |= {
             in_last(lambda c: (c / "config.json").write_text((c / "config.json").read_text().replace("g", "h", 1))),
             NONE_GOOD,
         ),
-        ("a sample file is missing", in_pool(drops(FIRST)), "lacks iteration 0"),
+        ("a sample file is missing", in_pool(drops(FIRST)), "iteration 0 is missing"),
         ("a sample file is empty", in_pool(writes(FIRST, "")), FIRST),
         ("a sample file cut short", in_pool(cuts(FIRST)), FIRST),
         ("a sample file of text", in_pool(writes(FIRST, "no samples")), FIRST),
@@ -243,7 +243,7 @@ CASES |= {
             FIRST,
         ),
         ("a sample file without number", in_pool(writes("iteration-x.parquet", "")), "iteration-x.parquet"),
-        ("no samples at all", lambda directory: shutil.rmtree(directory / "pool"), "lacks iteration 0"),
+        ("no samples at all", lambda directory: shutil.rmtree(directory / "pool"), "iteration 0 is missing"),
     ]
 }
 CASES |= {

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_and_the_run_ends_the_same(
     again(copied)
     said = " ".join(capsys.readouterr().err.split())
     assert f"resumed {copied} from iteration 1/1, step 2/4" in said
-    assert "left out checkpoint-4: model.safetensors is damaged" in said
+    assert "skipped checkpoint-4: model.safetensors is damaged" in said
     assert_same_run(copied, whole)
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_sample_file_is_named(copied):
 
 def test_a_damaged_run_file_is_named(copied):
     shorten(copied / "run.json")
-    with pytest.raises(UserError, match=r"run.json is damaged .*want it back"):
+    with pytest.raises(UserError, match=r"run.json is damaged .*Restore it"):
         again(copied)
 
 

@@ -239,7 +239,7 @@ def copied(tmp_path, begun) -> Path:
 OTHERS = {
     "options": (
         {"kl_coef": 0.5, "top_p": 0.5},
-        r"holds another run \(kl_coef was 0.05, is 0.5; top_p was 1.0, is 0.5\)",
+        r"holds another \(kl_coef was 0.05, is 0.5; top_p was 1.0, is 0.5\)",
     ),
     "training options": ({"learning_rate": 1.0}, "learning_rate was 0.001, is 1.0"),
     "batch": ({"per_device_train_batch_size": 8}, "draws_per_step was 4, is 8"),
@@ -299,7 +299,7 @@ def test_a_run_with_other_options_may_branch_off_from_a_checkpoint_one_names(cop
     with pytest.raises(UserError, match="num_quantiles was 3, is 2"):  # Which the samples' tokens depend on.
         again(copied, num_quantiles=2, resume=checkpoint)
     again(copied, learning_rate=1e-4, resume=checkpoint)
-    assert f"from here on learning_rate was 0.001, is 0.0001; what had come after is in {copied}/aside-1" in " ".join(
+    assert f"from here on learning_rate was 0.001, is 0.0001; later files were moved to {copied}/aside-1" in " ".join(
         capsys.readouterr().err.split()
     )
     assert {"checkpoint-4", "iteration-000001.parquet"} == {path.name for path in (copied / "aside-1").iterdir()}
@@ -309,14 +309,14 @@ def test_a_run_with_other_options_may_branch_off_from_a_checkpoint_one_names(cop
 
 
 def test_nothing_to_resume_is_an_error_and_so_is_a_new_run_on_an_old_one(tmp_path, copied):
-    with pytest.raises(UserError, match=r"nowhere' holds no run: nothing to resume; start one without --resume"):
+    with pytest.raises(UserError, match=r"nowhere': must hold a run to resume"):
         again(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"already holds a run: choose another, or go on with it by --resume"):
+    with pytest.raises(UserError, match=r"output_dir .*: must not hold a run already"):
         again(copied, resume=False)
-    with pytest.raises(UserError, match=r"already holds a run"):
+    with pytest.raises(UserError, match=r"must not hold a run already"):
         again(copied, resume=None)
     (copied / "run.json").unlink()
-    with pytest.raises(UserError, match=r"run.json is missing, so that nobody can tell which run this was"):
+    with pytest.raises(UserError, match=r"run.json is missing, so the run cannot be identified"):
         again(copied)
 
 

@@ -560,7 +560,7 @@ def test_a_reward_ceiling_lets_the_best_quantile_keep_all_that_is_good_enough(tm
 
 
 def test_more_quantiles_than_samples_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"num_quantiles 3: must be at most .* 2\."):
+    with pytest.raises(UserError, match=r"num_quantiles 3: must be at most 2,"):
         small_trainer(tmp_path, prompts=["a", "b"])
     small_trainer(tmp_path, prompts=["a", "b"], samples_per_prompt=2)
 

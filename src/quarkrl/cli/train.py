@@ -33,7 +33,7 @@ def run(command: TrainCommand) -> Path:
     from transformers import EarlyStoppingCallback
 
     from quarkrl.models.loading import load_model, load_tokenizer
-    from quarkrl.runs.directory import ConfigFile, holds_run, locked
+    from quarkrl.runs.directory import ConfigFile, check_no_run, locked
     from quarkrl.training.held_out import check_metric
     from quarkrl.training.trainer import QuarkTrainer
 
@@ -44,11 +44,8 @@ def run(command: TrainCommand) -> Path:
     hide_library_progress()
     output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
     with locked(output_dir) if is_first_process() else nullcontext():
-        if not resume and holds_run(output_dir):
-            raise UserError(
-                f"output_dir {str(output_dir)!r}: must not hold a run already. Set another --output_dir, or resume the "
-                "run with --resume."
-            )
+        if not resume:
+            check_no_run(output_dir)
         scorer = _scorer(run, config)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, patience = model_path(run.model or ""), run.early_stopping_patience

@@ -1,4 +1,4 @@
-"""A run's directory: who holds it, which run it is of, and whether that run can go on here."""
+"""The directory of a run: its lock, the identity of the run in it, and the checkpoint from which it resumes."""
 
 import itertools
 import json
@@ -44,13 +44,13 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     directory = Path(directory)
     with report_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        # One lock for a directory in a process, counted: `quarkrl train` takes it, and so does the trainer in it.
+        # Reentrant within a process: `quarkrl train` takes the lock, and so does the trainer that it creates.
         lock = FileLock(directory.resolve() / LOCK_FILE, is_singleton=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"output_dir {str(directory)!r} is in use by another run: wait for its end, or choose another"
+                f"output_dir {str(directory)!r} is in use by another run. Wait for its end, or set another."
             ) from None
     try:
         yield
@@ -59,69 +59,74 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run has left something here that a new one would mix with."""
+    """Return whether the directory has samples, checkpoints or a final model of a run."""
     return any((directory / name).exists() for name in ("pool", "final")) or bool(list_checkpoints(directory))
 
 
-def opened(directory: Path, identity: RunIdentity, resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
+def open_run(directory: Path, identity: RunIdentity, resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
     """Start a run in a directory, or find the checkpoint from which its run resumes.
 
     Args:
-        directory: the run's own; held by this process.
-        identity: that of the run that wants to be in it.
+        directory: the run's directory, locked by this process.
+        identity: the identity of the run that starts or resumes.
         resume: False or None for a new run, True for the last good checkpoint, or a checkpoint's directory. A run with
             other options may branch from a named directory.
 
     Returns:
-        The checkpoint, None for the beginning; what there is to say; and whether options have changed.
+        The checkpoint, or None to start at the beginning; notes for the user; whether options have changed.
 
     Raises:
-        UserError: the directory holds a run already, or none; or another one, or a damaged one.
+        UserError: a new run finds an old one, or a resumed run finds none, another one or a damaged one.
     """
-    path, facts = directory / RUN_FILE, identity.facts
     if not resume:
-        if holds_run(directory):
-            raise UserError(
-                f"output_dir {str(directory)!r} already holds a run: choose another, or go on with it by --resume "
-                "(resume_from_checkpoint=True)"
-            )
-        write_json(path, facts)
+        check_no_run(directory)
+        write_json(directory / RUN_FILE, identity.facts)
         return None, [], False
-    if not path.exists():
-        if holds_run(directory):
-            raise UserError(f"{path} is missing, so that nobody can tell which run this was: want it back, to resume")
-        raise UserError(f"output_dir {str(directory)!r} holds no run: nothing to resume; start one without --resume")
+    saved = _read_run_file(directory)
     for folder in (directory, directory / "pool"):
         clean_up(folder)
-    was = _read(path)
-    changed, others, notes = _compared(was, facts)
-    branches = isinstance(resume, str) and not others and not changed.keys() & identity.fixed
-    if (changed or others) and not branches:
+    changed, differences, notes = _compare(saved, identity.facts)
+    can_branch = isinstance(resume, str) and not differences and not changed.keys() & identity.fixed
+    if (changed or differences) and not can_branch:
         raise UserError(
-            f"{str(directory)!r} holds another run ({'; '.join([*changed.values(), *others])}): resume with what it "
-            "began with, or choose another output_dir"
+            f"output_dir {str(directory)!r}: must hold the run to resume, but holds another "
+            f"({'; '.join([*changed.values(), *differences])}). Resume with the same options, or set another "
+            "--output_dir."
         )
     if isinstance(resume, str):
         checkpoint: Path | None = Path(resume)
-        if wrong := find_damage(Path(resume)):
-            raise UserError(f"resume_from_checkpoint {resume!r}: {wrong}; want a checkpoint that is whole")
+        if damage := find_damage(Path(resume)):
+            raise UserError(f"resume_from_checkpoint {resume!r}: {damage}. Set an undamaged checkpoint.")
         if changed:
-            aside = _set_aside(directory, Path(resume), was["options"]["steps_per_iteration"])
-            notes.append(f"from here on {', '.join(changed.values())}; what had come after is in {aside}")
+            aside = _set_aside(directory, Path(resume), saved["options"]["steps_per_iteration"])
+            notes.append(f"from here on {', '.join(changed.values())}; later files were moved to {aside}")
     else:
         checkpoint, damaged = last_good_checkpoint(directory)
-        notes += [f"left out {text}" for text in damaged]
-    write_json(path, facts)
+        notes += [f"skipped {text}" for text in damaged]
+    write_json(directory / RUN_FILE, identity.facts)
     return checkpoint, notes, bool(changed)
 
 
+def check_no_run(directory: Path) -> None:
+    """Check that a directory holds no run.
+
+    Raises:
+        UserError: it does.
+    """
+    if holds_run(directory):
+        raise UserError(
+            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run "
+            "with --resume (resume_from_checkpoint=True)."
+        )
+
+
 def _set_aside(directory: Path, checkpoint: Path, steps_per_iteration: int) -> Path:
-    """Move what a run left after a checkpoint out of the way of another that begins there; says where to."""
+    """Move what a run wrote after a checkpoint into a folder of its own, and return the folder."""
     step = step_of(checkpoint)
-    begun = -(-step // steps_per_iteration)
+    iterations_begun = -(-step // steps_per_iteration)
     later = [path for path in list_checkpoints(directory) if step_of(path) > step]
     for path in (directory / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
-        if int(path.stem.rpartition("-")[2]) >= begun:
+        if int(path.stem.rpartition("-")[2]) >= iterations_begun:
             later.append(path)
     aside = next(path for n in itertools.count(1) if not (path := directory / f"aside-{n}").exists())
     aside.mkdir()
@@ -130,54 +135,69 @@ def _set_aside(directory: Path, checkpoint: Path, steps_per_iteration: int) -> P
     return aside
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_run_file(directory: Path) -> dict[str, Any]:
+    """Read the identity of the run in a directory.
+
+    Raises:
+        UserError: there is no run, or its file is missing or damaged.
+    """
+    path = directory / RUN_FILE
+    if not path.exists():
+        if holds_run(directory):
+            raise UserError(f"{path} is missing, so the run cannot be identified. Restore it to resume.")
+        raise UserError(f"output_dir {str(directory)!r}: must hold a run to resume. Start one without --resume.")
     try:
-        was = json.loads(path.read_text(encoding="utf-8"))
-        dicts = [was[name] for name in ("options", "versions")] + was["rewards"]
-        if all(isinstance(value, dict) for value in dicts) and "steps_per_iteration" in was["options"]:
-            return was
-        error: Exception = ValueError("it lacks what quarkrl writes")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as found:
-        error = found
-    raise UserError(f"{path} is damaged ({error}): nobody can tell which run this was; want it back, to resume")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        dicts = [saved[name] for name in ("options", "versions")] + saved["rewards"]
+        if all(isinstance(value, dict) for value in dicts) and "steps_per_iteration" in saved["options"]:
+            return saved
+        error: Exception = ValueError("an entry is missing")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as caught:
+        error = caught
+    raise UserError(f"{path} is damaged ({error}), so the run cannot be identified. Restore it to resume.")
 
 
-def _compared(was: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
-    """How a run differs from what it was: options by name, other things, and what does no harm."""
-    before, after = was["options"], now["options"]
-    differ = [name for name in before if name in after and before[name] != after[name]]
-    changed = {name: f"{name} was {_short(before[name])}, is {_short(after[name])}" for name in differ}
+def _compare(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Compare two identities.
+
+    Returns:
+        The options that differ, by name; other differences that prevent resuming; differences that do not.
+    """
+    before, after = saved["options"], now["options"]
+    names = [name for name in before if name in after and before[name] != after[name]]
+    changed = {name: f"{name} was {_to_short_json(before[name])}, is {_to_short_json(after[name])}" for name in names}
     kinds = {"model": "model", "reference": "reference model", "prompts": "prompts", "adapter": "adapter"}
-    others = [f"other {what}" for name, what in kinds.items() if was.get(name) != now[name]]
+    differences = [f"other {kind}" for name, kind in kinds.items() if saved.get(name) != now[name]]
     notes = []
-    if [_settled(one) for one in was["rewards"]] != [_settled(one) for one in now["rewards"]]:
-        others.append(f"rewards were {_short(was['rewards'])}, are {_short(now['rewards'])}")
-    elif was["rewards"] != now["rewards"]:
+    if [_unchangeable(one) for one in saved["rewards"]] != [_unchangeable(one) for one in now["rewards"]]:
+        rewards = _to_short_json(saved["rewards"]), _to_short_json(now["rewards"])
+        differences.append(f"rewards were {rewards[0]}, are {rewards[1]}")
+    elif saved["rewards"] != now["rewards"]:
         notes.append("the source of a reward has changed since")
     for name, version in now["versions"].items():
-        if was["versions"].get(name) != version:
-            notes.append(f"{name} was {was['versions'].get(name)}, is {version}: the same to rounding only")
-    if was.get("num_iterations") != now["num_iterations"]:
-        lengths = f"num_iterations was {was.get('num_iterations')}, is {now['num_iterations']}"
+        if saved["versions"].get(name) != version:
+            notes.append(f"{name} was {saved['versions'].get(name)}, is {version}: results are equal to rounding only")
+    if saved.get("num_iterations") != now["num_iterations"]:
+        lengths = f"num_iterations was {saved.get('num_iterations')}, is {now['num_iterations']}"
         notes.append(f"{lengths}: the learning rate follows the new length from here on")
-    return changed, others, notes
+    return changed, differences, notes
 
 
-def _settled(reward: dict[str, Any]) -> dict[str, Any]:
-    """Of a reward's identity, what may not change: a plain function's source may, for it to be mended."""
+def _unchangeable(reward: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a reward's identity that may not change. The source of a plain function may."""
     return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else reward
 
 
-def _short(value: Any) -> str:
+def _to_short_json(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 class ConfigFile(TrainerCallback):
-    """Writes a run's options to `config.yaml` in its directory, once it is clear that it may begin.
+    """Writes the options of a run to `config.yaml` in its directory, once the run may begin.
 
     Args:
-        options: as given by flags and file.
+        options: the options from flags and file.
     """
 
     def __init__(self, options: dict[str, Any]):

@@ -160,7 +160,7 @@ class DurableTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 stack.enter_context(directory.locked(run))
-                opened = directory.opened(run, self.identity, resume)
+                opened = directory.open_run(run, self.identity, resume)
             except UserError as error:
                 opened = error
         opened = broadcast(opened, self.args.world_size)

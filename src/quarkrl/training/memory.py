@@ -1,8 +1,7 @@
 """The memory estimate of a run, made before it starts: does the run fit, and how many completions to sample at a time.
 
-Temporary arrays (activations, KV cache) count with a safety factor. Permanent ones (weights, reference, optimizer)
-count as they are. test_memory.py compares the sum with measured peaks. Python and its libraries (about 0.5 GB) are not
-included. Nor are a reward model, the experts of a mixture, and the merged copy that `save_final` makes of an adapter.
+Temporary arrays (activations, KV cache) count with a safety factor, permanent ones (weights, optimizer) as they are.
+Python and its libraries (about 0.5 GB), a reward model and the merged copy of an adapter in `save_final` do not count.
 """
 
 import logging
@@ -65,7 +64,8 @@ class Estimate:
 
     def __str__(self) -> str:
         sizes = {"exploring": self.exploring, "learning": self.learning, **self.parts}
-        return f"about {self.total / 1e9:.2f} GB ({', '.join(f'{n} {s / 1e9:.2f}' for n, s in sizes.items() if s)})"
+        shown = [f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size >= 5e6]  # 0.01 GB when rounded
+        return f"about {self.total / 1e9:.2f} GB ({', '.join(shown)})"
 
 
 def estimate(run: RunSize) -> Estimate:

@@ -132,10 +132,10 @@ class QuarkTrainer(DurableTrainer):
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
         self.prompts = self._encode(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
-        if args.explored_per_iteration(len(self.prompts)) < args.num_quantiles:
+        if (samples := args.explored_per_iteration(len(self.prompts))) < args.num_quantiles:
             raise UserError(
-                f"num_quantiles {args.num_quantiles}: must be at most the samples of an iteration, "
-                f"{args.explored_per_iteration(len(self.prompts))}. Explore more prompts, or lower --num_quantiles."
+                f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
+                "Explore more prompts, or lower --num_quantiles."
             )
         models = prepare_models(model, self.plain_tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
@@ -152,11 +152,8 @@ class QuarkTrainer(DurableTrainer):
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
         limit_onednn_caches()
-        lengths, eval_lengths = (
-            [len(ids) + len(self.scorer.attributes) for ids in (prompts.ids if prompts is not None else ())]
-            for prompts in (self.prompts, self.eval_prompts)
-        )
-        self.memory_plan = plan_memory(models.policy, args, lengths, eval_lengths, self.ref_model)
+        lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
+        self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
 
@@ -182,7 +179,17 @@ class QuarkTrainer(DurableTrainer):
         )
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
-        self.health = Health(
+        self.health = self._make_health()
+        self.add_callback(HealthCallback(self.health))
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        if self.ref_model is not None:
+            self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
+        self.explorer = self._make_explorer()
+
+    def _make_health(self) -> Health:
+        args = self.args
+        return Health(
             self.accelerator,
             self.loss_means,
             partial(self.plain_tokenizer.decode, skip_special_tokens=True),
@@ -191,12 +198,10 @@ class QuarkTrainer(DurableTrainer):
             on_collapse=args.on_collapse,
             reward_ceiling=args.reward_ceiling,
         )
-        self.add_callback(HealthCallback(self.health))
-        for callback in (ProgressCallback, PrinterCallback):
-            self.remove_callback(callback)
-        if self.ref_model is not None:
-            self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
-        self.explorer = Explorer(
+
+    def _make_explorer(self) -> Explorer:
+        args = self.args
+        return Explorer(
             CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
@@ -500,3 +505,7 @@ class QuarkTrainer(DurableTrainer):
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
         return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
+
+    def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
+        """Return the length in tokens of each prompt with its reward tokens."""
+        return [] if prompts is None else [len(ids) + len(self.scorer.attributes) for ids in prompts.ids]
