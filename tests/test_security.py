@@ -124,7 +124,7 @@ def test_weights_that_are_pickled_are_refused_by_every_command(home, mark, name,
         assert f"its weights are pickled ({name})" in capsys.readouterr().err
     train = ["train", "--config", str(home / "run.yaml"), "--model", str(model), "--output_dir", str(home / "new")]
     assert main(train) == 2
-    assert "which can run code as it is read" in capsys.readouterr().err
+    assert f"its weights are pickled ({name})" in capsys.readouterr().err
     with pytest.raises(UserError, match="its weights are pickled"):
         QuarkGenerator.from_pretrained(model)
     assert not mark.exists() and not (home / "new" / "pool").exists()
@@ -255,7 +255,8 @@ def test_yaml_makes_no_objects(home, mark, capsys):
     for tag in ("!!python/object/apply:builtins.open", "!!python/object/new:builtins.open"):
         (home / "evil.yaml").write_text(f"model: {tag} [{mark}, w]\n")
         assert main(["train", "--config", str(home / "evil.yaml")]) == 2
-        assert "evil.yaml: no valid YAML" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "evil.yaml" in error and "must be valid YAML" in error
     shutil.copy(home / "evil.yaml", home / "run" / "config.yaml")
     assert main(["train", "--resume", "--output_dir", str(home / "run")]) == 2
     assert not mark.exists()
