@@ -58,7 +58,7 @@ class TimedTrainer(QuarkTrainer):
     def quantize(self, iteration: int) -> None:
         with self.clocks[-1]("quantizing"):
             super().quantize(iteration)
-        samples = [self.pool[int(i)] for i in self.drawn]
+        samples = [self.pool[int(i)] for i in self.draws]
         self.learned.append(([len(s.prompt_ids) for s in samples], [len(s.completion_ids) for s in samples]))
 
 
@@ -192,7 +192,7 @@ def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> 
         textbook.policy.load_state_dict(policy.state_dict())
         trainer.explore(0)
         trainer.quantize(0)
-        samples = [trainer.pool[int(i)] for i in trainer.drawn[: task["batch_size"]]]
+        samples = [trainer.pool[int(i)] for i in trainer.draws[: task["batch_size"]]]
         decode = trainer.plain_tokenizer.decode
         batch = textbook.collate(
             [(int(s.quantiles[0]), decode(s.prompt_ids), decode(s.completion_ids)) for s in samples]
