@@ -160,6 +160,8 @@ def test_rebuild_gives_the_shipped_prompts_and_tokenizer(tmp_path, made):
     assert (tmp_path / "tokenizer.json").read_bytes() == (model_path() / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Five minutes of one core.
 def test_training_is_deterministic_and_learns(tokenizer):
     texts = list(corpus.texts(40 * build.BATCH_ROWS, seed=11))
     batches = build.batched(texts, tokenizer)

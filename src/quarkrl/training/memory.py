@@ -63,9 +63,9 @@ class Estimate:
         return max(self.exploring, self.learning)
 
     def __str__(self) -> str:
-        sizes = {"exploring": self.exploring, "learning": self.learning, **self.parts}
-        shown = [f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size >= 5e6]  # 0.01 GB when rounded
-        return f"about {self.total / 1e9:.2f} GB ({', '.join(shown)})"
+        sizes = {"exploring": self.exploring, "learning": self.learning}
+        sizes |= {name: size for name, size in self.parts.items() if size >= 5e6}  # 0.01 GB when rounded.
+        return f"about {self.total / 1e9:.2f} GB ({', '.join(f'{n} {s / 1e9:.2f}' for n, s in sizes.items())})"
 
 
 def estimate(run: RunSize) -> Estimate:
