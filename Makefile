@@ -70,4 +70,4 @@ audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-floor .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
