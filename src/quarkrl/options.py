@@ -39,7 +39,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Sequence[Any] | None = None,
     infinite: bool = False,
     group: str = "",
     metavar: str | None = None,
@@ -104,7 +104,7 @@ def limits_in_words(metadata: Mapping[str, Any]) -> str:
     return " and ".join(limits)
 
 
-def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+def choices_of(field: dataclasses.Field) -> tuple[Any, ...]:
     """Return the valid values of an option: its metadata `choices`, or those of its type if that is a `Literal`."""
     literal = get_args(field.type) if get_origin(field.type) is Literal else ()
     return tuple(field.metadata.get("choices") or literal)
@@ -130,7 +130,7 @@ def _broken_limit(field: dataclasses.Field, value: Any) -> str:
 
 
 def _remedy(name: str, field: dataclasses.Field, value: Any) -> str:
-    if hint := did_you_mean(str(value), choices_of(field)):
+    if hint := did_you_mean(str(value), map(str, choices_of(field))):
         return hint
     default = default_of(field)
     if default is dataclasses.MISSING or default is None:

@@ -132,3 +132,8 @@ def test_a_scheduler_has_its_last_rates():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
     assert scheduler._last_lr == [0.5] and scheduler.last_epoch == 0
+
+
+@pytest.mark.parametrize("name", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_torch_says_whether_a_processor_has_bf16_units(name):
+    assert getattr(torch.cpu, name)() in (True, False), f"torch has changed torch.cpu.{name}"

@@ -8,12 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 import quarkrl
 from quarkrl import QuarkConfig
 from quarkrl.cli.train_options import parse_train
 from quarkrl.errors import UserError
+from quarkrl.models.precision import bf16_is_fast
 from quarkrl.training.config import resume_rules
 from quarkrl.training.options import QuarkOptions
 
@@ -117,13 +119,14 @@ def test_a_run_that_keeps_its_best_checkpoint_is_also_identified_by_what_chooses
 
 def test_the_recorded_options_are_quarks_own_and_the_numeric_type(tmp_path):
     recorded = QuarkConfig(output_dir=str(tmp_path), seed=3).recorded_options()
-    assert recorded.keys() == {*QUARK_OPTIONS, "remove_unused_columns", "num_train_epochs", "seed", "bf16", "fp16"}
+    assert recorded.keys() == {*QUARK_OPTIONS, "remove_unused_columns", "num_train_epochs", "seed", "fp16"}
     assert recorded["seed"] == 3
 
 
 # Values
 
 IMPOSSIBLE = [
+    ({"bf16": "atuo"}, "bf16 'atuo': must be True, False or auto. Did you mean 'auto'?"),
     ({"num_quantiles": 1}, "num_quantiles 1: must be at least 2"),
     ({"num_iterations": 0}, "num_iterations 0: must be at least 1"),
     ({"steps_per_iteration": 0}, "steps_per_iteration 0: must be at least 1"),
@@ -186,6 +189,28 @@ def test_an_impossible_value_is_one_error_with_name_value_and_limit(options, mes
     with pytest.raises(UserError, match=f"^{message}") as caught:
         QuarkConfig(output_dir=str(tmp_path), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_automatic_bf16_follows_the_processor(tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("quarkrl.training.config.bf16_is_fast", lambda: fast)
+    assert QuarkConfig(output_dir=str(tmp_path), bf16="auto").run_identity()["bf16"] is fast
+    command = parse_train(["--bf16", "auto", "--output_dir", str(tmp_path)])
+    assert command.config.bf16 is fast
+    assert command.given.get("bf16", False) is fast  # config.yaml has the choice, so that a resumed run keeps it.
+
+
+@pytest.mark.parametrize(("flags", "value"), [([], False), (["--bf16"], True), (["--bf16", "no"], False)])
+def test_bf16_is_also_an_ordinary_switch(tmp_path, flags, value):
+    assert parse_train([*flags, "--output_dir", str(tmp_path)]).config.bf16 is value
+
+
+def test_bf16_is_fast_where_a_processor_has_either_unit_for_it(monkeypatch):
+    for units in ((False, False), (False, True), (True, False)):
+        for name, unit in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), units, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda unit=unit: unit)
+        if not torch.accelerator.is_available():
+            assert bf16_is_fast() is any(units)
 
 
 def test_a_bf16_run_on_a_cpu_is_possible(tmp_path):

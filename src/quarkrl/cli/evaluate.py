@@ -79,12 +79,15 @@ def run(arguments: argparse.Namespace) -> None:
     from quarkrl.evaluation.plots import plot_curves
     from quarkrl.evaluation.results import output_paths
     from quarkrl.evaluation.tables import print_table
+    from quarkrl.models.precision import slow_bf16_note
 
     hide_library_progress()
     inputs = options_from(arguments, InputOptions)
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)
     _check_outputs(inputs, options)  # Before hours of sampling.
+    if options.bf16 and (line := slow_bf16_note()):
+        note(line)
     scorer, *judges = scorers(rewards, inputs.judges)
     resolved = dataclasses.replace(
         options,

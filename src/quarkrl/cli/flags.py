@@ -140,28 +140,33 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
         target.add_argument(f"--{field.name}", action="store_true", **settings)
         return
     of_item = get_args(kind)[0] if takes_list(kind) else kind
+    is_bool = kind in (bool, bool | str)
     choices = tuple(field.metadata.get("choices") or (get_args(kind) if get_origin(kind) is Literal else ()))
-    settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(of_item, "|".join(choices) or "VALUE")
+    settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(
+        of_item, "|".join(map(str, choices)) or "VALUE"
+    )
     settings["type"] = _reader(of_item, choices)
     if takes_list(kind):
         settings["nargs"] = "+"
-    if kind is bool:
+    if is_bool:
         settings |= {"nargs": "?", "const": True}
     target.add_argument(f"--{field.name}", **settings)
     if kind is bool and default is True:
         target.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
 
 
-def _reader(kind: Any, choices: Sequence[str]) -> Callable[[str], Any]:
+def _reader(kind: Any, choices: Sequence[Any]) -> Callable[[str], Any]:
     """Return a function that reads the text of a flag as a type."""
 
     def read(text: str) -> Any:
-        if choices and text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {listed(choices)}.{did_you_mean(text, choices)}")
-        if kind is bool:
-            if text.lower() not in (*_TRUE, *_FALSE):
-                raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")
+        if kind in (bool, bool | str) and text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
+        if choices and text not in choices:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: must be {listed(choices)}.{did_you_mean(text, map(str, choices))}"
+            )
+        if kind is bool:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")
         if kind in (int, float):
             try:
                 return kind(text)

@@ -93,7 +93,6 @@ class RunArguments:
 _COMMON_INHERITED = [
     ("output_dir", "DIR", "Directory of the run"),
     ("seed", "N", "Seed of sampling, draws and new weights (42)"),
-    ("bf16", "BOOL", "Compute in bfloat16"),
     ("eval_strategy", "WHEN", "When to evaluate: epoch (default if eval_prompts is set), steps, or no"),
     ("load_best_model_at_end", "BOOL", "Make the best checkpoint final/"),
     ("logging_steps", "N", "Optimizer steps between two logged rows"),
@@ -160,6 +159,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         raise UserError(str(error)) from error
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
+    values["bf16"] = config.bf16  # What "auto" has chosen: a resumed run keeps it on any machine.
     given = {field.name: values[field.name] for field in declared if values[field.name] != defaults[field.name]}
     return TrainCommand(run, config, given)
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.errors import UserError
+from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
@@ -108,6 +109,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             self.metric_for_best_model = "reward"  # TrainingArguments would take the loss, which is not evaluated.
         if self.on_bad_numbers == "skip":
             self.logging_nan_inf_filter = True  # Otherwise the loss of a skipped step makes all later means NaN.
+        if self.bf16 == "auto":
+            self.bf16 = not self.fp16 and bf16_is_fast()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # There is no device to pin for; torch warns in each iteration.
             if self.bf16:
@@ -124,7 +127,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def recorded_options(self) -> dict[str, Any]:
         """Return the options that `quark.json` records beside the weights."""
         names = [option.name for option in fields(QuarkOptions)]
-        return {name: getattr(self, name) for name in (*names, *_OVERRIDDEN, "seed", "bf16", "fp16")}
+        return {name: getattr(self, name) for name in (*names, *_OVERRIDDEN, "seed", "fp16")}
 
     def explored_per_iteration(self, num_prompts: int) -> int:
         """Return the number of completions that an iteration explores, of so many prompts."""

@@ -123,7 +123,7 @@ class QuarkOptions:
     kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
-        "Direction of the KL term: policy_ref (official code) or ref_policy (paper).",
+        "Direction of KL: policy_ref (official code) or ref_policy (paper).",
         group="learning",
         metavar="NAME",
     )
@@ -144,6 +144,13 @@ class QuarkOptions:
     )
 
     # Learning: the optimizer
+    bf16: bool | str = option(
+        False,
+        "Compute in bfloat16; auto: if the processor or GPU has units for it.",
+        choices=(True, False, "auto"),
+        metavar="BOOL|auto",
+        group="learning",
+    )
     steps_per_iteration: int = option(
         500, "Optimizer steps per iteration.", at_least=1, resume="fixed", group="learning"
     )
@@ -228,7 +235,7 @@ INHERITED = {
     **{
         name: option(resume="branch")
         for name in (
-            *("bf16", "fp16", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2"),
+            *("fp16", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "adam_beta1", "adam_beta2"),
             *("optim", "optim_args", "optim_target_modules", "neftune_noise_alpha", "load_best_model_at_end"),
         )
     },

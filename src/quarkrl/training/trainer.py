@@ -50,6 +50,7 @@ from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
+from quarkrl.models.precision import slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
@@ -472,10 +473,11 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        if self.memory_plan.message and self.is_world_process_zero():
-            logger.info(self.memory_plan.message)
+        notes = [self.memory_plan.message, slow_bf16_note() if self.args.bf16 else None]
+        for note in filter(None, notes if self.is_world_process_zero() else []):
+            logger.info(note)
             if self.progress.enabled:
-                self.progress.note(self.memory_plan.message)
+                self.progress.note(note)
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).
