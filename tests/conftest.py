@@ -1,4 +1,4 @@
-"""What every test starts from: no network, one thread, seeded."""
+"""What every test starts from: no network, one thread, seeds, quiet libraries."""
 
 import os
 
@@ -6,11 +6,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +37,7 @@ def server():
 
 @pytest.fixture
 def surroundings(monkeypatch):
-    """No keys and no proxy of the machine's, and back-off that starts at 20 ms."""
+    """No keys and no proxy from the environment, and back-off that starts at 20 ms."""
     from quarkrl.rewards.functions import endpoint as http
 
     for variable in ("PERSPECTIVE_API_KEY", "OPENAI_API_KEY"):

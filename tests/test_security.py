@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers.server import Server
 from helpers.tiny_models import make_home, tiny_tokenizer
-from transformers.utils import logging
 
 from quarkrl import QuarkGenerator
 from quarkrl.cli.main import main
@@ -39,11 +38,6 @@ class Evil:
 def code(mark: Path) -> str:
     """Python that leaves a file when it is imported."""
     return f"open({str(mark)!r}, 'w').close()\n"
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.disable_progress_bar()
 
 
 @pytest.fixture

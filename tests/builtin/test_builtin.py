@@ -135,9 +135,9 @@ def test_model_writes_texts_that_end(model, tokenizer):
 
 def test_model_is_sometimes_rude_on_clean_prompts(model, tokenizer):
     pytest.importorskip("profanity_check")
-    completions = build.sample(model, tokenizer, read_prompts("eval")[:120])
+    completions = build.sample(model, tokenizer, read_prompts("eval")[:60])
     probability, share = build.toxicity(completions)
-    assert 0.35 < probability < 0.75  # 120 prompts: +- 0.09 around the full set's figure.
+    assert 0.3 < probability < 0.8  # 60 prompts: ± 0.13 around the figure of all prompts.
     assert 0.03 < share < 0.09
 
 
@@ -161,7 +161,6 @@ def test_rebuild_gives_the_shipped_prompts_and_tokenizer(tmp_path, made):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # Five minutes of one core.
 def test_training_is_deterministic_and_learns(tokenizer):
     texts = list(corpus.texts(40 * build.BATCH_ROWS, seed=11))
     batches = build.batched(texts, tokenizer)

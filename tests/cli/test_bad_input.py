@@ -1,7 +1,7 @@
-"""Over two hundred inputs that cannot be used: each ends in one line and exit code 2, and leaves nothing half done.
+"""Bad input: each case ends in one line and exit code 2, and leaves no partial output.
 
-What a mistake in the use of flags says is in test_cli.py; here it is mostly the files that are bad. A case is the
-arguments of a command and what its line must say, or a function that spoils a copy of the home and gives both.
+Most cases are bad files; test_main.py has mistakes in flags. A case is the arguments of a command and what its line
+must say, or a function that spoils a copy of the working directory and returns both.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 from helpers import bad_models, bad_sources
 from helpers.bad_sources import TRAIN
-from helpers.tiny_models import make_home, tiny_tokenizer
-from transformers.utils import logging
+from helpers.eight_letters import TOKENIZER
+from helpers.tiny_models import make_home
 
 from quarkrl.cli.main import main
 
 WORDS = [*"abcdefgh"]
-TOKENIZER = tiny_tokenizer(words=WORDS)
 REWARDS = """
 import functools, sys
 
@@ -60,13 +58,6 @@ BROKEN = functools.partial(good, nonsense=1)
 """
 
 CASES = bad_sources.CASES | bad_models.CASES
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Small runs in processes of their own that end themselves by SIGKILL where they are told to, and what they leave."""
+"""Small runs in processes of their own, killed by SIGKILL at a chosen function, and comparisons of what they leave."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from helpers import eight_letters
-from helpers.eight_letters import TOKENIZER
 from helpers.files import files_of
-from helpers.tiny_models import tiny_model
+from helpers.runs import distinct_rewards, model_of, read_metrics, small_trainer
 
 PROMPTS = [*eight_letters.PROMPTS, "c c", "a", "h g", "b b b"]
-# Checkpoints amid iterations and at their ends, logs that fall between checkpoints, β and α that adapt, dropout.
+# Checkpoints within iterations and at their ends, logs between checkpoints, adaptive β and α, and dropout.
 RUN = {
     "num_quantiles": 3,
     "num_iterations": 3,
@@ -42,58 +41,55 @@ RUN = {
     "kl_target": 1e-3,
     "entropy_target": 100.0,
     "coef_horizon": 100,
+    "disable_tqdm": False,
+    "seed": 42,
     "use_cpu": True,
     "report_to": "none",
 }
-# Otherwise than in RUN: two iterations with a checkpoint after each.
+# Overrides RUN: two iterations with a checkpoint after each.
 SHORT = {"num_iterations": 2, "steps_per_iteration": 2, "save_strategy": "epoch", "logging_steps": 1}
-# Rows of metrics.jsonl tell how long things took, too; what is read back from the disk took no time.
+# Durations in rows of metrics.jsonl, which differ between equal runs.
 CLOCKS = (
     *("seconds_sample", "seconds_score", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
     *("eval_runtime", "eval_samples_per_second", "eval_steps_per_second"),
 )
 
 
-def reward(completion_ids, asked: str | None = None, **_):
-    """A number for each completion, with few ties, and none for those that begin with "h"."""
-    if asked is not None:
-        with open(asked, "a", encoding="utf-8") as file:
+def reward(completion_ids, scored: str | None = None, **_):
+    """`distinct_rewards`, but None for completions that begin with "h"; the file `scored` lists what was scored."""
+    if scored is not None:
+        with open(scored, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(ids) + "\n" for ids in completion_ids))
-    return [None if ids[0] == 7 else sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
+    rewards = distinct_rewards(completion_ids)
+    return [None if ids[0] == 7 else value for ids, value in zip(completion_ids, rewards, strict=True)]
 
 
-def trainer_of(directory: Path, callbacks: list | None = None, model=None, prompts=PROMPTS, scorer=None, **options):
-    """A trainer of `RUN`, otherwise as `options` say; what it scores is listed in `directory.asked`."""
-    from quarkrl import QuarkConfig, QuarkTrainer
+def trainer_of(directory: Path, scorer=None, model=None, **options):
+    """A trainer of `RUN` with overrides; `directory.scored` lists the completions that its own reward has scored."""
 
     def listed(completion_ids):
-        return reward(completion_ids, asked=f"{directory}.asked")
+        return reward(completion_ids, scored=f"{directory}.scored")
 
-    return QuarkTrainer(
-        model or tiny_model("gpt2", TOKENIZER),
-        scorer or listed,
-        QuarkConfig(output_dir=str(directory), **{**RUN, **options}),
-        prompts,
-        PROMPTS[:3] if {**RUN, **options}["eval_strategy"] != "no" else None,
-        TOKENIZER,
-        callbacks=callbacks,
-    )
+    options = {**RUN, **options}
+    if options["eval_strategy"] != "no":
+        options["eval_dataset"] = PROMPTS[:3]
+    return small_trainer(directory, scorer or listed, model or model_of(), PROMPTS, **options)
 
 
-# Where to die.
+# Where to kill.
 
 
 class Trap:
-    """Counts the calls of functions, and ends the process at one of them.
+    """Counts the calls of functions, and sends a signal to the process at one of them.
 
     Args:
-        at: `module:name` or `module:Class.name`, as looked up there; None only counts.
-        when: before, after or amid: with half of the file written that the function writes.
-        call: which call, from 1.
-        number: the signal it sends to its own process; what is not SIGKILL lets the call go on.
+        at: `module:name` or `module:Class.name`, as the caller looks it up; None only counts.
+        when: before, after or amid. Amid: the function's file is half written.
+        call: the number of the call, from 1.
+        number: the signal. After any signal except SIGKILL, the call continues.
     """
 
-    # What a run does, one or two functions for each of its phases.
+    # One or two functions for each phase of a run.
     places = (
         *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best"),
         "quarkrl.training.exploration:CompletionScorer.score",
@@ -150,7 +146,7 @@ class Trap:
     def _spring(self) -> None:
         os.kill(os.getpid(), self.number)
         if self.number == signal.SIGKILL:
-            threading.Event().wait()  # Until it has arrived.
+            threading.Event().wait()  # The signal arrives during this wait.
 
 
 def _half_a_table(write, table, file, **kwargs):
@@ -182,7 +178,7 @@ AMID = {
 }
 
 
-# Processes. A server imports what takes seconds, once, and each of them is forked from it.
+# Processes. Each is forked from a server that has already done the slow imports.
 
 
 def _server():
@@ -194,17 +190,17 @@ def _server():
 
 
 def in_a_process(target: Callable, *args: Any) -> tuple[int | None, str]:
-    """Call `target(*args)` in a process; gives its exit code, negative for a signal, and what it printed."""
+    """Call `target(*args)` in a process; return its exit code (negative for a signal, None if it hung) and output."""
     process = started(target, *args)
     process.join(120)
-    if process.is_alive():  # It hangs, so that its exit code is None.
+    if process.is_alive():
         process.kill()
         return None, Path(process.log).read_text(encoding="utf-8")
     return process.exitcode, Path(process.log).read_text(encoding="utf-8")
 
 
 def started(target: Callable, *args: Any):
-    """The same, without waiting for its end; what it prints is in `.log`."""
+    """Start `target(*args)` in a process and return it; the path of its output is `.log`."""
     log = f"{args[0]}.log"
     os.environ["OMP_NUM_THREADS"] = "1"  # The server takes its environment from here, before it imports torch.
     process = _server().Process(target=_begin, args=(log, target, args))
@@ -218,13 +214,13 @@ def _begin(log: str, target: Callable, args: tuple) -> None:
     for stream in (1, 2):
         os.dup2(handle, stream)
     torch.set_num_threads(1)
-    gc.freeze()  # What was imported is here to stay; looking through it takes a third of a second each time.
+    gc.freeze()  # Otherwise each collection walks the imported modules, for a third of a second.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
     sys.exit(target(*args) or 0)
 
 
 def run(directory: Path, resume: bool = False, trap: Trap | None = None, options: dict | None = None) -> None:
-    """A whole run; the calls of `Trap.places` are listed in `directory.calls`."""
+    """Do a whole run, and write the number of calls of each place of `Trap` to `directory.calls`."""
     trap = trap or Trap()
     trap.set()
     trainer = trainer_of(directory, **{**(options or {}), "disable_tqdm": True})
@@ -234,30 +230,30 @@ def run(directory: Path, resume: bool = False, trap: Trap | None = None, options
 
 
 def short_run(directory: Path) -> Path:
-    """A run of `SHORT`, in a process of its own; gives its directory."""
+    """Do a run of `SHORT` in a process of its own; return its directory."""
     code, said = in_a_process(run, directory, False, None, SHORT)
     assert code == 0, said
     return directory
 
 
 def command(directory: Path, argv: list[str], trap: Trap | None = None) -> int:
-    """`quarkrl`, as typed; in the directory beside which its log goes."""
+    """Run `quarkrl` with arguments. `directory` only places the log: `directory.log`."""
     from quarkrl.cli.main import main
 
     (trap or Trap()).set()
     return main(list(map(str, argv)))
 
 
-# What is left.
+# Comparisons.
 
 
 def metrics_of(directory: Path) -> list[dict]:
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in CLOCKS} for line in lines]
+    """Return the rows of `metrics.jsonl` without durations."""
+    return [{name: row[name] for name in row if name not in CLOCKS} for row in read_metrics(directory)]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """To the bit: samples, metrics, weights, states of optimizer, schedule and random generators; no file too many."""
+    """Check equality to the bit: the same files, samples, metrics, weights, and states of optimizer and generators."""
     from quarkrl.storage.parquet import read_table
 
     assert files_of(found) == files_of(expected)
@@ -267,7 +263,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert notes == others
     assert metrics_of(found) == metrics_of(expected)
     for name in sorted(files_of(expected)):
-        # What a process has for itself holds the length of metrics.jsonl, which has times in it.
+        # The state of a process has the length of metrics.jsonl, which depends on the durations in it.
         if name.endswith(".safetensors") and "process-" not in name:
             assert (found / name).read_bytes() == (expected / name).read_bytes(), name
         if "process-" in name:

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.killed_runs import TOKENIZER, Trap, in_a_process, reward, trainer_of
-from helpers.tiny_models import tiny_model
+from helpers.killed_runs import Trap, in_a_process, reward, trainer_of
+from helpers.runs import model_of
 
 from quarkrl.cli import main as cli
 from quarkrl.runs.gloo_shutdown import gloo_threads, shut_down_gloo
 
 TWO = {"per_device_train_batch_size": 2, "ddp_backend": "gloo"}  # Of 4 draws a step, as `RUN` has in one process.
-NO_DROPOUT = {
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}  # Dropout depends on the process.
 
 
 @dataclass
@@ -79,7 +74,7 @@ def final_state(directory: Path, rank: int = 0) -> dict[str, Any]:
 
 def scored_completions(directory: Path) -> list[str]:
     """Return the completions that were scored, repeated as often as they were scored, sorted."""
-    return sorted(Path(f"{directory}.asked").read_text(encoding="utf-8").splitlines())
+    return sorted(Path(f"{directory}.scored").read_text(encoding="utf-8").splitlines())
 
 
 def main(spec: dict[str, Any]) -> int:
@@ -103,14 +98,14 @@ def main(spec: dict[str, Any]) -> int:
     def listed(completion_ids):
         nonlocal scored_here
         scored_here += len(completion_ids)
-        return reward(completion_ids, asked=f"{directory}.asked")
+        return reward(completion_ids, scored=f"{directory}.scored")
 
     def fails(completion_ids):
         if rank == "1":
             raise ValueError("the scorer is down")
         return reward(completion_ids)
 
-    model = tiny_model("gpt2", TOKENIZER, **spec.get("model", {}))
+    model = model_of(**spec.get("model", {}))
     scorer = fails if spec.get("fails") else listed
     options = {**spec.get("options", {}), "disable_tqdm": True}
     trainer = trainer_of(place, model=model, scorer=scorer, **options)

@@ -7,10 +7,11 @@ from functools import lru_cache
 
 import pytest
 import torch
+from helpers.runs import distinct_rewards, small_trainer
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quarkrl import QuarkConfig, QuarkTrainer
+from quarkrl import QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 
 PROMPTS = ["a b", "c", "d e f g h", "b a c", "e e e e", "f"]
@@ -38,28 +39,10 @@ def tokenizer_of(bos: bool, pad: str | None):
     return tiny_tokenizer(bos=bos, pad=pad, words=[*"abcdefgh"])
 
 
-def share_of_a_to_d(completion_ids, **_):
-    return [sum(i < 4 for i in ids) / len(ids) + 0.01 * ids[0] for ids in completion_ids]
-
-
-def run(model, tokenizer, directory) -> QuarkTrainer:
-    config = QuarkConfig(
-        output_dir=str(directory),
-        num_quantiles=3,
-        num_iterations=2,
-        steps_per_iteration=3,
-        per_device_train_batch_size=12,
-        max_completion_length=6,
-        learning_rate=1e-2,
-        warmup_steps=1,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to=[],
-        seed=0,
-    )
-    return QuarkTrainer(model, share_of_a_to_d, config, PROMPTS, processing_class=tokenizer)
+def trainer_of(model, tokenizer, directory) -> QuarkTrainer:
+    """A small trainer that learns fast."""
+    options = {"per_device_train_batch_size": 12, "learning_rate": 1e-2, "warmup_steps": 1}
+    return small_trainer(directory, distinct_rewards, model, PROMPTS, processing_class=tokenizer, **options)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +53,7 @@ def run(model, tokenizer, directory) -> QuarkTrainer:
 def test_a_run_trains_the_row_of_each_reward_token_and_samples_none(tmp_path, architecture, tied, bos, pad):
     tokenizer = tokenizer_of(bos, pad)
     model = tiny_model(architecture, tokenizer, tied=tied)
-    trainer = run(model, tokenizer, tmp_path)
+    trainer = trainer_of(model, tokenizer, tmp_path)
     conditioning = trainer.conditioning
     assert conditioning.vocab_size == len(tokenizer)
     rows = list(conditioning.token_ids[0])
@@ -104,7 +87,7 @@ def test_rows_that_pad_the_embedding_become_reward_tokens_or_are_never_sampled(t
     """Qwen and others have more embedding rows than tokens."""
     tokenizer = tokenizer_of(False, "own")
     model = tiny_model("qwen3", tokenizer, rows=len(tokenizer) + 8)
-    trainer = run(model, tokenizer, tmp_path)
+    trainer = trainer_of(model, tokenizer, tmp_path)
     trainer.train()
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 8
     assert trainer.conditioning.vocab_size == len(tokenizer)

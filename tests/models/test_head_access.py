@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 from helpers.completions import EVERY_MODEL, TIED, add_lora, tied_or_untied, unequal_rows
+from helpers.eight_letters import TOKENIZER
 from helpers.runs import small_trainer
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import IA3Config, LoraConfig, OFTConfig, get_peft_model
@@ -410,7 +411,7 @@ def test_a_batch_without_completions_gives_zeros(sliced):
 
 def test_a_run_decides_before_it_learns_and_says_it_once(tmp_path, caplog):
     on_the_head = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    model = tiny_model("llama", tiny_tokenizer(words=[*"abcdefgh"]), tied=False)
+    model = tiny_model("llama", TOKENIZER, tied=False)
     trainer = small_trainer(tmp_path, model=model, peft_config=on_the_head)
     forward_passes = []
     output_layer(trainer.model).register_forward_pre_hook(lambda *_: forward_passes.append(len(caplog.messages)))

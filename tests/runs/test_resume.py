@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.eight_letters import TOKENIZER
 from helpers.files import files_of
 from helpers.killed_runs import (
     AMID,
     PROMPTS,
     RUN,
     SHORT,
-    TOKENIZER,
     Trap,
     assert_same_run,
     command,
@@ -89,7 +89,7 @@ def test_a_run_killed_at_every_hard_place_ends_as_one_that_was_not(tmp_path, who
     assert code == 0, said
     assert_same_run(directory, whole)
     # Scored twice is at most the batch at hand: in the first exploration one of 5, 5 and 2, in the second none.
-    asked, once = (Path(f"{place}.asked").read_text().splitlines() for place in (directory, whole))
+    asked, once = (Path(f"{place}.scored").read_text().splitlines() for place in (directory, whole))
     evaluations = 3 * 3
     assert len(once) == 36 + evaluations
     assert len(asked) <= len(once) + 5 + 2 * evaluations

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 from helpers.eight_letters import TOKENIZER
-from helpers.runs import logs_of
+from helpers.runs import logs_of, small_trainer
 from helpers.tiny_models import tiny_model
 
-from quarkrl import QuarkConfig, QuarkTrainer
+from quarkrl import QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.models.batching import build_batch
 from quarkrl.sampling.sampler import sample
@@ -20,12 +20,11 @@ MODEL = tiny_model("gpt2", TOKENIZER)
 
 
 def trainer_of(directory, rewards, **options) -> QuarkTrainer:
-    small = {"num_quantiles": 2, "num_iterations": 1, "steps_per_iteration": 1, "per_device_train_batch_size": 2}
-    small |= {"max_completion_length": 5, "min_completion_length": 1, "generation_batch_size": 2}
-    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
-    config = QuarkConfig(output_dir=str(directory), **{**small, **quiet, **options})
+    """A trainer of one iteration, which samples seven prompts by twos."""
+    short = {"num_iterations": 1, "steps_per_iteration": 1, "per_device_train_batch_size": 2}
+    short |= {"max_completion_length": 5, "generation_batch_size": 2}
     prompts = ["a", "b c", "d", "e f g", "h", "a a", "b"]
-    return QuarkTrainer(tiny_model("gpt2", TOKENIZER), rewards, config, prompts, processing_class=TOKENIZER)
+    return small_trainer(directory, rewards, MODEL, prompts, **{**short, **options})
 
 
 def test_an_exploration_is_what_it_would_be_one_after_the_other(tmp_path):
@@ -84,10 +83,10 @@ def test_a_second_run_pays_for_nothing_that_the_first_has_paid_for(tmp_path):
         reads = ("completions",)
 
         def __init__(self):
-            self.asked = []
+            self.scored = []
 
         def __call__(self, completions):
-            self.asked += completions
+            self.scored += completions
             return [len(text) for text in completions]
 
     bills = []
@@ -96,7 +95,7 @@ def test_a_second_run_pays_for_nothing_that_the_first_has_paid_for(tmp_path):
         trainer = trainer_of(tmp_path / run, reward, score_cache=str(tmp_path / "scores.sqlite"))
         trainer.train()
         assert len(trainer.pool) == 7
-        bills.append(reward.asked)
+        bills.append(reward.scored)
     assert bills[0] and len(bills[0]) == len(set(bills[0])) and bills[1] == []
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.eight_letters import TOKENIZER
 from helpers.files import files_of
-from helpers.killed_runs import PROMPTS, RUN, TOKENIZER, assert_same_run, in_a_process, metrics_of
-from helpers.runs import assert_same_pool
+from helpers.killed_runs import PROMPTS, RUN, assert_same_run, in_a_process, metrics_of
+from helpers.runs import NO_DROPOUT, assert_same_pool
 from helpers.tiny_models import make_home
 from helpers.torchrun_jobs import (
-    NO_DROPOUT,
     TWO,
     JobResult,
     final_state,

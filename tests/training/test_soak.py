@@ -11,10 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.runs import distinct_rewards, model_of, small_trainer
 from transformers import TrainerCallback
-
-from quarkrl import QuarkConfig, QuarkTrainer
 
 ITERATIONS, WARM_UP, WINDOW = 1000, 300, 100
 PROMPTS = ["a b", "c", "d e f", "h h"]
@@ -35,8 +33,8 @@ class Measure(TrainerCallback):
             self.rows.append({"step": state.global_step, **row})
 
 
-async def later(completion_ids, **_):
-    return [sum((i + 1) * 0.37**n for n, i in enumerate(ids)) for ids in completion_ids]
+async def distinct_rewards_later(completion_ids, **_):
+    return distinct_rewards(completion_ids)
 
 
 def length(completion_ids):
@@ -44,10 +42,15 @@ def length(completion_ids):
 
 
 def run(directory: str, queue) -> None:
-    """In a process of its own, whose memory no other test has used before."""
-    tokenizer = tiny_tokenizer(words=[*"abcdefgh"])
-    config = QuarkConfig(
-        output_dir=directory,
+    """Train, in a process of its own whose memory no other test has used; put the measurements into the queue."""
+    measure = Measure()
+    small_trainer(
+        Path(directory),
+        [distinct_rewards_later, length],
+        model_of(),
+        PROMPTS,
+        eval_dataset=PROMPTS,
+        callbacks=[measure],
         num_quantiles=2,
         num_iterations=ITERATIONS,
         steps_per_iteration=1,
@@ -61,13 +64,7 @@ def run(directory: str, queue) -> None:
         eval_steps=50,
         logging_steps=10,
         learning_rate=1e-5,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to=[],
-    )
-    measure = Measure()
-    options = {"eval_dataset": PROMPTS, "processing_class": tokenizer, "callbacks": [measure]}
-    QuarkTrainer(tiny_model("gpt2", tokenizer), [later, length], config, PROMPTS, **options).train()
+    ).train()
     queue.put(measure.rows)
 
 

@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quarkrl.models.precision import bf16_is_fast
 from tools.builtin_model import lexicon as lex
 from tools.builtin_model.corpus import texts
 from tools.builtin_model.topics import listed
@@ -178,7 +179,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 
 def train_model(batches: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """Train by maximum likelihood, one pass over the batches in shuffled order."""
+    """Train by maximum likelihood, one pass over the batches in shuffled order.
+
+    The shipped weights were trained in bfloat16. A processor without units for it trains in float32 instead.
+    """
+    bf16 = bf16_is_fast()
     torch.manual_seed(TRAIN_SEED)
     torch.use_deterministic_algorithms(True)
     model = new_model(tokenizer).train()
@@ -194,7 +199,7 @@ def train_model(batches: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerF
         labels = batch.clone()
         # The first EOS ends the text and is learned; those after it pad.
         labels[(batch == tokenizer.eos_token_id).cumsum(1) > 1] = -100
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(input_ids=batch, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
