@@ -212,11 +212,14 @@ def test_guidance_from_the_reference_without_a_row_for_it_uses_the_one_in_quark_
     assert rows[1].completions == QuarkGenerator.from_pretrained(plain).generate(PROMPTS, **GENERATE)
 
 
-def test_guidance_without_quantiles_or_from_an_unknown_quantile_is_an_error(plain, trained):
+def test_guidance_without_quantiles_or_from_an_impossible_quantile_is_an_error(plain, trained):
     with pytest.raises(UserError, match="guidance_scales"):
         evaluate(plain, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(2,)))
     with pytest.raises(UserError, match="quantile '9'"):
         evaluate(trained, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(2,), guidance_from="9"))
+    for best in ("best", 2, "2"):
+        with pytest.raises(UserError, match=f"guidance_from {best!r}: must differ from quantile 'best'"):
+            evaluate(trained, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(1, 2), guidance_from=best))
 
 
 def test_greedy_decoding_samples_one_completion_per_prompt(plain):

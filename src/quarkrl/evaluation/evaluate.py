@@ -187,17 +187,22 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         if (guided.quantile_number, guided.guidance_scale) not in known:
             variants.append(guided)
     if options.guidance_scales:
-        _contrast(models, options.guidance_scales[0], options.guidance_from, [])
+        _check_guidance(models, options.guidance_from)
     return variants
+
+
+def _check_guidance(models: _Models, guidance_from: str | int) -> None:
+    """Raise before anything is sampled if guidance has no contrast."""
+    _contrast(models, 1.0, guidance_from, [])
 
 
 def _contrast(
     models: _Models, guidance_scale: float, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]
 ) -> Contrast:
-    """The distribution that guidance moves away from.
+    """The distribution that guidance of the best quantile moves away from.
 
     Raises:
-        UserError: no such quantile, or no reference.
+        UserError: no such quantile, or it is the best one, or no reference.
     """
     policy = models.policy
     if guidance_from == "reference" and models.reference and policy.conditioning:
