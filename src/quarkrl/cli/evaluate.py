@@ -17,6 +17,7 @@ from quarkrl.cli.common import (
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.evaluation.options import ALL_QUANTILES, EvaluationOptions
+from quarkrl.names import unique_names
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOptions) -> "dict[str, Prompts]":
-    """Load each file of prompts; return the sets by name.
+    """Load each file of prompts; return the sets by the name of their file, without its suffix.
 
     Raises:
         UserError: a file cannot be read, or has an invalid row.
@@ -127,7 +128,8 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    for name, source in zip(set_names(inputs.prompts), inputs.prompts, strict=True):
+    names = unique_names(Path(source).stem for source in inputs.prompts)
+    for name, source in zip(names, inputs.prompts, strict=True):
         prompts = load_prompts(
             prompts_path(source, "eval"),
             split=inputs.prompt_split,
@@ -138,16 +140,6 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
             prompts = truncate_to_prompts(prompts, tokenizer, inputs.prompt_tokens)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
     return sets
-
-
-def set_names(sources: Sequence[str]) -> list[str]:
-    """Return a name for each file of prompts: its name without the suffix, and a number if that name is taken."""
-    names: list[str] = []
-    for source in sources:
-        stem = Path(source).stem
-        alike = [name for name in names if name == stem or name.startswith(f"{stem}-")]
-        names.append(f"{stem}-{len(alike) + 1}" if stem in names else stem)
-    return names
 
 
 def load_corpus(source: str, limit: int | None) -> "Prompts":

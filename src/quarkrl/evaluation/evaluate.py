@@ -24,6 +24,7 @@ from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
 from quarkrl.evaluation.results import Evaluation, Row
 from quarkrl.models.quark_json import reference_name
+from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
@@ -104,7 +105,7 @@ def evaluate(
     panel = Panel(
         scorer,
         PerplexityModel(models.perplexity, models.policy),
-        _unique_names(judges),
+        dict(zip(unique_names(("+".join(judge.names) for judge in judges), {"reward"}), judges, strict=True)),
         options.threshold,
         options.batch_size,
         options.resamples,
@@ -312,16 +313,3 @@ def _protocol(
         },
         **environment(models.policy.model.device),
     }
-
-
-def _unique_names(judges: Sequence[Scorer]) -> dict[str, Scorer]:
-    """The judges by name; a repeated name, or "reward", gets a number."""
-    named: dict[str, Scorer] = {}
-    for judge in judges:
-        name = base = "+".join(judge.names)
-        number = 1
-        while name in named or name == "reward":
-            number += 1
-            name = f"{base}-{number}"
-        named[name] = judge
-    return named
