@@ -84,6 +84,8 @@ def test_all_options_together(home, capsys, tmp_path):
     [
         (("--threshold", "2"), "threshold 2.0: must be at least 0 and at most 1"),
         (("--plot", "curve.png"), "plot: there is no curve"),
+        (("--plot", "curve.png", "--quantiles", "best", "worst", "2"), "plot: there is no curve"),
+        (("--plot", "curve.png", "--guidance_scales", "1"), "plot: there is no curve"),
         (("--plot", "curve.gif", "--quantiles", "all"), "plot 'curve.gif'"),
         (("--output", "x.parquet"), "output 'x.parquet'"),
         (("--judges", "profanty"), "'profanity'"),

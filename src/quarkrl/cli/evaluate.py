@@ -16,7 +16,7 @@ from quarkrl.cli.common import (
     prompts_path,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
-from quarkrl.evaluation.options import ALL_QUANTILES, EvaluationOptions
+from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.names import unique_names
 from quarkrl.options import check_options, option
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = options_from(arguments, InputOptions)
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)
-    _check_outputs(inputs, options)  # Before hours of sampling.
+    _check_outputs(inputs)  # Before hours of sampling.
     if options.bf16 and (line := slow_bf16_note()):
         note(line)
     scorer, *judges = scorers(rewards, inputs.judges)
@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             resolved,
             judges=judges,
             corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
+            needs_curve=bool(inputs.plot),
             notify=notify,
         )
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
@@ -174,15 +175,12 @@ def scorers(rewards: RewardOptions, judges: Sequence[str]) -> "list[Scorer]":
     ]
 
 
-def _check_outputs(inputs: InputOptions, options: EvaluationOptions) -> None:
-    """Check the paths of the outputs, and that there is a curve to plot."""
-    from quarkrl.evaluation.plots import check_plot, no_curve
+def _check_outputs(inputs: InputOptions) -> None:
+    """Check the paths of the outputs."""
+    from quarkrl.evaluation.plots import check_plot
     from quarkrl.evaluation.results import output_paths
 
     if inputs.output:
         output_paths(inputs.output)
     if inputs.plot:
         check_plot(inputs.plot)
-        few_quantiles = ALL_QUANTILES not in options.quantiles and len(set(options.quantiles)) < 3
-        if few_quantiles and not options.guidance_scales:
-            raise no_curve()

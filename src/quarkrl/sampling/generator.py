@@ -216,7 +216,8 @@ class QuarkGenerator:
             quantile: the quantile of the wanted distribution.
 
         Raises:
-            UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has no reward tokens.
+            UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
+                no reward tokens.
         """
         if self.conditioning is None:
             raise UserError(
