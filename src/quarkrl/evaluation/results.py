@@ -146,12 +146,6 @@ def curves(rows: Sequence[AnyPoint]) -> list[tuple[str, list[tuple[float, AnyPoi
     guided = [row for row in rows if row.guidance_scale != 1]
     labelled: list[tuple[str, list[tuple[float, AnyPoint]]]] = []
     if len(unguided) > 2:
-        labelled.append(
-            ("requested quantile", [(float(q), row) for q, row in sorted(unguided.items(), key=lambda item: item[0])])
-        )
-    same_quantile = [row for row in unguided.values() if guided and row.quantile == guided[0].quantile]
-    if guided and len(same_quantile) + len(guided) > 1:
-        points = sorted(((row.guidance_scale, row) for row in [*same_quantile, *guided]), key=lambda point: point[0])
         labelled.append(("requested quantile", [(float(q), unguided[q]) for q in sorted(unguided)]))
     same_quantile = [row for row in unguided.values() if guided and row.quantile == guided[0].quantile]
     if guided and len(same_quantile) + len(guided) > 1:
