@@ -5,8 +5,8 @@ from pathlib import Path
 
 from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
-from quarkrl.cli.flags import typed_fields
 from quarkrl.cli.generate import GenerateOptions
+from quarkrl.cli.parser import typed_fields
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunArguments
 from quarkrl.evaluation.options import EvaluationOptions
