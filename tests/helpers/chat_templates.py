@@ -6,9 +6,8 @@ refusals, tool calls, dates, and whether BOS is written.
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
-
 from helpers.tiny_models import tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 # A system message with the date; tools; each text trimmed; a header of two tags and an empty line.
 LLAMA_3 = """{{- bos_token }}
@@ -123,7 +122,8 @@ QWEN_3 = """{%- if messages[0].role == 'system' %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last and (loop.last or thought) %}
-            {{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}
+            {{- content.lstrip('\\n') }}
         {%- else %}
             {{- '<|im_start|>' + message.role + '\\n' + content }}
         {%- endif %}
@@ -256,7 +256,8 @@ SMOLLM_2 = (
 )
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

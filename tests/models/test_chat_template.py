@@ -150,7 +150,23 @@ def word_tokenizer(template: str, scheme: str = "first", bos: AddedToken | None 
     return tokenizer
 
 
-STARTS = ["a b", " a", "  a", "\na", "▁a", "<u>a", "<u> a", " <u>a", "<l>a", " <l> a", "<s>a", "<s> a", " <s> a", " ", "</s>"]
+STARTS = [
+    "a b",
+    " a",
+    "  a",
+    "\na",
+    "▁a",
+    "<u>a",
+    "<u> a",
+    " <u>a",
+    "<l>a",
+    " <l> a",
+    "<s>a",
+    "<s> a",
+    " <s> a",
+    " ",
+    "</s>",
+]
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])

@@ -58,8 +58,9 @@ def try_encode_prompts(
             results[i] = ids
     for start in range(0, len(chats), _BATCH_SIZE):
         batch = chats[start : start + _BATCH_SIZE]
-        for i, ids in zip(batch, encode_chats(tokenizer, [prompts[i] for i in batch]), strict=True):
-            results[i] = ids
+        messages: list[Any] = [prompts[i] for i in batch]
+        for i, result in zip(batch, encode_chats(tokenizer, messages), strict=True):
+            results[i] = result
     return results
 
 

@@ -194,7 +194,7 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
         return BadRow("wrong type", f"the prompt is {shorten(prompt)}", "Use a string or a list of messages")
     elif fault := find_fault(prompt):
         remedy = 'Use a list of {"role": "…", "content": "…"}'
-        return BadRow("malformed messages", f"malformed chat messages: {fault}", remedy)
+        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}: {fault}", remedy)
     else:
         texts = [message_text(message) for message in prompt]
     if not allow_empty and not any(text.strip() for text in texts):

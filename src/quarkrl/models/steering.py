@@ -52,4 +52,3 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     return full[:start], full[start + len(plain) :]
-
