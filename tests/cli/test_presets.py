@@ -7,9 +7,8 @@ import pytest
 from quarkrl.cli.main import main
 from quarkrl.cli.train_options import parse_train, preset_names
 
-# Preset → how to measure it, and by how much the best token must be better than reference and worst token. Four of eight
-# or six iterations; docs/results.md has the figures of whole runs.
-ITERATIONS = "4"
+ITERATIONS = "4"  # Of six or eight. docs/results.md has the figures of whole runs.
+# Preset → how to measure it, and by how much the best token must be better than reference and worst token.
 TINY = {
     "tiny-sentiment-positive": (["--reward", "vader"], 0.1),
     "tiny-sentiment-negative": (["--reward", "vader-negative"], 0.1),

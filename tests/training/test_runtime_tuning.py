@@ -26,9 +26,7 @@ def test_a_trainer_limits_onednn_caches_unless_the_user_has_set_them(tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not bf16_is_fast(), reason="oneDNN computes no bf16 products on this processor, so it keeps nothing"
-)
+@pytest.mark.skipif(not bf16_is_fast(), reason="oneDNN computes bf16 products on other processors only")
 def test_many_shapes_in_bf16_use_no_more_memory_than_few(tmp_path):
     """A run has about as many lengths. Without a limit, the caches take 0.2 to 0.4 MB for each."""
     script = """
