@@ -210,7 +210,8 @@ def test_perplexities_are_one_or_more_or_counted(pairs):
 @example(attributes=["x"], token_ids=[[5, 6]], prefix_ids=[0], vocab_size=5)
 @example(attributes=["x"], token_ids=[[5, True]], prefix_ids=[], vocab_size=1)
 def test_any_quark_json_is_a_conditioning_or_damaged(tmp_path, attributes, token_ids, prefix_ids, vocab_size):
-    given_values = {"attributes": attributes, "token_ids": token_ids, "prefix_ids": prefix_ids, "vocab_size": vocab_size}
+    given_values = {"attributes": attributes, "token_ids": token_ids, "prefix_ids": prefix_ids}
+    given_values["vocab_size"] = vocab_size
     (tmp_path / "quark.json").write_text(json.dumps({"conditioning": given_values}))
     try:
         found = Conditioning.load(tmp_path)

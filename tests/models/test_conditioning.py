@@ -283,7 +283,7 @@ DAMAGED = {
     "words for ids": '{"conditioning": {"attributes": ["a"], "token_ids": [["x"]], "prefix_ids": [], "vocab_size": 1}}',
     "flat ids": '{"conditioning": {"attributes": ["a"], "token_ids": [1, 2], "prefix_ids": [], "vocab_size": 1}}',
     "no ids": '{"conditioning": {"attributes": ["a"], "token_ids": [], "prefix_ids": [], "vocab_size": 1}}',
-    "ids missing": '{"conditioning": {"attributes": ["a", "b"], "token_ids": [[1]], "prefix_ids": [], "vocab_size": 1}}',
+    "ids missing": '{"conditioning": {"attributes": ["a","b"], "token_ids": [[1]], "prefix_ids": [], "vocab_size": 1}}',
 }
 
 

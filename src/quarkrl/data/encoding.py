@@ -6,6 +6,7 @@ A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's cha
 tokenizer adds behind a text, such as EOS, are removed, because a completion continues the text.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +15,8 @@ from jinja2 import TemplateError
 from quarkrl.errors import UserError, one_line, shorten
 
 Prompt: TypeAlias = str | list[dict[str, str]]
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 4096  # Texts per call of the tokenizer; it bounds the memory of the tokenizer's own records.
 
@@ -82,6 +85,7 @@ def try_encode_prompts(
         batch = chats[start : start + _BATCH_SIZE]
         for i, ids in zip(batch, _encode_chats(tokenizer, [prompts[i] for i in batch]), strict=True):
             results[i] = ids
+    _warn_of_second_bos(tokenizer, [(prompts[i], results[i]) for i in texts])
     return results
 
 
@@ -95,6 +99,18 @@ def encode_plain_texts(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[in
 def decode_completions(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
     """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged."""
     return tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _warn_of_second_bos(tokenizer: Any, encoded: Sequence[tuple[Any, Any]]) -> None:
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None:
+        return
+    spelled = [(text, ids) for text, ids in encoded if text.startswith(bos) and isinstance(ids, list)]
+    if count := sum(ids.count(bos_id) > text.count(bos) for text, ids in spelled):
+        logger.warning(
+            f"{count} of {len(encoded)} texts start with the BOS {bos}, which the tokenizer adds too: they have two. "
+            "Remove it from the texts."
+        )
 
 
 def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: list[int]) -> list[list[int] | RefusedText]:
