@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, compress
 from typing import Any
 
-from quarkrl.data.encoding import RefusedChat, RefusedText, try_encode_prompts
+from quarkrl.data.chats import RefusedChat, find_fault, message_text
+from quarkrl.data.encoding import RefusedText, try_encode_prompts
 from quarkrl.data.readers import SURROGATE, BadRow, quote_names, read_rows
 from quarkrl.errors import UserError, shorten
 
@@ -195,11 +196,11 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
         texts = [prompt]
     elif not isinstance(prompt, list):
         return BadRow("wrong type", f"the prompt is {shorten(prompt)}", "Use a string or a list of messages")
-    elif prompt and all(map(_is_message, prompt)):
-        texts = [message["content"] for message in prompt]
+    elif fault := find_fault(prompt):
+        remedy = 'Use a list of {"role": "…", "content": "…"}'
+        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}: {fault}", remedy)
     else:
-        remedy = 'Use a list of {"role": "…", "content": "…"} with string values'
-        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}", remedy)
+        texts = [message_text(message) for message in prompt]
     if not allow_empty and not any(text.strip() for text in texts):
         return BadRow("empty prompt", f"the prompt is empty: {shorten(prompt)}", "Use text")
     if any(map(SURROGATE.search, texts)):
@@ -208,15 +209,11 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
 
 
 def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow | None:
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    texts = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
     for name in reserved:
         if any(name in text for text in texts):
             return BadRow("contains a reward token", f"the prompt contains the reward token {name}", "Remove it")
     return None
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _check_ids(prompt: object, ids: list[int] | RefusedChat | RefusedText, max_length: int) -> BadRow | None:

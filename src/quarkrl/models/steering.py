@@ -5,13 +5,12 @@ trained on, without knowing about Quark.
 """
 
 import copy
-import json
-import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
+from quarkrl.models.chat_template import steer_chat_template
 from quarkrl.models.special_tokens import post_processor, surrounding_ids
 
 
@@ -42,23 +41,5 @@ def steer_tokenizer(
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False
-    if isinstance(steered.chat_template, str):
-        reward_tokens, prefix = (
-            "".join(steered.convert_ids_to_tokens(list(ids))) for ids in (reward_token_ids, prefix_ids)
-        )
-        steered.chat_template = _steer_template(steered.chat_template, reward_tokens, prefix)
+    steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids)
     return steered
-
-
-def _steer_template(template: str, reward_tokens: str, prefix: str) -> str:
-    """A chat template that renders the same text with the reward tokens first, or after the prefix at its start."""
-    # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
-    # keeps the blanks before that tag.
-    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
-    bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (prefix, reward_tokens))
-    return (
-        "{% set quark_text %}\n" + body + "{%+ endset %}"
-        "{% set quark_bos = " + bos + " if quark_text.startswith(" + bos + ") else '' %}"
-        "{{ quark_bos + " + tokens + " + quark_text[quark_bos | length:] }}"
-    )

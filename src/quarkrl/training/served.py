@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from quarkrl.data.encoding import Prompt, try_encode_prompts
+from quarkrl.data.encoding import Prompt, encode_prompts, try_encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError, one_line, shorten
 from quarkrl.models.conditioning import Conditioning
@@ -66,20 +66,14 @@ def check_served_ids(
     served = _save_and_load(steered_tokenizer, config)
     for prompt, plain_ids in pairs:
         trained_ids = conditioning.prefix(plain_ids, conditioning.best)
-        served_ids = encode_as_users_do(served, prompt)
+        # A text as users encode it, without what `encode_prompts` removes.
+        served_ids = served(prompt)["input_ids"] if isinstance(prompt, str) else encode_prompts(served, [prompt])[0]
         if served_ids != trained_ids:
             raise UserError(
                 f"tokenizer {type(tokenizer).__name__}: must give the ids of training after it is saved and loaded. "
                 f"For {shorten(prompt)} it gives {_first_difference(served_ids, trained_ids)}. Save it with "
                 "save_pretrained, load it with AutoTokenizer, and start from that."
             )
-
-
-def encode_as_users_do(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return the ids of a prompt that plain transformers gives to a model."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def _check_positions(prompts: Prompts, conditioning: Conditioning, position: int) -> None:
