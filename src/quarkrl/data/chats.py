@@ -81,6 +81,12 @@ def _is_text_part(part: object) -> bool:
 # Chat templates
 
 
+def reads_chats(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template, and a default one if it has several."""
+    templates = tokenizer.chat_template
+    return "default" in templates if isinstance(templates, dict) else templates is not None
+
+
 def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int] | RefusedChat]:
     """Encode chats as token ids, and report those that the chat template refuses.
 
@@ -112,19 +118,18 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
 
 
 def _check_template(tokenizer: Any) -> None:
-    try:
-        tokenizer.get_chat_template()
-    except ValueError as error:
-        if isinstance(tokenizer.chat_template, dict):
-            names = ", ".join(map(repr, sorted(tokenizer.chat_template)))
-            raise UserError(
-                f"prompts: must be text, because the tokenizer has only the chat templates {names}. "
-                "Use text, or name one of them 'default'."
-            ) from error
+    if reads_chats(tokenizer):
+        return
+    if tokenizer.chat_template is None:
         raise UserError(
             "prompts: must be text, because the tokenizer has no chat template. "
             "Use text, or a tokenizer with a chat template."
-        ) from error
+        )
+    names = ", ".join(map(repr, sorted(tokenizer.chat_template)))
+    raise UserError(
+        f"prompts: must be text, because the tokenizer has only the chat templates {names}. "
+        "Use text, or name one of them 'default'."
+    )
 
 
 def _reads_parts_of(tokenizer: Any, chats: Sequence[Chat]) -> bool:

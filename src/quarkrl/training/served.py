@@ -4,18 +4,23 @@ The tokenizer is saved as `final/` will have it, and loaded as users load it. It
 training behind the best reward tokens.
 """
 
+import logging
 from collections.abc import Sequence
 from itertools import zip_longest
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from quarkrl.data.chats import reads_chats
 from quarkrl.data.encoding import Prompt, encode_prompts, try_encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError, one_line, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import load_tokenizer
 from quarkrl.models.special_tokens import surrounding_ids
+
+logger = logging.getLogger(__name__)
 
 # Texts on which tokenizers differ: nearly empty ones, spaces, scripts, control characters, words that look special.
 PROBES: tuple[str, ...] = (
@@ -31,6 +36,20 @@ PROBES: tuple[str, ...] = (
     "<s>[INST] <<SYS>> </s> <pad> <unk> [CLS] [SEP] [MASK]",
     "</s>",
     "▁Ġ##",
+)
+_QUESTION = {"role": "user", "content": "What is 2 + 2?"}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+# Chats on which chat templates differ. A template may refuse some of them, such as system messages or tools.
+CHAT_PROBES: tuple[list[dict[str, Any]], ...] = (
+    [_QUESTION],
+    [{"role": "system", "content": "Be brief."}, _QUESTION],
+    [_QUESTION, {"role": "assistant", "content": "4"}, {"role": "user", "content": " Sure?"}],
+    [_QUESTION, {"role": "assistant", "content": "It is"}],
+    [
+        _QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+        {"role": "tool", "tool_call_id": "call00001", "name": "add", "content": "4"},
+    ],
 )
 _FIRST_PROMPTS = 16  # How many of the run's own prompts are compared.
 
@@ -49,7 +68,8 @@ def check_served_ids(
         steered_tokenizer: what is saved with the final model.
         conditioning: the reward tokens.
         config: the model's, which decides the class of the tokenizer that transformers loads.
-        prompts: the run's prompts; the first of them are compared, beside texts on which tokenizers differ.
+        prompts: the run's prompts; the first of them are compared, beside texts and chats on which tokenizers differ.
+            If no prompt is a chat, a difference in chats is a warning.
 
     Raises:
         UserError: the ids of a prompt differ, or the tokenizer cannot be saved and loaded.
@@ -64,16 +84,41 @@ def check_served_ids(
             pairs.append((text, ids))
     _check_positions(prompts, conditioning, len(before))
     served = _save_and_load(steered_tokenizer, config)
+    if problem := _find_difference(served, conditioning, pairs):
+        raise UserError(problem)
+    if not reads_chats(tokenizer):
+        return
+    chats: list[Prompt] = [*CHAT_PROBES, *([{"role": "user", "content": text}] for text in probes)]
+    encoded = zip(chats, try_encode_prompts(tokenizer, chats), strict=True)
+    if problem := _find_difference(served, conditioning, [(chat, ids) for chat, ids in encoded if type(ids) is list]):
+        if not all(isinstance(prompt, str) for prompt in prompts.prompts):
+            raise UserError(problem)
+        logger.warning(problem)
+
+
+def _find_difference(
+    served: PreTrainedTokenizerBase, conditioning: Conditioning, pairs: Sequence[tuple[Prompt, list[int]]]
+) -> str | None:
+    """Describe the first prompt to which the saved tokenizer gives other ids than training does; None if there is none.
+
+    Args:
+        served: the saved tokenizer, loaded.
+        conditioning: the reward tokens.
+        pairs: prompts with their ids in training, without reward tokens.
+    """
     for prompt, plain_ids in pairs:
         trained_ids = conditioning.prefix(plain_ids, conditioning.best)
         # A text as users encode it, without what `encode_prompts` removes.
         served_ids = served(prompt)["input_ids"] if isinstance(prompt, str) else encode_prompts(served, [prompt])[0]
         if served_ids != trained_ids:
-            raise UserError(
-                f"tokenizer {type(tokenizer).__name__}: must give the ids of training after it is saved and loaded. "
-                f"For {shorten(prompt)} it gives {_first_difference(served_ids, trained_ids)}. Save it with "
-                "save_pretrained, load it with AutoTokenizer, and start from that."
+            what, remedy = "tokenizer", "Save it with save_pretrained, load it with AutoTokenizer, and start from that"
+            if not isinstance(prompt, str):
+                what, remedy = "chat template of", "Train on text, or set another chat template"
+            return (
+                f"{what} {type(served).__name__}: must give the ids of training after it is saved and loaded. "
+                f"For {shorten(prompt)} it gives {_first_difference(served_ids, trained_ids)}. {remedy}."
             )
+    return None
 
 
 def _check_positions(prompts: Prompts, conditioning: Conditioning, position: int) -> None:
