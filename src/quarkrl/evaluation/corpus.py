@@ -8,6 +8,7 @@ token of a chunk is not predicted, for the model and its reference alike. Predic
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Ratio, intervals
@@ -98,8 +99,13 @@ def _predict(
     generator: QuarkGenerator, chunks: Sequence[Sequence[int]], quantile: str | int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each chunk of n tokens, `(n - 1,)` NLL and `(n - 1,)` argmax prediction of its second to last token."""
-    heads = [generator.condition(ids[:1], quantile) for ids in chunks]
-    batch = build_batch(heads, [ids[1:] for ids in chunks])
+    conditioned = [generator.condition(ids, quantile) for ids in chunks]
+    reward_tokens = set(generator.conditioning.all_token_ids) if generator.conditioning else set()
+    starts = [1 + next(i for i, token in enumerate(ids) if token not in reward_tokens) for ids in conditioned]
+    pairs = list(zip(conditioned, starts, strict=True))
+    batch = build_batch([ids[:start] for ids, start in pairs], [ids[start:] for ids, start in pairs])
+    # Reward tokens follow the special tokens that come first. They are not predicted.
+    batch["labels"][torch.isin(batch["labels"], torch.tensor(sorted(reward_tokens)))] = -100
     nll, predicted = predict(generator.model, batch, generator.vocab_size)
     ends = np.cumsum([len(ids) - 1 for ids in chunks])[:-1]
     return list(zip(np.split(nll, ends), np.split(predicted, ends), strict=True))
