@@ -47,10 +47,10 @@ from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
 from quarkrl.models.eval_mode import eval_mode
-from quarkrl.models.export import save_steered
+from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
-from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
-from quarkrl.models.precision import slow_bf16_note
+from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
@@ -77,7 +77,7 @@ from quarkrl.training.progress import Progress
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
-from quarkrl.training.setup import prepare_models
+from quarkrl.training.setup import load_reference, load_start, prepare_models
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,15 @@ class QuarkTrainer(DurableTrainer):
     """Trains a causal language model with Quark.
 
     Args:
-        model: a model, or the name or directory of one. It is changed in place: reward-token rows are added.
+        model: a model, or the name or directory of one, which is loaded in float32. It is changed in place:
+            reward-token rows are added. A `PeftModel` is merged, and a new adapter like its own is trained.
         reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
             Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
         args: the options; `QuarkConfig()` by default.
         train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
         eval_dataset: held-out prompts of the same types. `evaluate` samples them on the best token.
         processing_class: the tokenizer; that of `model` by default.
-        ref_model: the reference p_0; a frozen copy of `model` by default.
+        ref_model: the reference p_0, of the same types as `model`; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -111,20 +112,20 @@ class QuarkTrainer(DurableTrainer):
 
     def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
-        model: PreTrainedModel | str | os.PathLike,
+        model: Any,
         reward_funcs: Rewards | Scorer,
         args: QuarkConfig | None = None,
         train_dataset: PromptSource | None = None,
         eval_dataset: PromptSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: Any | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        model = model if isinstance(model, PreTrainedModel) else load_model(model)
-        self.plain_tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        model, self.plain_tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        ref_model = load_reference(ref_model)
         self.end_ids = eos_ids(model, self.plain_tokenizer)
         if not isinstance(reward_funcs, Scorer):
             weights, condition_on = args.reward_weights, args.condition_on
@@ -140,7 +141,7 @@ class QuarkTrainer(DurableTrainer):
             )
         models = prepare_models(model, self.plain_tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
-        self.reference_identity = models.reference_identity
+        self.identities = {"start": models.start_identity, "reference": models.reference_identity}
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -161,8 +162,8 @@ class QuarkTrainer(DurableTrainer):
         super().__init__(
             identity=run_identity(
                 args,
-                models.policy_digest,
-                self.reference_identity["sha256"],
+                models.start_identity["sha256"],
+                models.reference_identity["sha256"],
                 self.prompts.ids,
                 self.scorer.identity,
                 peft_config,
@@ -187,6 +188,8 @@ class QuarkTrainer(DurableTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
+        if self.is_world_process_zero():
+            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
@@ -473,7 +476,8 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        notes = [self.memory_plan.message, slow_bf16_note() if self.args.bf16 else None]
+        slow_bf16 = slow_bf16_note() if self.args.bf16 else None
+        notes = [self.memory_plan.message, slow_bf16, coarse_weights_note(self.model)]
         for note in filter(None, notes if self.is_world_process_zero() else []):
             logger.info(note)
             if self.progress.enabled:
@@ -500,7 +504,7 @@ class QuarkTrainer(DurableTrainer):
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
         ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
         best = self.state.best_model_checkpoint if ended_with_best else None
-        identities = self.scorer.identity, self.reference_identity
+        identities = self.scorer.identity, self.identities
         return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
     def _encode(self, source: PromptSource | None) -> Prompts:
