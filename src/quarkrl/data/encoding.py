@@ -2,30 +2,19 @@
 
     encode_prompts(tokenizer, ["You are", [{"role": "user", "content": "Hello!"}]])
 
-A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's chat template. An EOS that the tokenizer
-appends to a text is removed, because a completion continues the text.
+A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's chat template (`chats.py`). An EOS that the
+tokenizer appends to a text is removed, because a completion continues the text.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-from jinja2 import TemplateError
+from quarkrl.data.chats import RefusedChat, encode_chats
+from quarkrl.errors import UserError, shorten
 
-from quarkrl.errors import UserError, one_line, shorten
-
-Prompt: TypeAlias = str | list[dict[str, str]]
+Prompt: TypeAlias = str | list[dict[str, Any]]
 
 _BATCH_SIZE = 4096  # Texts per call of the tokenizer; it bounds the memory of the tokenizer's own records.
-
-
-class RefusedChat(NamedTuple):
-    """A chat that the chat template cannot render.
-
-    Attributes:
-        reason: the template's error, in one line.
-    """
-
-    reason: str
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, allow_empty: bool = False) -> list[list[int]]:
@@ -69,8 +58,9 @@ def try_encode_prompts(
             results[i] = ids
     for start in range(0, len(chats), _BATCH_SIZE):
         batch = chats[start : start + _BATCH_SIZE]
-        for i, ids in zip(batch, _encode_chats(tokenizer, [prompts[i] for i in batch]), strict=True):
-            results[i] = ids
+        messages: list[Any] = [prompts[i] for i in batch]
+        for i, result in zip(batch, encode_chats(tokenizer, messages), strict=True):
+            results[i] = result
     return results
 
 
@@ -94,19 +84,3 @@ def _encode_texts(tokenizer: Any, texts: list[Any], allow_empty: bool) -> Iterat
             yield []
         else:
             yield ids[:-1] if ids and is_special[-1] and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _encode_chats(tokenizer: Any, chats: list[Any]) -> list[Any]:
-    try:
-        tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            "prompts: must be text, because the tokenizer has no chat template. "
-            "Use text, or a tokenizer with a chat template."
-        ) from error
-    try:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        if middle := len(chats) // 2:  # Bisect for the refused chats.
-            return _encode_chats(tokenizer, chats[:middle]) + _encode_chats(tokenizer, chats[middle:])
-        return [RefusedChat(one_line(error))]

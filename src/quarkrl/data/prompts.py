@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, compress
 from typing import Any
 
-from quarkrl.data.encoding import RefusedChat, try_encode_prompts
+from quarkrl.data.chats import RefusedChat, find_fault, message_text
+from quarkrl.data.encoding import try_encode_prompts
 from quarkrl.data.readers import SURROGATE, BadRow, quote_names, read_rows
 from quarkrl.errors import UserError, shorten
 
@@ -191,20 +192,16 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
         texts = [prompt]
     elif not isinstance(prompt, list):
         return BadRow("wrong type", f"the prompt is {shorten(prompt)}", "Use a string or a list of messages")
-    elif prompt and all(map(_is_message, prompt)):
-        texts = [message["content"] for message in prompt]
+    elif fault := find_fault(prompt):
+        remedy = 'Use a list of {"role": "…", "content": "…"}'
+        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}: {fault}", remedy)
     else:
-        remedy = 'Use a list of {"role": "…", "content": "…"} with string values'
-        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}", remedy)
+        texts = [message_text(message) for message in prompt]
     if not allow_empty and not any(text.strip() for text in texts):
         return BadRow("empty prompt", f"the prompt is empty: {shorten(prompt)}", "Use text")
     if any(map(SURROGATE.search, texts)):
         return BadRow("lone surrogate", f"half a character in {shorten(prompt)}", "Use text that UTF-8 can encode")
     return None
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _check_ids(prompt: object, ids: list[int] | RefusedChat, max_length: int) -> BadRow | None:

@@ -5,14 +5,13 @@ trained on, without knowing about Quark.
 """
 
 import copy
-import json
-import re
 from collections.abc import Sequence
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
+from quarkrl.models.chat_template import steer_chat_template
 
 
 def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -42,9 +41,8 @@ def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequen
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False
-    if isinstance(steered.chat_template, str):
-        reward_tokens = "".join(steered.convert_ids_to_tokens(list(reward_token_ids)))
-        steered.chat_template = _steer_template(steered.chat_template, reward_tokens, steered.bos_token)
+    start_ids = [] if steered.bos_token_id is None else [steered.bos_token_id]
+    steered.chat_template = steer_chat_template(steered, reward_token_ids, start_ids)
     return steered
 
 
@@ -54,17 +52,3 @@ def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
     return full[:start], full[start + len(plain) :]
-
-
-def _steer_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
-    """A chat template that renders the same text with the reward tokens first, after BOS if the text starts with it."""
-    # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
-    # keeps the blanks before that tag.
-    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
-    bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))
-    return (
-        "{% set quark_text %}\n" + body + "{%+ endset %}"
-        "{% set quark_bos = " + bos + " if quark_text.startswith(" + bos + ") else '' %}"
-        "{{ quark_bos + " + tokens + " + quark_text[quark_bos | length:] }}"
-    )

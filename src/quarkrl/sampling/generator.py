@@ -148,9 +148,7 @@ class QuarkGenerator:
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = None
         if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast(plain_ids, guidance_scale, guidance_from)
-            if prompt_ids and contrast.prompt_ids == prompt_ids:
-                raise UserError(f"guidance_from {guidance_from!r}: must differ from quantile {quantile!r}.")
+            contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile)
         longest = max(map(len, prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self.context_length:
             raise UserError(
@@ -203,7 +201,11 @@ class QuarkGenerator:
         return list(plain_ids)
 
     def contrast(
-        self, plain_ids: Sequence[Sequence[int]], guidance_scale: float, guidance_from: str | int = "worst"
+        self,
+        plain_ids: Sequence[Sequence[int]],
+        guidance_scale: float,
+        guidance_from: str | int = "worst",
+        quantile: str | int = "best",
     ) -> Contrast:
         """Build the contrast of guidance for prompts.
 
@@ -211,9 +213,11 @@ class QuarkGenerator:
             plain_ids: token ids of the prompts, without reward tokens.
             guidance_scale: γ.
             guidance_from: a quantile, or "reference".
+            quantile: the quantile of the wanted distribution.
 
         Raises:
-            UserError: there is no such quantile, the reference is not available, or the model has no reward tokens.
+            UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
+                no reward tokens.
         """
         if self.conditioning is None:
             raise UserError(
@@ -221,7 +225,8 @@ class QuarkGenerator:
                 "This one has no quantiles."
             )
         reference = self.reference if guidance_from == "reference" else self.model
-        return make_contrast(self.conditioning, plain_ids, GuidanceOptions(guidance_scale, guidance_from, reference))
+        guidance = GuidanceOptions(guidance_scale, guidance_from, reference)
+        return make_contrast(self.conditioning, plain_ids, guidance, quantile)
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Decode completions as text, without special tokens."""

@@ -43,6 +43,7 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
+from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
@@ -70,7 +71,7 @@ from quarkrl.training.exploration import (
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import held_out_metrics
-from quarkrl.training.identity import run_identity
+from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
@@ -124,8 +125,10 @@ class QuarkTrainer(DurableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        model, self.plain_tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
         ref_model = load_reference(ref_model)
+        self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
+        self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
         self.end_ids = eos_ids(model, self.plain_tokenizer)
         if not isinstance(reward_funcs, Scorer):
             weights, condition_on = args.reward_weights, args.condition_on
@@ -139,7 +142,7 @@ class QuarkTrainer(DurableTrainer):
                 f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
                 "Explore more prompts, or lower --num_quantiles."
             )
-        models = prepare_models(model, self.plain_tokenizer, ref_model, peft_config, args, self.scorer.attributes)
+        models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
 
@@ -167,6 +170,7 @@ class QuarkTrainer(DurableTrainer):
                 self.prompts.ids,
                 self.scorer.identity,
                 peft_config,
+                self.chat_date,
             ),
             steps_per_epoch=args.steps_per_iteration,
             model=models.policy,
@@ -476,8 +480,12 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        slow_bf16 = slow_bf16_note() if self.args.bf16 else None
-        notes = [self.memory_plan.message, slow_bf16, coarse_weights_note(self.model)]
+        notes = [
+            self.memory_plan.message,
+            slow_bf16_note() if self.args.bf16 else None,
+            chat_date_note(self.chat_date, self.prompts.prompts),
+            coarse_weights_note(self.model),
+        ]
         for note in filter(None, notes if self.is_world_process_zero() else []):
             logger.info(note)
             if self.progress.enabled:
