@@ -9,7 +9,15 @@ from helpers.chat_templates import CHATS, LLAMA_3_DATED, chat_tokenizer
 from helpers.errors import error_message
 from helpers.tiny_models import tiny_tokenizer
 
-from quarkrl.data.chats import encode_chats, find_fault, is_dated, message_text, with_completion, with_fixed_date
+from quarkrl.data.chats import (
+    encode_chats,
+    find_fault,
+    is_dated,
+    message_text,
+    render_chat,
+    with_completion,
+    with_fixed_date,
+)
 from quarkrl.data.prompts import load_prompts
 
 USER = {"role": "user", "content": "hi"}
@@ -73,6 +81,14 @@ def test_a_tool_call_cannot_be_continued():
     prompts = load_prompts([{"messages": [USER, CALL]}, {"messages": [USER]}])
     error_message(lambda: prompts.encode(tokenizer, max_length=999), "the chat template refuses", 'no "content"')
     assert prompts.encode(tokenizer, max_length=999, skip_bad=True).skipped == {"refused by the chat template": 1}
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen 2.5", "Gemma 3"])
+def test_a_rendered_chat_is_the_text_of_its_ids(name):
+    tokenizer = chat_tokenizer(name)
+    for title in ("several turns", "an unfinished answer", "parts", "unicode"):
+        (ids,) = encode_chats(tokenizer, [CHATS[title]])
+        assert tokenizer(render_chat(tokenizer, CHATS[title]), add_special_tokens=False)["input_ids"] == ids
 
 
 def test_a_template_that_reads_only_texts_gets_the_parts_joined():

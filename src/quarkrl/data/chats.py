@@ -81,6 +81,12 @@ def _is_text_part(part: object) -> bool:
 # Chat templates
 
 
+def reads_chats(tokenizer: Any) -> bool:
+    """Return whether the tokenizer has a chat template, and a default one if it has several."""
+    templates = tokenizer.chat_template
+    return "default" in templates if isinstance(templates, dict) else templates is not None
+
+
 def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int] | RefusedChat]:
     """Encode chats as token ids, and report those that the chat template refuses.
 
@@ -90,10 +96,7 @@ def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int] | Refu
         UserError: the tokenizer has no chat template.
     """
     _check_template(tokenizer)
-    if any(isinstance(message.get("content"), list) for chat in chats for message in chat):
-        reads_parts = _reads_parts(tokenizer)
-    else:
-        reads_parts = True
+    reads_parts = _reads_parts_of(tokenizer, chats)
     results: list[Any] = [None] * len(chats)
     for continued in (False, True):
         rows = [row for row, chat in enumerate(chats) if is_continued(chat) == continued]
@@ -103,24 +106,36 @@ def encode_chats(tokenizer: Any, chats: Sequence[Chat]) -> list[list[int] | Refu
     return results
 
 
+def render_chat(tokenizer: Any, chat: Chat) -> str:
+    """Return the text of a chat that the model continues, as the chat template writes it.
+
+    Raises:
+        TemplateError, TypeError, ValueError: the template refuses the chat.
+    """
+    reads_parts = _reads_parts_of(tokenizer, [chat])
+    messages = [_prepare(message, reads_parts) for message in chat]
+    return tokenizer.apply_chat_template(messages, tokenize=False, **_ending(is_continued(chat)))
+
+
 def _check_template(tokenizer: Any) -> None:
-    try:
-        tokenizer.get_chat_template()
-    except ValueError as error:
-        if isinstance(tokenizer.chat_template, dict):
-            names = ", ".join(map(repr, sorted(tokenizer.chat_template)))
-            raise UserError(
-                f"prompts: must be text, because the tokenizer has only the chat templates {names}. "
-                "Use text, or name one of them 'default'."
-            ) from error
+    if reads_chats(tokenizer):
+        return
+    if tokenizer.chat_template is None:
         raise UserError(
             "prompts: must be text, because the tokenizer has no chat template. "
             "Use text, or a tokenizer with a chat template."
-        ) from error
+        )
+    names = ", ".join(map(repr, sorted(tokenizer.chat_template)))
+    raise UserError(
+        f"prompts: must be text, because the tokenizer has only the chat templates {names}. "
+        "Use text, or name one of them 'default'."
+    )
 
 
-def _reads_parts(tokenizer: Any) -> bool:
-    """Whether the chat template writes the texts of parts, and not the list as a Python literal."""
+def _reads_parts_of(tokenizer: Any, chats: Sequence[Chat]) -> bool:
+    """Whether chats have no parts, or the chat template writes their texts, and not the list as a Python literal."""
+    if not any(isinstance(message.get("content"), list) for chat in chats for message in chat):
+        return True
     probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
     try:
         text = tokenizer.apply_chat_template(probe, tokenize=False)
@@ -137,12 +152,15 @@ def _prepare(message: Mapping[str, Any], reads_parts: bool) -> dict[str, Any]:
     return prepared
 
 
+def _ending(continued: bool) -> dict[str, bool]:
+    return {"continue_final_message": True} if continued else {"add_generation_prompt": True}
+
+
 def _apply_template(tokenizer: Any, chats: list[Any], continued: bool) -> list[Any]:
     if not chats:
         return []
-    end = {"continue_final_message": True} if continued else {"add_generation_prompt": True}
     try:
-        return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False, **end)
+        return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False, **_ending(continued))
     except _TEMPLATE_ERRORS as error:
         if middle := len(chats) // 2:  # Bisect for the refused chats.
             halves = chats[:middle], chats[middle:]

@@ -219,11 +219,10 @@ def _contrast(
 
 def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, skip_bad: bool) -> Prompts:
     """The prompts with their token ids, without reward tokens."""
-    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad)
-    if not policy.conditioning:
-        return encoded
+    reserved = policy.conditioning.token_names if policy.conditioning else []
     # The tokenizer of a trained model adds the best reward tokens. They count towards `max_length`.
-    return replace(encoded, ids=[policy.conditioning.strip(ids) for ids in encoded.ids])
+    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad, reserved=reserved)
+    return replace(encoded, ids=policy.strip(encoded.prompts, encoded.ids))
 
 
 def _sample(

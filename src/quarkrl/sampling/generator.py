@@ -14,6 +14,7 @@ from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
+from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
@@ -49,14 +50,15 @@ class QuarkGenerator:
         self.conditioning = conditioning
         self.reference_name = reference
         self.trust_remote_code = trust_remote_code
-        self.end_ids = eos_ids(model, tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]
         if conditioning and (highest := max(map(max, conditioning.token_ids))) >= rows:
             raise UserError(
                 f"quark.json is damaged or belongs to another model: reward token id {highest} must be below {rows}, "
                 "the number of embedding rows. Restore the file."
             )
-        self.vocab_size = conditioning.vocab_size if conditioning else min(rows, len(tokenizer))
+        used_ids = 1 + max(tokenizer.get_vocab().values())  # Not the number of tokens: a vocabulary can have gaps.
+        self.vocab_size = conditioning.vocab_size if conditioning else min(rows, used_ids)
+        self.end_ids = eos_ids(model, tokenizer, self.vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -179,12 +181,32 @@ class QuarkGenerator:
 
     def _encode_plain(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Encode prompts as token ids without reward tokens, which the tokenizer of a trained model adds."""
-        encoded = []
-        for prompt, ids in zip(prompts, encode_prompts(self.tokenizer, prompts, allow_empty=True), strict=True):
-            encoded.append(self.conditioning.strip(ids) if self.conditioning else list(ids))
-            if not encoded[-1]:
+        empty_ids, _ = surrounding_ids(self.tokenizer)
+        encoded = self.strip(prompts, encode_prompts(self.tokenizer, prompts, empty_ids=empty_ids))
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if not ids:
                 raise UserError(f"prompt {shorten(prompt)}: must have at least one token. Use text to continue.")
         return encoded
+
+    def strip(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Remove the reward tokens that the tokenizer of a trained model has put into prompts.
+
+        Args:
+            prompts: the prompts, for messages.
+            prompt_ids: their token ids.
+
+        Raises:
+            UserError: a prompt has reward tokens of its own, or a BOS that the tokenizer puts behind reward tokens.
+        """
+        if self.conditioning is None:
+            return [list(ids) for ids in prompt_ids]
+        stripped = [self.conditioning.strip(ids) for ids in prompt_ids]
+        for prompt, ids, plain_ids in zip(prompts, prompt_ids, stripped, strict=True):
+            if len(ids) > len(plain_ids) and not self.conditioning.is_prefixed(ids):
+                raise UserError(
+                    f"prompt {shorten(prompt)}: must not contain reward tokens or start with BOS. Remove them."
+                )
+        return stripped
 
     def condition(self, plain_ids: Sequence[int], quantile: str | int = "best") -> list[int]:
         """Add the reward tokens of `quantile` to the token ids of a prompt, after BOS.

@@ -47,6 +47,7 @@ from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
+from quarkrl.models.conditioning import reward_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -78,6 +79,7 @@ from quarkrl.training.progress import Progress
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,6 @@ class QuarkTrainer(DurableTrainer):
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
-        self.end_ids = eos_ids(model, self.plain_tokenizer)
         if not isinstance(reward_funcs, Scorer):
             weights, condition_on = args.reward_weights, args.condition_on
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
@@ -145,6 +146,10 @@ class QuarkTrainer(DurableTrainer):
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
+        self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
+        steered = models.steered_tokenizer
+        steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
+        check_served_ids(self.plain_tokenizer, steered, self.conditioning, model.config, self.prompts)
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -518,7 +523,12 @@ class QuarkTrainer(DurableTrainer):
     def _encode(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-        return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
+        return prompts.encode(
+            self.plain_tokenizer,
+            max_length=self.max_prompt_length,
+            skip_bad=skip_bad,
+            reserved=reward_token_names(self.scorer.attributes, self.args.num_quantiles),
+        )
 
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with its reward tokens."""
