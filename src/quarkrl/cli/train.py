@@ -51,8 +51,10 @@ def run(command: TrainCommand) -> Path:
         scorer = _scorer(run, config)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, patience = model_path(run.model or ""), run.early_stopping_patience
-        model = load_model(path, run.trust_remote_code, dtype=run.dtype, attn_implementation=run.attn_implementation)
+        loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
+        model = load_model(path, run.trust_remote_code, **loading)
         tokenizer = load_tokenizer(path, run.trust_remote_code)
+        ref_path = model_path(run.ref_model) if run.ref_model else None
         trainer = QuarkTrainer(
             model,
             scorer,
@@ -60,7 +62,7 @@ def run(command: TrainCommand) -> Path:
             train_dataset=train_prompts(run, config.skip_bad_prompts, tokenizer),
             eval_dataset=held_out_prompts(run, config.skip_bad_prompts, tokenizer) if run.eval_prompts else None,
             processing_class=tokenizer,
-            ref_model=load_model(model_path(run.ref_model), run.trust_remote_code) if run.ref_model else None,
+            ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
             peft_config=_lora(run.lora_rank),
             callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
         )
