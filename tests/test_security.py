@@ -215,7 +215,9 @@ def test_a_kernel_that_a_config_names_is_not_fetched(home):
 
 def test_a_kernel_that_the_config_of_an_adapter_s_base_names_is_not_fetched(home, tmp_path):
     base, adapter = home / "model", tmp_path / "adapter"
-    get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["c_attn"])).save_pretrained(adapter)
+    get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(
+        adapter
+    )
     config = json.loads((base / "config.json").read_text())
     for name in ("attn_implementation", "_attn_implementation"):
         (base / "config.json").write_text(json.dumps(config | {name: "somebody/evil-attention"}))
