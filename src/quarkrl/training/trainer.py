@@ -45,7 +45,6 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import build_batch
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -58,6 +57,7 @@ from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
+from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
     Complete,
@@ -144,7 +144,7 @@ class QuarkTrainer(DurableTrainer):
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
-        self.draws: np.ndarray = np.zeros(0, dtype=np.int64)  # Indices into the pool that an iteration learns from.
+        self.collate = Collator(self.conditioning, with_reference=bool(args.kl_coef))
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
@@ -312,26 +312,15 @@ class QuarkTrainer(DurableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
+        self.collate.samples = self.pool
+        self.collate.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
 
     # Learn.
 
-    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Make a batch of draws: for the policy behind their reward tokens, for the reference without them.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
-            completion. With `ref_` before the name: the same for the reference.
-        """
-        samples = [self.pool[int(self.draws[number])] for number in numbers]
-        prompts = [sample.prompt_ids.tolist() for sample in samples]
-        completions = [sample.completion_ids.tolist() for sample in samples]
-        quantiles = [sample.quantiles.tolist() for sample in samples]
-        conditioned = [self.conditioning.prefix(*pair) for pair in zip(prompts, quantiles, strict=True)]
-        batch = build_batch(conditioned, completions)
-        if self.args.kl_coef:
-            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
-        return batch
+    @property
+    def draws(self) -> np.ndarray:
+        """`(n,)`, indices into the pool: the samples that the current iteration learns from, in order."""
+        return self.collate.draws
 
     def compute_loss(
         self,
