@@ -182,7 +182,10 @@ IMPOSSIBLE = [
     ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers"),
     ({"dataloader_in_order": False}, "dataloader_in_order False: must be True"),
     ({"dataloader_num_workers": -1}, "dataloader_num_workers -1: must be at least 0"),
-    ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, "dataloader_prefetch_factor 0: must be at least 1"),
+    (
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0},
+        "dataloader_prefetch_factor 0: must be at least 1",
+    ),
     ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_multiprocessing_context 'spawn': must be left out"),
     (
         {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spwan"},

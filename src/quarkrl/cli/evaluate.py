@@ -144,7 +144,7 @@ def set_names(sources: Sequence[str]) -> list[str]:
     """Return a name for each file of prompts: its name without the suffix, and a number if that name is taken."""
     names: list[str] = []
     for source in sources:
-        stem = Path(source).stem
+        stem = Path(source.removesuffix(".gz")).stem
         alike = [name for name in names if name == stem or name.startswith(f"{stem}-")]
         names.append(f"{stem}-{len(alike) + 1}" if stem in names else stem)
     return names

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from quarkrl.algorithm.pool import Sample
+from quarkrl.algorithm.pool import DataPool, Sample
 from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import Conditioning
 
@@ -28,7 +28,7 @@ class Collator:
 
     def __init__(self, conditioning: Conditioning, with_reference: bool):
         self.conditioning, self.with_reference = conditioning, with_reference
-        self.samples: Sequence[Sample] = ()
+        self.samples: DataPool | Sequence[Sample] = ()
         self.draws: np.ndarray = np.zeros(0, dtype=np.int64)
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:

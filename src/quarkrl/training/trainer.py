@@ -34,7 +34,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -42,8 +42,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
-from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
-from quarkrl.data.prompts import Prompts, load_prompts
+from quarkrl.algorithm.schedule import bucket_by_length
+from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
@@ -74,6 +74,7 @@ from quarkrl.training.identity import run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
@@ -96,8 +97,9 @@ class QuarkTrainer(DurableTrainer):
         reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
             Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
         args: the options; `QuarkConfig()` by default.
-        train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
-        eval_dataset: held-out prompts of the same types. `evaluate` samples them on the best token.
+        train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path. Or a
+            `datasets.IterableDataset`, of which each iteration takes the next `prompts_per_iteration` prompts.
+        eval_dataset: held-out prompts of the same types, except a stream. `evaluate` samples them on the best token.
         processing_class: the tokenizer; that of `model` by default.
         ref_model: the reference p_0; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
@@ -114,7 +116,7 @@ class QuarkTrainer(DurableTrainer):
         model: PreTrainedModel | str | os.PathLike,
         reward_funcs: Rewards | Scorer,
         args: QuarkConfig | None = None,
-        train_dataset: PromptSource | None = None,
+        train_dataset: PromptSource | IterableDataset | None = None,
         eval_dataset: PromptSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         ref_model: PreTrainedModel | None = None,
@@ -131,8 +133,9 @@ class QuarkTrainer(DurableTrainer):
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
-        self.prompts = self._encode(train_dataset)
-        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        self.supply = PromptSupply(train_dataset, self.plain_tokenizer, self.max_prompt_length, args)
+        self.prompts = self.supply.first
+        self.eval_prompts = None if eval_dataset is None else self._encode("eval_dataset", eval_dataset)
         if (samples := args.explored_per_iteration(len(self.prompts))) < args.num_quantiles:
             raise UserError(
                 f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
@@ -166,6 +169,7 @@ class QuarkTrainer(DurableTrainer):
                 self.prompts.ids,
                 self.scorer.identity,
                 peft_config,
+                streamed=self.supply.streamed,
             ),
             steps_per_epoch=args.steps_per_iteration,
             model=models.policy,
@@ -242,10 +246,12 @@ class QuarkTrainer(DurableTrainer):
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
         metrics, seconds = recall_iteration(self.pool, self.pool_directory, iteration, args.world_size), {}
         if metrics is None:
-            count, repeats = args.prompts_per_iteration, args.samples_per_prompt
+            prompts, rows = self.supply.schedule(iteration)
+            if prompts.skipped and iteration and self.supply.streamed and self.is_world_process_zero():
+                self.progress.note(f"iteration {iteration}: prompts skipped: {prompts.skipped_in_words}")
             task = Task(
-                prompts=self.prompts,
-                rows=schedule_prompts(self.prompts.ids, iteration, count, repeats, args.seed),
+                prompts=prompts,
+                rows=rows,
                 sampling=args.sampling(iteration),
                 sampler=partial(self.exploring_sampler, iteration),
                 seed=(args.seed, iteration),
@@ -255,7 +261,7 @@ class QuarkTrainer(DurableTrainer):
                 rollout = self.explorer.roll_out(task, finished)
             scored = rollout.scored_indices(args.max_unscored_share, iteration)
             self.pool.add(
-                [self.prompts.ids[rollout.rows[i]] for i in scored],
+                [prompts.ids[rollout.rows[i]] for i in scored],
                 [rollout.completions[i] for i in scored],
                 rollout.rewards[scored],
                 iteration=iteration,
@@ -390,7 +396,7 @@ class QuarkTrainer(DurableTrainer):
         Returns:
             `eval_reward` and the other metrics of a rollout. They are logged, and `metric_for_best_model` can name one.
         """
-        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
+        prompts = self.eval_prompts if eval_dataset is None else self._encode("eval_dataset", eval_dataset)
         if prompts is None:
             raise UserError("eval_dataset (--eval_prompts) is missing: evaluation needs held-out prompts.")
         args = self.args
@@ -492,10 +498,8 @@ class QuarkTrainer(DurableTrainer):
         identities = self.scorer.identity, self.reference_identity
         return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
-    def _encode(self, source: PromptSource | None) -> Prompts:
-        skip_bad = self.args.skip_bad_prompts
-        prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-        return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
+    def _encode(self, name: str, source: Any) -> Prompts:
+        return encode_prompts_of(name, source, self.plain_tokenizer, self.max_prompt_length, self.args.skip_bad_prompts)
 
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with its reward tokens."""
