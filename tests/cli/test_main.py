@@ -199,14 +199,14 @@ def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, w
     assert held_out_prompts(parsed, False).prompts == [wanted]
 
 
-def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):
+def test_bad_prompts_are_skipped_with_skip_bad_prompts(home, capsys, tmp_path):
     train = ["train", "--config", home / "run.yaml", "--prompts", home / "bad.jsonl", "--output_dir", tmp_path / "run"]
     said(capsys, *train, "--skip_bad_prompts", "true")
     assert main([*map(str, train[:-1]), str(tmp_path / "other"), "--skip_bad_prompts"]) == 0
     assert "prompts skipped: 1 " in capsys.readouterr().err
 
 
-def test_a_run_goes_on_from_its_checkpoint(home, capsys, tmp_path):
+def test_a_run_resumes_from_its_checkpoint(home, capsys, tmp_path):
     train = ["train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--save_strategy", "epoch"]
     said(capsys, *train)
     said(capsys, *train, "--num_iterations", "2", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2")

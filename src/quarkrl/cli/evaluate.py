@@ -15,7 +15,7 @@ from quarkrl.cli.common import (
     progress_bars,
     prompts_path,
 )
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.evaluation.options import ALL_QUANTILES, EvaluationOptions
 from quarkrl.options import check_options, option
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from quarkrl.cli.common import hide_library_progress, model_path, note_skipped
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option

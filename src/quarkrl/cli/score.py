@@ -5,7 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json, read_standard_input
 from quarkrl.options import option
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from quarkrl.cli.common import REWARD_HELP, REWARD_LABEL_HELP
-from quarkrl.cli.flags import Parser, add_flags, describe_fully, options_from, summary, takes_list, typed_fields
+from quarkrl.cli.parser import Parser, add_flags, describe_fully, options_from, summary, takes_list, typed_fields
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 from quarkrl.options import check_options, option
 from quarkrl.training.options import GROUPS, QuarkOptions
