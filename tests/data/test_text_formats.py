@@ -44,7 +44,7 @@ def is_same(prompts) -> bool:
 
 @pytest.mark.parametrize(("name", "text"), TEXTS.items(), ids=TEXTS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_each_format_in_each_encoding_plain_and_compressed(tmp_path, name, text, encoding, ending):
     data = text.replace("\n", ending).encode(encoding)
     assert is_same(load_prompts(write(tmp_path / name, data)))

@@ -1,7 +1,8 @@
 """Readers of text formats: the bytes of a file become rows with their locations.
 
 A row that cannot be read becomes a `BadRow`, so that the rows around it are kept. Lines and rows are numbered from 1.
-Only a line feed ends a line; U+2028 and similar characters do not. Text is UTF-8, or UTF-16 with a byte order mark.
+A line feed ends a line, and a carriage return where there is no line feed (Excel for Mac); U+2028 and similar characters
+do not. Text is UTF-8, or UTF-16 with a byte order mark.
 """
 
 import codecs
@@ -74,8 +75,7 @@ def read_csv(name: str, data: bytes) -> list[Row]:
     if stated:
         return list(_parse_csv(lines[1:], stated[1]))
     header = next((line.text for line in lines if line.text.strip()), "")
-    with _unlimited_fields():
-        widths = {separator: len(next(csv.reader([header], delimiter=separator))) for separator in _SEPARATORS}
+    widths = {separator: _count_fields(header, separator) for separator in _SEPARATORS}
     return list(_parse_csv(lines, max(widths, key=lambda separator: widths[separator])))  # A comma if widths tie.
 
 
@@ -86,6 +86,14 @@ def read_tsv(name: str, data: bytes) -> list[Row]:
         UserError: the header is malformed.
     """
     return list(_parse_csv(_split_lines(name, data), "\t"))
+
+
+def _count_fields(line: str, separator: str) -> int:
+    try:
+        with _unlimited_fields():
+            return len(next(csv.reader([line], delimiter=separator)))
+    except csv.Error:
+        return 0
 
 
 def _parse_object(text: str) -> dict | BadRow:
@@ -105,7 +113,8 @@ def _split_lines(name: str, data: bytes) -> list[Line]:
         except UnicodeError as error:
             raise UserError(f"{name}: the file is damaged UTF-16. Save it as UTF-8.") from error
     # A byte that is not UTF-8 becomes a surrogate, which valid UTF-8 never contains.
-    texts = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
+    text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    texts = (text if "\n" in text else text.replace("\r", "\n")).split("\n")
     if not texts[-1]:
         texts.pop()
     return [Line(f"{name}:{number}", text, _find_fault(text)) for number, text in enumerate(texts, 1)]
