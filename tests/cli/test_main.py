@@ -386,6 +386,21 @@ def test_hyphens_in_flags_are_underscores(tmp_path):
     assert (config.num_quantiles, config.gradient_accumulation_steps, config.do_sample) == (7, 2, False)
 
 
+@pytest.mark.parametrize("flag", ["--eval_strategy=steps", "--eval-strategy=steps"])
+def test_held_out_prompts_are_evaluated_after_each_iteration_unless_a_flag_says_otherwise(tmp_path, flag):
+    options = ["--output_dir", str(tmp_path), "--eval_prompts", "x.txt"]
+    assert parse_train(options).config.eval_strategy == "epoch"
+    assert parse_train([*options, flag, "--eval_steps=2"]).config.eval_strategy == "steps"
+    assert parse_train(options[:2]).config.eval_strategy == "no"
+
+
+def test_only_resume_true_reads_the_config_of_the_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("num_quantiles: 7\n", encoding="utf-8")
+    options = ["--output_dir", str(tmp_path), "--resume"]
+    found = {value: parse_train([*options, *value]).config.num_quantiles for value in ((), ("true",), ("false",))}
+    assert found == {(): 7, ("true",): 7, ("false",): 5}
+
+
 def test_both_modules_are_the_command():
     for module in ("quarkrl", "quarkrl.cli"):
         done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)

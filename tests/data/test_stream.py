@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from datasets import Dataset, IterableDataset
 from helpers.errors import error_message
 from helpers.prompt_helpers import byte_tokenizer
 
+from quarkrl.data.prompts import Prompts
 from quarkrl.data.stream import PromptStream
 
 
@@ -26,7 +29,10 @@ class Source:
 
 
 def stream_of(dataset: IterableDataset, group_size: int, max_length: int = 9, skip_bad: bool = False) -> PromptStream:
-    return PromptStream(dataset, byte_tokenizer(), group_size=group_size, max_length=max_length, skip_bad=skip_bad)
+    encode = partial(
+        Prompts.encode, tokenizer=byte_tokenizer(), max_length=max_length, skip_bad=skip_bad, allow_none=True
+    )
+    return PromptStream(dataset, encode, group_size=group_size, skip_bad=skip_bad)
 
 
 def test_groups_follow_each_other_and_the_stream_starts_again_at_its_end():

@@ -1,6 +1,6 @@
 """`PromptStream`: the prompts of a streamed data set, of which one iteration's are in memory at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
@@ -19,16 +19,14 @@ class PromptStream:
 
     Args:
         dataset: the data set; each pass over it gives the same rows, or those of `set_epoch(pass)` if it is shuffled.
-        tokenizer: encodes the prompts.
+        encode: encodes prompts, maybe none: `Prompts.encode` with its arguments.
         group_size: prompts in a group, skipped ones excluded.
-        max_length: maximum prompt length in tokens.
         skip_bad: skip and count bad rows, instead of raising at the first one.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, *, group_size: int, max_length: int, skip_bad: bool):
+    def __init__(self, dataset: Any, encode: Callable[[Prompts], Prompts], *, group_size: int, skip_bad: bool):
         self._dataset = dataset.with_format(None)
-        self._tokenizer, self._group_size = tokenizer, group_size
-        self._max_length, self._skip_bad = max_length, skip_bad
+        self._encode, self._group_size, self._skip_bad = encode, group_size, skip_bad
         self._column: str | None = None
         self._start()
 
@@ -73,8 +71,7 @@ class PromptStream:
     def _check(self, rows: list[Row]) -> Prompts:
         if self._column is None:
             self._column = choose_column(_NAME, [row for _, row in rows], "prompt")
-        prompts = check_rows(rows, self._column, skip_bad=self._skip_bad)
-        return prompts.encode_good(self._tokenizer, max_length=self._max_length, skip_bad=self._skip_bad)
+        return self._encode(check_rows(rows, self._column, skip_bad=self._skip_bad))
 
     def _read_rows(self, name: str) -> Iterator[Row]:
         rows = iter(self._dataset)

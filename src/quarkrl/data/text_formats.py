@@ -1,8 +1,8 @@
 """Readers of text formats: the bytes of a file become rows with their locations.
 
 A row that cannot be read becomes a `BadRow`, so that the rows around it are kept. Lines and rows are numbered from 1.
-A line feed ends a line, and a carriage return where there is no line feed (Excel for Mac); U+2028 and similar characters
-do not. Text is UTF-8, or UTF-16 with a byte order mark.
+A line feed ends a line, and a carriage return where there is no line feed (Excel for Mac). U+2028 and similar
+characters do not. Text is UTF-8, or UTF-16 with a byte order mark.
 """
 
 import codecs

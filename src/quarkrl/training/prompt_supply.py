@@ -1,5 +1,7 @@
 """`PromptSupply`: the prompts that each iteration explores, from memory or from a stream."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
@@ -13,13 +15,14 @@ from quarkrl.runs.collectives import call_in_first_process
 from quarkrl.training.config import QuarkConfig
 
 
-def encode_prompts_of(name: str, source: Any, tokenizer: Any, max_length: int, skip_bad: bool) -> Prompts:
+def encode_prompts_of(name: str, source: Any, encode: Callable[..., Prompts], skip_bad: bool) -> Prompts:
     """Load prompts from any source that fits into memory, and encode them.
 
     Args:
         name: of the argument, for messages.
         source: `Prompts`, or what `load_prompts` reads.
-        tokenizer, max_length, skip_bad: as in `Prompts.encode`.
+        encode: encodes the prompts.
+        skip_bad: skip rows that cannot be read, instead of raising.
 
     Raises:
         UserError: the source has several splits or cannot be read, or a prompt is bad.
@@ -31,7 +34,7 @@ def encode_prompts_of(name: str, source: Any, tokenizer: Any, max_length: int, s
             f"such as dataset[{split!r}]."
         )
     prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-    return prompts.encode(tokenizer, max_length=max_length, skip_bad=skip_bad)
+    return encode(prompts)
 
 
 class PromptSupply:
@@ -39,8 +42,7 @@ class PromptSupply:
 
     Args:
         source: `Prompts`, what `load_prompts` reads, or an `IterableDataset`.
-        tokenizer: encodes the prompts.
-        max_length: maximum prompt length in tokens.
+        encode: encodes prompts: `Prompts.encode` with its arguments.
         args: the options of the run.
 
     Attributes:
@@ -51,11 +53,11 @@ class PromptSupply:
         UserError: a stream has no `prompts_per_iteration`, or the source or a prompt is bad.
     """
 
-    def __init__(self, source: Any, tokenizer: Any, max_length: int, args: QuarkConfig):
+    def __init__(self, source: Any, encode: Callable[..., Prompts], args: QuarkConfig):
         self._args = args
         self.streamed = isinstance(source, IterableDataset)
         if not self.streamed:
-            self.first = encode_prompts_of("train_dataset", source, tokenizer, max_length, args.skip_bad_prompts)
+            self.first = encode_prompts_of("train_dataset", source, encode, args.skip_bad_prompts)
             return
         if args.prompts_per_iteration is None:
             raise UserError(
@@ -64,9 +66,8 @@ class PromptSupply:
             )
         self._stream = PromptStream(
             source,
-            tokenizer,
+            partial(encode, allow_none=True),
             group_size=args.prompts_per_iteration,
-            max_length=max_length,
             skip_bad=args.skip_bad_prompts,
         )
         self.first = self._read_group(0)
