@@ -20,7 +20,7 @@ def collator() -> Collator:
     numbers = range(1_000)
     pool.add([[i] for i in numbers], [[i, i] for i in numbers], [float(i) for i in numbers], iteration=0)
     pool.quantize()
-    made = Collator(Conditioning(("reward",), ((5_000, 5_001),), bos_id=None, vocab_size=5_000), with_reference=True)
+    made = Collator(Conditioning(("reward",), ((5_000, 5_001),), prefix_ids=(), vocab_size=5_000), with_reference=True)
     made.samples, made.draws = pool, torch.tensor([2, 0, 2]).numpy()
     return made
 
