@@ -16,6 +16,7 @@ from quarkrl.errors import UserError, one_line, shorten
 Prompt: TypeAlias = str | list[dict[str, str]]
 
 _BATCH_SIZE = 4096  # Texts per call of the tokenizer; it bounds the memory of the tokenizer's own records.
+_LONGEST_CHARACTER = 4  # Bytes of UTF-8, so at most as many tokens.
 
 
 class RefusedChat(NamedTuple):
@@ -81,9 +82,50 @@ def encode_plain_texts(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[in
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def decode_completions(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
-    """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged."""
-    return tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode_completions(
+    tokenizer: Any, prompt_ids: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged.
+
+    A completion is the text of prompt and completion without the text of the prompt. Decoded alone, it would lose its
+    leading space (SentencePiece), or keep the "##" of a word that it continues (WordPiece).
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        prompt_ids: token ids of each completion's prompt.
+        completions: token ids of the completions.
+    """
+    prompts = [tuple(ids) for ids in prompt_ids]
+    distinct_prompts = list(dict.fromkeys(prompts))
+    prompt_texts = dict(zip(distinct_prompts, _decode(tokenizer, distinct_prompts), strict=True))
+    pairs = list(zip(prompts, completions, strict=True))
+    texts = _decode(tokenizer, [[*prompt, *completion] for prompt, completion in pairs])
+    return [
+        text[len(prompt_texts[prompt]) :]
+        if text.startswith(prompt_texts[prompt])
+        else _decode_after_unstable_prompt(tokenizer, prompt, prompt_texts[prompt], completion, text)
+        for (prompt, completion), text in zip(pairs, texts, strict=True)
+    ]
+
+
+def _decode_after_unstable_prompt(
+    tokenizer: Any, prompt: Sequence[int], prompt_text: str, completion: Sequence[int], text: str
+) -> str:
+    """Decode a completion whose tokens change the text of the prompt.
+
+    If the prompt ends within a character, the character belongs to the completion. Otherwise the completion is decoded
+    alone.
+    """
+    for end in range(len(prompt) - 1, max(len(prompt) - _LONGEST_CHARACTER, -1), -1):
+        (head,) = _decode(tokenizer, [prompt[:end]])
+        if text.startswith(head) and prompt_text.startswith(head) and not prompt_text[len(head) :].strip("\ufffd"):
+            return text[len(head) :]
+    return _decode(tokenizer, [completion])[0]
+
+
+def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    rows = [list(row) for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _encode_texts(tokenizer: Any, texts: list[Any], allow_empty: bool) -> Iterator[list[int]]:
