@@ -6,6 +6,7 @@ A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's cha
 appends to a text is removed, because a completion continues the text.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -80,6 +81,76 @@ def encode_plain_texts(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[in
     for start in range(0, len(texts), _BATCH_SIZE):
         batch = list(texts[start : start + _BATCH_SIZE])
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_as_text(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Encode texts in which the characters of a special token, such as "</s>", are text and not that token.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        texts: what a model or a user wrote.
+        options: of the tokenizer.
+    """
+    encoded = _split_special_tokens(tokenizer, texts, options)
+    if _has_special_tokens(tokenizer, encoded):
+        encoded = _split_special_tokens(tokenizer, [break_special_tokens(tokenizer, text) for text in texts], options)
+    return encoded["input_ids"]
+
+
+def encode_pairs_as_text(
+    tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], **options: Any
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Encode each prompt together with the text that continues it, and split the token ids; see `encode_as_text`.
+
+    A token that spans both belongs to the continuation. Special tokens that the tokenizer appends are left out.
+
+    Raises:
+        UserError: the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"perplexity_model: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
+            "Choose a model with a fast tokenizer (tokenizer.json)."
+        )
+    options |= {"return_offsets_mapping": True}
+    for start in range(0, len(texts), _BATCH_SIZE):
+        pairs = list(zip(prompts[start : start + _BATCH_SIZE], texts[start : start + _BATCH_SIZE], strict=True))
+        encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
+        if _has_special_tokens(tokenizer, encoded):
+            pairs = [tuple(break_special_tokens(tokenizer, text) for text in pair) for pair in pairs]
+            encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
+        rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+        for (head, _), (ids, is_special, offsets) in zip(pairs, rows, strict=True):
+            length = len(ids)
+            while length and is_special[length - 1]:  # The tokenizer appends an EOS.
+                length -= 1
+            tail = (k for k in range(length) if not is_special[k] and offsets[k][1] > len(head))
+            split = next(tail, length)
+            yield ids[:split], ids[split:length]
+
+
+def break_special_tokens(tokenizer: Any, text: str) -> str:
+    """Put a space into each special token's characters, so that they stay text where special tokens are parsed."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {name for name in names.union(tokenizer.all_special_tokens) if len(name) > 1}
+    if not names:
+        return text
+    # The longest first: one name may begin with another. Some tokenizers ignore case.
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", text, flags=re.IGNORECASE)
+
+
+def _split_special_tokens(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
+    return tokenizer(
+        list(texts), split_special_tokens=True, return_special_tokens_mask=True, verbose=False, **options
+    )
+
+
+def _has_special_tokens(tokenizer: Any, encoded: Any) -> bool:
+    """Whether texts were read as special tokens: Unigram and WordLevel have those in their own vocabularies."""
+    special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return any(i in special_ids and not added for ids, mask in rows for i, added in zip(ids, mask, strict=True))
 
 
 def decode_completions(
