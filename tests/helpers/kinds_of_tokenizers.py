@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerFast
 WORDS = ["You", "are", "nice", "mean", "a", "b", "c", "d", "."]
 
 
-def llama_tokenizer(prepend_scheme: str = "always", byte_fallback: bool = True, **named: Any) -> PreTrainedTokenizerFast:
+def llama_tokenizer(
+    prepend_scheme: str = "always", byte_fallback: bool = True, **named: Any
+) -> PreTrainedTokenizerFast:
     """SentencePiece's kind: "▁" for a space, one before the text, and bytes for what is not in the vocabulary."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if byte_fallback)]
-    scores = {piece: 0.0 for piece in pieces} | {"▁": -3.0} | {c: -3.0 for c in "abcd.</s>"}
+    scores = dict.fromkeys(pieces, 0.0) | dict.fromkeys("▁abcd.</s>", -3.0)
     scores |= {f"{space}{word}": -1.0 - (not space) for word in WORDS for space in ("▁", "")}
     backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=0, byte_fallback=byte_fallback))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme, split=False)

@@ -117,7 +117,9 @@ def encode_pairs_as_text(
         pairs = list(zip(prompts[start : start + _BATCH_SIZE], texts[start : start + _BATCH_SIZE], strict=True))
         encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
         if _has_special_tokens(tokenizer, encoded):
-            pairs = [tuple(break_special_tokens(tokenizer, text) for text in pair) for pair in pairs]
+            pairs = [
+                (break_special_tokens(tokenizer, head), break_special_tokens(tokenizer, tail)) for head, tail in pairs
+            ]
             encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
         rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
         for (head, _), (ids, is_special, offsets) in zip(pairs, rows, strict=True):
@@ -141,9 +143,7 @@ def break_special_tokens(tokenizer: Any, text: str) -> str:
 
 
 def _split_special_tokens(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
-    return tokenizer(
-        list(texts), split_special_tokens=True, return_special_tokens_mask=True, verbose=False, **options
-    )
+    return tokenizer(list(texts), split_special_tokens=True, return_special_tokens_mask=True, verbose=False, **options)
 
 
 def _has_special_tokens(tokenizer: Any, encoded: Any) -> bool:

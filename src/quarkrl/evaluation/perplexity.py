@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.encoding import break_special_tokens, encode_as_text, encode_pairs_as_text, encode_prompts
 from quarkrl.data.prompts import Prompts
-from quarkrl.errors import UserError
 from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator

@@ -58,7 +58,9 @@ def test_a_judge_reads_chats_as_text_and_with_text_completion_no_prompt(server):
     assert alone.reads == ("completions",)
 
 
-@pytest.mark.parametrize("content", ["no idea", "I'd say 7", None, ("I count 3 things, and", "length"), [{"type": "image"}], 8])
+@pytest.mark.parametrize(
+    "content", ["no idea", "I'd say 7", None, ("I count 3 things, and", "length"), [{"type": "image"}], 8]
+)
 def test_an_answer_without_a_rating_is_requested_three_times_and_then_has_no_score(content, server):
     server.replies["text 2"] = content
     assert ask(judge(server), ["text 1", "text 2", "text 10"]) == [0, None, 1]

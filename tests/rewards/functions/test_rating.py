@@ -82,7 +82,9 @@ def test_a_marked_rating_is_read(content, rating):
     assert read_rating(content, 1, 10) == rating
 
 
-@pytest.mark.parametrize(("content", "rating"), [("8", 8), (" **7**\n", 7), ("8/10.", 8), ("8 out of 10", 8), ("0", None)])
+@pytest.mark.parametrize(
+    ("content", "rating"), [("8", 8), (" **7**\n", 7), ("8/10.", 8), ("8 out of 10", 8), ("0", None)]
+)
 def test_an_answer_of_nothing_but_a_number_is_a_rating(content, rating):
     assert read_rating(content, 1, 10) == rating
 

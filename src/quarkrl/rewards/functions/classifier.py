@@ -164,10 +164,11 @@ class Classifier:
         """
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
         # BART and T5 read the last EOS, and refuse a batch whose rows have different numbers of them.
-        eos_id = self._model.config.eos_token_id if self._model.config.is_encoder_decoder else None
+        config = self._model.config
         groups: dict[int, list[int]] = {}
         for i in order:
-            groups.setdefault(rows[i].count(eos_id), []).append(i)
+            ends = sum(token == config.eos_token_id for token in rows[i]) if config.is_encoder_decoder else 0
+            groups.setdefault(ends, []).append(i)
         for group in groups.values():
             yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
 

@@ -136,7 +136,7 @@ class Endpoint:
         UserError: the URL is invalid or contains a secret, or a limit is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what differs between services, and two seams for tests
         self,
         name: str,
         url: str,

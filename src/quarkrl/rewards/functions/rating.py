@@ -1,8 +1,8 @@
 """`read_rating`: the rating in a judge's answer, or None. It is never guessed.
 
 The answer is parsed as JSON first, then searched for ratings that are marked as such, like "**Score:** 8". Ratings that
-differ are no rating, unless one is marked as the final one: the text that is rated may contain a rating too, and a
-judge that quotes it must not give it.
+differ are no rating, unless one is marked as the final one. The rated text may contain a rating too, and the judge may
+quote it.
 """
 
 import json
