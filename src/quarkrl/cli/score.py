@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.options import option
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import hide_library_progress, is_first_process, model_path, note, note_skipped, prompts_path
-from quarkrl.cli.flags import Parser
+from quarkrl.cli.parser import Parser
 from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 

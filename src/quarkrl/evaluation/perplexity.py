@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.data.chats import Chat, message_text, reads_chats, render_chat
 from quarkrl.data.encoding import break_special_tokens, encode_as_text, encode_pairs_as_text, encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.models.batching import batches_by_length, build_batch
@@ -103,7 +104,7 @@ def _tokenize_pairs(
     """Token ids of prompts and completions under another tokenizer; each prompt has at least one token."""
     # GPT-2 has no BOS; its documents start after EOS.
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    templated = [bool(tokenizer.chat_template) and not isinstance(prompt, str) for prompt in prompts]
+    templated = [reads_chats(tokenizer) and not isinstance(prompt, str) for prompt in prompts]
     plain = [(_as_text(prompt), text) for prompt, text, chat in zip(prompts, texts, templated, strict=True) if not chat]
     plain_ids = encode_pairs_as_text(tokenizer, [prompt for prompt, _ in plain], [text for _, text in plain])
     heads, tails = [], []
@@ -118,16 +119,14 @@ def _tokenize_pairs(
 
 def _as_text(prompt: Any) -> str:
     """A prompt as one text; a chat as its messages, one per line."""
-    return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt) + "\n"
+    return prompt if isinstance(prompt, str) else "".join(message_text(message) + "\n" for message in prompt)
 
 
-def _tokenize_after_chat(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], text: str
-) -> tuple[list[int], list[int]]:
+def _tokenize_after_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> tuple[list[int], list[int]]:
     """Token ids of a chat by the chat template, and of the completion behind it."""
-    (head,) = encode_prompts(tokenizer, [chat])
-    rendered = str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    both = tokenizer(rendered + break_special_tokens(tokenizer, text), add_special_tokens=False)["input_ids"]
+    (head,) = encode_prompts(tokenizer, [list(map(dict, chat))])
+    whole = render_chat(tokenizer, chat) + break_special_tokens(tokenizer, text)
+    both = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
     if both[: len(head)] == head:
         return head, both[len(head) :]
     (tail,) = encode_as_text(tokenizer, [text], add_special_tokens=False)

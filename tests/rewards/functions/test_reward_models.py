@@ -136,3 +136,14 @@ def test_identity_of_the_scores_has_a_version(tmp_path):
     save_model(tmp_path, "gpt2", tiny_tokenizer(), **GPT2)
     identity = Classifier(tmp_path).identity
     assert identity["version"] == 2 and json.dumps(identity)
+
+
+def test_a_chat_that_ends_with_an_assistant_message_is_continued_and_parts_are_read(tmp_path):
+    tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
+    save_model(tmp_path, "gpt2", tokenizer, pad_token_id=None, **GPT2)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "How are you?"}]}]
+    reward = Classifier(tmp_path, text="both")
+    one, other, whole = reward(
+        [CHAT, [*parts, {"role": "assistant", "content": "I am"}], CHAT], ["I am fine", " fine", "I am"]
+    )
+    assert one == pytest.approx(other, abs=1e-5) and abs(one - whole) > 1e-3

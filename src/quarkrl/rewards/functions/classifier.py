@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from quarkrl.data.chats import message_text, reads_chats, with_completion
 from quarkrl.data.encoding import break_special_tokens, encode_as_text
 from quarkrl.errors import UserError, describe_exception
 from quarkrl.models.batching import left_pad, right_pad
@@ -141,18 +142,17 @@ class Classifier:
     def _encode_both(self, prompt: str | list[dict], completion: str) -> list[int]:
         if isinstance(prompt, str):
             return self._encode([prompt + completion])[0]
-        if self._tokenizer.chat_template is None:
+        if not reads_chats(self._tokenizer):
             raise UserError(
                 f"reward {self.name!r} text 'both': must be 'completion' for chats, "
                 "because the model has no chat template."
             )
-        messages = [*prompt, {"role": "assistant", "content": completion}]
         # The template's special tokens are parsed, so those in the messages are broken up.
         messages = [
-            {**message, "content": break_special_tokens(self._tokenizer, message["content"])}
-            if isinstance(message.get("content"), str)
-            else message
-            for message in messages
+            message
+            if message.get("content") is None
+            else {**message, "content": break_special_tokens(self._tokenizer, message_text(message))}
+            for message in with_completion(prompt, completion)
         ]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         return self._tokenizer(text, add_special_tokens=False, verbose=False, **self._truncation)["input_ids"]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from quarkrl.data.chats import message_text
 from quarkrl.errors import UserError
 from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits, OptionalField
 from quarkrl.rewards.functions.rating import NUMBER, read_rating
@@ -210,7 +211,7 @@ def _as_text(prompt: Any) -> str:
     """A prompt as one text; a chat as its messages, one per line."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    return "\n".join(f"{message.get('role')}: {message_text(message)}" for message in prompt)
 
 
 def _is_text_error(answer: Any) -> bool:
