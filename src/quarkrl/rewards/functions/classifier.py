@@ -17,6 +17,7 @@ from quarkrl.data.chats import message_text, reads_chats, with_completion
 from quarkrl.data.encoding import break_special_tokens, encode_as_text
 from quarkrl.errors import UserError, describe_exception
 from quarkrl.models.batching import left_pad, right_pad
+from quarkrl.models.device import default_device
 from quarkrl.storage.atomic import sha256
 
 
@@ -218,9 +219,7 @@ sentiment = shortcut("sentiment", "distilbert/distilbert-base-uncased-finetuned-
 
 def _device_and_dtype(device: str | torch.device | None, dtype: str) -> tuple[str | torch.device, str]:
     """Replace the defaults: the accelerator if there is one, and the dtype that "auto" means on the device."""
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or "cpu"
+    device = device or default_device()
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
