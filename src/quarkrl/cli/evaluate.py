@@ -127,7 +127,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    names = unique_names(Path(file).stem for file in inputs.prompts)
+    names = unique_names(Path(file.removesuffix(".gz")).stem for file in inputs.prompts)
     for name, file in zip(names, inputs.prompts, strict=True):
         source = PromptSource(file, inputs.prompt_column, inputs.prompt_split, tokens=inputs.prompt_tokens)
         prompts = source.load(options.skip_bad_prompts, tokenizer)
