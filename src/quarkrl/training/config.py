@@ -43,6 +43,9 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         self._check_unused()
         self._adapt()
         super().__post_init__()
+        self.output_dir = os.path.abspath(self.output_dir)  # A reward may change the working directory.
+        if isinstance(self.resume_from_checkpoint, str):
+            self.resume_from_checkpoint = os.path.abspath(self.resume_from_checkpoint)
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
