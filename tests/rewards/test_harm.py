@@ -183,7 +183,7 @@ def with_fork(completions):
 def test_children_that_a_reward_forks_in_a_run_can_be_ended(tmp_path):
     home = home_of(tmp_path, FORKS, generation_batch_size=12)
     names = ("with_pool", "with_terminate", "with_subprocess", "with_fork")
-    flags = ["--config", home / "run.yaml", "--output_dir", home / "run", "--reward_timeout", "60", "--on_collapse", "warn"]
+    flags = ["--config", home / "run.yaml", "--output_dir", home / "run", "--on_collapse", "warn"]
     rewards = ["--reward", *(f"{home / 'rewards.py'}:{name}" for name in names)]
     code, said = in_a_process(command, tmp_path / "run", ["train", *flags, *rewards])
     assert code == 0, said

@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     metrics: dict[str, list[float]] = {}
     for start in range(0, len(texts), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
-        columns = {name: values[part] for name, values in rows.columns.items()}
-        scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], columns)
+        others = {name: values[part] for name, values in rows.columns.items()}
+        scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], others)
         for line in _lines(texts[part], scores, options.json):
             print(line)
         rewards = np.append(rewards, scores.rewards[:, 0])

@@ -49,7 +49,7 @@ class Interrupts:
             yield
             return
         self.signal_number = None
-        handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        handlers: dict[int, Any] = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         _replaced.append(handlers)
         try:
             yield

@@ -43,9 +43,9 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         self._check_unused()
         self._adapt()
         super().__post_init__()
-        self.output_dir = os.path.abspath(self.output_dir)  # A reward may change the working directory.
-        if isinstance(self.resume_from_checkpoint, str):
-            self.resume_from_checkpoint = os.path.abspath(self.resume_from_checkpoint)
+        for name in ("output_dir", "resume_from_checkpoint"):  # A reward may change the working directory.
+            if isinstance(path := getattr(self, name), str):
+                setattr(self, name, os.path.abspath(path))
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
