@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quarkrl.cli import train
 from quarkrl.cli.common import BUILTIN, RewardOptions, console, model_path, note, progress_bars, prompts_path
-from quarkrl.cli.flags import Parser
+from quarkrl.cli.parser import Parser
 
 NAME = "demo"
 HELP = "unlearn toxicity on the built-in model, in minutes on a laptop"

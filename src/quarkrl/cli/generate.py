@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 from quarkrl.cli.common import hide_library_progress, model_path, note_skipped
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
 from quarkrl.sampling.options import SamplingOptions

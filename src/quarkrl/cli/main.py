@@ -16,7 +16,7 @@ from typing import NoReturn
 from quarkrl import __version__
 from quarkrl.cli import demo, evaluate, generate, score, train
 from quarkrl.cli.common import note
-from quarkrl.cli.flags import Parser
+from quarkrl.cli.parser import Parser
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 

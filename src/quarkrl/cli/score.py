@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
-from quarkrl.cli.flags import Parser, add_flags, options_from
+from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from quarkrl.cli.common import (
     prompts_path,
     working_directory,
 )
-from quarkrl.cli.flags import Parser
+from quarkrl.cli.parser import Parser
 from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 
