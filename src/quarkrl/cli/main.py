@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 
 from quarkrl import __version__
-from quarkrl.cli import demo, evaluate, generate, score, train
+from quarkrl.cli import demo, evaluate, export, generate, score, train
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {command.NAME: command for command in (demo, train, generate, evaluate, score)}
+COMMANDS = {command.NAME: command for command in (demo, train, generate, evaluate, score, export)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
