@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from quarkrl.data.chats import RefusedChat, encode_chats
+from quarkrl.data.chats import RefusedChat, encode_chats, find_fault
 from quarkrl.errors import UserError, one_line, shorten
 
 Prompt: TypeAlias = str | list[dict[str, Any]]
@@ -34,8 +34,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequ
     """Encode prompts as token ids; see `try_encode_prompts`.
 
     Raises:
-        UserError: the tokenizer or its chat template refuses a prompt, or the tokenizer has no chat template.
+        UserError: a chat is malformed, the tokenizer or its chat template refuses a prompt, or the tokenizer has no
+            chat template.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, str) and (fault := find_fault(prompt)):
+            raise UserError(f"prompt {shorten(prompt)}: must be text or a list of messages, but {fault}. Correct it.")
     encoded = []
     for prompt, ids in zip(prompts, try_encode_prompts(tokenizer, prompts, empty_ids=empty_ids), strict=True):
         if isinstance(ids, RefusedChat):

@@ -15,6 +15,7 @@ an error that names its location, or it is skipped and counted (`skip_bad`).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -209,9 +210,10 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
 
 
 def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow | None:
-    texts = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
+    # Tool calls included.
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
     for name in reserved:
-        if any(name in text for text in texts):
+        if name in text:
             return BadRow("contains a reward token", f"the prompt contains the reward token {name}", "Remove it")
     return None
 
