@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     options = options_from(arguments, ExportOptions)
     hide_library_progress()
-    write, last = (export_merged, "final") if options.merge else (export_adapter, "checkpoint")
-    source = model_of_run(arguments.model, last)
+    source = model_of_run(arguments.model, "final" if options.merge else "checkpoint")
+    write = export_merged if options.merge else export_adapter
     write(source, Path(options.output), trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     note(f"{'model' if options.merge else 'adapter'}: {options.output}   from: {source}")

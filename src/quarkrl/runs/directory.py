@@ -69,8 +69,8 @@ def model_of_run(path: str | os.PathLike, form: Literal["final", "checkpoint"]) 
 
     Args:
         path: the directory of a run, or of a model, or a model's name on the hub.
-        form: "final" for `final/`, or the last checkpoint if there is none. "checkpoint" for the checkpoint with the
-            weights of `final/`, which need not be the last.
+        form: "final" for `final/`. "checkpoint" for the checkpoint with its weights, which need not be the last.
+            Without `final/`, both are the last checkpoint.
 
     Raises:
         UserError: the run has no such checkpoint.
