@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import json
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.cli.streams import print_json, read_standard_input
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
@@ -44,7 +42,9 @@ class ScoreOptions:
 
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl score`."""
-    parser.add_argument("file", help="texts: .txt (one per line), .jsonl, .csv or .parquet; - for standard input")
+    parser.add_argument(
+        "file", help="texts: .txt (one per line), .jsonl, .json, .csv, .tsv, .parquet; - is standard input"
+    )
     add_flags(parser, ScoreOptions, RewardOptions)
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
     scorer = reward_options.scorer(timeout=options.reward_timeout)
-    source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
+    source: Any = read_standard_input() if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
     rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
@@ -68,8 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         part = slice(start, start + BATCH_SIZE)
         others = {name: values[part] for name, values in rows.columns.items()}
         scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], others)
-        for line in _lines(texts[part], scores, options.json):
-            print(line)
+        _print_scores(texts[part], scores, options.json)
         rewards = np.append(rewards, scores.rewards[:, 0])
         for name, values in scores.metrics.items():
             metrics.setdefault(name, []).extend(values)
@@ -80,25 +79,28 @@ def run(arguments: argparse.Namespace) -> None:
         note(summary)
 
 
-def _lines(texts: list[str], scores: "Scores", as_json: bool) -> Iterator[str]:
+def _print_scores(texts: list[str], scores: "Scores", as_json: bool) -> None:
     for i, (text, reward) in enumerate(zip(texts, scores.rewards[:, 0], strict=True)):
         terms = {name: values[i] for name, values in scores.terms.items()}
         extra = {name: values[i] for name, values in scores.extra.items()}
-        yield _json_line(text, reward, terms, extra) if as_json else _plain_line(text, reward)
+        if as_json:
+            print_json(_row(text, reward, terms, extra))
+        else:
+            print(_plain_line(text, reward))
 
 
 def _plain_line(text: str, reward: float) -> str:
     return f"{'-' if reward != reward else format(reward, '.4f')}\t{text}"
 
 
-def _json_line(text: str, reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> str:
+def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> dict[str, Any]:
     """A text with its reward, the score of each of several rewards, and the columns that rewards have logged."""
     row: dict[str, Any] = {"text": text, "reward": _rounded(reward)}
     if terms:
         row["scores"] = {name: _rounded(score) for name, score in terms.items()}
     if extra:
         row["extra"] = extra
-    return json.dumps(row, ensure_ascii=False)
+    return row
 
 
 def _summary(rewards: "np.ndarray", details: list[str]) -> str | None:

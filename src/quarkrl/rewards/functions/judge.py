@@ -190,7 +190,7 @@ def _read_rubric(rubric: str) -> str:
     path = os.path.expanduser(rubric)
     if os.path.isfile(path):
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 rubric = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"reward 'judge' rubric {path!r}: cannot read it ({type(error).__name__}).") from error
