@@ -35,8 +35,8 @@ def not_utf8(byte: int) -> BadRow:
 def restore_chats(row: Any) -> Any:
     """Return a row of an Arrow table whose chats have the fields that were written.
 
-    Arrow gives each struct of a column all fields of the others, as null: a message without tool calls becomes one with
-    `tool_calls: null`, which some chat templates refuse, and the arguments of a call get those of all calls.
+    Arrow gives each struct of a column all fields of the others, as null. A message without tool calls gets
+    `tool_calls: null`, which some chat templates refuse. The arguments of a call get those of all calls.
     """
     if not isinstance(row, dict):
         return row
