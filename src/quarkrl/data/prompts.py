@@ -22,7 +22,7 @@ from itertools import accumulate, compress
 from typing import Any
 
 from quarkrl.data.chats import RefusedChat, find_fault, message_text
-from quarkrl.data.encoding import RefusedText, try_encode_prompts
+from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import SURROGATE, BadRow, quote_names, read_rows
 from quarkrl.errors import UserError, shorten
 
@@ -101,6 +101,7 @@ class Prompts:
         reasons = _reasons_to_skip("the prompts", self.locations, results, skip_bad)
         encoded = self.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
+        warn_of_second_bos(tokenizer, encoded.prompts, encoded.ids)
         return encoded
 
 
