@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from helpers.eight_letters import EOS_ID
 from helpers.evaluation_helpers import WORDS, nll_by_hand
 from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -28,9 +29,20 @@ def test_the_nll_of_a_completion_does_not_depend_on_its_batch(architecture, batc
     completions = [[5], [1, 2, 3, 4, 5, 6], [0, 0], [], [EOS_ID], [1, 2, 3, 4, 5, 6]]
     expected = [nll_by_hand(model, p, c) for p, c in zip(prompts, completions, strict=True)]
     assert expected[3] == 0
-    sums = completion_nll(model, prompts, completions, batch_size)
+    sums = completion_nll(model, prompts, completions, len(WORDS), batch_size)
     assert sums == pytest.approx(expected, rel=1e-4)
     assert sums[1] == sums[5]
+
+
+def test_reward_tokens_have_no_probability_in_the_perplexity_of_the_policy_itself():
+    """Their rows are drawn at random, so before training they have about 3 of 13 parts of the probability."""
+    model = tiny_model("gpt2", WORDS)
+    conditioning, tokenizer = Conditioning.add_to(WORDS, model, 3)
+    policy = QuarkGenerator(model, tokenizer, conditioning)
+    prompts = load_prompts(["a b"]).encode(WORDS, max_length=10)
+    (nll,), _, _ = PerplexityModel(policy, policy).nll(prompts, [0], [[2]], [""], 8)
+    logits = model(torch.tensor([[0, 1]])).logits[0, -1, : conditioning.vocab_size]
+    assert nll == pytest.approx(-float(logits.log_softmax(-1)[2].detach()), rel=1e-5)
 
 
 def test_a_model_with_the_same_vocabulary_reads_the_sampled_ids():

@@ -49,14 +49,17 @@ def run(command: TrainCommand) -> Path:
         scorer = _scorer(run, config)
         check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, patience = model_path(run.model or ""), run.early_stopping_patience
+        loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         trainer = QuarkTrainer(
-            load_model(path, run.trust_remote_code, dtype=run.dtype, attn_implementation=run.attn_implementation),
+            load_model(path, run.trust_remote_code, **loading),
             scorer,
             config,
             train_dataset=train_prompts(run, config.skip_bad_prompts),
             eval_dataset=held_out_prompts(run, config.skip_bad_prompts) if run.eval_prompts else None,
             processing_class=load_tokenizer(path, run.trust_remote_code),
-            ref_model=load_model(model_path(run.ref_model), run.trust_remote_code) if run.ref_model else None,
+            ref_model=load_model(model_path(run.ref_model), run.trust_remote_code, **loading)
+            if run.ref_model
+            else None,
             peft_config=_lora(run.lora_rank),
             callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
         )

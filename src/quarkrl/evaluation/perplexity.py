@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.data.encoding import encode_plain_texts, encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
+from quarkrl.evaluation.predictions import predict
 from quarkrl.models.batching import batches_by_length, build_batch
-from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
 
@@ -48,7 +47,8 @@ class PerplexityModel:
             batch_size: completions per batch.
 
         Returns:
-            The sums, the numbers of tokens, and how many prompts were truncated on the left to fit the context.
+            The sums, the numbers of tokens, and how many completions were read with a truncated prompt. A prompt is
+            truncated on the left to fit the context, and a completion longer than the context on the right.
         """
         if self.same_vocabulary:
             heads, tails = [prompts.ids[i] for i in prompt_numbers], [list(ids) for ids in completion_ids]
@@ -60,7 +60,8 @@ class PerplexityModel:
         truncated = sum(len(head) + len(tail) > context_length for head, tail in zip(heads, tails, strict=True))
         tails = [tail[: context_length - 1] for tail in tails]
         heads = [head[-(context_length - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
-        return completion_nll(self.generator.model, heads, tails, batch_size), [len(tail) for tail in tails], truncated
+        sums = completion_nll(self.generator.model, heads, tails, self.generator.vocab_size, batch_size)
+        return sums, [len(tail) for tail in tails], truncated
 
 
 def has_same_vocabulary(one: QuarkGenerator, other: QuarkGenerator) -> bool:
@@ -76,11 +77,13 @@ def completion_nll(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
+    vocab_size: int,
     batch_size: int,
 ) -> list[float]:
     """Return, for each completion, the sum of its tokens' negative log-likelihoods given its prompt, in nats.
 
-    The sum of an empty completion is 0. A repeated pair of prompt and completion is computed once.
+    The likelihoods are over the original vocabulary, of size `vocab_size`. The sum of an empty completion is 0. A
+    repeated pair of prompt and completion is computed once.
     """
     pairs = [(tuple(prompt), tuple(completion)) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     distinct_pairs = list(dict.fromkeys(pair for pair in pairs if pair[1]))
@@ -88,12 +91,9 @@ def completion_nll(
     sums: dict[Any, float] = {}
     for rows in batches_by_length(distinct_pairs, lengths, batch_size):
         batch = build_batch([prompt for prompt, _ in rows], [completion for _, completion in rows])
-        input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-        with torch.inference_mode():
-            logits = completion_logits(model, input_ids, mask, labels)  # (completion tokens of the batch, vocab)
-            nll = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
+        nll, _ = predict(model, batch, vocab_size)
         ends = np.cumsum([len(completion) for _, completion in rows])
-        for pair, values in zip(rows, np.split(nll.double().cpu().numpy(), ends[:-1]), strict=True):
+        for pair, values in zip(rows, np.split(nll, ends[:-1]), strict=True):
             sums[pair] = float(values.sum())
     return [sums.get(pair, 0.0) for pair in pairs]
 

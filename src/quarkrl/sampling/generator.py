@@ -1,10 +1,10 @@
 """`QuarkGenerator`: completions as text, from any quantile of a model that Quark trained."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, warn_of_second_bos
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.device import default_device
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
@@ -86,10 +87,15 @@ class QuarkGenerator:
             UserError: the model or its tokenizer cannot be loaded.
         """
         model = load_model(path, trust_remote_code, **model_kwargs)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         reference = reference_name(path)
         tokenizer = load_tokenizer(path, trust_remote_code)
-        return cls(model.to(device).eval(), tokenizer, Conditioning.load(path), reference, trust_remote_code)
+        return cls(
+            model.to(device or default_device()).eval(),
+            tokenizer,
+            Conditioning.load(path),
+            reference,
+            trust_remote_code,
+        )
 
     @cached_property
     def reference(self) -> PreTrainedModel:
@@ -108,7 +114,7 @@ class QuarkGenerator:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         quantile: str | int = "best",
         num_return_sequences: int = 1,
         seed: int | None = None,
@@ -120,7 +126,7 @@ class QuarkGenerator:
         """Generate completions as text, without the prompt.
 
         Args:
-            prompts: a text, or a list of texts or chats (lists of messages).
+            prompts: a text or a chat (a list of messages), or a list of texts and chats.
             quantile: "best", "worst", or 0 (worst) to K - 1 (best); a model without quantiles has only "best".
             num_return_sequences: completions per prompt, S.
             seed: makes the completions repeatable.
@@ -145,7 +151,7 @@ class QuarkGenerator:
         if num_return_sequences < 1:
             raise UserError(f"num_return_sequences {num_return_sequences}: must be at least 1.")
         sampling = Sampling(**generate_kwargs)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
         plain_ids = [ids for ids in self._encode_plain(prompts) for _ in range(num_return_sequences)]
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = None
@@ -254,3 +260,8 @@ class QuarkGenerator:
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Decode completions as text, without special tokens."""
         return decode_completions(self.tokenizer, completions)
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Return whether prompts are a single text or a single chat, and not a list of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))

@@ -49,10 +49,10 @@ from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import reward_token_names
 from quarkrl.models.eval_mode import eval_mode
-from quarkrl.models.export import save_steered
+from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
-from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
-from quarkrl.models.precision import slow_bf16_note
+from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
@@ -80,7 +80,7 @@ from quarkrl.training.resumption import describe_resumption, iterations_begun, l
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.served import check_served_ids
-from quarkrl.training.setup import prepare_models
+from quarkrl.training.setup import load_reference, load_start, prepare_models
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +95,15 @@ class QuarkTrainer(DurableTrainer):
     """Trains a causal language model with Quark.
 
     Args:
-        model: a model, or the name or directory of one. It is changed in place: reward-token rows are added.
+        model: a model, or the name or directory of one, which is loaded in float32. It is changed in place:
+            reward-token rows are added. A `PeftModel` is merged, and a new adapter like its own is trained.
         reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
             Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
         args: the options; `QuarkConfig()` by default.
         train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
         eval_dataset: held-out prompts of the same types. `evaluate` samples them on the best token.
         processing_class: the tokenizer; that of `model` by default.
-        ref_model: the reference p_0; a frozen copy of `model` by default.
+        ref_model: the reference p_0, of the same types as `model`; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -114,20 +115,20 @@ class QuarkTrainer(DurableTrainer):
 
     def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
-        model: PreTrainedModel | str | os.PathLike,
+        model: Any,
         reward_funcs: Rewards | Scorer,
         args: QuarkConfig | None = None,
         train_dataset: PromptSource | None = None,
         eval_dataset: PromptSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: Any | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        model = model if isinstance(model, PreTrainedModel) else load_model(model)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
         if not isinstance(reward_funcs, Scorer):
@@ -144,7 +145,7 @@ class QuarkTrainer(DurableTrainer):
             )
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
-        self.reference_identity = models.reference_identity
+        self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
         steered_tokenizer = check_served_ids(
             self.plain_tokenizer,
@@ -174,8 +175,8 @@ class QuarkTrainer(DurableTrainer):
         super().__init__(
             identity=run_identity(
                 args,
-                models.policy_digest,
-                self.reference_identity["sha256"],
+                models.start_identity["sha256"],
+                models.reference_identity["sha256"],
                 self.prompts.ids,
                 self.scorer.identity,
                 peft_config,
@@ -201,6 +202,8 @@ class QuarkTrainer(DurableTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
+        if self.is_world_process_zero():
+            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
@@ -491,6 +494,7 @@ class QuarkTrainer(DurableTrainer):
             self.memory_plan.message,
             slow_bf16_note() if self.args.bf16 else None,
             chat_date_note(self.chat_date, self.prompts.prompts),
+            coarse_weights_note(self.model),
         ]
         for note in filter(None, notes if self.is_world_process_zero() else []):
             logger.info(note)
@@ -518,7 +522,7 @@ class QuarkTrainer(DurableTrainer):
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
         ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
         best = self.state.best_model_checkpoint if ended_with_best else None
-        identities = self.scorer.identity, self.reference_identity
+        identities = self.scorer.identity, self.identities
         return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
     def _encode(self, source: PromptSource | None) -> Prompts:

@@ -14,6 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from quarkrl.errors import UserError, describe_exception
+from quarkrl.models.device import default_device
 from quarkrl.storage.atomic import sha256
 
 
@@ -183,9 +184,7 @@ sentiment = shortcut("sentiment", "distilbert/distilbert-base-uncased-finetuned-
 
 def _device_and_dtype(device: str | torch.device | None, dtype: str) -> tuple[str | torch.device, str]:
     """Replace the defaults: the accelerator if there is one, and the dtype that "auto" means on the device."""
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or "cpu"
+    device = device or default_device()
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
