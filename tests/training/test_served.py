@@ -197,13 +197,13 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_classes_that_build_their_parts_anew_when_they_load_are_steered_too(name, tmp_path):
+def test_classes_that_rebuild_their_parts_when_they_load_are_steered_too(name, tmp_path):
     tokenizer = CLASSES[name]()
     assert_served_as_trained(make_trainer(tmp_path, tokenizer, ["a b", "ab a"]), ["a b", "ab a"])
 
 
 def test_a_changed_tokenizer_is_saved_as_it_is(tmp_path):
-    """`LlamaTokenizer` makes its normalizer anew when it loads."""
+    """`LlamaTokenizer` makes another normalizer when it loads."""
     tokenizer = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "A": 6})
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.padding_side, tokenizer.model_max_length = "left", 77

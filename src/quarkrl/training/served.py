@@ -77,7 +77,7 @@ def check_served_ids(
 
     Returns:
         The tokenizer to save: the steered one, or the same tokenizer as an object of a generic class. Classes such as
-        `GPTNeoXTokenizer` build their parts anew when they load, without the reward tokens.
+        `GPTNeoXTokenizer` rebuild their parts when they load, without the reward tokens.
 
     Raises:
         UserError: the ids of a prompt differ, or the tokenizer cannot be saved and loaded.
@@ -85,20 +85,20 @@ def check_served_ids(
     before, _ = surrounding_ids(tokenizer)
     _check_positions(prompts, conditioning, len(before))
     texts, chats = _probes(tokenizer, conditioning, prompts)
-    is_chat_needed = not all(isinstance(prompt, str) for prompt in prompts.prompts)
-    problems = []
+    has_chats = not all(isinstance(prompt, str) for prompt in prompts.prompts)
+    problems: list[str] = []
     for candidate in (steered_tokenizer, as_generic(steered_tokenizer)):
         try:
             served = _save_and_load(with_fixed_date(candidate, chat_date) if chat_date else candidate, config)
         except UserError as error:
             problems.append(str(error))
             continue
-        problem, chat_problem = (_find_difference(served, conditioning, pairs) for pairs in (texts, chats))
-        if not problem and not (is_chat_needed and chat_problem):
-            if chat_problem:
-                logger.warning(chat_problem)
-            return candidate
-        problems.append(problem or chat_problem)
+        if problem := _find_difference(served, conditioning, [*texts, *chats] if has_chats else texts):
+            problems.append(problem)
+            continue
+        if not has_chats and (problem := _find_difference(served, conditioning, chats)):
+            logger.warning(problem)
+        return candidate
     raise UserError(problems[0])
 
 

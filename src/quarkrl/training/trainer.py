@@ -203,7 +203,7 @@ class QuarkTrainer(DurableTrainer):
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
         if self.is_world_process_zero():
-            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
+            try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
