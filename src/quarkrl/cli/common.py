@@ -81,7 +81,7 @@ def note(text: str) -> None:
 def note_skipped(prompts: "Prompts") -> None:
     """Say how many prompts were skipped, by reason."""
     if prompts.skipped:
-        note(f"prompts skipped: {', '.join(f'{count} {reason}' for reason, count in prompts.skipped.items())}")
+        note(f"prompts skipped: {prompts.skipped_in_words}")
 
 
 def console(stderr: bool = True) -> "Console":

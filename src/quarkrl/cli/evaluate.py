@@ -129,7 +129,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    names = unique_names(Path(source).stem for source in inputs.prompts)
+    names = unique_names(Path(source.removesuffix(".gz")).stem for source in inputs.prompts)
     for name, source in zip(names, inputs.prompts, strict=True):
         prompts = load_prompts(
             prompts_path(source, "eval"),

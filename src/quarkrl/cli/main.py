@@ -13,6 +13,7 @@ from quarkrl import __version__
 from quarkrl.cli import demo, evaluate, generate, score, train
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
+from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
@@ -22,6 +23,7 @@ COMMANDS = {command.NAME: command for command in (demo, train, generate, evaluat
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     _set_environment()
+    accept_any_character()
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:

@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.cli.streams import print_json, read_standard_input
 from quarkrl.options import option
 
 if TYPE_CHECKING:
@@ -30,7 +29,9 @@ class ScoreOptions:
 
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl score`."""
-    parser.add_argument("file", help="texts: .txt (one per line), .jsonl, .csv or .parquet; - for standard input")
+    parser.add_argument(
+        "file", help="texts: .txt (one per line), .jsonl, .json, .csv, .tsv, .parquet; - is standard input"
+    )
     add_flags(parser, ScoreOptions, RewardOptions)
 
 
@@ -40,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
     scorer = reward_options.scorer()
-    source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
+    source: Any = read_standard_input() if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
     rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
@@ -50,7 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     rewards = scores.rewards[:, 0]
     for i, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
         terms = {name: values[i] for name, values in scores.terms.items()}
-        print(_json_line(text, reward, terms) if options.json else _plain_line(text, reward))
+        if options.json:
+            print_json(_row(text, reward, terms))
+        else:
+            print(_plain_line(text, reward))
     skipped = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
     cached = [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
     if summary := _summary(rewards, [*skipped, *cached]):
@@ -61,12 +65,12 @@ def _plain_line(text: str, reward: float) -> str:
     return f"{'-' if reward != reward else format(reward, '.4f')}\t{text}"
 
 
-def _json_line(text: str, reward: float, terms: dict[str, float]) -> str:
+def _row(text: str, reward: float, terms: dict[str, float]) -> dict[str, Any]:
     """A text with its reward and, for several rewards, the score of each."""
     row: dict[str, Any] = {"text": text, "reward": _rounded(reward)}
     if terms:
         row["scores"] = {name: _rounded(score) for name, score in terms.items()}
-    return json.dumps(row, ensure_ascii=False)
+    return row
 
 
 def _summary(rewards: "np.ndarray", details: list[str]) -> str | None:

@@ -62,7 +62,7 @@ class CompletionScorer:
     def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-        texts = decode_completions(self.tokenizer, completions)
+        texts = decode_completions(self.tokenizer, [prompts.ids[row] for row in rows], completions)
         return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids)
 
 
