@@ -231,7 +231,7 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids),
+            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
@@ -294,7 +294,8 @@ class QuarkTrainer(DurableTrainer):
             metrics = rollout.metrics(attributes, self.end_ids)
             seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
-                self.pool.save(self.pool_directory, {iteration: metrics})
+                extra = {name: [texts[i] for i in scored] for name, texts in rollout.extra.items()}
+                self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: extra})
         if self.is_world_process_zero():
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
