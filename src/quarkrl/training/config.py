@@ -44,6 +44,9 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         self._check_unused()
         self._adapt()
         super().__post_init__()
+        for name in ("output_dir", "resume_from_checkpoint"):  # A reward may change the working directory.
+            if isinstance(path := getattr(self, name), str):
+                setattr(self, name, os.path.abspath(path))
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:

@@ -157,9 +157,14 @@ class QuarkTrainer(DurableTrainer):
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
-        steered = models.steered_tokenizer
-        steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
-        check_served_ids(self.plain_tokenizer, steered, self.conditioning, model.config, self.prompts)
+        steered_tokenizer = check_served_ids(
+            self.plain_tokenizer,
+            models.steered_tokenizer,
+            self.conditioning,
+            model.config,
+            self.prompts,
+            self.chat_date,
+        )
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -194,7 +199,7 @@ class QuarkTrainer(DurableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The numbers of the draws.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=models.steered_tokenizer,
+            processing_class=steered_tokenizer,
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
             callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
@@ -209,7 +214,7 @@ class QuarkTrainer(DurableTrainer):
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
         if self.is_world_process_zero():
-            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
+            try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
@@ -226,7 +231,7 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids),
+            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
@@ -289,7 +294,8 @@ class QuarkTrainer(DurableTrainer):
             metrics = rollout.metrics(attributes, self.end_ids)
             seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
-                self.pool.save(self.pool_directory, {iteration: metrics})
+                extra = {name: [texts[i] for i in scored] for name, texts in rollout.extra.items()}
+                self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: extra})
         if self.is_world_process_zero():
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})

@@ -45,6 +45,8 @@ class Classifier:
         UserError: the model, its weights, tokenizer or trained head is missing, or an option is invalid.
     """
 
+    completions_as_text = True
+
     def __init__(  # noqa: PLR0913 - the reward's public options
         self,
         model: str | os.PathLike[str],

@@ -74,6 +74,7 @@ class Judge:
     """
 
     unwanted = None
+    completions_as_text = True
 
     def __init__(  # noqa: PLR0913 - the reward's public options
         self,
