@@ -226,7 +226,9 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
+            CompletionScorer(
+                self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state, args.keep_special_tokens
+            ),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
