@@ -182,7 +182,7 @@ def test_special_tokens_reach_a_reward_if_that_is_wanted(tmp_path, keep):
     assert any(0 in ids or 1 in ids for ids in texts) and any(9 in ids for ids in texts)
     for ids, text in texts.items():
         words = ["abcdefgh"[i] if i < 8 else "<unk>" for i in ids if i != 9]
-        assert text.split() == [word for word in words if keep or word not in "ab"]
+        assert text.split() == [word for word in words if keep or word not in ("a", "b", "<unk>")]
     trainer.quantize(0)
     config = json.loads((trainer.save_final() / "quark.json").read_text())["config"]
     assert config["keep_special_tokens"] is keep
@@ -192,7 +192,7 @@ def test_special_tokens_reach_a_reward_if_that_is_wanted(tmp_path, keep):
 
 
 def test_rewards_of_trl_run_unchanged(tmp_path):
-    rewards = pytest.importorskip("trl.rewards", minversion=None)
+    rewards = pytest.importorskip("trl.rewards")
     texts = ["<think>a</think>b", "<think>a", "c", "<think></think>"]
     ids = [[1] * 90, [5] * 5, [1, 2, 3, 4], [1] * 120]
     overlong = rewards.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)
