@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.eight_letters import EOS_ID
 from helpers.evaluation_helpers import WORDS, nll_by_hand
+from helpers.kinds_of_tokenizers import llama_tokenizer
 from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
@@ -115,3 +116,26 @@ def test_a_prompt_too_long_for_the_perplexity_model_is_truncated_on_the_left_and
     assert truncated == 1 and counts == [3]
     assert sums == pytest.approx([nll_by_hand(judge.model, ids[-8:-3], ids[-3:])])
     assert np.isfinite(PerplexityModel(judge, policy).nll(prompts, [0], [[6]], [" g" * 9], 8)[0]).all()
+
+
+def test_special_tokens_that_a_completion_spells_are_read_as_text():
+    """The policy wrote the characters; the EOS of the perplexity model would be one improbable token."""
+    policy, judge = generator(WORDS), generator(tiny_tokenizer(bos=True))
+    chat = [{"role": "user", "content": "a"}]
+    judge.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = load_prompts([{"prompt": "a"}, {"prompt": chat}])
+    prompts.ids = [[0], [0]]
+    _, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0, 1], [[1], [1]], ["<eos>", "<eos>"], 8)
+    assert counts == [5, 6]  # Behind a chat template, which parses special tokens, a space breaks them.
+
+
+def test_a_completion_is_tokenized_with_its_chat():
+    """SentencePiece would put a space before a completion by itself."""
+    tokenizer = llama_tokenizer(chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    policy, judge = generator(WORDS), generator(tokenizer, "llama")
+    prompts = load_prompts([{"prompt": [{"role": "user", "content": "You"}]}])
+    prompts.ids = [[0]]
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0, 0], [[1], [1]], [" nice", "b"], 8)
+    head, nice, b = tokenizer("You")["input_ids"], *tokenizer.convert_tokens_to_ids(["▁nice", "b"])
+    assert counts == [1, 1]
+    assert sums == pytest.approx([nll_by_hand(judge.model, head, [nice]), nll_by_hand(judge.model, head, [b])])

@@ -74,6 +74,7 @@ def test_the_key_of_a_score_contains_every_argument_that_the_reward_reads(tmp_pa
         return [float(prompt == completion) for prompt, completion in calls[-1]]
 
     fit.identity = {"version": 1}
+    fit.completions_as_text = True
     scoring = Scorer(fit, cache=tmp_path / "c")
     chat = [{"role": "user", "content": "x"}]
     assert ask(scoring, "x", "x", "x", "x", prompts=["x", "y", "x", chat]) == [1, 0, 1, 0]
@@ -197,7 +198,7 @@ def test_an_async_reward_that_never_starts_causes_no_warning(tmp_path):
 def score_until_killed(folder: Path) -> None:
     class Paid(Length):
         def __call__(self, completions):
-            with open(folder / "bill", "a") as bill:
+            with open(folder / "bill", "a", encoding="utf-8") as bill:
                 bill.writelines(f"{text}\n" for text in completions)
             if "g" in completions:
                 os.kill(os.getpid(), signal.SIGKILL)

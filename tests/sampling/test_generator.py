@@ -141,7 +141,7 @@ def test_a_real_model_samples_the_same_in_any_batch():
         seed=0,
         batch_size=1,
     )
-    assert together == [[text] for text in generator.decode(one_by_one)]
+    assert together == [[text] for text in generator.decode(ids, one_by_one)]
 
 
 def test_the_ids_that_end_a_completion(gpt2):

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from quarkrl.options import option
+from quarkrl.training.options import SCORE_CACHE_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
@@ -21,7 +23,6 @@ REWARD_HELP = (
     "or file.py:function. Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
 )
 REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
-SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever run or command it occurs."
 
 
 # Options
@@ -35,8 +36,11 @@ class RewardOptions:
     reward_label: str | None = option(None, REWARD_LABEL_HELP, metavar="LABEL", group="reward")
     score_cache: str | None = option(None, SCORE_CACHE_HELP, metavar="FILE", group="reward")
 
-    def scorer(self) -> "Scorer":
+    def scorer(self, timeout: float | None = None) -> "Scorer":
         """Return the scorer of these rewards.
+
+        Args:
+            timeout: seconds that the scores of a batch may take. None waits without limit.
 
         Raises:
             UserError: a reward cannot be made, or none of them can be cached and a cache is given.
@@ -44,10 +48,23 @@ class RewardOptions:
         from quarkrl.rewards.registry import resolve
         from quarkrl.rewards.scorer import Scorer
 
-        return Scorer([resolve(name, label=self.reward_label) for name in self.reward], cache=self.score_cache)
+        cache = self.score_cache and os.path.abspath(os.path.expanduser(self.score_cache))  # Before rewards are loaded.
+        rewards = [resolve(name, label=self.reward_label) for name in self.reward]
+        return Scorer(rewards, cache=cache, timeout=timeout)
 
 
-# Names
+# Names and paths
+
+
+@contextmanager
+def working_directory(path: str) -> Iterator[None]:
+    """Work in another directory, then in the previous one again."""
+    previous = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
 
 
 def model_path(name: str) -> str:
@@ -62,6 +79,45 @@ def prompts_path(name: str, split: Literal["train", "eval"]) -> str:
     from quarkrl.builtin import prompts_path
 
     return str(prompts_path(split)) if name == BUILTIN else name
+
+
+# Prompts
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts are read: what the options of a command say about one file or data set.
+
+    Attributes:
+        name: a file, a data set, or `builtin`.
+        column: holds the prompt.
+        split: of a data set.
+        builtin_split: which of the embedded prompts `builtin` names.
+        tokens: truncate texts to this number of tokens, and skip shorter texts; None to keep them.
+    """
+
+    name: str
+    column: str
+    split: str
+    builtin_split: Literal["train", "eval"] = "eval"
+    tokens: int | None = None
+
+    def load(self, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
+        """Load the prompts.
+
+        Args:
+            skip_bad: skip and count invalid rows, instead of stopping at the first.
+            tokenizer: counts `tokens`.
+
+        Raises:
+            UserError: the source cannot be read, or has an invalid row.
+        """
+        from quarkrl.data.prompts import load_prompts
+        from quarkrl.data.truncation import truncate_to_prompts
+
+        path = prompts_path(self.name, self.builtin_split)
+        prompts = load_prompts(path, split=self.split, column=self.column, skip_bad=skip_bad)
+        return prompts if self.tokens is None else truncate_to_prompts(prompts, tokenizer, self.tokens)
 
 
 # Messages and progress
@@ -81,7 +137,7 @@ def note(text: str) -> None:
 def note_skipped(prompts: "Prompts") -> None:
     """Say how many prompts were skipped, by reason."""
     if prompts.skipped:
-        note(f"prompts skipped: {', '.join(f'{count} {reason}' for reason, count in prompts.skipped.items())}")
+        note(f"prompts skipped: {prompts.skipped_in_words}")
 
 
 def console(stderr: bool = True) -> "Console":

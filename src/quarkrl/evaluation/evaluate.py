@@ -260,7 +260,9 @@ def _sample(
 
 def _measure(variant: _Variant, set_name: str, prompts: Prompts, completion_ids: list[list[int]], panel: Panel) -> Row:
     generator = variant.generator
-    completions = Completions(prompts, completion_ids, generator.decode(completion_ids), generator.end_ids)
+    samples = len(completion_ids) // len(prompts)
+    texts = generator.decode([ids for ids in prompts.ids for _ in range(samples)], completion_ids)
+    completions = Completions(prompts, completion_ids, texts, generator.end_ids)
     try:
         measurement = panel.measure(completions)
     except UserError as error:

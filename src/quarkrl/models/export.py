@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quarkrl.errors import UserError, one_line
 from quarkrl.models.adapters import merge
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.loading import eos_ids
+from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
+from quarkrl.models.quark_json import read_quark_json
+from quarkrl.storage.atomic import atomic_directory
 
 
 def save_steered(
@@ -49,6 +51,53 @@ def save_steered(
         model.generation_config, model.config.use_cache = saved_config, saved_cache
     tokenizer.save_pretrained(directory)
     conditioning.save(directory, **facts)
+
+
+def export_merged(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
+    """Write a trained model as an ordinary checkpoint, as `final/` is; an adapter is merged.
+
+    Args:
+        path: `final/` of a run, a checkpoint, or a name on the hub.
+        directory: where to write.
+        load_options: for `load_model`.
+
+    Raises:
+        UserError: Quark did not train the model, or it cannot be loaded or written.
+    """
+    conditioning, facts = _conditioning_and_facts(path)
+    model = load_model(path, **load_options)
+    make_saveable(model)
+    tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    with atomic_directory(directory) as stage:
+        save_steered(model, tokenizer, conditioning, stage, facts)
+
+
+def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
+    """Write the adapter of a checkpoint, with all embedding rows, so that `peft` alone can load it.
+
+    Args:
+        path, directory, load_options: as in `export_merged`.
+
+    Raises:
+        UserError: Quark did not train the model, it has no adapter, or it cannot be loaded or written.
+    """
+    conditioning, facts = _conditioning_and_facts(path)
+    adapted = load_adapted(path, **load_options)
+    if adapted is None:
+        raise UserError(f"model {str(path)!r}: must be a checkpoint with an adapter. Use --merge for whole weights.")
+    tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    with atomic_directory(directory) as stage:
+        adapted.save_pretrained(stage, save_embedding_layers=True)
+        tokenizer.save_pretrained(stage)
+        conditioning.save(stage, **facts)
+
+
+def _conditioning_and_facts(path: str | os.PathLike) -> tuple[Conditioning, dict[str, Any]]:
+    """The reward tokens of a model, and the other facts in its `quark.json`."""
+    conditioning = Conditioning.load(path)
+    if conditioning is None:
+        raise UserError(f"model {str(path)!r}: must be a model that Quark trained. It has no quark.json.")
+    return conditioning, {k: fact for k, fact in (read_quark_json(path) or {}).items() if k != "conditioning"}
 
 
 def try_saving(

@@ -24,9 +24,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints, directory, fsdp
-from quarkrl.runs.collectives import broadcast
+from quarkrl.runs.collectives import call_in_first_process
 from quarkrl.runs.gloo_shutdown import register_gloo_shutdown
 from quarkrl.runs.interrupts import Interrupts, Stopped
 from quarkrl.runs.states import (
@@ -156,17 +155,12 @@ class DurableTrainer(Trainer):
 
     def _open(self, run: Path, resume: str | bool | None, stack: ExitStack) -> Any:
         """Lock the run directory and choose the checkpoint, in the first process; all get the result or its error."""
-        opened: Any = None
-        if self.is_world_process_zero():
-            try:
-                stack.enter_context(directory.locked(run))
-                opened = directory.open_run(run, self.identity, resume)
-            except UserError as error:
-                opened = error
-        opened = broadcast(opened, self.args.world_size)
-        if isinstance(opened, UserError):
-            raise opened
-        return opened
+
+        def lock_and_open() -> Any:
+            stack.enter_context(directory.locked(run))
+            return directory.open_run(run, self.identity, resume)
+
+        return call_in_first_process(lock_and_open, self.args.process_index, self.args.world_size)
 
     def agree_to_stop(self) -> bool:
         """Return whether any process has received a signal. All processes call this at the same point."""

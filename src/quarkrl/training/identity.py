@@ -25,23 +25,25 @@ def run_identity(
     rewards: list[dict[str, Any]],
     adapter: Any | None,
     chat_date: datetime | None = None,
+    streamed: bool = False,
 ) -> RunIdentity:
     """Return the identity of a run.
 
     Args:
         config: the options.
         model, reference: digests of the weights that policy and reference start from.
-        prompts: token ids of the prompts to explore.
+        prompts: token ids of the prompts to explore; of a stream, those of the first iteration.
         rewards: identity of each reward (`Scorer.identity`).
         adapter: the `peft` configuration of an adapter, or None.
         chat_date: the date that the chats of the run have (`find_chat_date`).
+        streamed: whether the prompts are streamed.
     """
     facts = {
         "options": config.run_identity(),
         "num_iterations": config.num_iterations,
         "model": model,
         "reference": reference,
-        "prompts": _digest(prompts),
+        "prompts": ("stream " if streamed else "") + _digest(prompts),
         "rewards": rewards,
         "adapter": None if adapter is None else adapter.to_dict(),
         "chat_date": None if chat_date is None else chat_date.isoformat(),
