@@ -11,6 +11,7 @@ from quarkrl.options import option
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
 MAX_SKIPPED_STEPS = 20
+SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever run or command it occurs."
 GROUPS = ("model", "prompts", "reward", "exploring", "learning", "saving and evaluating")
 
 
@@ -42,7 +43,7 @@ class QuarkOptions:
     )
     score_cache: str | None = option(
         None,
-        "File of cached scores. A text is scored once, in whichever run or command it occurs.",
+        SCORE_CACHE_HELP,
         metavar="FILE",
         resume="free",
         group="reward",
@@ -53,6 +54,11 @@ class QuarkOptions:
         above=0,
         infinite=True,
         resume="free",
+        group="reward",
+    )
+    keep_special_tokens: bool = option(
+        False,
+        "Rewards read special tokens, such as answer tags, in completions. An EOS at the end is left out all the same.",
         group="reward",
     )
     max_unscored_share: float = option(
@@ -123,7 +129,7 @@ class QuarkOptions:
     kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
-        "Direction of KL: policy_ref (official code) or ref_policy (paper).",
+        "policy_ref (official code) or ref_policy (paper).",
         group="learning",
         metavar="NAME",
     )

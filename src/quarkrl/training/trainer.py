@@ -46,7 +46,7 @@ from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import reward_token_names
+from quarkrl.models.conditioning import bos_of_chats, reward_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -144,6 +144,7 @@ class QuarkTrainer(DurableTrainer):
             max_length=self.max_prompt_length,
             skip_bad=args.skip_bad_prompts,
             reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
+            reserved_start=bos_of_chats(self.plain_tokenizer),
         )
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
@@ -157,9 +158,14 @@ class QuarkTrainer(DurableTrainer):
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
-        steered = models.steered_tokenizer
-        steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
-        check_served_ids(self.plain_tokenizer, steered, self.conditioning, model.config, self.prompts)
+        steered_tokenizer = check_served_ids(
+            self.plain_tokenizer,
+            models.steered_tokenizer,
+            self.conditioning,
+            model.config,
+            self.prompts,
+            self.chat_date,
+        )
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -194,7 +200,7 @@ class QuarkTrainer(DurableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The numbers of the draws.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=models.steered_tokenizer,
+            processing_class=steered_tokenizer,
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
             callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
@@ -209,7 +215,7 @@ class QuarkTrainer(DurableTrainer):
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
         if self.is_world_process_zero():
-            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
+            try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
@@ -226,7 +232,9 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
+            CompletionScorer(
+                self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state, args.keep_special_tokens
+            ),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
