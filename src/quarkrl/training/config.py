@@ -1,5 +1,6 @@
 """`QuarkConfig`: every option of a training run, Quark's own (options.py) and those of `TrainingArguments`."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -10,11 +11,14 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from quarkrl.algorithm.coefficients import MAX_CHANGE
 from quarkrl.errors import UserError
 from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +47,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         self._check_unused()
         self._adapt()
         super().__post_init__()
+        self._use_one_gpu()
+        self._check_step()
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
@@ -118,6 +124,29 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         if not _is_launched():
             # A run of several processes may be resumed as one, and one process can have none of these.
             self.ddp_backend = self.fsdp = self.fsdp_config = None
+
+    def _use_one_gpu(self) -> None:
+        """Use one GPU in each process. `Trainer` would split batches over all visible ones (`nn.DataParallel`)."""
+        if self.n_gpu > 1:
+            command = f"torchrun --nproc_per_node {self.n_gpu}"
+            logger.warning(f"one of {self.n_gpu} GPUs is used. To use all, start the run by {command}.")
+            self._n_gpu = 1
+
+    def _check_step(self) -> None:
+        """Check options whose limits depend on the number of processes."""
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise UserError(
+                "average_tokens_across_devices False: must be True in a run of several processes, since the loss is a "
+                "mean over the tokens of all. Leave it out."
+            )
+        # A step multiplies a coefficient by 1 ± 0.2 n / horizon: see `Coefficients`.
+        least = MAX_CHANGE * self.draws_per_step
+        if self.coef_horizon <= least and (self.kl_target is not None or self.entropy_target is not None):
+            raise UserError(
+                f"coef_horizon {self.coef_horizon}: must be greater than {least:g}, {MAX_CHANGE:g} times the "
+                f"{self.draws_per_step} samples of a step, so that coefficients stay positive. The default is "
+                "--coef_horizon 2500."
+            )
 
     def run_identity(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, by name. `resume_rules` says which of them may change."""

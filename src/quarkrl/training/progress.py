@@ -74,6 +74,7 @@ class Progress(TrainerCallback):
             self._bars.update(self._score, advance=len(rewards), figures=f"reward {mean:.3f}")
 
     def _open(self) -> Bars:
+        self.close()  # An evaluation within an iteration comes while the bar of learning is open.
         self._bars = new_bars(self.console, enabled=self.enabled)
         self._bars.start()
         return self._bars

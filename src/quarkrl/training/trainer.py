@@ -69,12 +69,12 @@ from quarkrl.training.exploration import (
 )
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
-from quarkrl.training.held_out import held_out_metrics
+from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
-from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
+from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool, set_aside_later_files
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.setup import prepare_models
@@ -130,6 +130,7 @@ class QuarkTrainer(DurableTrainer):
             weights, condition_on = args.reward_weights, args.condition_on
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
+        check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
         self.prompts = self._encode(train_dataset)
         self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
@@ -164,6 +165,7 @@ class QuarkTrainer(DurableTrainer):
                 models.policy_digest,
                 self.reference_identity["sha256"],
                 self.prompts.ids,
+                None if self.eval_prompts is None else self.eval_prompts.ids,
                 self.scorer.identity,
                 peft_config,
             ),
@@ -443,6 +445,7 @@ class QuarkTrainer(DurableTrainer):
     def restore_run_state(self, state: dict[str, Any], notes: list[str]) -> None:
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, each = self.state.global_step, self.args.steps_per_iteration
+        self.loss_means.drop_step()  # An error may have ended this trainer's last run within a step.
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
         self.pool = load_pool(self.pool, self.pool_directory, step, each)
@@ -453,8 +456,17 @@ class QuarkTrainer(DurableTrainer):
             self.progress.note("; ".join([line, *notes]))
         if state:
             self.loss_means.state = state["learned"]
-            self.coefs = replace(self.coefs, kl_coef=state["coefs"][0], entropy_coef=state["coefs"][1])
+            self._restore_coefficients(*state["coefs"])
             self.health.state = state["health"]
+
+    def _restore_coefficients(self, kl_coef: float, entropy_coef: float) -> None:
+        """Restore β and α where they have adapted, except those whose option has changed since."""
+        saved: dict[str, Any] = {}
+        if self.coefs.kl_target is not None and "kl_coef" not in self.changed_options:
+            saved["kl_coef"] = kl_coef
+        if self.coefs.entropy_target is not None and "entropy_coef" not in self.changed_options:
+            saved["entropy_coef"] = entropy_coef
+        self.coefs = replace(self.coefs, **saved)
 
     def merge_run_states(self, states: list[dict[str, Any]], is_first: bool) -> dict[str, Any]:
         """Return a process's state where another number of processes saved it: the first takes over their sums."""
@@ -462,13 +474,17 @@ class QuarkTrainer(DurableTrainer):
         entropy = sum(state["health"]["entropy"] for state in states)
         if not is_first:
             learned, entropy = [0.0] * len(learned), torch.zeros_like(entropy)
-        return {"learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
+        return {**states[0], "learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
 
     def save_run_files(self, output_dir: Path) -> None:
         """Write `quark.json` beside the weights."""
         self.conditioning.save(output_dir, **self.facts())
 
-    def prepare_models(self) -> None:
+    def set_aside_run_files(self, step: int, aside: Path) -> None:
+        """Set aside the samples, metrics and final model of the timeline that a run leaves when it branches off."""
+        set_aside_later_files(Path(self.args.output_dir), step, self.args.steps_per_iteration, aside)
+
+    def on_models_ready(self) -> None:
         """Shard the reference as the policy is sharded, and decide how the loss gets the logits of both."""
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
