@@ -204,13 +204,14 @@ def test_perplexities_are_one_or_more_or_counted(pairs):
 @given(
     attributes=values | st.lists(st.text(max_size=3), max_size=3),
     token_ids=values | st.lists(st.lists(st.integers(-2, 20), max_size=4), max_size=3),
-    bos_id=plain,
+    prefix_ids=values | st.lists(st.integers(-1, 20), max_size=2),
     vocab_size=plain | st.integers(1, 20),
 )
-@example(attributes=["x"], token_ids=[[5, 6]], bos_id=0, vocab_size=5)
-@example(attributes=["x"], token_ids=[[5, True]], bos_id=None, vocab_size=1)
-def test_any_quark_json_is_a_conditioning_or_damaged(tmp_path, attributes, token_ids, bos_id, vocab_size):
-    given_values = {"attributes": attributes, "token_ids": token_ids, "bos_id": bos_id, "vocab_size": vocab_size}
+@example(attributes=["x"], token_ids=[[5, 6]], prefix_ids=[0], vocab_size=5)
+@example(attributes=["x"], token_ids=[[5, True]], prefix_ids=[], vocab_size=1)
+def test_any_quark_json_is_a_conditioning_or_damaged(tmp_path, attributes, token_ids, prefix_ids, vocab_size):
+    given_values = {"attributes": attributes, "token_ids": token_ids, "prefix_ids": prefix_ids}
+    given_values["vocab_size"] = vocab_size
     (tmp_path / "quark.json").write_text(json.dumps({"conditioning": given_values}))
     try:
         found = Conditioning.load(tmp_path)
@@ -220,7 +221,7 @@ def test_any_quark_json_is_a_conditioning_or_damaged(tmp_path, attributes, token
     every = [i for row in found.token_ids for i in row]
     assert len(set(every)) == len(found.attributes) * found.num_quantiles and found.num_quantiles >= 2
     assert 1 <= found.vocab_size <= min(every)
-    prompt = [0] * (found.bos_id == 0) + [found.vocab_size - 1] * 2
+    prompt = [*found.prefix_ids, found.vocab_size - 1, found.vocab_size - 1]
     assert found.strip(found.prefix(prompt, found.best)) == prompt
 
 

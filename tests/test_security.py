@@ -165,7 +165,7 @@ def with_code(model: Path, mark: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a class of a known kind", "a class of a new kind", "a tokenizer", "generation"])
-def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(home, mark, kind, monkeypatch):
+def test_code_in_a_model_directory_is_not_run_and_there_is_no_prompt(home, mark, kind, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with_code(home / "model", mark, kind)
     found = all_commands(home, home / "model")
@@ -175,7 +175,7 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(home, mark,
     assert not mark.exists()
 
 
-def test_code_that_comes_with_a_model_is_run_if_asked_for(home, mark, capsys, monkeypatch):
+def test_code_in_a_model_directory_is_run_with_trust_remote_code(home, mark, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(home / "modules"))
     model = home / "model"
     config = json.loads((model / "config.json").read_text())

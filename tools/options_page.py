@@ -15,7 +15,7 @@ from quarkrl.sampling.options import SamplingOptions
 from quarkrl.training.options import GROUPS, INHERITED, QuarkOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
-RESUME = {"free": "yes", "branch": "from a checkpoint", "fixed": "no", "selection": "yes, unless"}
+RESUME = {"free": "yes", "branch": "from a checkpoint", "fixed": "no", "selection": "depends"}
 INTRODUCTION = """\
 # Options
 
@@ -26,7 +26,7 @@ whether a resumed run may change the option. Options with that note are also arg
 - *yes*: always.
 - *from a checkpoint*: only with `--resume_from_checkpoint DIR`.
 - *no*: never.
-- *yes, unless*: *yes*, but *from a checkpoint* in a run with `load_best_model_at_end`.
+- *depends*: *from a checkpoint* in a run with `load_best_model_at_end`, otherwise *yes*.
 
 """
 

@@ -17,9 +17,10 @@ from helpers.evaluation_helpers import save_plain_model, save_quantile_model
 from helpers.tiny_models import SHARED, needs_shared
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from quarkrl.cli.evaluate import load_corpus, set_names
+from quarkrl.cli.evaluate import InputOptions, load_corpus, load_prompt_sets
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
+from quarkrl.evaluation.options import EvaluationOptions
 
 REWARDS = """
 def few_a(completions, **_):
@@ -83,6 +84,8 @@ def test_all_options_together(home, capsys, tmp_path):
     [
         (("--threshold", "2"), "threshold 2.0: must be at least 0 and at most 1"),
         (("--plot", "curve.png"), "plot: there is no curve"),
+        (("--plot", "curve.png", "--quantiles", "best", "worst", "2"), "plot: there is no curve"),
+        (("--plot", "curve.png", "--guidance_scales", "1"), "plot: there is no curve"),
         (("--plot", "curve.gif", "--quantiles", "all"), "plot 'curve.gif'"),
         (("--output", "x.parquet"), "output 'x.parquet'"),
         (("--judges", "profanty"), "'profanity'"),
@@ -112,13 +115,19 @@ def test_a_mistake_is_one_line_before_anything_is_sampled(home, capsys, argument
     assert len(lines) == 1 and lines[0].startswith("error: ") and message.format(home=home) in lines[0]
 
 
-def test_a_set_has_the_name_of_its_file_and_a_repeated_name_has_a_number():
-    assert set_names(["x/test.txt", "y/test.txt", "test-new.txt", "z/test.jsonl"]) == [
-        "test",
-        "test-2",
-        "test-new",
-        "test-4",
-    ]
+def test_a_set_has_the_name_of_its_file_and_a_repeated_name_has_a_number(home, tmp_path):
+    files = ["x/a.txt", "x/a-3.txt", "y/a.txt", "z/a.txt"]
+    for number, name in enumerate(files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{'abcd'[number]}\n", encoding="utf-8")
+    inputs = InputOptions([str(tmp_path / name) for name in files])
+    sets = load_prompt_sets(str(home / "final"), inputs, EvaluationOptions())
+    assert {name: prompts.prompts for name, prompts in sets.items()} == {
+        "a": ["a"],
+        "a-3": ["b"],
+        "a-2": ["c"],
+        "a-4": ["d"],
+    }
 
 
 def test_a_corpus_is_a_column_of_texts_or_the_lines_of_a_file(tmp_path):

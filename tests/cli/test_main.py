@@ -199,14 +199,14 @@ def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, w
     assert held_out_prompts(parsed, False).prompts == [wanted]
 
 
-def test_bad_prompts_are_left_out_when_asked(home, capsys, tmp_path):
+def test_bad_prompts_are_skipped_with_skip_bad_prompts(home, capsys, tmp_path):
     train = ["train", "--config", home / "run.yaml", "--prompts", home / "bad.jsonl", "--output_dir", tmp_path / "run"]
     said(capsys, *train, "--skip_bad_prompts", "true")
     assert main([*map(str, train[:-1]), str(tmp_path / "other"), "--skip_bad_prompts"]) == 0
     assert "prompts skipped: 1 " in capsys.readouterr().err
 
 
-def test_a_run_goes_on_from_its_checkpoint(home, capsys, tmp_path):
+def test_a_run_resumes_from_its_checkpoint(home, capsys, tmp_path):
     train = ["train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--save_strategy", "epoch"]
     said(capsys, *train)
     said(capsys, *train, "--num_iterations", "2", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-2")
@@ -384,6 +384,21 @@ def test_hyphens_in_flags_are_underscores(tmp_path):
     options = ["--output-dir", str(tmp_path), "--num-quantiles=7", "--gradient-accumulation-steps", "2"]
     config = parse_train([*options, "--no-do-sample"]).config
     assert (config.num_quantiles, config.gradient_accumulation_steps, config.do_sample) == (7, 2, False)
+
+
+@pytest.mark.parametrize("flag", ["--eval_strategy=steps", "--eval-strategy=steps"])
+def test_held_out_prompts_are_evaluated_after_each_iteration_unless_a_flag_says_otherwise(tmp_path, flag):
+    options = ["--output_dir", str(tmp_path), "--eval_prompts", "x.txt"]
+    assert parse_train(options).config.eval_strategy == "epoch"
+    assert parse_train([*options, flag, "--eval_steps=2"]).config.eval_strategy == "steps"
+    assert parse_train(options[:2]).config.eval_strategy == "no"
+
+
+def test_only_resume_true_reads_the_config_of_the_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("num_quantiles: 7\n", encoding="utf-8")
+    options = ["--output_dir", str(tmp_path), "--resume"]
+    found = {value: parse_train([*options, *value]).config.num_quantiles for value in ((), ("true",), ("false",))}
+    assert found == {(): 7, ("true",): 7, ("false",): 5}
 
 
 def test_both_modules_are_the_command():

@@ -142,9 +142,9 @@ def test_texts_and_chats_are_encoded_in_their_order():
 
 
 @pytest.mark.parametrize(("special", "kept"), [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
-def test_an_empty_text_is_bos_or_nothing(special, kept):
+def test_an_empty_text_has_the_given_ids_or_none(special, kept):
     tokenizer = byte_tokenizer(special)
-    assert encode_prompts(tokenizer, [""], allow_empty=True) == [kept]
+    assert encode_prompts(tokenizer, [""], empty_ids=kept) == [kept]
     assert encode_prompts(tokenizer, [""]) == [[]]
 
 

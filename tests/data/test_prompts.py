@@ -335,7 +335,7 @@ def test_bad_parquet_row(tmp_path, values, reason, found):
     assert prompts.locations == [f"row 1 of {source}", f"row 3 of {source}"]
 
 
-def test_the_first_bad_row_is_told_and_all_are_counted(tmp_path):
+def test_the_first_bad_row_is_named_and_all_are_counted(tmp_path):
     path = write(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": ""}\nx\ny\n{"prompt": "b\nb"}\n')
     error_message(lambda: load_prompts(path), "p.jsonl:2")
     assert load_prompts(path, skip_bad=True).skipped == {"empty prompt": 1, "malformed JSON": 4}

@@ -212,11 +212,41 @@ def test_guidance_from_the_reference_without_a_row_for_it_uses_the_one_in_quark_
     assert rows[1].completions == QuarkGenerator.from_pretrained(plain).generate(PROMPTS, **GENERATE)
 
 
-def test_guidance_without_quantiles_or_from_an_unknown_quantile_is_an_error(plain, trained):
+def test_guidance_without_quantiles_or_from_an_impossible_quantile_is_an_error(plain, trained):
     with pytest.raises(UserError, match="guidance_scales"):
         evaluate(plain, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(2,)))
     with pytest.raises(UserError, match="quantile '9'"):
         evaluate(trained, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(2,), guidance_from="9"))
+    for best in ("best", 2, "2"):
+        with pytest.raises(UserError, match=f"guidance_from {best!r}: must differ from quantile 'best'"):
+            evaluate(trained, load_prompts(PROMPTS), Scorer(few_b), short(guidance_scales=(1, 2), guidance_from=best))
+
+
+@pytest.mark.parametrize(
+    ("options", "has_curve"),
+    [
+        ({}, False),
+        ({"quantiles": ("best", "worst", 2)}, False),  # Best is 2.
+        ({"quantiles": ("best", "worst", 1)}, True),
+        ({"quantiles": ("all",)}, True),
+        ({"guidance_scales": (1,)}, False),
+        ({"guidance_scales": (2,)}, True),
+        ({"guidance_scales": (2,), "quantiles": ("worst",)}, False),
+        ({"guidance_scales": (2, 3), "quantiles": ("worst",)}, True),
+    ],
+    ids=str,
+)
+def test_an_evaluation_that_needs_a_curve_fails_before_sampling_where_its_rows_make_none(trained, options, has_curve):
+    def sampled(*progress):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError if has_curve else UserError, match=None if has_curve else "^plot: there is no"):
+        evaluate(trained, load_prompts(PROMPTS), Scorer(few_b), short(**options), needs_curve=True, notify=sampled)
+
+
+def test_a_model_without_quantiles_has_no_curve(plain):
+    with pytest.raises(UserError, match="plot: there is no curve"):
+        evaluate(plain, load_prompts(PROMPTS), Scorer(few_b), short(quantiles=("all",)), needs_curve=True)
 
 
 def test_greedy_decoding_samples_one_completion_per_prompt(plain):

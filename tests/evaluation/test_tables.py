@@ -8,8 +8,8 @@ import pytest
 from helpers.evaluation_helpers import evaluation_of, row_with
 from rich.console import Console
 
-from quarkrl.evaluation.results import CorpusRow, Evaluation
-from quarkrl.evaluation.tables import curves, print_side_by_side, print_table
+from quarkrl.evaluation.results import CorpusRow, Evaluation, curves
+from quarkrl.evaluation.tables import print_side_by_side, print_table
 
 REFERENCE, BEST, WORST = row_with("reference", 0.5), row_with("best", 0.9, 2), row_with("worst", 0.4, 0)
 

@@ -158,7 +158,7 @@ CASES |= {
         "a vocabulary beyond the model": {"vocab_size": 10**6},
         "a vocabulary that is a word": {"vocab_size": "ten"},
         "a vocabulary that is null": {"vocab_size": None},
-        "a beginning that is a word": {"bos_id": "<bos>"},
+        "a beginning that is a word": {"prefix_ids": "<bos>"},
     }.items()
 }
 

@@ -25,7 +25,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_one_token_per_quantile_is_added():
     tokenizer = tiny_tokenizer()  # 256 bytes and EOS
     conditioning, extended, model = add_reward_tokens(tokenizer, num_quantiles=5)
-    assert conditioning == Conditioning(("reward",), ((257, 258, 259, 260, 261),), bos_id=None, vocab_size=257)
+    assert conditioning == Conditioning(("reward",), ((257, 258, 259, 260, 261),), prefix_ids=(), vocab_size=257)
     assert len(extended) == len(tokenizer) + 5 == 262
     assert extended.convert_ids_to_tokens([257, 261]) == ["<|reward_0|>", "<|reward_4|>"]
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 262
@@ -75,13 +75,13 @@ def _with_token(tokenizer, token: str):
     ("quantile", "expected"), [("best", 4), ("worst", 0), (0, 0), (4, 4), ("0", 0), ("3", 3)], ids=str
 )
 def test_a_quantile_by_name_or_number(quantile, expected):
-    conditioning = Conditioning(("a", "b"), (tuple(range(5)), tuple(range(5, 10))), None, 0)
+    conditioning = Conditioning(("a", "b"), (tuple(range(5)), tuple(range(5, 10))), (), 0)
     assert conditioning.quantiles_of(quantile) == (expected, expected)
 
 
 @pytest.mark.parametrize("quantile", [5, -1, "5", "-1", "Best", "", "1.0", 1.0, None, True, "²"], ids=repr)
 def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
-    conditioning = Conditioning(("a",), (tuple(range(5)),), None, 0)
+    conditioning = Conditioning(("a",), (tuple(range(5)),), (), 0)
     with pytest.raises(UserError, match=r"must be best, worst, or a number from 0 \(worst\) to 4") as caught:
         conditioning.quantiles_of(quantile)
     assert str(caught.value).startswith(f"quantile {quantile!r}:")
@@ -89,8 +89,8 @@ def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
 
 # Prefix and strip
 
-WITH_BOS = Conditioning(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), bos_id=1, vocab_size=90)
-WITHOUT_BOS = Conditioning(("kind",), ((90, 91, 92),), bos_id=None, vocab_size=90)
+WITH_BOS = Conditioning(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), prefix_ids=(1,), vocab_size=90)
+WITHOUT_BOS = Conditioning(("kind",), ((90, 91, 92),), prefix_ids=(), vocab_size=90)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_a_model_that_quark_did_not_train_has_no_conditioning(tmp_path):
     assert Conditioning.load(tmp_path) is None
 
 
-GOOD = {"attributes": ["a", "b"], "token_ids": [[5, 6], [7, 8]], "bos_id": 1, "vocab_size": 5}
+GOOD = {"attributes": ["a", "b"], "token_ids": [[5, 6], [7, 8]], "prefix_ids": [1], "vocab_size": 5}
 INCONSISTENT = {
     "attributes is a word": ({"attributes": "ab"}, "attributes"),
     "attributes are numbers": ({"attributes": [1, 2]}, "attributes"),
@@ -256,7 +256,7 @@ INCONSISTENT = {
     "original ids above the reward tokens": ({"vocab_size": 6}, "vocab_size 6"),
     "no original ids": ({"vocab_size": 0}, "vocab_size 0"),
     "vocab_size is a word": ({"vocab_size": "5"}, "vocab_size '5'"),
-    "BOS is a reward token": ({"bos_id": 5}, "bos_id 5"),
+    "BOS is a reward token": ({"prefix_ids": [5]}, "prefix_ids [5]"),
 }
 
 
@@ -264,7 +264,7 @@ INCONSISTENT = {
 def test_an_inconsistent_conditioning_in_a_file_is_refused_in_one_line(tmp_path, change, problem):
     path = tmp_path / "quark.json"
     path.write_text(json.dumps({"conditioning": GOOD}), encoding="utf-8")
-    assert Conditioning.load(tmp_path) == Conditioning(("a", "b"), ((5, 6), (7, 8)), 1, 5)
+    assert Conditioning.load(tmp_path) == Conditioning(("a", "b"), ((5, 6), (7, 8)), (1,), 5)
     path.write_text(json.dumps({"conditioning": {**GOOD, **change}}), encoding="utf-8")
     with pytest.raises(UserError, match=r"quark\.json is damaged") as caught:
         Conditioning.load(tmp_path)
@@ -279,11 +279,11 @@ DAMAGED = {
     "no conditioning": "{}",
     "no object": '{"conditioning": 3}',
     "null": '{"conditioning": null}',
-    "a key is missing": '{"conditioning": {"attributes": ["reward"], "token_ids": [[1, 2]], "bos_id": null}}',
-    "words for ids": '{"conditioning": {"attributes": ["a"], "token_ids": [["x"]], "bos_id": null, "vocab_size": 1}}',
-    "flat ids": '{"conditioning": {"attributes": ["a"], "token_ids": [1, 2], "bos_id": null, "vocab_size": 1}}',
-    "no ids": '{"conditioning": {"attributes": ["a"], "token_ids": [], "bos_id": null, "vocab_size": 1}}',
-    "ids missing": '{"conditioning": {"attributes": ["a", "b"], "token_ids": [[1]], "bos_id": null, "vocab_size": 1}}',
+    "a key is missing": '{"conditioning": {"attributes": ["reward"], "token_ids": [[1, 2]], "prefix_ids": []}}',
+    "words for ids": '{"conditioning": {"attributes": ["a"], "token_ids": [["x"]], "prefix_ids": [], "vocab_size": 1}}',
+    "flat ids": '{"conditioning": {"attributes": ["a"], "token_ids": [1, 2], "prefix_ids": [], "vocab_size": 1}}',
+    "no ids": '{"conditioning": {"attributes": ["a"], "token_ids": [], "prefix_ids": [], "vocab_size": 1}}',
+    "ids missing": '{"conditioning": {"attributes": ["a","b"], "token_ids": [[1]], "prefix_ids": [], "vocab_size": 1}}',
 }
 
 

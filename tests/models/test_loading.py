@@ -85,14 +85,15 @@ def test_the_context_length_is_that_of_the_config_or_none():
 
 @pytest.mark.parametrize(
     ("configured", "expected"),
-    [([7, 8], [7, 8]), (7, [7]), (0, [0]), (None, [256])],
-    ids=["two", "one", "id 0", "none"],
+    [([7, 8], [7, 8, 256]), (7, [7, 256]), (0, [0, 256]), ([256, 7], [256, 7]), (None, [256])],
+    ids=["two", "one", "id 0", "the same", "none"],
 )
-def test_eos_is_that_of_the_generation_config_or_else_of_the_tokenizer(configured, expected):
+def test_eos_is_that_of_the_generation_config_and_that_of_the_tokenizer(configured, expected):
     tokenizer = tiny_tokenizer()  # Its EOS is 256.
     model = tiny_model("gpt2", tokenizer)
     model.generation_config.eos_token_id = configured
     assert eos_ids(model, tokenizer) == expected
+    assert eos_ids(model, tokenizer, vocab_size=256) == [i for i in expected if i < 256]
 
 
 def test_a_model_without_eos_has_none():

@@ -9,14 +9,16 @@ from helpers.reward_token_models import add_reward_tokens
 from helpers.tiny_models import BOS, CHAT_TEMPLATE, EOS, SHARED, needs_shared, tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer
 
+from quarkrl.data.encoding import encode_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.steering import steer_tokenizer
 
 TOKENIZERS = {
     "plain": (lambda: tiny_tokenizer(), [2, 64, 65]),
     "bos": (lambda: tiny_tokenizer(bos=True), ["bos", 2, 64, 65]),
-    "eos behind": (lambda: tiny_tokenizer(eos_after=True), [2, 64, 65, "eos"]),
-    "bos and eos": (lambda: tiny_tokenizer(bos=True, eos_after=True), ["bos", 2, 64, 65, "eos"]),
+    # A prompt is continued, so nothing is added behind it.
+    "eos behind": (lambda: tiny_tokenizer(eos_after=True), [2, 64, 65]),
+    "bos and eos": (lambda: tiny_tokenizer(bos=True, eos_after=True), ["bos", 2, 64, 65]),
     "own pad": (lambda: tiny_tokenizer(bos=True, pad="own"), ["bos", 2, 64, 65]),
     "add_bos_token": (lambda: tiny_tokenizer(bos=True, add_bos_token=True), ["bos", 2, 64, 65]),
     "llama": (
@@ -39,7 +41,7 @@ def test_a_steered_tokenizer_puts_the_best_token_first_also_when_loaded(make, ex
         assert (
             tokenizer("ab", add_special_tokens=False)["input_ids"] == extended("ab", add_special_tokens=False).input_ids
         )
-        assert conditioning.strip(tokenizer("ab")["input_ids"]) == extended("ab")["input_ids"]
+        assert conditioning.strip(tokenizer("ab")["input_ids"]) == encode_prompts(extended, ["ab"])[0]
         assert tokenizer.decode(expected, skip_special_tokens=True) == "ab"
         assert len(tokenizer) == len(extended)
 
@@ -78,7 +80,7 @@ def test_a_steered_tokenizer_pads_and_truncates():
 def test_a_slow_tokenizer_is_refused():
     tokenizer = ByT5Tokenizer()
     with pytest.raises(UserError, match="tokenizer ByT5Tokenizer: must be a fast tokenizer"):
-        steer_tokenizer(tokenizer, [90])
+        steer_tokenizer(tokenizer, [90], [])
 
 
 @needs_shared

@@ -55,7 +55,7 @@ def test_random_generators_go_on_where_they_were(tmp_path):
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1] and found[2].tolist() == expected[2].tolist()
 
 
-def test_a_damaged_state_is_told(tmp_path):
+def test_a_damaged_state_is_named(tmp_path):
     path = tmp_path / "s.safetensors"
     save_state(path, {"a": torch.ones(3)})
     path.write_bytes(path.read_bytes()[:-5])
@@ -127,7 +127,7 @@ def test_harm_to_any_file_of_a_checkpoint_is_found(whole, tmp_path, harm):
         assert found is not None and (name in found or name == "manifest.json")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_said_and_the_run_ends_the_same(copied, whole, capsys):
+def test_a_damaged_checkpoint_is_skipped_with_a_note_and_the_run_ends_the_same(copied, whole, capsys):
     flip(copied / "checkpoint-4/model.safetensors")
     again(copied)
     said = " ".join(capsys.readouterr().err.split())
@@ -159,7 +159,7 @@ def test_a_damaged_run_file_is_named(copied):
         again(copied)
 
 
-def test_rotating_keeps_what_it_is_told_to_keep(tmp_path):
+def test_rotation_keeps_the_checkpoints_that_the_options_name(tmp_path):
     def made(*steps: int) -> None:
         for step in steps:
             (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
@@ -211,7 +211,7 @@ def limited(directory: Path, resume: bool, largest: int, options: dict) -> int:
 
 
 @pytest.mark.parametrize("largest", [200, 4_000, 20_000])  # Too little for run.json, a table, the model's weights.
-def test_a_write_that_fails_is_one_error_and_the_run_goes_on_when_there_is_room(tmp_path, whole, largest):
+def test_a_failed_write_is_one_error_and_the_run_resumes_once_there_is_space(tmp_path, whole, largest):
     code, said = in_a_process(limited, tmp_path / "run", False, largest, SHORT)
     assert code == 2, said
     assert "cannot be written: file too large." in said.splitlines()[-1]

@@ -157,7 +157,7 @@ def home(tmp_path_factory) -> Path:
     return make_home(directory, TOKENIZER, PROMPTS, REWARDS, **named, **RUN)
 
 
-def test_a_signal_ends_the_command_after_the_batch_and_the_line_it_prints_goes_on(tmp_path, home):
+def test_a_signal_ends_the_command_after_the_batch_and_its_message_resumes_the_run(tmp_path, home):
     train = ["train", "--config", home / "run.yaml", "--output_dir"]
     code, said = in_a_process(command, tmp_path / "whole", [*train, tmp_path / "whole"])
     assert code == 0, said
@@ -295,7 +295,7 @@ def test_it_says_how_many_scores_are_in_the_cache(tmp_path, capsys):
     assert f"pool 12 samples, {first.scorer.cache_size} scores in cache" in said and first.scorer.cache_size > 5
 
 
-def test_a_longer_run_goes_on_and_says_so(copied, capsys):
+def test_a_resumed_run_may_be_longer_and_says_so(copied, capsys):
     before = metrics_of(copied)[:-1]  # The last row is that of the end.
     again(copied, num_iterations=3)
     said = " ".join(capsys.readouterr().err.split())
@@ -425,7 +425,7 @@ def test_scores_are_retried_where_all_were_missing_whatever_share_may_be(tmp_pat
     assert len(resumed.pool) == 12
 
 
-def test_scores_that_a_refused_exploration_lacked_are_asked_for_again(tmp_path):
+def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):
     asked: list[int] = []
 
     def down(completion_ids):  # From the second batch on.

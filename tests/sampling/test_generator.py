@@ -77,7 +77,7 @@ def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_prompt():
         (lambda g: g.generate("ab", num_return_sequences=0), "num_return_sequences 0: must be at least 1"),
     ],
 )
-def test_mistakes_are_told_in_one_line(final, call, wanted):
+def test_a_mistake_is_a_one_line_error(final, call, wanted):
     with pytest.raises(UserError, match=wanted) as caught:
         call(final)
     assert len(str(caught.value).splitlines()) == 1
@@ -108,7 +108,7 @@ def test_a_plain_models_padding_rows_are_no_words():
     assert QuarkGenerator(model, tokenizer, None).generate("x", max_new_tokens=3) == [["bbb"]]
 
 
-def test_no_model_is_told_in_one_line(tmp_path):
+def test_a_missing_model_is_a_one_line_error(tmp_path):
     for call in (load_model, QuarkGenerator.from_pretrained):
         with pytest.raises(UserError, match="cannot be loaded") as caught:
             call(tmp_path / "nothing")
@@ -116,7 +116,7 @@ def test_no_model_is_told_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_tokenizer_beside_a_model_is_told_in_one_line(architecture, tmp_path):
+def test_a_missing_tokenizer_is_a_one_line_error(architecture, tmp_path):
     """transformers makes an empty one for most architectures, which reads every prompt as nothing."""
     tiny_model(architecture, tiny_tokenizer()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer") as caught:

@@ -291,6 +291,8 @@ def test_what_guidance_is_from():
     assert contrast_from("reference") == Contrast(2.0, [[5]], model)
     with pytest.raises(UserError, match="quantile 'base'"):
         contrast_from("base")
+    with pytest.raises(UserError, match="guidance_from 2: must differ from quantile 'best'"):
+        contrast_from(2)
 
 
 # Plain generate
@@ -331,8 +333,11 @@ def test_a_second_generate_and_beams_are_refused():
         model.generate(ids, logits_processor=[guidance], num_beams=3, **options)
 
 
-def test_between_wants_reward_tokens():
+def test_between_wants_reward_tokens_and_another_quantile_than_theirs():
     model, conditioning = trained()
+    best, _ = pairs(conditioning, [[10]])
+    with pytest.raises(UserError, match="guidance_from 'best': must differ from the quantile of the prompts"):
+        Guidance.between(model, conditioning, torch.tensor(best), guidance_scale=2.0, guidance_from="best")
     with pytest.raises(UserError, match="input_ids: each prompt must have its reward tokens"):
         Guidance.between(model, conditioning, torch.tensor([[10, 20]]), guidance_scale=2.0)
 

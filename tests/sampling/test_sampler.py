@@ -146,7 +146,7 @@ def test_a_seed_settles_the_completions(gpt2):
     assert run(gpt2, [PROMPTS[0]] * 4)[0] != run(gpt2, [PROMPTS[0]] * 4)[1]  # each its own
 
 
-def test_batches_are_told_as_they_are_done(gpt2):
+def test_each_finished_batch_is_reported(gpt2):
     done: list[int] = []
     run(gpt2, batch_size=3, on_batch=done.append)
     assert done == [3, 1]

@@ -76,7 +76,7 @@ def test_whenever_a_directory_is_replaced_one_of_both_is_there_afterwards(tmp_pa
     assert (tmp_path / "checkpoint-3/file").read_text() == ("new" if renames == 2 else "old")
 
 
-def test_a_directory_is_gone_before_it_is_removed(tmp_path, monkeypatch):
+def test_a_directory_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
     for name in ("checkpoint-3/model", "checkpoint-3/training/optimizer"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -99,7 +99,7 @@ def test_a_directory_is_gone_before_it_is_removed(tmp_path, monkeypatch):
         OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),  # pyarrow
     ],
 )
-def test_a_full_disk_is_told_alike_whichever_library_meets_it(error):
+def test_a_full_disk_gives_the_same_message_from_every_library(error):
     with pytest.raises(UserError) as caught, report_write_errors("run/checkpoint-3"):
         raise error
     assert str(caught.value).startswith("'run/checkpoint-3' cannot be written: no space left on device. ")

@@ -277,7 +277,7 @@ def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):
     assert (config.explore_guidance_scale, config.guidance_from, config.do_sample) == ([3.0], "1", False)
 
 
-def test_the_best_is_judged_by_the_reward_unless_told_otherwise(tmp_path):
+def test_the_best_checkpoint_is_chosen_by_the_reward_by_default(tmp_path):
     options = {"output_dir": str(tmp_path), "eval_strategy": "epoch", "load_best_model_at_end": True}
     config = QuarkConfig(**options)
     assert (config.metric_for_best_model, config.greater_is_better) == ("reward", True)

@@ -101,7 +101,7 @@ def two(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_job_which_goes_on_to_the_same_bits(tmp_path, two):
+def test_a_killed_process_ends_the_job_which_resumes_to_the_same_bits(tmp_path, two):
     directory = tmp_path / "run"
     goes = [
         ("1", [SCORE, "before", 1]),  # Exploring.
@@ -131,7 +131,7 @@ def test_what_rounding_decides_in_one_process_is_decided_in_both(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_to_the_same_but_for_rounding(tmp_path, one, before, after):
+def test_another_number_of_processes_resumes_to_the_same_result_up_to_rounding(tmp_path, one, before, after):
     directory = tmp_path / "run"
     options = {1: {}, 2: TWO}
     end = run_job(directory, before, model=NO_DROPOUT, options=options[before], trap={"0": [LOSS, "after", 8]})
@@ -151,7 +151,7 @@ def test_a_process_whose_scores_fail_ends_all_with_its_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_after_the_batch_and_the_job_goes_on(tmp_path, two):
+def test_sigterm_stops_all_processes_after_the_batch_and_the_job_resumes(tmp_path, two):
     directory = tmp_path / "run"
     trap = {"1": [LOSS, "after", 5, signal.SIGTERM]}  # As a scheduler sends it to each.
     end = run_job(directory, 2, options=TWO, trap=trap)
@@ -166,7 +166,7 @@ def test_sigterm_stops_all_after_the_batch_and_the_job_goes_on(tmp_path, two):
 
 
 @pytest.mark.slow
-def test_the_command_stops_with_one_line_and_goes_on_as_one_process(tmp_path):
+def test_the_command_stops_with_one_line_and_resumes_as_one_process(tmp_path):
     directory = tmp_path / "run"
     options = {**RUN, **SHARDED, "eval_strategy": "no"}
     home = make_home(tmp_path, TOKENIZER, PROMPTS, "from crashes import reward", **options)
@@ -226,7 +226,7 @@ def test_fsdp2_learns_what_one_process_learns_and_leaves_an_ordinary_model(shard
 
 
 @pytest.mark.slow
-def test_fsdp2_goes_on_to_the_same_bits(tmp_path, sharded):
+def test_fsdp2_resumes_to_the_same_bits(tmp_path, sharded):
     directory = tmp_path / "run"
     end = run_job(directory, 2, model=NO_DROPOUT, options=SHARDED, trap={"1": [LOSS, "before", 5]})
     assert end.code != 0 and "(SIGKILL) received" in end.output, end.output
@@ -237,7 +237,7 @@ def test_fsdp2_goes_on_to_the_same_bits(tmp_path, sharded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded_first", [True, False])
-def test_one_process_goes_on_with_what_sharded_ones_left_and_they_with_what_it_left(tmp_path, one, sharded_first):
+def test_one_process_resumes_a_sharded_run_and_the_reverse(tmp_path, one, sharded_first):
     directory = tmp_path / "run"
     goes = [(2, SHARDED), (1, {})][:: 1 if sharded_first else -1]
     processes, options = goes[0]
@@ -253,7 +253,7 @@ def test_one_process_goes_on_with_what_sharded_ones_left_and_they_with_what_it_l
 
 
 @pytest.mark.slow
-def test_deepspeed_learns_what_one_process_learns_and_goes_on_to_the_same_bits(tmp_path, one, monkeypatch):
+def test_deepspeed_learns_what_one_process_learns_and_resumes_to_the_same_bits(tmp_path, one, monkeypatch):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")

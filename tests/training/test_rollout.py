@@ -47,7 +47,7 @@ def test_too_many_missing_rewards_are_an_error():
         rollout([np.nan, np.nan]).scored_indices(1.0, iteration=0)
 
 
-def test_the_terms_of_a_sum_join_and_are_told_by_their_means():
+def test_the_terms_of_a_sum_are_joined_and_logged_as_means():
     parts = [rollout([3.0, np.nan]), rollout([1.0], start=2)]
     for part, own in zip(parts, ([1, 9], [0.5]), strict=True):
         part.terms["kind"] = np.array(own, dtype=float)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers.runs import small_trainer
 
+from quarkrl.models.precision import bf16_is_fast
+
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "64"), ("1024", "1024")])
 def test_a_trainer_limits_onednn_caches_unless_the_user_has_set_them(tmp_path, monkeypatch, value, expected):
@@ -24,6 +26,7 @@ def test_a_trainer_limits_onednn_caches_unless_the_user_has_set_them(tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not bf16_is_fast(), reason="oneDNN computes bf16 products on other processors only")
 def test_many_shapes_in_bf16_use_no_more_memory_than_few(tmp_path):
     """A run has about as many lengths. Without a limit, the caches take 0.2 to 0.4 MB for each."""
     script = """
@@ -33,6 +36,8 @@ from pathlib import Path
 import torch
 from measure import held_bytes
 from helpers.runs import small_trainer
+
+from quarkrl.models.precision import bf16_is_fast
 
 from quarkrl.training.runtime_tuning import trim_malloc
 

@@ -16,7 +16,8 @@ from quarkrl.cli.common import (
     prompts_path,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
-from quarkrl.evaluation.options import ALL_QUANTILES, EvaluationOptions
+from quarkrl.evaluation.options import EvaluationOptions
+from quarkrl.names import unique_names
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = options_from(arguments, InputOptions)
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)
-    _check_outputs(inputs, options)  # Before hours of sampling.
+    _check_outputs(inputs)  # Before hours of sampling.
     if options.bf16 and (line := slow_bf16_note()):
         note(line)
     scorer, *judges = scorers(rewards, inputs.judges)
@@ -102,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             resolved,
             judges=judges,
             corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
+            needs_curve=bool(inputs.plot),
             notify=notify,
         )
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOptions) -> "dict[str, Prompts]":
-    """Load each file of prompts; return the sets by name.
+    """Load each file of prompts; return the sets by the name of their file, without its suffix.
 
     Raises:
         UserError: a file cannot be read, or has an invalid row.
@@ -127,7 +129,8 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    for name, source in zip(set_names(inputs.prompts), inputs.prompts, strict=True):
+    names = unique_names(Path(source).stem for source in inputs.prompts)
+    for name, source in zip(names, inputs.prompts, strict=True):
         prompts = load_prompts(
             prompts_path(source, "eval"),
             split=inputs.prompt_split,
@@ -138,16 +141,6 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
             prompts = truncate_to_prompts(prompts, tokenizer, inputs.prompt_tokens)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
     return sets
-
-
-def set_names(sources: Sequence[str]) -> list[str]:
-    """Return a name for each file of prompts: its name without the suffix, and a number if that name is taken."""
-    names: list[str] = []
-    for source in sources:
-        stem = Path(source).stem
-        alike = [name for name in names if name == stem or name.startswith(f"{stem}-")]
-        names.append(f"{stem}-{len(alike) + 1}" if stem in names else stem)
-    return names
 
 
 def load_corpus(source: str, limit: int | None) -> "Prompts":
@@ -182,15 +175,12 @@ def scorers(rewards: RewardOptions, judges: Sequence[str]) -> "list[Scorer]":
     ]
 
 
-def _check_outputs(inputs: InputOptions, options: EvaluationOptions) -> None:
-    """Check the paths of the outputs, and that there is a curve to plot."""
-    from quarkrl.evaluation.plots import check_plot, no_curve
+def _check_outputs(inputs: InputOptions) -> None:
+    """Check the paths of the outputs."""
+    from quarkrl.evaluation.plots import check_plot
     from quarkrl.evaluation.results import output_paths
 
     if inputs.output:
         output_paths(inputs.output)
     if inputs.plot:
         check_plot(inputs.plot)
-        few_quantiles = ALL_QUANTILES not in options.quantiles and len(set(options.quantiles)) < 3
-        if few_quantiles and not options.guidance_scales:
-            raise no_curve()

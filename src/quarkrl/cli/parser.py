@@ -145,7 +145,7 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
     settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(
         of_item, "|".join(map(str, choices)) or "VALUE"
     )
-    settings["type"] = _reader(of_item, choices)
+    settings["type"] = reader(of_item, choices)
     if takes_list(kind):
         settings["nargs"] = "+"
     if is_bool:
@@ -155,7 +155,7 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
         target.add_argument(f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
 
 
-def _reader(kind: Any, choices: Sequence[Any]) -> Callable[[str], Any]:
+def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
     """Return a function that reads the text of a flag as a type."""
 
     def read(text: str) -> Any:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from quarkrl.cli.common import REWARD_HELP, REWARD_LABEL_HELP
-from quarkrl.cli.parser import Parser, add_flags, describe_fully, options_from, summary, takes_list, typed_fields
+from quarkrl.cli.parser import (
+    Parser,
+    add_flags,
+    describe_fully,
+    options_from,
+    reader,
+    summary,
+    takes_list,
+    typed_fields,
+)
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 from quarkrl.options import check_options, option
 from quarkrl.training.options import GROUPS, QuarkOptions
@@ -139,16 +148,16 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     entries, source = _file_entries(argv, [field.name for field in declared])
     _check_entries(source, entries, _list_options(QuarkConfig))
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
-    flags = [*_as_flags(entries), *argv]
-    arguments = parser.parse(flags)
+    parser.set_defaults(eval_strategy=None)  # Its default depends on another option.
+    arguments = parser.parse([*_as_flags(entries), *argv])
     values = vars(arguments)
     for name in ("hub_token", "push_to_hub_token"):
         if values.get(name):
             raise UserError(
                 f"{name}: must not be on the command line or in a file. Set HF_TOKEN, or run `hf auth login`."
             )
-    if values["eval_prompts"] and not any(flag.split("=")[0] == "--eval_strategy" for flag in flags):
-        values["eval_strategy"] = "epoch"  # Held-out prompts are evaluated after each iteration by default.
+    if values["eval_strategy"] is None:  # Held-out prompts are evaluated after each iteration by default.
+        values["eval_strategy"] = "epoch" if values["eval_prompts"] else defaults["eval_strategy"]
     _check_selection(values)
     run = options_from(arguments, RunArguments)
     try:
@@ -294,7 +303,7 @@ def _file_entries(argv: Sequence[str], known: Collection[str]) -> tuple[dict[str
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--output_dir", default="")
-    first.add_argument("--resume", nargs="?", const=True)
+    first.add_argument("--resume", nargs="?", const=True, type=reader(bool))
     arguments = first.parse_known_args(argv)[0]
     name, saved = arguments.config, Path(arguments.output_dir) / "config.yaml"
     if arguments.resume and not name and saved.exists():

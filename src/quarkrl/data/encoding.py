@@ -2,59 +2,62 @@
 
     encode_prompts(tokenizer, ["You are", [{"role": "user", "content": "Hello!"}]])
 
-A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's chat template. An EOS that the tokenizer
-appends to a text is removed, because a completion continues the text.
+A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's chat template (`chats.py`). Special tokens
+that the tokenizer adds behind a text, such as EOS, are removed, because a completion continues the text.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jinja2 import TemplateError
-
+from quarkrl.data.chats import RefusedChat, encode_chats
 from quarkrl.errors import UserError, one_line, shorten
 
-Prompt: TypeAlias = str | list[dict[str, str]]
+Prompt: TypeAlias = str | list[dict[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 4096  # Texts per call of the tokenizer; it bounds the memory of the tokenizer's own records.
 
 
-class RefusedChat(NamedTuple):
-    """A chat that the chat template cannot render.
+class RefusedText(NamedTuple):
+    """A text that the tokenizer cannot encode, such as an unknown word where there is no UNK.
 
     Attributes:
-        reason: the template's error, in one line.
+        reason: the tokenizer's error, in one line.
     """
 
     reason: str
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, allow_empty: bool = False) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] = ()) -> list[list[int]]:
     """Encode prompts as token ids; see `try_encode_prompts`.
 
     Raises:
-        UserError: the chat template refuses a chat, or the tokenizer has no chat template.
+        UserError: the tokenizer or its chat template refuses a prompt, or the tokenizer has no chat template.
     """
     encoded = []
-    for prompt, ids in zip(prompts, try_encode_prompts(tokenizer, prompts, allow_empty=allow_empty), strict=True):
+    for prompt, ids in zip(prompts, try_encode_prompts(tokenizer, prompts, empty_ids=empty_ids), strict=True):
         if isinstance(ids, RefusedChat):
             raise UserError(f"prompt {shorten(prompt)}: the chat template refuses it ({ids.reason}). Use text.")
+        if isinstance(ids, RefusedText):
+            raise UserError(f"prompt {shorten(prompt)}: the tokenizer refuses it ({ids.reason}). Use other text.")
         encoded.append(ids)
     return encoded
 
 
 def try_encode_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], *, allow_empty: bool = False
-) -> list[list[int] | RefusedChat]:
-    """Encode prompts as token ids, and report those that the chat template refuses.
+    tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] = ()
+) -> list[list[int] | RefusedChat | RefusedText]:
+    """Encode prompts as token ids, and report those that the tokenizer or its chat template refuses.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         prompts: texts, and chats as lists of messages.
-        allow_empty: encode a text without tokens of its own as the special tokens that the tokenizer puts first, such
-            as BOS. By default it has no tokens.
+        empty_ids: the ids of a text without tokens of its own, such as BOS; by default it has none.
 
     Returns:
-        For each prompt its token ids, or why the chat template refuses it.
+        For each prompt its token ids, or why it is refused.
 
     Raises:
         UserError: there is a chat, and the tokenizer has no chat template.
@@ -64,13 +67,15 @@ def try_encode_prompts(
     chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     for start in range(0, len(texts), _BATCH_SIZE):
         batch = texts[start : start + _BATCH_SIZE]
-        encoded = _encode_texts(tokenizer, [prompts[i] for i in batch], allow_empty)
+        encoded = _encode_texts(tokenizer, [prompts[i] for i in batch], list(empty_ids))
         for i, ids in zip(batch, encoded, strict=True):
             results[i] = ids
     for start in range(0, len(chats), _BATCH_SIZE):
         batch = chats[start : start + _BATCH_SIZE]
-        for i, ids in zip(batch, _encode_chats(tokenizer, [prompts[i] for i in batch]), strict=True):
-            results[i] = ids
+        messages: list[Any] = [prompts[i] for i in batch]
+        for i, result in zip(batch, encode_chats(tokenizer, messages), strict=True):
+            results[i] = result
+    _warn_of_second_bos(tokenizer, [(prompts[i], results[i]) for i in texts])
     return results
 
 
@@ -86,27 +91,32 @@ def decode_completions(tokenizer: Any, completions: Sequence[Sequence[int]]) -> 
     return tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _encode_texts(tokenizer: Any, texts: list[Any], allow_empty: bool) -> Iterator[list[int]]:
-    # The mask distinguishes an EOS that the tokenizer appends from one in the text.
-    encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+def _warn_of_second_bos(tokenizer: Any, encoded: Sequence[tuple[Any, Any]]) -> None:
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos is None:
+        return
+    spelled = [(text, ids) for text, ids in encoded if text.startswith(bos) and isinstance(ids, list)]
+    if count := sum(ids.count(bos_id) > text.count(bos) for text, ids in spelled):
+        logger.warning(
+            f"{count} of {len(encoded)} texts start with the BOS {bos}, which the tokenizer adds too: they have two. "
+            "Remove it from the texts."
+        )
+
+
+def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: list[int]) -> list[list[int] | RefusedText]:
+    try:
+        # The mask distinguishes special tokens that the tokenizer adds from those in the text.
+        encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises no other type
+        if middle := len(texts) // 2:  # Bisect for the refused texts.
+            return [
+                ids for half in (texts[:middle], texts[middle:]) for ids in _encode_texts(tokenizer, half, empty_ids)
+            ]
+        return [RefusedText(one_line(error))]
+    results: list[list[int] | RefusedText] = []
     for ids, is_special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        if all(is_special) and not allow_empty:
-            yield []
-        else:
-            yield ids[:-1] if ids and is_special[-1] and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _encode_chats(tokenizer: Any, chats: list[Any]) -> list[Any]:
-    try:
-        tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            "prompts: must be text, because the tokenizer has no chat template. "
-            "Use text, or a tokenizer with a chat template."
-        ) from error
-    try:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        if middle := len(chats) // 2:  # Bisect for the refused chats.
-            return _encode_chats(tokenizer, chats[:middle]) + _encode_chats(tokenizer, chats[middle:])
-        return [RefusedChat(one_line(error))]
+        end = len(ids)
+        while end and is_special[end - 1]:
+            end -= 1
+        results.append(ids[:end] if end else empty_ids)
+    return results

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, compress
 from typing import Any
 
-from quarkrl.data.encoding import RefusedChat, try_encode_prompts
+from quarkrl.data.chats import RefusedChat, find_fault, message_text
+from quarkrl.data.encoding import RefusedText, try_encode_prompts
 from quarkrl.data.readers import SURROGATE, BadRow, quote_names, read_rows
 from quarkrl.errors import UserError, shorten
 
@@ -73,13 +74,16 @@ class Prompts:
             skipped_rows=skipped_rows,
         )
 
-    def encode(self, tokenizer: Any, *, max_length: int, skip_bad: bool = False) -> Prompts:
+    def encode(
+        self, tokenizer: Any, *, max_length: int, skip_bad: bool = False, reserved: Sequence[str] = ()
+    ) -> Prompts:
         """Encode the prompts as token ids (`data.encoding`) and check their lengths.
 
         Args:
             tokenizer: a `transformers` tokenizer.
             max_length: maximum prompt length in tokens, BOS and chat template included.
-            skip_bad: skip prompts that are too long or have no tokens, instead of raising.
+            skip_bad: skip prompts that are too long, have no tokens or contain reserved text, instead of raising.
+            reserved: texts that a prompt must not contain, such as reward tokens.
 
         Returns:
             The prompts with their `ids`, without those that are skipped.
@@ -89,7 +93,8 @@ class Prompts:
         """
         if max_length < 1:
             raise UserError(f"prompt length limit {max_length}: must be at least 1 token. Lower the completion length.")
-        results: list[Any] = [_check_prompt(prompt) for prompt in self.prompts]  # A BadRow or None, later the ids.
+        # A BadRow or None, later the ids.
+        results: list[Any] = [_check_prompt(prompt) or _check_reserved(prompt, reserved) for prompt in self.prompts]
         good = [i for i, bad in enumerate(results) if bad is None]
         for i, ids in zip(good, try_encode_prompts(tokenizer, [self.prompts[i] for i in good]), strict=True):
             results[i] = _check_ids(self.prompts[i], ids, max_length) or ids
@@ -191,11 +196,11 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
         texts = [prompt]
     elif not isinstance(prompt, list):
         return BadRow("wrong type", f"the prompt is {shorten(prompt)}", "Use a string or a list of messages")
-    elif prompt and all(map(_is_message, prompt)):
-        texts = [message["content"] for message in prompt]
+    elif fault := find_fault(prompt):
+        remedy = 'Use a list of {"role": "…", "content": "…"}'
+        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}: {fault}", remedy)
     else:
-        remedy = 'Use a list of {"role": "…", "content": "…"} with string values'
-        return BadRow("malformed messages", f"malformed chat messages {shorten(prompt)}", remedy)
+        texts = [message_text(message) for message in prompt]
     if not allow_empty and not any(text.strip() for text in texts):
         return BadRow("empty prompt", f"the prompt is empty: {shorten(prompt)}", "Use text")
     if any(map(SURROGATE.search, texts)):
@@ -203,14 +208,21 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
     return None
 
 
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow | None:
+    texts = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
+    for name in reserved:
+        if any(name in text for text in texts):
+            return BadRow("contains a reward token", f"the prompt contains the reward token {name}", "Remove it")
+    return None
 
 
-def _check_ids(prompt: object, ids: list[int] | RefusedChat, max_length: int) -> BadRow | None:
+def _check_ids(prompt: object, ids: list[int] | RefusedChat | RefusedText, max_length: int) -> BadRow | None:
     if isinstance(ids, RefusedChat):
         problem = f"the chat template refuses {shorten(prompt)} ({ids.reason})"
         return BadRow("refused by the chat template", problem, "Change the messages")
+    if isinstance(ids, RefusedText):
+        problem = f"the tokenizer refuses {shorten(prompt)} ({ids.reason})"
+        return BadRow("refused by the tokenizer", problem, "Change the text")
     if not ids:
         return BadRow("no tokens", "the prompt has no tokens", "Use text that the tokenizer knows")
     if len(ids) > max_length:

@@ -99,8 +99,13 @@ def _predict(
     generator: QuarkGenerator, chunks: Sequence[Sequence[int]], quantile: str | int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each chunk of n tokens, `(n - 1,)` NLL and `(n - 1,)` argmax prediction of its second to last token."""
-    heads = [generator.condition(ids[:1], quantile) for ids in chunks]
-    batch = build_batch(heads, [ids[1:] for ids in chunks])
+    conditioned = [generator.condition(ids, quantile) for ids in chunks]
+    reward_tokens = set(generator.conditioning.all_token_ids) if generator.conditioning else set()
+    starts = [1 + next(i for i, token in enumerate(ids) if token not in reward_tokens) for ids in conditioned]
+    pairs = list(zip(conditioned, starts, strict=True))
+    batch = build_batch([ids[:start] for ids, start in pairs], [ids[start:] for ids, start in pairs])
+    # Reward tokens follow the special tokens that come first. They are not predicted.
+    batch["labels"][torch.isin(batch["labels"], torch.tensor(sorted(reward_tokens)))] = -100
     device = generator.model.device
     input_ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
     with torch.inference_mode():

@@ -22,8 +22,9 @@ from quarkrl.evaluation.options import ALL_QUANTILES, NO_REFERENCE, EvaluationOp
 from quarkrl.evaluation.panel import Completions, Panel, human_texts
 from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
-from quarkrl.evaluation.results import Evaluation, Row
+from quarkrl.evaluation.results import Evaluation, Row, curves, no_curve
 from quarkrl.models.quark_json import reference_name
+from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
@@ -52,14 +53,14 @@ class _Variant:
 
     name: str
     generator: QuarkGenerator
-    quantile: str | int
+    requested: str | int
     guidance_scale: float = 1.0
 
     @property
-    def quantile_number(self) -> int | None:
+    def quantile(self) -> int | None:
         """The number of the quantile; None for a model without quantiles."""
         conditioning = self.generator.conditioning
-        return conditioning.quantiles_of(self.quantile)[0] if conditioning else None
+        return conditioning.quantiles_of(self.requested)[0] if conditioning else None
 
 
 def evaluate(
@@ -70,6 +71,7 @@ def evaluate(
     *,
     judges: Sequence[Scorer] = (),
     corpus: Prompts | None = None,
+    needs_curve: bool = False,
     notify: Notify = lambda row, done, total: None,
 ) -> Evaluation:
     """Measure a model and its reference on the same prompts.
@@ -82,6 +84,7 @@ def evaluate(
         options: what to measure and how; by default `EvaluationOptions()`.
         judges: further scorers, reported beside the reward.
         corpus: human-written texts, for rep, wrep, token accuracy and perplexity.
+        needs_curve: raise an error before sampling if the rows make no curve (`results.curves`), which a plot needs.
         notify: called after each batch with the row's name, the number of finished completions, and their total.
 
     Raises:
@@ -92,6 +95,8 @@ def evaluate(
     sampling = options.strategy()
     models = _load_models(model, options)
     variants = _variants(models, options)
+    if needs_curve and not curves(variants):
+        raise no_curve()
     sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
     prompt_limit = models.policy.context_length - sampling.max_new_tokens
     skip = options.skip_bad_prompts
@@ -104,7 +109,7 @@ def evaluate(
     panel = Panel(
         scorer,
         PerplexityModel(models.perplexity, models.policy),
-        _unique_names(judges),
+        dict(zip(unique_names(("+".join(judge.names) for judge in judges), {"reward"}), judges, strict=True)),
         options.threshold,
         options.batch_size,
         options.resamples,
@@ -118,7 +123,7 @@ def evaluate(
             completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
             rows.append(_measure(variant, set_name, encoded, completion_ids, panel))
     corpus_rows = [
-        corpus_row(v.name, v.generator, corpus.ids, v.quantile, options.batch_size, options.resamples)
+        corpus_row(v.name, v.generator, corpus.ids, v.requested, options.batch_size, options.resamples)
         for v in variants
         if corpus and v.guidance_scale == 1
     ]
@@ -180,24 +185,29 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
     if list(quantiles) == [ALL_QUANTILES]:
         quantiles = range(policy.conditioning.num_quantiles)
     variants += [_Variant(str(quantile), policy, quantile) for quantile in quantiles]
-    # `quantile_number` fails for a quantile that does not exist.
-    known = {(variant.quantile_number, 1.0) for variant in variants if variant.generator is policy}
+    # `quantile` fails for a quantile that does not exist.
+    known = {(variant.quantile, 1.0) for variant in variants if variant.generator is policy}
     for scale in options.guidance_scales:
         guided = _Variant("best" if scale == 1 else f"best γ={scale:g}", policy, "best", float(scale))
-        if (guided.quantile_number, guided.guidance_scale) not in known:
+        if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
     if options.guidance_scales:
-        _contrast(models, options.guidance_scales[0], options.guidance_from, [])
+        _check_guidance(models, options.guidance_from)
     return variants
+
+
+def _check_guidance(models: _Models, guidance_from: str | int) -> None:
+    """Raise before anything is sampled if guidance has no contrast."""
+    _contrast(models, 1.0, guidance_from, [])
 
 
 def _contrast(
     models: _Models, guidance_scale: float, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]
 ) -> Contrast:
-    """The distribution that guidance moves away from.
+    """The distribution that guidance of the best quantile moves away from.
 
     Raises:
-        UserError: no such quantile, or no reference.
+        UserError: no such quantile, or it is the best one, or no reference.
     """
     policy = models.policy
     if guidance_from == "reference" and models.reference and policy.conditioning:
@@ -209,11 +219,10 @@ def _contrast(
 
 def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, skip_bad: bool) -> Prompts:
     """The prompts with their token ids, without reward tokens."""
-    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad)
-    if not policy.conditioning:
-        return encoded
+    reserved = policy.conditioning.token_names if policy.conditioning else []
     # The tokenizer of a trained model adds the best reward tokens. They count towards `max_length`.
-    return replace(encoded, ids=[policy.conditioning.strip(ids) for ids in encoded.ids])
+    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad, reserved=reserved)
+    return replace(encoded, ids=policy.strip(encoded.prompts, encoded.ids))
 
 
 def _sample(
@@ -238,7 +247,7 @@ def _sample(
         contrast = _contrast(models, variant.guidance_scale, options.guidance_from, plain_ids)
     return complete(
         generator.model,
-        [generator.condition(ids, variant.quantile) for ids in plain_ids],
+        [generator.condition(ids, variant.requested) for ids in plain_ids],
         options.strategy(),
         end_ids=generator.end_ids,
         vocab_size=generator.vocab_size,
@@ -263,7 +272,7 @@ def _measure(variant: _Variant, set_name: str, prompts: Prompts, completion_ids:
         completions=completions.texts_by_prompt,
         rewards=measurement.scores["reward"],
         prompts_name=set_name,
-        quantile=variant.quantile_number,
+        quantile=variant.quantile,
         guidance_scale=variant.guidance_scale,
         intervals=measurement.intervals,
         scores=measurement.scores,
@@ -307,16 +316,3 @@ def _protocol(
         },
         **environment(models.policy.model.device),
     }
-
-
-def _unique_names(judges: Sequence[Scorer]) -> dict[str, Scorer]:
-    """The judges by name; a repeated name, or "reward", gets a number."""
-    named: dict[str, Scorer] = {}
-    for judge in judges:
-        name = base = "+".join(judge.names)
-        number = 1
-        while name in named or name == "reward":
-            number += 1
-            name = f"{base}-{number}"
-        named[name] = judge
-    return named

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkrl.errors import UserError
-from quarkrl.evaluation.results import Evaluation, Row
-from quarkrl.evaluation.tables import curves
+from quarkrl.evaluation.results import Evaluation, Row, curves, no_curve
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -24,11 +23,6 @@ def check_plot(path: str | os.PathLike) -> Any:
     except ImportError as error:
         raise UserError(f"plot {str(path)!r} needs matplotlib: pip install matplotlib ({error}).") from error
     return matplotlib
-
-
-def no_curve() -> UserError:
-    """The error for a plot without a curve."""
-    return UserError("plot: there is no curve to draw. Set --quantiles all, or --guidance_scales 1 2 4.")
 
 
 def plot_curves(evaluation: Evaluation, path: str | os.PathLike) -> None:

@@ -6,9 +6,10 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,21 @@ from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
 from quarkrl.storage.atomic import atomic_file, write_text
 from quarkrl.storage.json import nan_to_null
+
+
+class Point(Protocol):
+    """What `curves` needs to know of a row."""
+
+    @property
+    def quantile(self) -> int | None:
+        """The number of the requested quantile."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """γ; 1 is unguided."""
+
+
+AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,31 @@ class Evaluation:
             "completions": parquet_path.name,
         }
         write_text(json_path, json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n")
+
+
+def curves(rows: Sequence[AnyPoint]) -> list[tuple[str, list[tuple[float, AnyPoint]]]]:
+    """Return the curves in the rows of one set of prompts: label, and points of requested value and row, in order.
+
+    The requested quantile with three or more points, and the guidance scale with two or more.
+    """
+    unguided = {row.quantile: row for row in rows if row.quantile is not None and row.guidance_scale == 1}
+    guided = [row for row in rows if row.guidance_scale != 1]
+    labelled: list[tuple[str, list[tuple[float, AnyPoint]]]] = []
+    if len(unguided) > 2:
+        labelled.append(("requested quantile", [(float(q), unguided[q]) for q in sorted(unguided)]))
+    same_quantile = [row for row in unguided.values() if guided and row.quantile == guided[0].quantile]
+    if guided and len(same_quantile) + len(guided) > 1:
+        points = sorted(((row.guidance_scale, row) for row in [*same_quantile, *guided]), key=lambda point: point[0])
+        labelled.append(("guidance scale γ", points))
+    return labelled
+
+
+def no_curve() -> UserError:
+    """The error for a plot without a curve."""
+    return UserError(
+        "plot: there is no curve to draw. It needs three different quantiles (--quantiles all), or two guidance scales "
+        "(--guidance_scales 1 2 4)."
+    )
 
 
 def output_paths(path: str | os.PathLike) -> tuple[Path, Path]:

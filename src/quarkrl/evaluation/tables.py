@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quarkrl.evaluation.intervals import Interval
-from quarkrl.evaluation.results import CorpusRow, Evaluation, Row
+from quarkrl.evaluation.results import CorpusRow, Evaluation, Row, curves
 
 # Only in results.json: the factors of diversity, and the number of completions too short for it, which is often large.
 _NOT_PRINTED = ("rep-2", "rep-3", "rep-4", "diversity_short")
@@ -51,23 +51,6 @@ def print_side_by_side(evaluation: Evaluation, count: int, console: Console) -> 
         sample = int(rewards[i].argmin())
         table.add_row(str(evaluation.prompts.prompts[i]), *(row.completions[i][sample] for row in rows))
     console.print(table)
-
-
-def curves(rows: Sequence[Row]) -> list[tuple[str, list[tuple[float, Row]]]]:
-    """Return the curves in the rows of one set of prompts: label, and points of requested value and row, in order.
-
-    The requested quantile with three or more points, and the guidance scale with two or more.
-    """
-    unguided = {row.quantile: row for row in rows if row.quantile is not None and row.guidance_scale == 1}
-    guided = [row for row in rows if row.guidance_scale != 1]
-    labelled = []
-    if len(unguided) > 2:
-        labelled.append(("requested quantile", [(float(q), row) for q, row in sorted(unguided.items())]))
-    if guided:
-        same_quantile = [row for row in unguided.values() if row.quantile == guided[0].quantile]
-        points = sorted(((row.guidance_scale, row) for row in [*same_quantile, *guided]), key=lambda point: point[0])
-        labelled.append(("guidance scale γ", points))
-    return labelled
 
 
 def _title(name: str) -> str:

@@ -3,9 +3,14 @@
 Each attribute (a reward that conditions) has K reward tokens, `<|reward_0|>` (worst) to `<|reward_K-1|>` (best). They
 are added to the tokenizer and, as new embedding rows, to the model. They come after BOS, if the tokenizer adds one, and
 before the prompt. They are conditions, never outputs: every sampler suppresses them.
+
+`data.encoding.encode_prompts` gives the ids of a prompt, and `Conditioning.prefix` those behind quantiles: in training,
+generation and evaluation. The reference reads the same ids without reward tokens. The tokenizer in `final/` gives the
+ids behind the best quantiles (`steering.py`), and `training/served.py` checks that before a run samples.
 """
 
 import copy
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
 from quarkrl.models.quark_json import damaged, read_quark_json, write_quark_json
+from quarkrl.models.special_tokens import add_special_tokens, surrounding_ids
 from quarkrl.models.steering import steer_tokenizer
 
 
@@ -26,13 +32,14 @@ class Conditioning:
     Attributes:
         attributes: names of the A rewards that condition.
         token_ids: `(A, K)` ids of the reward tokens, worst first.
-        bos_id: the BOS id; the reward tokens follow it where a prompt starts with it. None for a tokenizer without BOS.
+        prefix_ids: the ids that precede the reward tokens where a prompt starts with them: the special tokens that the
+            tokenizer puts first, such as BOS.
         vocab_size: V, the number of original token ids. Every generated id is below it.
     """
 
     attributes: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
-    bos_id: int | None
+    prefix_ids: tuple[int, ...]
     vocab_size: int
 
     @property
@@ -49,6 +56,11 @@ class Conditioning:
     def all_token_ids(self) -> list[int]:
         """The ids of all A * K reward tokens."""
         return [i for row in self.token_ids for i in row]
+
+    @property
+    def token_names(self) -> list[str]:
+        """The texts of all A * K reward tokens."""
+        return reward_token_names(self.attributes, self.num_quantiles)
 
     @classmethod
     def add_to(
@@ -77,7 +89,7 @@ class Conditioning:
         Raises:
             UserError: the tokenizer already has reward tokens, because Quark trained this model before.
         """
-        names = [reward_token(name, k) for name in attributes for k in range(num_quantiles)]
+        names = reward_token_names(attributes, num_quantiles)
         vocabulary = set(tokenizer.get_vocab())
         if existing := [name for name in names if name in vocabulary]:
             raise UserError(
@@ -85,13 +97,12 @@ class Conditioning:
                 "Start from the original model."
             )
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_tokens(names, special_tokens=True)
-        ids = tokenizer.convert_tokens_to_ids(names)
+        ids = add_special_tokens(tokenizer, names)
         rows = model.get_input_embeddings().weight.shape[0]
         conditioning = cls(
             attributes=tuple(attributes),
             token_ids=tuple(tuple(ids[a * num_quantiles : (a + 1) * num_quantiles]) for a in range(len(attributes))),
-            bos_id=tokenizer.bos_token_id,
+            prefix_ids=_prefix_ids(tokenizer),
             # An embedding can have more rows than the tokenizer has tokens (padding), or fewer: neither are outputs.
             vocab_size=min(rows, *ids),
         )
@@ -100,20 +111,32 @@ class Conditioning:
         _draw_rows(model, ids, conditioning.vocab_size, seed)
         return conditioning, tokenizer
 
+    def position(self, plain_ids: Sequence[int]) -> int:
+        """Return the position that reward tokens get in the ids of a prompt: 0, or behind `prefix_ids`."""
+        start = len(self.prefix_ids)
+        return start if tuple(plain_ids[:start]) == self.prefix_ids else 0
+
     def prefix(self, prompt_ids: Sequence[int], quantiles: Sequence[int]) -> list[int]:
-        """Return the prompt's ids with one reward token per attribute before them, after BOS.
+        """Return the prompt's ids with one reward token per attribute before them, after `prefix_ids`.
 
         Args:
             prompt_ids: a prompt without reward tokens.
             quantiles: one per attribute.
         """
-        start = int(len(prompt_ids) > 0 and prompt_ids[0] == self.bos_id)
+        start = self.position(prompt_ids)
         return [*prompt_ids[:start], *self._tokens_of(quantiles), *prompt_ids[start:]]
 
     def strip(self, ids: Sequence[int]) -> list[int]:
         """Return the ids without reward tokens: the inverse of `prefix`."""
         reward_tokens = set(self.all_token_ids)
         return [int(i) for i in ids if i not in reward_tokens]
+
+    def is_prefixed(self, ids: Sequence[int]) -> bool:
+        """Return whether ids are what `prefix` returns for some quantiles."""
+        start = self.position(self.strip(ids))
+        tokens = ids[start : start + len(self.attributes)]
+        is_one_each = len(tokens) == len(self.attributes) and all(map(operator.contains, self.token_ids, tokens))
+        return is_one_each and len(self.strip(ids)) == len(ids) - len(tokens)
 
     def quantiles_of(self, quantile: str | int) -> tuple[int, ...]:
         """Return a quantile given by name or number as one number per attribute.
@@ -146,7 +169,7 @@ class Conditioning:
         Raises:
             UserError: the tokenizer is not a fast one.
         """
-        return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best))
+        return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best), self.prefix_ids)
 
     def add_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
         """Return the model with an adapter of `peft` that also trains the embedding rows of the reward tokens."""
@@ -180,7 +203,9 @@ class Conditioning:
             if not isinstance(fields["attributes"], list):
                 raise TypeError("attributes: must be a list")
             token_ids = tuple(map(tuple, fields["token_ids"]))
-            conditioning = cls(tuple(fields["attributes"]), token_ids, fields["bos_id"], fields["vocab_size"])
+            conditioning = cls(
+                tuple(fields["attributes"]), token_ids, tuple(fields["prefix_ids"]), fields["vocab_size"]
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(model, repr(error)) from error
         if problem := conditioning._inconsistency():
@@ -198,18 +223,35 @@ class Conditioning:
             return f"attributes {self.attributes!r}: must be at least one name"
         if len(self.token_ids) != len(self.attributes) or len(set(map(len, self.token_ids))) != 1:
             return "token_ids: must be equally many for each attribute"
-        if self.num_quantiles < 2 or len(set(ids)) < len(ids) or not all(type(i) is int for i in ids):
+        if self.num_quantiles < 2 or not all(type(i) is int for i in ids) or len(set(ids)) < len(ids):
             return "token_ids: must be at least two different numbers for each attribute"
         if type(self.vocab_size) is not int or not 1 <= self.vocab_size <= min(ids):
             return f"vocab_size {self.vocab_size!r}: must be the number of ids below the reward tokens"
-        if not (self.bos_id is None or (type(self.bos_id) is int and 0 <= self.bos_id < self.vocab_size)):
-            return f"bos_id {self.bos_id!r}: must be an id below vocab_size, or null"
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in self.prefix_ids):
+            return f"prefix_ids {list(self.prefix_ids)!r}: must be ids below vocab_size"
         return None
 
 
 def reward_token(attribute: str, quantile: int) -> str:
     """The text of a reward token in the tokenizer's vocabulary."""
     return f"<|{attribute}_{quantile}|>"
+
+
+def reward_token_names(attributes: Sequence[str], num_quantiles: int) -> list[str]:
+    """The texts of all reward tokens."""
+    return [reward_token(name, k) for name in attributes for k in range(num_quantiles)]
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that precede the reward tokens: what the tokenizer puts first, or else the BOS of a chat template.
+
+    A text can spell BOS. A tokenizer that adds no special tokens puts the reward tokens first there too. So BOS counts
+    only if there is a chat template, which can render it.
+    """
+    before, _ = surrounding_ids(tokenizer)
+    if not before and tokenizer.chat_template and tokenizer.bos_token_id is not None:
+        return (tokenizer.bos_token_id,)
+    return tuple(before)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.loading import eos_ids
 
 
 def save_steered(
@@ -24,7 +25,8 @@ def save_steered(
     Args:
         model: the policy; an adapter is merged into a copy.
         tokenizer: one that puts the best reward token first (`Conditioning.steer_tokenizer`).
-        conditioning: the reward tokens, which the checkpoint's generation config suppresses.
+        conditioning: the reward tokens, which the checkpoint's generation config suppresses. It stops at the EOS ids of
+            training (`loading.eos_ids`).
         directory: where to write; it exists.
         facts: what `quark.json` holds beside the conditioning.
         state_dict: the weights, if they were gathered from several processes; by default those of the model.
@@ -34,6 +36,7 @@ def save_steered(
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
     model.generation_config.suppress_tokens = conditioning.all_token_ids
+    model.generation_config.eos_token_id = eos_ids(model, tokenizer, conditioning.vocab_size) or None
     model.config.use_cache = True  # Trainer switches it off.
     try:
         model.save_pretrained(directory, state_dict=state_dict)

@@ -87,13 +87,20 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion, from the model's generation config or else from the tokenizer."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[int]:
+    """The ids that end a completion: those of the model's generation config, and the tokenizer's EOS.
+
+    transformers' Trainer writes the tokenizer's EOS into the generation config, and vLLM stops at both.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        vocab_size: ids from here on are left out: the default of a config can lie outside the vocabulary.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list | tuple) else [configured]
+    ids = dict.fromkeys(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
+    return [i for i in ids if vocab_size is None or i < vocab_size]
 
 
 def with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:

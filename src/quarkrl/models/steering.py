@@ -5,22 +5,26 @@ trained on, without knowing about Quark.
 """
 
 import copy
-import json
-import re
 from collections.abc import Sequence
 
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
+from quarkrl.models.chat_template import steer_chat_template
+from quarkrl.models.special_tokens import post_processor, surrounding_ids
 
 
-def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int]) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer that puts reward tokens before each text, after BOS if it adds one.
+def steer_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], prefix_ids: Sequence[int]
+) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that puts reward tokens before each text, after special tokens such as BOS.
+
+    It adds nothing behind a text, such as EOS: a prompt is continued.
 
     Args:
         tokenizer: knows the reward tokens; it is not changed.
         reward_token_ids: one per attribute.
+        prefix_ids: the ids that precede the reward tokens in a chat that starts with them.
 
     Raises:
         UserError: the tokenizer is not a fast one. Only those have a post-processor that can be set.
@@ -30,41 +34,12 @@ def steer_tokenizer(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequen
             f"tokenizer {type(tokenizer).__name__}: must be a fast tokenizer. Save one with a tokenizer.json beside "
             "the model."
         )
-    before, after = _special_tokens_around(tokenizer)
-    single: list[int | str] = [*before, *reward_token_ids, "$A", *after]
-    pair: list[int | str] = [*single, *before, "$B:1", *after]
+    before, after = surrounding_ids(tokenizer)
     steered = copy.deepcopy(tokenizer)
-    token_of: dict[int | str, str] = {i: steered.convert_ids_to_tokens(i) for i in (*before, *reward_token_ids, *after)}
-    steered.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[token_of.get(piece, piece) for piece in single],
-        pair=[token_of.get(piece, piece) for piece in pair],
-        special_tokens=[(token, i) for i, token in token_of.items()],
+    steered.backend_tokenizer.post_processor = post_processor(
+        tokenizer, before=[*before, *reward_token_ids], between=[*after, *before]
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False
-    if isinstance(steered.chat_template, str):
-        reward_tokens = "".join(steered.convert_ids_to_tokens(list(reward_token_ids)))
-        steered.chat_template = _steer_template(steered.chat_template, reward_tokens, steered.bos_token)
+    steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids)
     return steered
-
-
-def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer adds before and after each text, such as BOS and EOS."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
-    return full[:start], full[start + len(plain) :]
-
-
-def _steer_template(template: str, reward_tokens: str, bos_token: str | None) -> str:
-    """A chat template that renders the same text with the reward tokens first, after BOS if the text starts with it."""
-    # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
-    # keeps the blanks before that tag.
-    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
-    bos, tokens = (json.dumps(text, ensure_ascii=False) for text in (bos_token or "", reward_tokens))
-    return (
-        "{% set quark_text %}\n" + body + "{%+ endset %}"
-        "{% set quark_bos = " + bos + " if quark_text.startswith(" + bos + ") else '' %}"
-        "{{ quark_bos + " + tokens + " + quark_text[quark_bos | length:] }}"
-    )

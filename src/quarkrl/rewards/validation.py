@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quarkrl.errors import UserError, shorten
+from quarkrl.names import unique_names
 
 
 def checked_scores(name: str, result: Any, n: int) -> list[float | None]:
@@ -64,12 +65,4 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def attribute_names(names: Iterable[str]) -> tuple[str, ...]:
     """Make names unique and fit for reward tokens: letters, digits, "_" and "-". A second `x` becomes `x-2`."""
-    unique: list[str] = []
-    for name in names:
-        base = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward"
-        candidate, count = base, 1
-        while candidate in unique:
-            count += 1
-            candidate = f"{base}-{count}"
-        unique.append(candidate)
-    return tuple(unique)
+    return tuple(unique_names(re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward" for name in names))

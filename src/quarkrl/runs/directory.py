@@ -148,6 +148,14 @@ def _check_checkpoint(checkpoint: Path, directory: Path) -> None:
         raise UserError(f"resume_from_checkpoint {str(checkpoint)!r}: {damage}. Set an undamaged checkpoint.")
 
 
+def recorded_fact(directory: Path, name: str) -> Any:
+    """Return a fact of the identity of the run in a directory; None if it has none, or none that can be read."""
+    try:
+        return json.loads((directory / RUN_FILE).read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # `open_run` reports a damaged file.
+
+
 def check_no_run(directory: Path) -> None:
     """Check that a directory holds no run.
 

@@ -14,6 +14,7 @@ from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
+from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
@@ -49,14 +50,15 @@ class QuarkGenerator:
         self.conditioning = conditioning
         self.reference_name = reference
         self.trust_remote_code = trust_remote_code
-        self.end_ids = eos_ids(model, tokenizer)
         rows = model.get_input_embeddings().weight.shape[0]
         if conditioning and (highest := max(map(max, conditioning.token_ids))) >= rows:
             raise UserError(
                 f"quark.json is damaged or belongs to another model: reward token id {highest} must be below {rows}, "
                 "the number of embedding rows. Restore the file."
             )
-        self.vocab_size = conditioning.vocab_size if conditioning else min(rows, len(tokenizer))
+        used_ids = 1 + max(tokenizer.get_vocab().values())  # Not the number of tokens: a vocabulary can have gaps.
+        self.vocab_size = conditioning.vocab_size if conditioning else min(rows, used_ids)
+        self.end_ids = eos_ids(model, tokenizer, self.vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -148,9 +150,7 @@ class QuarkGenerator:
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = None
         if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast(plain_ids, guidance_scale, guidance_from)
-            if prompt_ids and contrast.prompt_ids == prompt_ids:
-                raise UserError(f"guidance_from {guidance_from!r}: must differ from quantile {quantile!r}.")
+            contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile)
         longest = max(map(len, prompt_ids), default=0)
         if longest + sampling.max_new_tokens > self.context_length:
             raise UserError(
@@ -181,12 +181,32 @@ class QuarkGenerator:
 
     def _encode_plain(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Encode prompts as token ids without reward tokens, which the tokenizer of a trained model adds."""
-        encoded = []
-        for prompt, ids in zip(prompts, encode_prompts(self.tokenizer, prompts, allow_empty=True), strict=True):
-            encoded.append(self.conditioning.strip(ids) if self.conditioning else list(ids))
-            if not encoded[-1]:
+        empty_ids, _ = surrounding_ids(self.tokenizer)
+        encoded = self.strip(prompts, encode_prompts(self.tokenizer, prompts, empty_ids=empty_ids))
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if not ids:
                 raise UserError(f"prompt {shorten(prompt)}: must have at least one token. Use text to continue.")
         return encoded
+
+    def strip(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Remove the reward tokens that the tokenizer of a trained model has put into prompts.
+
+        Args:
+            prompts: the prompts, for messages.
+            prompt_ids: their token ids.
+
+        Raises:
+            UserError: a prompt has reward tokens of its own, or a BOS that the tokenizer puts behind reward tokens.
+        """
+        if self.conditioning is None:
+            return [list(ids) for ids in prompt_ids]
+        stripped = [self.conditioning.strip(ids) for ids in prompt_ids]
+        for prompt, ids, plain_ids in zip(prompts, prompt_ids, stripped, strict=True):
+            if len(ids) > len(plain_ids) and not self.conditioning.is_prefixed(ids):
+                raise UserError(
+                    f"prompt {shorten(prompt)}: must not contain reward tokens or start with BOS. Remove them."
+                )
+        return stripped
 
     def condition(self, plain_ids: Sequence[int], quantile: str | int = "best") -> list[int]:
         """Add the reward tokens of `quantile` to the token ids of a prompt, after BOS.
@@ -203,7 +223,11 @@ class QuarkGenerator:
         return list(plain_ids)
 
     def contrast(
-        self, plain_ids: Sequence[Sequence[int]], guidance_scale: float, guidance_from: str | int = "worst"
+        self,
+        plain_ids: Sequence[Sequence[int]],
+        guidance_scale: float,
+        guidance_from: str | int = "worst",
+        quantile: str | int = "best",
     ) -> Contrast:
         """Build the contrast of guidance for prompts.
 
@@ -211,9 +235,11 @@ class QuarkGenerator:
             plain_ids: token ids of the prompts, without reward tokens.
             guidance_scale: γ.
             guidance_from: a quantile, or "reference".
+            quantile: the quantile of the wanted distribution.
 
         Raises:
-            UserError: there is no such quantile, the reference is not available, or the model has no reward tokens.
+            UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
+                no reward tokens.
         """
         if self.conditioning is None:
             raise UserError(
@@ -221,7 +247,8 @@ class QuarkGenerator:
                 "This one has no quantiles."
             )
         reference = self.reference if guidance_from == "reference" else self.model
-        return make_contrast(self.conditioning, plain_ids, GuidanceOptions(guidance_scale, guidance_from, reference))
+        guidance = GuidanceOptions(guidance_scale, guidance_from, reference)
+        return make_contrast(self.conditioning, plain_ids, guidance, quantile)
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Decode completions as text, without special tokens."""

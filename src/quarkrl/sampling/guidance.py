@@ -80,20 +80,30 @@ def check_guidance_scale(guidance_scale: float, name: str = "guidance_scale") ->
     return guidance_scale
 
 
-def make_contrast(conditioning: Conditioning, plain_ids: Sequence[Sequence[int]], options: GuidanceOptions) -> Contrast:
+def make_contrast(
+    conditioning: Conditioning,
+    plain_ids: Sequence[Sequence[int]],
+    options: GuidanceOptions,
+    quantile: str | int = "best",
+) -> Contrast:
     """Build the contrast for prompts of a policy.
 
     Args:
         conditioning: the policy's reward tokens.
         plain_ids: token ids of the prompts, without reward tokens.
         options: γ, and what to move away from.
+        quantile: the quantile of the wanted distribution.
 
     Raises:
-        UserError: there is no such quantile, or γ is negative or not finite.
+        UserError: there is no such quantile, it is the wanted one, or γ is negative or not finite.
     """
     if options.guidance_from == "reference":
         return Contrast(options.guidance_scale, [list(ids) for ids in plain_ids], options.reference)
     quantiles = conditioning.quantiles_of(options.guidance_from)
+    if quantiles == conditioning.quantiles_of(quantile):
+        raise UserError(
+            f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r}. The default is worst."
+        )
     return Contrast(options.guidance_scale, [conditioning.prefix(ids, quantiles) for ids in plain_ids])
 
 
@@ -216,7 +226,7 @@ class Guidance(LogitsProcessor):
             guidance_from: the quantile to move away from: "worst", "best", or 0 (worst) to K - 1 (best).
 
         Raises:
-            UserError: there is no such quantile, or a prompt has no reward tokens.
+            UserError: there is no such quantile, a prompt has no reward tokens, or all prompts request that quantile.
         """
         contrast_ids = input_ids.clone()
         for tokens, quantile in zip(conditioning.token_ids, conditioning.quantiles_of(guidance_from), strict=True):
@@ -226,6 +236,10 @@ class Guidance(LogitsProcessor):
                     "input_ids: each prompt must have its reward tokens. Encode prompts with the model's own tokenizer."
                 )
             contrast_ids[is_reward_token] = tokens[quantile]
+        if torch.equal(contrast_ids, input_ids):
+            raise UserError(
+                f"guidance_from {guidance_from!r}: must differ from the quantile of the prompts. The default is worst."
+            )
         return cls(guidance_scale, model, contrast_ids, attention_mask, conditioning.vocab_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -4,13 +4,17 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from quarkrl.runs.directory import Differences
+from quarkrl.data.chats import is_dated
+from quarkrl.runs.collectives import broadcast
+from quarkrl.runs.directory import Differences, recorded_fact
 from quarkrl.training.config import QuarkConfig, resume_rules
 
 # Facts that are compared as a whole, and what the user calls them.
@@ -65,6 +69,7 @@ def run_identity(
     eval_prompts: Sequence[Sequence[int]] | None,
     rewards: list[dict[str, Any]],
     adapter: Any | None,
+    chat_date: datetime | None = None,
 ) -> QuarkIdentity:
     """Return the identity of a run.
 
@@ -75,6 +80,7 @@ def run_identity(
         eval_prompts: token ids of the held-out prompts, which choose the best checkpoint if the run keeps it.
         rewards: identity of each reward (`Scorer.identity`).
         adapter: the `peft` configuration of an adapter, or None.
+        chat_date: the date that the chats of the run have (`find_chat_date`).
     """
     chooses = config.load_best_model_at_end and eval_prompts is not None
     facts = {
@@ -86,10 +92,41 @@ def run_identity(
         "eval_prompts": _digest(eval_prompts or ()) if chooses else None,
         "rewards": rewards,
         "adapter": None if adapter is None else adapter.to_dict(),
+        "chat_date": None if chat_date is None else chat_date.isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     return QuarkIdentity(
         json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    )
+
+
+def find_chat_date(tokenizer: Any, directory: Path, world_size: int) -> datetime | None:
+    """Return the date and time that the chats of a run have if its chat template writes the current ones.
+
+    A run has one date, also if it is resumed on another day or if its processes start around midnight.
+
+    Args:
+        tokenizer: the tokenizer of the run.
+        directory: of the run. The date of the run that is there is used again.
+        world_size: the number of processes.
+
+    Returns:
+        The date, or None for a chat template without date.
+    """
+    if not is_dated(tokenizer):
+        return None
+    recorded = recorded_fact(directory, "chat_date")
+    date = datetime.fromisoformat(recorded) if recorded else datetime.now().replace(microsecond=0)
+    return broadcast(date, world_size)
+
+
+def chat_date_note(date: datetime | None, prompts: Sequence[Any]) -> str | None:
+    """Return a line for the user if the prompts contain chats that have the date of the run."""
+    if date is None or all(isinstance(prompt, str) for prompt in prompts):
+        return None
+    return (
+        f"the chat template writes the current date: the prompts of this run have {date:%Y-%m-%d}, also when it is "
+        "resumed; final/ writes the date of its use"
     )
 
 

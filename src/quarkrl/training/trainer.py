@@ -43,9 +43,11 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
+from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import build_batch
+from quarkrl.models.conditioning import reward_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -70,13 +72,14 @@ from quarkrl.training.exploration import (
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
-from quarkrl.training.identity import run_identity
+from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool, set_aside_later_files
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import prepare_models
 
 logger = logging.getLogger(__name__)
@@ -124,8 +127,9 @@ class QuarkTrainer(DurableTrainer):
     ):
         self.args = args = args or QuarkConfig()
         model = model if isinstance(model, PreTrainedModel) else load_model(model)
-        self.plain_tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
-        self.end_ids = eos_ids(model, self.plain_tokenizer)
+        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
+        self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
         if not isinstance(reward_funcs, Scorer):
             weights, condition_on = args.reward_weights, args.condition_on
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
@@ -139,9 +143,13 @@ class QuarkTrainer(DurableTrainer):
                 f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
                 "Explore more prompts, or lower --num_quantiles."
             )
-        models = prepare_models(model, self.plain_tokenizer, ref_model, peft_config, args, self.scorer.attributes)
+        models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.reference_identity = models.reference_identity
+        self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
+        steered = models.steered_tokenizer
+        steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
+        check_served_ids(self.plain_tokenizer, steered, self.conditioning, model.config, self.prompts)
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -168,6 +176,7 @@ class QuarkTrainer(DurableTrainer):
                 None if self.eval_prompts is None else self.eval_prompts.ids,
                 self.scorer.identity,
                 peft_config,
+                self.chat_date,
             ),
             steps_per_epoch=args.steps_per_iteration,
             model=models.policy,
@@ -489,7 +498,11 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        notes = [self.memory_plan.message, slow_bf16_note() if self.args.bf16 else None]
+        notes = [
+            self.memory_plan.message,
+            slow_bf16_note() if self.args.bf16 else None,
+            chat_date_note(self.chat_date, self.prompts.prompts),
+        ]
         for note in filter(None, notes if self.is_world_process_zero() else []):
             logger.info(note)
             if self.progress.enabled:
@@ -522,7 +535,12 @@ class QuarkTrainer(DurableTrainer):
     def _encode(self, source: PromptSource | None) -> Prompts:
         skip_bad = self.args.skip_bad_prompts
         prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-        return prompts.encode(self.plain_tokenizer, max_length=self.max_prompt_length, skip_bad=skip_bad)
+        return prompts.encode(
+            self.plain_tokenizer,
+            max_length=self.max_prompt_length,
+            skip_bad=skip_bad,
+            reserved=reward_token_names(self.scorer.attributes, self.args.num_quantiles),
+        )
 
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with its reward tokens."""

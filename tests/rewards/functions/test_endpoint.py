@@ -272,7 +272,7 @@ def test_a_server_that_is_never_reached_is_an_error_that_names_it():
     assert gone.perspective in message and "ConnectError" in message
 
 
-def test_a_server_that_dies_and_comes_back_is_asked_only_for_the_missing_texts(tmp_path):
+def test_a_server_that_dies_and_restarts_receives_only_the_missing_texts(tmp_path):
     first = Server().start()
     port, url = first.port, first.perspective
     texts = [f"text {n}" for n in range(10, 40)]

@@ -1,0 +1,114 @@
+"""Chat templates that put reward tokens first by themselves.
+
+A steered template renders the same text as before, with the reward tokens in front, or behind the BOS with which the
+text starts. It is plain Jinja, so each program that reads chat templates can render it.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+# Encloses what `{% generation %}` encloses. Unicode reserves these characters, so a text does not contain them.
+_MARK = "\ufdd0quark\ufdd1"
+
+
+def steer_chat_template(
+    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], start_ids: Sequence[int]
+) -> Any:
+    """Return the chat template of a tokenizer, or all of them by name, with reward tokens first.
+
+    Args:
+        tokenizer: knows the reward tokens.
+        reward_token_ids: one per attribute.
+        start_ids: the special tokens that the reward tokens follow where a chat starts with them, such as BOS.
+
+    Returns:
+        A template, a dict of named templates, or what the tokenizer has instead of them.
+    """
+    templates = tokenizer.chat_template
+    if not templates:
+        return templates
+    head = _head(tokenizer, "".join(tokenizer.convert_ids_to_tokens(list(reward_token_ids))), start_ids)
+    if isinstance(templates, str):
+        return _steer(templates, head)
+    return {name: _steer(template, head) for name, template in templates.items()}
+
+
+def _steer(template: str, head: str) -> str:
+    """A template that renders the same text behind `quark_head`, which `head` sets and which may replace the start."""
+    # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
+    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
+    # keeps the blanks before that tag.
+    body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
+    marked = _mark_generation(body)
+    if marked is None:
+        return "{% set quark_text %}\n" + body + "{%+ endset %}" + head + "{{ quark_head + quark_rest }}"
+    return (
+        "{% set quark_mark = " + _quote(_MARK) + " %}"
+        "{% macro quark_generation() %}{{ quark_mark + caller() + quark_mark }}{% endmacro %}"
+        "{% set quark_text %}\n" + marked + "{%+ endset %}"
+        "{% set quark_parts = quark_text.split(quark_mark) %}{% set quark_text = quark_parts | join %}" + head +
+        # transformers takes the position of `{% generation %}` from what is written so far, and a block that is
+        # assigned to a variable writes nothing. So each part is written by itself, without what the head replaces.
+        "{{ quark_head }}{% set quark = namespace(skip=quark_text | length - quark_rest | length) %}"
+        "{% for quark_part in quark_parts %}"
+        "{% if loop.index0 is odd %}{% generation %}{{ quark_part[quark.skip:] }}{% endgeneration %}"
+        "{% else %}{{ quark_part[quark.skip:] }}{% endif %}"
+        "{% set quark.skip = [quark.skip - quark_part | length, 0] | max %}"
+        "{% endfor %}"
+    )
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, reward_tokens: str, start_ids: Sequence[int]) -> str:
+    """Jinja that sets `quark_head`, with the reward tokens, and `quark_rest`, which follows it."""
+    added = tokenizer.added_tokens_decoder
+    tokens = [added[i] for i in start_ids if i in added]
+    is_known = 0 < len(tokens) == len(start_ids)
+    start = _quote("".join(token.content for token in tokens) if is_known else "")
+    # A token with lstrip or rstrip takes the blanks around it from the text, so they must not follow a reward token.
+    bare = "quark_text.lstrip()" if is_known and tokens[0].lstrip else "quark_text"
+    rest = f"{bare}[quark_start | length:]" + (".lstrip()" if is_known and tokens[-1].rstrip else "")
+    return (
+        "{% set quark_start = " + start + " if " + bare + ".startswith(" + start + ") else '' %}"
+        "{% set quark_rest = " + rest + " if quark_start else quark_text %}"
+        "{% set quark_head = quark_start + " + _quote(reward_tokens) + _space(tokenizer) + " %}"
+    )
+
+
+def _space(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Jinja that adds a blank behind the reward tokens if the tokenizer adds one at the start of a text only."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    step = json.loads(backend.pre_tokenizer.__getstate__()) if backend and backend.pre_tokenizer else {}
+    while step.get("type") == "Sequence":
+        step = step["pretokenizers"][0]
+    if step.get("type") != "Metaspace" or step["prepend_scheme"] != "first":
+        return ""
+    # No blank is added before another one or before a special token.
+    exceptions = [" ", step["replacement"], *(token.content for token in tokenizer.added_tokens_decoder.values())]
+    starts = ", ".join(map(_quote, exceptions))
+    return " + (' ' if quark_rest and not quark_start and not quark_rest.startswith((" + starts + ")) else '')"
+
+
+def _mark_generation(template: str) -> str | None:
+    """The template with calls of `quark_generation` for its `{% generation %}` blocks; None if it has no such block."""
+    tags = {"generation": "call quark_generation()", "endgeneration": "endcall"}
+    try:
+        lexemes = list(Environment(keep_trailing_newline=True).lex(template))
+    except TemplateSyntaxError:  # transformers reports it when it renders a chat.
+        return None
+    pieces, is_first, has_tags = [], False, False
+    for _, kind, text in lexemes:
+        is_tag = is_first and kind == "name" and text in tags
+        has_tags = has_tags or is_tag
+        pieces.append(tags[text] if is_tag else text)
+        is_first = kind == "block_begin" or (is_first and kind == "whitespace")
+    return "".join(pieces) if has_tags else None
+
+
+def _quote(text: str) -> str:
+    """A Jinja string; JSON escapes as Python does, which Jinja follows."""
+    return json.dumps(text, ensure_ascii=False)
