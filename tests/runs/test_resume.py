@@ -328,6 +328,12 @@ def test_a_branch_keeps_the_metrics_and_the_final_model_of_the_timeline_that_it_
     assert json.loads((copied / "aside-1/run.json").read_text())["options"]["learning_rate"] == 1e-3
 
 
+def test_a_branch_with_another_optimizer_starts_its_states_anew(copied):
+    again(copied, optim="adafactor", resume=str(copied / "checkpoint-2"))
+    state = load_state(copied / "checkpoint-4/training/optimizer.safetensors")["state"]
+    assert {values["step"] for values in state.values()} == {2}
+
+
 COEFFICIENTS = {
     "a changed coefficient": ({"kl_coef": 0.5}, 0.5),
     "a changed coefficient and a target": ({"kl_coef": 0.5, "kl_target": 1e-3}, 0.5),

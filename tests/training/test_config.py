@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -118,10 +119,12 @@ def test_a_run_that_keeps_its_best_checkpoint_is_also_identified_by_what_chooses
     assert (identity["eval_top_p"], identity["metric_for_best_model"]) == (0.5, "reward")
 
 
-def test_the_recorded_options_are_quarks_own_and_the_numeric_type(tmp_path):
-    recorded = QuarkConfig(output_dir=str(tmp_path), seed=3).recorded_options()
-    assert recorded.keys() == {*QUARK_OPTIONS, "remove_unused_columns", "num_train_epochs", "seed", "fp16"}
-    assert recorded["seed"] == 3
+def test_the_recorded_options_are_quarks_own_and_all_that_the_result_depends_on(tmp_path):
+    config = QuarkConfig(output_dir=str(tmp_path), seed=3, weight_decay=0.1, optim="adafactor")
+    recorded = json.loads(json.dumps(config.recorded_options()))
+    assert recorded.keys() == QUARK_OPTIONS | config.run_identity().keys()
+    assert (recorded["seed"], recorded["weight_decay"], recorded["optim"]) == (3, 0.1, "adafactor")
+    assert not recorded.keys() & {"remove_unused_columns", "num_train_epochs", "output_dir"}
 
 
 # Values

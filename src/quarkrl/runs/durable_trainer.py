@@ -379,7 +379,9 @@ class DurableTrainer(Trainer):
         def read() -> dict[str, Any]:
             return load_optimizer_state(self.optimizer, checkpoint, keep_options=bool(self.changed_options))
 
-        if self.is_fsdp_enabled:
+        if "optim" in self.changed_options:
+            pass  # The states of one optimizer do not fit another, which starts without any.
+        elif self.is_fsdp_enabled:
             fsdp.restore_optimizer_state(self.model, self.optimizer, read, self.is_world_process_zero())
         else:
             self.optimizer.load_state_dict(read())

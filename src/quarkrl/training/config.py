@@ -44,7 +44,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         check_options(self, INHERITED)
         self._check_lengths()
         self._check_guidance()
-        self._check_unused()
+        self._check_combinations()
         self._adapt()
         super().__post_init__()
         self._use_one_gpu()
@@ -89,7 +89,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 "--explore_guidance_scale or --eval_guidance_scale."
             )
 
-    def _check_unused(self) -> None:
+    def _check_combinations(self) -> None:
         for name in ("kl", "entropy"):
             target = getattr(self, f"{name}_target")
             if target is not None and not getattr(self, f"{name}_coef"):
@@ -154,9 +154,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         return {name: getattr(self, name, None) for name, rule in sorted(resume_rules().items()) if rule in rules}
 
     def recorded_options(self) -> dict[str, Any]:
-        """Return the options that `quark.json` records beside the weights."""
-        names = [option.name for option in fields(QuarkOptions)]
-        return {name: getattr(self, name) for name in (*names, *_OVERRIDDEN, "seed", "fp16")}
+        """Return the options that `quark.json` records beside the weights: Quark's own, and all that have an effect."""
+        return {option.name: getattr(self, option.name) for option in fields(QuarkOptions)} | self.run_identity()
 
     def explored_per_iteration(self, num_prompts: int) -> int:
         """Return the number of completions that an iteration explores, of so many prompts."""
@@ -191,10 +190,6 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def draws_per_iteration(self) -> int:
         """Samples learned from in an iteration."""
         return self.steps_per_iteration * self.draws_per_step
-
-
-# Fields of TrainingArguments that QuarkConfig gives another default and nobody sets.
-_OVERRIDDEN = ("remove_unused_columns", "num_train_epochs")
 
 
 def resume_rules() -> dict[str, str]:

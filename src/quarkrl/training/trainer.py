@@ -23,7 +23,6 @@ From the official code:
 - equal rewards share a quantile, and dropout is on while learning
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,8 +80,6 @@ from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import prepare_models
-
-logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -164,6 +161,9 @@ class QuarkTrainer(DurableTrainer):
         limit_onednn_caches()
         lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
+        slow_bf16 = slow_bf16_note() if args.bf16 else None
+        notes = self.memory_plan.message, slow_bf16, chat_date_note(self.chat_date, self.prompts.prompts)
+        self.progress.start_notes += filter(None, notes)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
 
@@ -498,15 +498,6 @@ class QuarkTrainer(DurableTrainer):
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        notes = [
-            self.memory_plan.message,
-            slow_bf16_note() if self.args.bf16 else None,
-            chat_date_note(self.chat_date, self.prompts.prompts),
-        ]
-        for note in filter(None, notes if self.is_world_process_zero() else []):
-            logger.info(note)
-            if self.progress.enabled:
-                self.progress.note(note)
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).
