@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
+from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.parser import typed_fields
 from quarkrl.cli.score import ScoreOptions
@@ -52,6 +53,7 @@ def page() -> str:
         "generate": (GenerateOptions, SamplingOptions),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
+        "export": (ExportOptions,),
     }.items():
         rows = [typed for options in classes for typed in typed_fields(options)]
         lines += [f"\n## quarkrl {command}\n\n", *_entries(rows, no_rule={field.name for field, _ in rows})]

@@ -70,8 +70,25 @@ def test_the_text_is_in_a_named_column_or_in_completion(rewards, capsys, tmp_pat
 
 
 def test_standard_input_has_one_text_per_line(rewards, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a a a\nb\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a a a\r\nb\n")))
     assert score(capsys, "-", "--reward", f"{rewards}:few_a")[0] == ["-3.0000\ta a a", "0.0000\tb"]
+
+
+def test_a_byte_on_standard_input_that_is_not_utf8_is_an_error_or_skipped(rewards, capsys, monkeypatch):
+    for skip in ([], ["--skip_bad_prompts"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\ncafé\nb\n".encode("latin-1"))))
+        code = main(["score", "-", "--reward", f"{rewards}:few_a", *skip])
+        out, err = capsys.readouterr()
+        if skip:
+            assert code == 0 and out.splitlines() == ["-1.0000\ta", "0.0000\tb"] and "1 skipped (not UTF-8)" in err
+        else:
+            assert code == 2 and err.startswith("error: standard input:2: byte 0xe9 is not UTF-8.")
+
+
+def test_a_closed_standard_input_is_one_line(rewards, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["score", "-", "--reward", f"{rewards}:few_a"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is closed.")
 
 
 def test_an_empty_completion_is_scored_and_a_missing_one_is_an_error_or_skipped(rewards, capsys, tmp_path):

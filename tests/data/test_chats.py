@@ -10,6 +10,7 @@ from helpers.errors import error_message
 from helpers.tiny_models import tiny_tokenizer
 
 from quarkrl.data.chats import (
+    RefusedChat,
     encode_chats,
     find_fault,
     is_dated,
@@ -18,6 +19,7 @@ from quarkrl.data.chats import (
     with_completion,
     with_fixed_date,
 )
+from quarkrl.data.encoding import encode_prompts
 from quarkrl.data.prompts import load_prompts
 
 USER = {"role": "user", "content": "hi"}
@@ -53,6 +55,42 @@ def test_what_a_message_must_not_be(message, fault):
 def test_an_empty_chat_is_refused():
     error_message(lambda: load_prompts([{"messages": []}]), "there are no messages")
     error_message(lambda: load_prompts([{"messages": [{"role": "user", "content": []}]}]), "the prompt is empty")
+
+
+@pytest.mark.parametrize(
+    ("chat", "fault"),
+    [(None, "it is None"), ([], "there are no messages"), ([{"role": "user"}], "neither content"), ([[]], "no role")],
+)
+def test_a_malformed_chat_is_one_line_in_python_too(chat, fault):
+    error_message(lambda: encode_prompts(chat_tokenizer("ChatML"), [chat]), "must be text or a list of messages", fault)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 // 0 }}",
+        "{{ '%d' % 'a' }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ '{a}'.format() }}",
+        "{{ x.y }}",
+    ],
+)
+def test_any_error_of_a_template_is_a_refusal(template):
+    (refused,) = encode_chats(tiny_tokenizer(chat_template=template), [[USER]])
+    assert isinstance(refused, RefusedChat) and refused.reason
+
+
+def test_a_reward_token_in_a_tool_call_is_found():
+    call = {
+        "role": "assistant",
+        "content": "x",
+        "tool_calls": [{"function": {"name": "f", "arguments": "<|reward_0|>"}}],
+    }
+    prompts = load_prompts([{"messages": [USER, call, USER]}])
+    error_message(
+        lambda: prompts.encode(chat_tokenizer("ChatML"), max_length=999, reserved=["<|reward_0|>"]),
+        "the prompt contains the reward token <|reward_0|>",
+    )
 
 
 def test_the_text_of_a_message():

@@ -162,4 +162,4 @@ def test_plain_texts_have_no_special_tokens_and_completions_lose_theirs():
     tokenizer = byte_tokenizer("<s> $A </s>")
     (ids,) = encode_plain_texts(tokenizer, ["a  b ."])
     assert 0 not in ids and 1 not in ids
-    assert decode_completions(tokenizer, [[*ids, 1], [1]]) == ["a  b .", ""]
+    assert decode_completions(tokenizer, [[], ids], [[*ids, 1], [1]]) == ["a  b .", ""]

@@ -363,9 +363,9 @@ FILES = {
     "empty parquet": (lambda d: write(d / "e.parquet", ""), "e.parquet: the file is empty"),
     "blank jsonl": (lambda d: write(d / "b.jsonl", "\n\n"), "b.jsonl: there are no rows"),
     "only a BOM": (lambda d: write(d / "b.txt", "\ufeff"), "b.txt: there are no rows"),
-    "UTF-16": (
-        lambda d: write(d / "u.txt", "a".encode("utf-16")),
-        "u.txt: the file is UTF-16. Save it as UTF-8.",
+    "damaged UTF-16": (
+        lambda d: write(d / "u.txt", "a".encode("utf-16")[:-1]),
+        "u.txt: the file is damaged UTF-16. Save it as UTF-8.",
     ),
     "unknown suffix": (
         lambda d: write(d / "p.xlsx", "a"),
@@ -387,7 +387,7 @@ FILES = {
     "number": (lambda d: 5, "not int"),
     "stream": (
         lambda d: datasets.Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(),
-        "not a streamed one",
+        "must be finite here, not of type IterableDataset",
     ),
     "empty list": (lambda d: [], "the list: there are no rows"),
     "empty data set": (lambda d: datasets.Dataset.from_dict({"prompt": []}), "there are no rows"),

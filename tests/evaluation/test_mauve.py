@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.kinds_of_tokenizers import llama_tokenizer
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl.errors import UserError
@@ -26,6 +27,20 @@ def test_a_feature_is_the_last_hidden_state_over_prompt_and_truncated_text(archi
             states = generator.model(ids, output_hidden_states=True).hidden_states[-1]
         assert row == pytest.approx(states[0, -1].numpy(), abs=1e-5)
     assert features.shape == (4, 16) and (features[0] == features[2]).all()
+
+
+def test_prompt_and_text_are_tokenized_together_and_special_tokens_in_them_are_text():
+    """SentencePiece would put a space before a text by itself."""
+    tokenizer = llama_tokenizer()
+    generator = QuarkGenerator(tiny_model("llama", tokenizer), tokenizer, None)
+    texts = ["b", " nice", "</s>", "< /s>"]
+    features = text_features(generator, ["You"] * 4, texts, max_tokens=5, batch_size=4)
+    for row, tokens in zip(features, (["b"], ["▁nice"], ["<", "▁", *"/s>"]), strict=False):
+        ids = torch.tensor([tokenizer.convert_tokens_to_ids(["▁You", *tokens])])
+        with torch.no_grad():
+            states = generator.model(ids, output_hidden_states=True).hidden_states[-1]
+        assert row == pytest.approx(states[0, -1].numpy(), abs=1e-5)
+    assert (features[2] == features[3]).all()
 
 
 def test_a_text_without_tokens_is_an_error():

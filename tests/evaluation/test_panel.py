@@ -26,7 +26,7 @@ def completions(ids=IDS, texts=TEXTS, prompts=("a b", "c")) -> Completions:
 
 
 def panel(reward=few_b, **options) -> Panel:
-    return Panel(Scorer(reward), PerplexityModel(MODEL, MODEL), **{"resamples": 100, **options})
+    return Panel(scorer=Scorer(reward), perplexity_model=PerplexityModel(MODEL, MODEL), **{"resamples": 100, **options})
 
 
 class Half:

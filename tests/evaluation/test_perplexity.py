@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from helpers.eight_letters import EOS_ID
 from helpers.evaluation_helpers import WORDS, nll_by_hand
+from helpers.kinds_of_tokenizers import llama_tokenizer
 from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from quarkrl.data.prompts import load_prompts
@@ -28,9 +30,20 @@ def test_the_nll_of_a_completion_does_not_depend_on_its_batch(architecture, batc
     completions = [[5], [1, 2, 3, 4, 5, 6], [0, 0], [], [EOS_ID], [1, 2, 3, 4, 5, 6]]
     expected = [nll_by_hand(model, p, c) for p, c in zip(prompts, completions, strict=True)]
     assert expected[3] == 0
-    sums = completion_nll(model, prompts, completions, batch_size)
+    sums = completion_nll(model, prompts, completions, len(WORDS), batch_size)
     assert sums == pytest.approx(expected, rel=1e-4)
     assert sums[1] == sums[5]
+
+
+def test_reward_tokens_have_no_probability_in_the_perplexity_of_the_policy_itself():
+    """Their rows are drawn at random, so before training they have about 3 of 13 parts of the probability."""
+    model = tiny_model("gpt2", WORDS)
+    conditioning, tokenizer = Conditioning.add_to(WORDS, model, 3)
+    policy = QuarkGenerator(model, tokenizer, conditioning)
+    prompts = load_prompts(["a b"]).encode(WORDS, max_length=10)
+    (nll,), _, _ = PerplexityModel(policy, policy).nll(prompts, [0], [[2]], [""], 8)
+    logits = model(torch.tensor([[0, 1]])).logits[0, -1, : conditioning.vocab_size]
+    assert nll == pytest.approx(-float(logits.log_softmax(-1)[2].detach()), rel=1e-5)
 
 
 def test_a_model_with_the_same_vocabulary_reads_the_sampled_ids():
@@ -103,3 +116,26 @@ def test_a_prompt_too_long_for_the_perplexity_model_is_truncated_on_the_left_and
     assert truncated == 1 and counts == [3]
     assert sums == pytest.approx([nll_by_hand(judge.model, ids[-8:-3], ids[-3:])])
     assert np.isfinite(PerplexityModel(judge, policy).nll(prompts, [0], [[6]], [" g" * 9], 8)[0]).all()
+
+
+def test_special_tokens_that_a_completion_spells_are_read_as_text():
+    """The policy wrote the characters; the EOS of the perplexity model would be one improbable token."""
+    policy, judge = generator(WORDS), generator(tiny_tokenizer(bos=True))
+    chat = [{"role": "user", "content": "a"}]
+    judge.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = load_prompts([{"prompt": "a"}, {"prompt": chat}])
+    prompts.ids = [[0], [0]]
+    _, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0, 1], [[1], [1]], ["<eos>", "<eos>"], 8)
+    assert counts == [5, 6]  # Behind a chat template, which parses special tokens, a space breaks them.
+
+
+def test_a_completion_is_tokenized_with_its_chat():
+    """SentencePiece would put a space before a completion by itself."""
+    tokenizer = llama_tokenizer(chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    policy, judge = generator(WORDS), generator(tokenizer, "llama")
+    prompts = load_prompts([{"prompt": [{"role": "user", "content": "You"}]}])
+    prompts.ids = [[0]]
+    sums, counts, _ = PerplexityModel(judge, policy).nll(prompts, [0, 0], [[1], [1]], [" nice", "b"], 8)
+    head, nice, b = tokenizer("You")["input_ids"], *tokenizer.convert_tokens_to_ids(["▁nice", "b"])
+    assert counts == [1, 1]
+    assert sums == pytest.approx([nll_by_hand(judge.model, head, [nice]), nll_by_hand(judge.model, head, [b])])

@@ -43,6 +43,7 @@ def test_figures_and_protocol_are_saved_as_json_and_completions_as_parquet(evalu
             name: [None if np.isnan(end) else end for end in interval] for name, interval in row.intervals.items()
         },
         "left_out": row.left_out,
+        "truncated": 0,
     }
     assert saved["completions"] == "results.parquet" and saved["corpus"] == []
 

@@ -31,6 +31,7 @@ def test_each_figure_has_half_its_interval_and_judges_have_blocks():
         "dist-2                0.800 ±0.040   0.800 ±0.040    0.800 ±0.040",
         "diversity                        -              -               -",
         "not counted, perplexity dropped: reference 0, best 3, worst 0",
+        "perplexity after a truncated prompt: reference 0, best 0, worst 7",
         "2 prompts, 2 samples per prompt, top-p 0.9, 20 tokens; perplexity under gpt2; "
         "± half of the 95 % bootstrap interval",
     ]

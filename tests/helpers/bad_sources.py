@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sqlite3
@@ -54,13 +55,23 @@ PROMPT_FILES: list[tuple[str, bytes | str, str]] = [
     ("two.jsonl", '{"prompt": "a"} {"prompt": "b"}\n', "malformed JSON"),
     ("comma.jsonl", '{"prompt": "a",}\n', "malformed JSON"),
     ("quotes.jsonl", "{'prompt': 'a'}\n", "malformed JSON"),
-    ("pretty.json", '[\n  {"prompt": "a"}\n]\n', "pretty.json:1: malformed JSON"),
-    ("utf-16.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "UTF-16"),
+    ("comma.json", '[\n  {"prompt": "a"}\n  {"prompt": "b"}\n]\n', "comma.json:3: malformed JSON"),
+    ("latin-1.json", '[\n"é"]\n'.encode("latin-1"), "latin-1.json:2: byte 0xe9 is not UTF-8"),
+    ("numbers.json", "[1]\n", "row 1 of numbers.json: the row is 1"),
+    ("one.json", '{\n  "data": []\n}\n', "no column 'prompt'; must be one of 'data'"),
+    ("utf-16.jsonl", b"\xff\xfea", "the file is damaged UTF-16"),
+    ("utf-16.txt", "a\nb\n".encode("utf-16-le"), "utf-16.txt:1: there is a NUL character"),
+    ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20], "cut.jsonl.gz: cannot be read"),
+    ("no.jsonl.gz", '{"prompt": "a"}\n', "no.jsonl.gz: cannot be read"),
+    ("bad.jsonl.gz", gzip.compress(b'{"prompt": "a"}\nb\n'), "bad.jsonl.gz:2: malformed JSON"),
+    ("prompts.parquet.gz", gzip.compress(b"PAR1"), "prompts.parquet.gz: "),
+    ("ragged.tsv", "prompt\tx\na\n", "Quote text that contains tabs"),
+    ("semicolons.csv", "prompt;x\na\n", "Quote text that contains semicolons"),
     ("latin-1.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), "byte 0xe9 is not UTF-8"),
     ("empty.jsonl", "", "the file is empty"),
     ("lines.jsonl", "\n\n\n", "there are no rows in it"),
     ("mark.jsonl", b"\xef\xbb\xbf", "there are no rows in it"),
-    ("zeros.jsonl", b"\0" * 64, "malformed JSON"),
+    ("zeros.jsonl", b"\0" * 64, "there is a NUL character"),
     ("other-column.jsonl", '{"text": "a"}\n', "no column 'prompt'; must be one of 'text'"),
     ("mixed.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "mixed.jsonl:2: no 'prompt' among"),
     ("long.jsonl", json.dumps({"prompt": "a " * 500}) + "\n", "501 tokens"),
@@ -139,7 +150,10 @@ CASES |= {
         [*TRAIN, "--num_quantiles", "5"],
         "num_quantiles 5: must be at most 4, the samples of an iteration",
     ),
-    "bad held-out prompts": ([*TRAIN, "--eval_prompts", "model/config.json"], "config.json:1: malformed JSON"),
+    "bad held-out prompts": (
+        [*TRAIN, "--eval_prompts", "model/config.json"],
+        "config.json: there is no column 'prompt'",
+    ),
     "a folder that is no data set": ([*GENERATE, "--prompts", "model"], "the directory has no split"),
 }
 

@@ -279,7 +279,7 @@ CHATML_WITH_GENERATION = """{%- for message in messages -%}
 # Macros that call themselves and each other, as templates that describe tools do.
 MACROS = """{%- macro describe(value) -%}
     {%- if value is mapping -%}
-        {%- for key in value %}{{ key }}:{{ describe(value[key]) }};{% endfor -%}
+        {%- for key in value if value[key] is not none %}{{ key }}:{{ describe(value[key]) }};{% endfor -%}
     {%- else -%}{{ leaf(value) }}{%- endif -%}
 {%- endmacro -%}
 {%- macro leaf(value) -%}<{{ value }}>{%- endmacro -%}

@@ -72,12 +72,12 @@ def row_with(
         figures=figures,
         left_out={"unscored": 0, "perplexity_dropped": 3 if name == "best" else 0},
         completions=[[f"{name} a", f"{name} b"], [f"{name} c", f"{name} d"]],
-        rewards=np.array([[0.5, nan], [0.9, 0.2]]),
         prompts_name=prompts,
         quantile=quantile,
         guidance_scale=guidance_scale,
         intervals={metric: (value - 0.03, value + 0.05) for metric, value in figures.items()},
-        scores={},
+        truncated=7 if name == "worst" else 0,
+        scores={"reward": np.array([[0.5, nan], [0.9, 0.2]])},
         perplexities=np.ones((2, 2)),
     )
 

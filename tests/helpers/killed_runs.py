@@ -245,6 +245,16 @@ def command(directory: Path, argv: list[str], trap: Trap | None = None) -> int:
     return main(list(map(str, argv)))
 
 
+def impatient_command(directory: Path, argv: list[str]) -> None:
+    """Run `quarkrl` as a process of its own does, but give up threads and child processes of rewards sooner."""
+    from quarkrl.cli import main
+    from quarkrl.rewards import giving_up
+
+    main._EXIT_SECONDS = giving_up.FROZEN_SECONDS = 0.5
+    sys.argv = ["quarkrl", *map(str, argv)]
+    main.command()
+
+
 # Comparisons.
 
 

@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.faults = defaultdict(deque)
         self.replies = {}  # text -> what the judge says, in place of {"score": N}
+        self.refused_fields = {}  # field of a request -> the status and the body of the answer to it
         self.delay = 0.0
         self.count, self.times, self.headers, self.bodies = Counter(), [], [], []
         self.at_once = self.most_at_once = 0
@@ -80,6 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             server.most_at_once = max(server.at_once, server.most_at_once)
             queue = server.faults[text] or server.faults[ANY]
             fault = queue.popleft() if queue else None
+            fault = next((server.refused_fields[field] for field in body if field in server.refused_fields), fault)
         server.stopping.wait(server.delay)
         with server.lock:
             server.at_once -= 1

@@ -2,6 +2,7 @@
 
 from helpers.errors import error_message
 from helpers.reward_helpers import IDS, PROMPTS, TEXTS, score
+from transformers import TrainerState
 
 from quarkrl.rewards import Scorer
 
@@ -9,8 +10,9 @@ from quarkrl.rewards import Scorer
 def test_a_reward_receives_prompts_completions_ids_and_the_data_sets_columns():
     seen = {}
 
-    def reward(prompts, completions, completion_ids, **columns):
+    def reward(prompts, completions, completion_ids, log_extra, log_metric, **columns):
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+        assert callable(log_extra) and callable(log_metric)
         return [0.0] * len(prompts)
 
     score(reward, columns={"topic": ["w", "x", "y", "z"]})
@@ -19,6 +21,7 @@ def test_a_reward_receives_prompts_completions_ids_and_the_data_sets_columns():
         "completions": TEXTS,
         "completion_ids": IDS,
         "topic": ["w", "x", "y", "z"],
+        "trainer_state": TrainerState(),
     }
 
 
@@ -51,7 +54,8 @@ def test_the_eos_ids_are_passed_to_a_reward_with_that_parameter_and_to_no_other(
         return [len(arguments)] * 4
 
     scores = Scorer([of_eos, count_arguments])(PROMPTS, TEXTS, IDS, {"topic": [0] * 4}, end_ids=[4, 1])
-    assert scores.components.tolist() == [[1, 4], [0, 4], [0, 4], [4, 4]]
+    # Prompts, completions, ids, the topic, and TRL's trainer_state, log_extra and log_metric.
+    assert scores.components.tolist() == [[1, 7], [0, 7], [0, 7], [4, 7]]
 
 
 def test_on_score_can_be_called_without_a_cache():

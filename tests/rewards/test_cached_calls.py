@@ -74,6 +74,7 @@ def test_the_key_of_a_score_contains_every_argument_that_the_reward_reads(tmp_pa
         return [float(prompt == completion) for prompt, completion in calls[-1]]
 
     fit.identity = {"version": 1}
+    fit.completions_as_text = True
     scoring = Scorer(fit, cache=tmp_path / "c")
     chat = [{"role": "user", "content": "x"}]
     assert ask(scoring, "x", "x", "x", "x", prompts=["x", "y", "x", chat]) == [1, 0, 1, 0]

@@ -110,7 +110,7 @@ def test_quark_json_says_what_a_run_was(tmp_path):
     assert "distinct_rewards" in json.dumps(facts["rewards"])
     assert facts["reference"]["parameters"] == sum(p.numel() for p in still_model().parameters())
     other = small_trainer(tmp_path / "other", ref_model=still_model(seed=6))
-    assert len(facts["reference"]["sha256"]) == 64 != other.reference_identity["sha256"]
+    assert len(facts["reference"]["sha256"]) == 64 != other.identities["reference"]["sha256"]
 
 
 def test_an_adapter_is_merged_into_final(tmp_path):

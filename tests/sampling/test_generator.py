@@ -55,7 +55,9 @@ def test_completions_come_per_prompt_and_repeatably(final):
 def test_a_completion_is_text_without_the_prompt(final):
     prefer(final.model, 65)
     assert final.generate("xyz", max_new_tokens=4) == [["bbbb"]]
-    assert final.generate([[{"role": "user", "content": "hi"}], "x"], max_new_tokens=2) == [["bb"], ["bb"]]
+    chat = [{"role": "user", "content": "hi"}]
+    assert final.generate([chat, "x"], max_new_tokens=2) == [["bb"], ["bb"]]
+    assert final.generate(chat, max_new_tokens=2) == [["bb"]]
 
 
 def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_prompt():
@@ -139,7 +141,7 @@ def test_a_real_model_samples_the_same_in_any_batch():
         seed=0,
         batch_size=1,
     )
-    assert together == [[text] for text in generator.decode(one_by_one)]
+    assert together == [[text] for text in generator.decode(ids, one_by_one)]
 
 
 def test_the_ids_that_end_a_completion(gpt2):

@@ -378,7 +378,7 @@ def test_the_generator_guides_from_a_quantile_or_the_reference(final):
             other = ids if reader else conditioning.prefix(ids, conditioning.quantiles_of(guidance_from))
             best = conditioning.prefix(ids, conditioning.best)
             rows.append(by_hand(model, best, other, 3.0, 5, reader)[0])
-        return [[text] for text in generator.decode(rows)]
+        return [[text] for text in generator.decode(plain, rows)]
 
     found = [expected("worst"), expected(1), expected("reference", base)]
     assert generator.generate(TEXTS, guidance_scale=3.0, **options) == found[0]

@@ -186,6 +186,17 @@ IMPOSSIBLE = [
     ({"max_steps": 10}, "max_steps 10: must be left out. Set --num_iterations"),
     ({"num_train_epochs": 4}, "num_train_epochs 4: must be left out. Set --num_iterations"),
     ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers"),
+    ({"dataloader_in_order": False}, "dataloader_in_order False: must be True"),
+    ({"dataloader_num_workers": -1}, "dataloader_num_workers -1: must be at least 0"),
+    (
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0},
+        "dataloader_prefetch_factor 0: must be at least 1",
+    ),
+    ({"dataloader_multiprocessing_context": "spawn"}, "dataloader_multiprocessing_context 'spawn': must be left out"),
+    (
+        {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spwan"},
+        "dataloader_multiprocessing_context 'spwan': must be .* Did you mean 'spawn'",
+    ),
     ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, "resume_from_checkpoint 'nowhere/checkpoint-3': must be"),
 ]
 

@@ -180,6 +180,17 @@ def test_worker_processes_load_this_iterations_draws(tmp_path):
     assert_same_weights(*found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_spawned_load_this_iterations_draws(tmp_path, method):
+    found = []
+    for options in ({}, {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": method}):
+        trainer = small_trainer(tmp_path / str(len(options)), **options)
+        trainer.train()
+        found.append(weights_of(trainer.model))
+    assert_same_weights(*found)
+
+
 # Learn
 
 LONGER = {

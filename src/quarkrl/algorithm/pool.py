@@ -188,14 +188,21 @@ class DataPool:
         prompt_ids, completion_ids = self._columns.token_ids(index)
         return Sample(prompt_ids, completion_ids, self.quantiles[index])
 
-    def save(self, directory: str | os.PathLike, metadata: Mapping[int, dict[str, Any]] | None = None) -> None:
+    def save(
+        self,
+        directory: str | os.PathLike,
+        metadata: Mapping[int, dict[str, Any]] | None = None,
+        extra: Mapping[int, Mapping[str, Sequence[str | None]]] | None = None,
+    ) -> None:
         """Write each iteration that is not yet on disk to `directory/iteration-NNNNNN.parquet`, atomically.
 
-        The columns of a file are `prompt_ids`, `completion_ids`, one per attribute, and `score.NAME` for each term.
+        The columns of a file are `prompt_ids`, `completion_ids`, one per attribute, `score.NAME` for each term, and
+        `extra.NAME` for each column of texts.
 
         Args:
             directory: the `pool/` of a run.
             metadata: by iteration, a JSON object that `restore_iteration` returns.
+            extra: by iteration and name, texts about its samples, which are on disk only.
 
         Raises:
             UserError: a file cannot be written.
@@ -207,6 +214,8 @@ class DataPool:
             if not path.exists():
                 rows = np.flatnonzero(self.iterations == iteration)  # Samples of an iteration are consecutive.
                 table = self._columns.to_table(slice(rows[0], rows[-1] + 1), self.attributes)
+                for name, texts in (extra or {}).get(iteration, {}).items():
+                    table = table.append_column(f"extra.{name}", pa.array(texts, pa.string()))
                 write_table(path, table, (metadata or {}).get(iteration, {}))
 
     @classmethod

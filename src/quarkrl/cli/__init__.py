@@ -11,6 +11,7 @@ A subcommand is a module with
 from a file. Options are dataclasses declared by `quarkrl.options.option`. These modules import torch, transformers and
 whatever imports them only inside functions, so that `--help` is immediate.
 
-    parser.py     dataclasses → flags → dataclasses, and the errors of parsing
+    parser.py    dataclasses → flags → dataclasses, and the errors of parsing
+    streams.py   standard input, output and error in any encoding
     common.py    options of sampling and of rewards, the names `builtin`, messages, progress bars
 """

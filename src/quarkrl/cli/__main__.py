@@ -1,8 +1,6 @@
 """`python -m quarkrl.cli` is the command `quarkrl`."""
 
-import sys
-
-from quarkrl.cli.main import main
+from quarkrl.cli.main import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -35,8 +35,11 @@ class RewardOptions:
     reward_label: str | None = option(None, REWARD_LABEL_HELP, metavar="LABEL", group="reward")
     score_cache: str | None = option(None, SCORE_CACHE_HELP, metavar="FILE", group="reward")
 
-    def scorer(self) -> "Scorer":
+    def scorer(self, timeout: float | None = None) -> "Scorer":
         """Return the scorer of these rewards.
+
+        Args:
+            timeout: seconds that the scores of a batch may take. None waits without limit.
 
         Raises:
             UserError: a reward cannot be made, or none of them can be cached and a cache is given.
@@ -44,10 +47,23 @@ class RewardOptions:
         from quarkrl.rewards.registry import resolve
         from quarkrl.rewards.scorer import Scorer
 
-        return Scorer([resolve(name, label=self.reward_label) for name in self.reward], cache=self.score_cache)
+        cache = self.score_cache and os.path.abspath(os.path.expanduser(self.score_cache))  # Before rewards are loaded.
+        rewards = [resolve(name, label=self.reward_label) for name in self.reward]
+        return Scorer(rewards, cache=cache, timeout=timeout)
 
 
-# Names
+# Names and paths
+
+
+@contextmanager
+def working_directory(path: str) -> Iterator[None]:
+    """Work in another directory, then in the previous one again."""
+    previous = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(previous)
 
 
 def model_path(name: str) -> str:
@@ -81,7 +97,7 @@ def note(text: str) -> None:
 def note_skipped(prompts: "Prompts") -> None:
     """Say how many prompts were skipped, by reason."""
     if prompts.skipped:
-        note(f"prompts skipped: {', '.join(f'{count} {reason}' for reason, count in prompts.skipped.items())}")
+        note(f"prompts skipped: {prompts.skipped_in_words}")
 
 
 def console(stderr: bool = True) -> "Console":

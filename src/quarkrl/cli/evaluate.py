@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)
     _check_outputs(inputs)  # Before hours of sampling.
+    output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
     if options.bf16 and (line := slow_bf16_note()):
         note(line)
     scorer, *judges = scorers(rewards, inputs.judges)
@@ -108,13 +110,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
     print_table(evaluation, console(stderr=False))
-    if inputs.output:
-        evaluation.save(inputs.output)
-        json_path, parquet_path = output_paths(inputs.output)
+    if output:
+        evaluation.save(output)
+        json_path, parquet_path = output_paths(output)
         note(f"figures and protocol: {json_path}   completions: {parquet_path}")
-    if inputs.plot:
-        plot_curves(evaluation, inputs.plot)
-        note(f"curves: {inputs.plot}")
+    if plot:
+        plot_curves(evaluation, plot)
+        note(f"curves: {plot}")
 
 
 def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOptions) -> "dict[str, Prompts]":
@@ -129,7 +131,7 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    names = unique_names(Path(source).stem for source in inputs.prompts)
+    names = unique_names(Path(source.removesuffix(".gz")).stem for source in inputs.prompts)
     for name, source in zip(names, inputs.prompts, strict=True):
         prompts = load_prompts(
             prompts_path(source, "eval"),
@@ -165,14 +167,12 @@ def scorers(rewards: RewardOptions, judges: Sequence[str]) -> "list[Scorer]":
     from quarkrl.rewards.reward import is_cached
     from quarkrl.rewards.scorer import Scorer
 
+    cache = rewards.score_cache and os.path.abspath(os.path.expanduser(rewards.score_cache))
     groups = [[resolve(name, label=rewards.reward_label) for name in rewards.reward]]
     groups += [[resolve(name)] for name in judges]
     cached = [any(map(is_cached, group)) for group in groups]
     cached[0] |= not any(cached)  # The constructor of this scorer reports that nothing can be cached.
-    return [
-        Scorer(group, cache=rewards.score_cache if use_cache else None)
-        for group, use_cache in zip(groups, cached, strict=True)
-    ]
+    return [Scorer(group, cache=cache if use_cache else None) for group, use_cache in zip(groups, cached, strict=True)]
 
 
 def _check_outputs(inputs: InputOptions) -> None:

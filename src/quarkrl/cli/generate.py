@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import json
 
 from quarkrl.cli.common import hide_library_progress, model_path, note_skipped
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
 from quarkrl.sampling.options import SamplingOptions
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for prompt, texts in zip(prompts.prompts, completions, strict=True):
         if options.json:
-            print(json.dumps({"prompt": prompt, "completions": texts}, ensure_ascii=False))
+            print_json({"prompt": prompt, "completions": texts})
         else:
             for text in texts:
                 print(f"{prompt}{text}" if isinstance(prompt, str) else text)

@@ -4,24 +4,49 @@
 go to standard output, messages and progress to standard error.
 """
 
+import multiprocessing
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from quarkrl import __version__
-from quarkrl.cli import demo, evaluate, generate, score, train
+from quarkrl.cli import demo, evaluate, export, generate, score, train
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
+from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {command.NAME: command for command in (demo, train, generate, evaluate, score)}
+COMMANDS = {command.NAME: command for command in (demo, train, generate, evaluate, score, export)}
+
+
+_EXIT_SECONDS = 5.0  # How long an unsuccessful command may wait for threads and child processes of rewards.
+
+
+def command() -> NoReturn:
+    """Run the command of this process, and end it with the exit code."""
+    code = main()
+    if code:
+        threading.Thread(target=_end_process, args=(code,), daemon=True).start()
+    sys.exit(code)
+
+
+def _end_process(code: int) -> None:
+    """End a process whose exit takes too long: Python waits for every thread and child that a reward has started."""
+    time.sleep(_EXIT_SECONDS)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
     _set_environment()
+    accept_any_character()
     try:
         _run(sys.argv[1:] if argv is None else list(argv))
     except BrokenPipeError:

@@ -2,21 +2,23 @@
 
 import argparse
 import dataclasses
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import RewardOptions, note
 from quarkrl.cli.parser import Parser, add_flags, options_from
-from quarkrl.options import option
+from quarkrl.cli.streams import print_json, read_standard_input
+from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from quarkrl.rewards.scorer import Scores
 
 NAME = "score"
 HELP = "score texts, to examine a reward before training with it"
 
 _TEXT_COLUMNS = ("completion", "text", "prompt")
+BATCH_SIZE = 128  # As many texts as a reward receives at a time in training, by default.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,48 +27,80 @@ class ScoreOptions:
 
     column: str | None = option(None, "Column that holds the text (default: completion, text or prompt).")
     skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
-    json: bool = option(False, "Print one JSON object per line: text, reward.")
+    json: bool = option(False, "Print one JSON object per line: text, reward, and what rewards log.")
+    reward_timeout: float = option(
+        3600.0,
+        f"Time limit in seconds for the rewards of {BATCH_SIZE} texts; inf is no limit.",
+        above=0,
+        infinite=True,
+        metavar="SECONDS",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl score`."""
-    parser.add_argument("file", help="texts: .txt (one per line), .jsonl, .csv or .parquet; - for standard input")
+    parser.add_argument(
+        "file", help="texts: .txt (one per line), .jsonl, .json, .csv, .tsv, .parquet; - is standard input"
+    )
     add_flags(parser, ScoreOptions, RewardOptions)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Score each text, print a line per text, and summarize the rewards on standard error."""
+    import numpy as np
+
     from quarkrl.data.prompts import load_prompts
 
     options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
-    scorer = reward_options.scorer()
-    source: Any = [line.rstrip("\n") for line in sys.stdin] if arguments.file == "-" else arguments.file
+    scorer = reward_options.scorer(timeout=options.reward_timeout)
+    source: Any = read_standard_input() if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
     rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
     texts = [str(text) for text in rows.prompts]
     prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]
-    scores = scorer(prompts, texts, [[] for _ in texts], rows.columns)
-    rewards = scores.rewards[:, 0]
-    for i, (text, reward) in enumerate(zip(texts, rewards, strict=True)):
-        terms = {name: values[i] for name, values in scores.terms.items()}
-        print(_json_line(text, reward, terms) if options.json else _plain_line(text, reward))
+    rewards = np.zeros(0)
+    metrics: dict[str, list[float]] = {}
+    for start in range(0, len(texts), BATCH_SIZE):
+        part = slice(start, start + BATCH_SIZE)
+        others = {name: values[part] for name, values in rows.columns.items()}
+        scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], others)
+        _print_scores(texts[part], scores, options.json)
+        rewards = np.append(rewards, scores.rewards[:, 0])
+        for name, values in scores.metrics.items():
+            metrics.setdefault(name, []).extend(values)
     skipped = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
     cached = [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
-    if summary := _summary(rewards, [*skipped, *cached]):
+    logged = [f"{name} {np.mean(values):.4f}" for name, values in metrics.items()]
+    if summary := _summary(rewards, [*skipped, *cached, *logged]):
         note(summary)
+
+
+def _print_scores(texts: list[str], scores: "Scores", as_json: bool) -> None:
+    for i, (text, reward) in enumerate(zip(texts, scores.rewards[:, 0], strict=True)):
+        terms = {name: values[i] for name, values in scores.terms.items()}
+        extra = {name: values[i] for name, values in scores.extra.items()}
+        if as_json:
+            print_json(_row(text, reward, terms, extra))
+        else:
+            print(_plain_line(text, reward))
 
 
 def _plain_line(text: str, reward: float) -> str:
     return f"{'-' if reward != reward else format(reward, '.4f')}\t{text}"
 
 
-def _json_line(text: str, reward: float, terms: dict[str, float]) -> str:
-    """A text with its reward and, for several rewards, the score of each."""
+def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> dict[str, Any]:
+    """A text with its reward, the score of each of several rewards, and the columns that rewards have logged."""
     row: dict[str, Any] = {"text": text, "reward": _rounded(reward)}
     if terms:
         row["scores"] = {name: _rounded(score) for name, score in terms.items()}
-    return json.dumps(row, ensure_ascii=False)
+    if extra:
+        row["extra"] = extra
+    return row
 
 
 def _summary(rewards: "np.ndarray", details: list[str]) -> str | None:

@@ -1,11 +1,20 @@
 """`quarkrl train`: train a model with Quark. `train_options.py` reads its options."""
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.common import hide_library_progress, is_first_process, model_path, note, note_skipped, prompts_path
+from quarkrl.cli.common import (
+    hide_library_progress,
+    is_first_process,
+    model_path,
+    note,
+    note_skipped,
+    prompts_path,
+    working_directory,
+)
 from quarkrl.cli.parser import Parser
 from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
@@ -45,19 +54,24 @@ def run(command: TrainCommand) -> Path:
     with locked(output_dir) if is_first_process() else nullcontext():
         if not resume:
             check_no_run(output_dir)
+        directory = os.getcwd()
         scorer = _scorer(run, config)
         path, patience = model_path(run.model or ""), run.early_stopping_patience
-        trainer = QuarkTrainer(
-            load_model(path, run.trust_remote_code, dtype=run.dtype, attn_implementation=run.attn_implementation),
-            scorer,
-            config,
-            train_dataset=train_prompts(run, config.skip_bad_prompts),
-            eval_dataset=held_out_prompts(run, config.skip_bad_prompts) if run.eval_prompts else None,
-            processing_class=load_tokenizer(path, run.trust_remote_code),
-            ref_model=load_model(model_path(run.ref_model), run.trust_remote_code) if run.ref_model else None,
-            peft_config=_lora(run.lora_rank),
-            callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
-        )
+        loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
+        with working_directory(directory):  # Importing a reward may have changed it.
+            trainer = QuarkTrainer(
+                load_model(path, run.trust_remote_code, **loading),
+                scorer,
+                config,
+                train_dataset=train_prompts(run, config.skip_bad_prompts),
+                eval_dataset=held_out_prompts(run, config.skip_bad_prompts) if run.eval_prompts else None,
+                processing_class=load_tokenizer(path, run.trust_remote_code),
+                ref_model=load_model(model_path(run.ref_model), run.trust_remote_code, **loading)
+                if run.ref_model
+                else None,
+                peft_config=_lora(run.lora_rank),
+                callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
+            )
         note_skipped(trainer.prompts)
         trainer.interrupts.at_once = True
         trainer.train(resume_from_checkpoint=resume)
@@ -102,11 +116,12 @@ def _scorer(run: RunArguments, config: "QuarkConfig") -> "Scorer":
     from quarkrl.rewards.registry import resolve
     from quarkrl.rewards.scorer import Scorer
 
+    cache = config.score_cache and os.path.abspath(os.path.expanduser(config.score_cache))  # Before rewards are loaded.
     return Scorer(
         [resolve(name, label=run.reward_label) for name in run.reward or []],
         weights=config.reward_weights,
         condition_on=config.condition_on,
-        cache=config.score_cache,
+        cache=cache,
         timeout=config.reward_timeout,
     )
 

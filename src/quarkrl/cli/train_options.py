@@ -282,13 +282,13 @@ def load_config(name: str, known: Collection[str]) -> dict[str, Any]:
 
     path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name)
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = yaml.safe_load(path.read_bytes())  # UTF-8, or UTF-16 with a byte order mark.
     except OSError as error:
         presets = ", ".join(preset_names())
         raise UserError(
             f"config {name!r}: must be a file or one of {presets}.{did_you_mean(name, preset_names())}"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"config {str(path)!r}: must be valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(entries, dict):
         raise UserError(f"config {str(path)!r}: must map options to values, not be of type {type(entries).__name__}.")

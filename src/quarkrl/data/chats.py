@@ -19,7 +19,8 @@ from quarkrl.errors import UserError, one_line, shorten
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError)
+# What a template that does not fit a chat raises, its own errors and those of Python.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
 # Directives of strftime, with glibc's flag for numbers without a leading zero.
 _DIRECTIVE = re.compile(r"%-?[a-zA-Z%]")
 
@@ -37,8 +38,10 @@ class RefusedChat(NamedTuple):
 # Messages
 
 
-def find_fault(chat: Sequence[object]) -> str | None:
+def find_fault(chat: object) -> str | None:
     """Return what is wrong with the messages of a chat, or None."""
+    if not isinstance(chat, list | tuple):
+        return f"it is {shorten(chat)}"
     if not chat:
         return "there are no messages"
     for message in chat:
@@ -57,7 +60,7 @@ def message_text(message: Mapping[str, Any]) -> str:
     """Return the text of a message; for a message that only calls tools, the calls as JSON."""
     content = message.get("content")
     if content is None:
-        return json.dumps(message.get("tool_calls"), ensure_ascii=False)
+        return json.dumps(message.get("tool_calls"), ensure_ascii=False, default=str)
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 

@@ -7,10 +7,11 @@ that the tokenizer adds behind a text, such as EOS, are removed, because a compl
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from quarkrl.data.chats import RefusedChat, encode_chats
+from quarkrl.data.chats import RefusedChat, encode_chats, find_fault
 from quarkrl.errors import UserError, one_line, shorten
 
 Prompt: TypeAlias = str | list[dict[str, Any]]
@@ -18,6 +19,7 @@ Prompt: TypeAlias = str | list[dict[str, Any]]
 logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 4096  # Texts per call of the tokenizer; it bounds the memory of the tokenizer's own records.
+_LONGEST_CHARACTER = 4  # Bytes of UTF-8, so at most as many tokens.
 
 
 class RefusedText(NamedTuple):
@@ -34,8 +36,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequ
     """Encode prompts as token ids; see `try_encode_prompts`.
 
     Raises:
-        UserError: the tokenizer or its chat template refuses a prompt, or the tokenizer has no chat template.
+        UserError: a chat is malformed, the tokenizer or its chat template refuses a prompt, or the tokenizer has no
+            chat template.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, str) and (fault := find_fault(prompt)):
+            raise UserError(f"prompt {shorten(prompt)}: must be text or a list of messages, but {fault}. Correct it.")
     encoded = []
     for prompt, ids in zip(prompts, try_encode_prompts(tokenizer, prompts, empty_ids=empty_ids), strict=True):
         if isinstance(ids, RefusedChat):
@@ -86,9 +92,120 @@ def encode_plain_texts(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[in
         yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def decode_completions(tokenizer: Any, completions: Sequence[Sequence[int]]) -> list[str]:
-    """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged."""
-    return tokenizer.batch_decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def encode_as_text(tokenizer: Any, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """Encode texts in which the characters of a special token, such as "</s>", are text and not that token.
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        texts: what a model or a user wrote.
+        options: of the tokenizer.
+    """
+    encoded = _split_special_tokens(tokenizer, texts, options)
+    if _has_special_tokens(tokenizer, encoded):
+        encoded = _split_special_tokens(tokenizer, [break_special_tokens(tokenizer, text) for text in texts], options)
+    return encoded["input_ids"]
+
+
+def encode_pairs_as_text(
+    tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], **options: Any
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Encode each prompt together with the text that continues it, and split the token ids; see `encode_as_text`.
+
+    A token that spans both belongs to the continuation. Special tokens that the tokenizer appends are left out.
+
+    Raises:
+        UserError: the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"perplexity_model: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
+            "Choose a model with a fast tokenizer (tokenizer.json)."
+        )
+    options |= {"return_offsets_mapping": True}
+    for start in range(0, len(texts), _BATCH_SIZE):
+        pairs = list(zip(prompts[start : start + _BATCH_SIZE], texts[start : start + _BATCH_SIZE], strict=True))
+        encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
+        if _has_special_tokens(tokenizer, encoded):
+            pairs = [
+                (break_special_tokens(tokenizer, head), break_special_tokens(tokenizer, tail)) for head, tail in pairs
+            ]
+            encoded = _split_special_tokens(tokenizer, [head + tail for head, tail in pairs], options)
+        rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], encoded["offset_mapping"], strict=True)
+        for (head, _), (ids, is_special, offsets) in zip(pairs, rows, strict=True):
+            length = len(ids)
+            while length and is_special[length - 1]:  # The tokenizer appends an EOS.
+                length -= 1
+            tail = (k for k in range(length) if not is_special[k] and offsets[k][1] > len(head))
+            split = next(tail, length)
+            yield ids[:split], ids[split:length]
+
+
+def break_special_tokens(tokenizer: Any, text: str) -> str:
+    """Put a space into each special token's characters, so that they stay text where special tokens are parsed."""
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {name for name in names.union(tokenizer.all_special_tokens) if len(name) > 1}
+    if not names:
+        return text
+    # The longest first: one name may begin with another. Some tokenizers ignore case.
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", text, flags=re.IGNORECASE)
+
+
+def _split_special_tokens(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
+    return tokenizer(list(texts), split_special_tokens=True, return_special_tokens_mask=True, verbose=False, **options)
+
+
+def _has_special_tokens(tokenizer: Any, encoded: Any) -> bool:
+    """Whether texts were read as special tokens: Unigram and WordLevel have those in their own vocabularies."""
+    special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    return any(i in special_ids and not added for ids, mask in rows for i, added in zip(ids, mask, strict=True))
+
+
+def decode_completions(
+    tokenizer: Any, prompt_ids: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> list[str]:
+    """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged.
+
+    A completion is the text of prompt and completion without the text of the prompt. Decoded alone, it would lose its
+    leading space (SentencePiece), or keep the "##" of a word that it continues (WordPiece).
+
+    Args:
+        tokenizer: a `transformers` tokenizer.
+        prompt_ids: token ids of each completion's prompt.
+        completions: token ids of the completions.
+    """
+    prompts = [tuple(ids) for ids in prompt_ids]
+    distinct_prompts = list(dict.fromkeys(prompts))
+    prompt_texts = dict(zip(distinct_prompts, _decode(tokenizer, distinct_prompts), strict=True))
+    pairs = list(zip(prompts, completions, strict=True))
+    texts = _decode(tokenizer, [[*prompt, *completion] for prompt, completion in pairs])
+    return [
+        text[len(prompt_texts[prompt]) :]
+        if text.startswith(prompt_texts[prompt])
+        else _decode_after_unstable_prompt(tokenizer, prompt, prompt_texts[prompt], completion, text)
+        for (prompt, completion), text in zip(pairs, texts, strict=True)
+    ]
+
+
+def _decode_after_unstable_prompt(
+    tokenizer: Any, prompt: Sequence[int], prompt_text: str, completion: Sequence[int], text: str
+) -> str:
+    """Decode a completion whose tokens change the text of the prompt.
+
+    If the prompt ends within a character, the character belongs to the completion. Otherwise the completion is decoded
+    alone.
+    """
+    for end in range(len(prompt) - 1, max(len(prompt) - _LONGEST_CHARACTER, -1), -1):
+        (head,) = _decode(tokenizer, [prompt[:end]])
+        if text.startswith(head) and prompt_text.startswith(head) and not prompt_text[len(head) :].strip("\ufffd"):
+            return text[len(head) :]
+    return _decode(tokenizer, [completion])[0]
+
+
+def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    rows = [list(row) for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _warn_of_second_bos(tokenizer: Any, encoded: Sequence[tuple[Any, Any]]) -> None:

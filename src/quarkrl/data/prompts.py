@@ -4,7 +4,8 @@
 
 A source is one of:
 
-- a file: `.jsonl` or `.json` (one object per line), `.csv`, `.parquet` or `.txt` (one prompt per line);
+- a file: `.jsonl` (one object per line), `.json` (the same, or one array), `.csv`, `.tsv`, `.parquet` or `.txt` (one
+  prompt per line); the text formats also as `.gz`;
 - a directory that `datasets.save_to_disk` wrote or that `datasets.load_dataset` reads;
 - a data set on the hub, as NAME or NAME:CONFIGURATION;
 - a `datasets.Dataset`, or a list of strings or dicts.
@@ -15,6 +16,7 @@ an error that names its location, or it is skipped and counted (`skip_bad`).
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,8 @@ from typing import Any
 
 from quarkrl.data.chats import RefusedChat, find_fault, message_text
 from quarkrl.data.encoding import RefusedText, try_encode_prompts
-from quarkrl.data.readers import SURROGATE, BadRow, quote_names, read_rows
+from quarkrl.data.readers import read_rows
+from quarkrl.data.rows import SURROGATE, BadRow, Row, quote_names
 from quarkrl.errors import UserError, shorten
 
 
@@ -53,6 +56,31 @@ class Prompts:
         """The number of skipped rows by reason."""
         return dict(Counter(reason for _, reason in self.skipped_rows))
 
+    @property
+    def skipped_in_words(self) -> str:
+        """The number of skipped rows by reason, such as "2 too long, 1 empty prompt"; "none" if none was."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.skipped.items()) or "none"
+
+    @classmethod
+    def join(cls, parts: Sequence[Prompts]) -> Prompts:
+        """Return the prompts of all parts, in order. A column that a part lacks is None for its prompts."""
+        names = dict.fromkeys(name for part in parts for name in part.columns)
+        starts = accumulate(map(len, parts), initial=0)
+        return cls(
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            columns={
+                name: [value for part in parts for value in part.columns.get(name, [None] * len(part))]
+                for name in names
+            },
+            locations=[location for part in parts for location in part.locations],
+            skipped_rows=[
+                (start + index, reason)
+                for start, part in zip(starts, parts, strict=False)
+                for index, reason in part.skipped_rows
+            ],
+            ids=[ids for part in parts for ids in part.ids],
+        )
+
     def first(self, count: int) -> Prompts:
         """Return the first `count` prompts, not encoded, with the rows that were skipped before them."""
         columns = {name: values[:count] for name, values in self.columns.items()}
@@ -75,7 +103,13 @@ class Prompts:
         )
 
     def encode(
-        self, tokenizer: Any, *, max_length: int, skip_bad: bool = False, reserved: Sequence[str] = ()
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        skip_bad: bool = False,
+        reserved: Sequence[str] = (),
+        allow_none: bool = False,
     ) -> Prompts:
         """Encode the prompts as token ids (`data.encoding`) and check their lengths.
 
@@ -84,6 +118,7 @@ class Prompts:
             max_length: maximum prompt length in tokens, BOS and chat template included.
             skip_bad: skip prompts that are too long, have no tokens or contain reserved text, instead of raising.
             reserved: texts that a prompt must not contain, such as reward tokens.
+            allow_none: return no prompts if all are skipped, instead of raising.
 
         Returns:
             The prompts with their `ids`, without those that are skipped.
@@ -98,9 +133,11 @@ class Prompts:
         good = [i for i, bad in enumerate(results) if bad is None]
         for i, ids in zip(good, try_encode_prompts(tokenizer, [self.prompts[i] for i in good]), strict=True):
             results[i] = _check_ids(self.prompts[i], ids, max_length) or ids
-        reasons = _reasons_to_skip("the prompts", self.locations, results, skip_bad)
+        reasons = _reasons_to_skip(self.locations, results, skip_bad)
         encoded = self.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
+        if not allow_none:
+            _check_any_left("the prompts", encoded)
         return encoded
 
 
@@ -115,8 +152,8 @@ def load_prompts(
     """Read and check prompts from any source that the module docstring lists.
 
     Args:
-        source: a path, the name of a data set on the hub, a `datasets.Dataset` or `DatasetDict`, or a list of strings
-            or dicts. A string is looked up as a path first.
+        source: a path, the name of a data set on the hub, a `datasets.Dataset` or `DatasetDict`, a list of strings
+            or dicts, or a `TextStream`. A string is looked up as a path first.
         split: the split of a data set that has several; ignored otherwise.
         column: the column with the prompt, or several names of which the first existing one counts. `messages` is the
             fallback for `prompt`. Other fields of a nested prompt become columns `{column}_{field}`, unless the row
@@ -130,17 +167,28 @@ def load_prompts(
     name, raw_rows = read_rows(source, split)
     if not raw_rows:
         raise UserError(f"{name}: there are no rows in it. Provide at least one prompt.")
-    column = _choose_column(name, [row for _, row in raw_rows], column)
-    results = [row if isinstance(row, BadRow) else _check_row(row, column, allow_empty) for _, row in raw_rows]
-    locations = [location for location, _ in raw_rows]
-    reasons = _reasons_to_skip(name, locations, results, skip_bad)
-    rows: list[Any] = [("", {}) if reason else row for row, reason in zip(results, reasons, strict=True)]
-    names = dict.fromkeys(key for _, others in rows for key in others)
-    columns = {key: [others.get(key) for _, others in rows] for key in names}
-    return Prompts([prompt for prompt, _ in rows], columns, locations).skip(reasons)
+    column = choose_column(name, [row for _, row in raw_rows], column)
+    prompts = check_rows(raw_rows, column, skip_bad=skip_bad, allow_empty=allow_empty)
+    _check_any_left(name, prompts)
+    return prompts
 
 
-def _choose_column(name: str, rows: Sequence[object], column: str | Sequence[str]) -> str:
+def check_rows(rows: Sequence[Row], column: str, *, skip_bad: bool, allow_empty: bool = False) -> Prompts:
+    """Check rows and return their prompts, maybe none; see `load_prompts`.
+
+    Raises:
+        UserError: a row is bad, and `skip_bad` is False.
+    """
+    results = [row if isinstance(row, BadRow) else _check_row(row, column, allow_empty) for _, row in rows]
+    locations = [location for location, _ in rows]
+    reasons = _reasons_to_skip(locations, results, skip_bad)
+    good: list[Any] = [("", {}) if reason else row for row, reason in zip(results, reasons, strict=True)]
+    names = dict.fromkeys(key for _, others in good for key in others)
+    columns = {key: [others.get(key) for _, others in good] for key in names}
+    return Prompts([prompt for prompt, _ in good], columns, locations).skip(reasons)
+
+
+def choose_column(name: str, rows: Sequence[object], column: str | Sequence[str]) -> str:
     """Choose the prompt column: the first requested one that a row has."""
     names = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
     requested = [column] if isinstance(column, str) else [*column]
@@ -153,20 +201,23 @@ def _choose_column(name: str, rows: Sequence[object], column: str | Sequence[str
     return (existing or requested)[0]
 
 
-def _reasons_to_skip(name: str, locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:
+def _reasons_to_skip(locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:
     """Return for each result the reason to skip it, or None.
 
     Raises:
-        UserError: there is a BadRow and `skip_bad` is False, or no good row is left.
+        UserError: there is a BadRow and `skip_bad` is False.
     """
     for location, result in zip(locations, results, strict=True):
         if isinstance(result, BadRow) and not skip_bad:
             raise UserError(f"{location}: {result.problem}. {result.remedy}, or skip such rows: --skip_bad_prompts.")
-    reasons = [result.reason if isinstance(result, BadRow) else None for result in results]
-    if all(reasons):
-        counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).items()) or "none"
-        raise UserError(f"{name}: no prompt is left (rows skipped: {counts}). Provide at least one good row.")
-    return reasons
+    return [result.reason if isinstance(result, BadRow) else None for result in results]
+
+
+def _check_any_left(name: str, prompts: Prompts) -> None:
+    if not len(prompts):
+        raise UserError(
+            f"{name}: no prompt is left (rows skipped: {prompts.skipped_in_words}). Provide at least one good row."
+        )
 
 
 def _check_row(row: object, column: str, allow_empty: bool) -> tuple[str | list[dict], dict] | BadRow:
@@ -209,9 +260,10 @@ def _check_prompt(prompt: object, allow_empty: bool = False) -> BadRow | None:
 
 
 def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow | None:
-    texts = [prompt] if isinstance(prompt, str) else [message_text(message) for message in prompt]
+    # Tool calls included.
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
     for name in reserved:
-        if any(name in text for text in texts):
+        if name in text:
             return BadRow("contains a reward token", f"the prompt contains the reward token {name}", "Remove it")
     return None
 

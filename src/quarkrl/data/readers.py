@@ -1,46 +1,50 @@
 """Readers of prompt sources: files, directories and data sets become rows with their locations.
 
-A row that cannot be read becomes a `BadRow`, so that the rows around it are kept. Lines and rows are numbered from 1.
-Only a line feed ends a line; U+2028 and similar characters do not.
+A row that cannot be read becomes a `BadRow`, so that the rows around it are kept.
 """
 
-import csv
-import json
+import gzip
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
+from quarkrl.data.rows import Row, not_utf8, quote_names
+from quarkrl.data.text_formats import read_csv, read_json, read_jsonl, read_text, read_tsv
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 
-SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXT_FORMATS: dict[str, Callable[[str, bytes], list[Row]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".txt": read_text,
+}
+_SUFFIXES = (*_TEXT_FORMATS, ".parquet")
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be used.
+@dataclass(frozen=True)
+class TextStream:
+    """Bytes of a text with one prompt per line, such as standard input.
 
     Attributes:
-        reason: the name under which such rows are counted.
-        problem: what is wrong with this row.
-        remedy: what the user can do.
+        name: of the stream, for messages.
+        data: its content.
     """
 
-    reason: str
-    problem: str
-    remedy: str
-
-
-# A row's location, for messages, and its content: a dict, a prompt as text, or a BadRow.
-Row: TypeAlias = tuple[str, Any]
+    name: str
+    data: bytes
 
 
 def read_rows(source: Any, split: str) -> tuple[str, list[Row]]:
     """Read all rows of a source.
 
     Args:
-        source: a path, the name of a data set, a `datasets.Dataset` or `DatasetDict`, or a list. A string is looked up
-            as a path first.
+        source: a path, the name of a data set, a `datasets.Dataset` or `DatasetDict`, a list, or a `TextStream`. A
+            string is looked up as a path first.
         split: the split of a data set that has several.
 
     Returns:
@@ -49,33 +53,45 @@ def read_rows(source: Any, split: str) -> tuple[str, list[Row]]:
     Raises:
         UserError: the source does not exist or cannot be read.
     """
+    if isinstance(source, TextStream):
+        return source.name, read_text(source.name, source.data)
     if isinstance(source, (list, tuple)):
         return "the list", [(f"row {i} of the list", row) for i, row in enumerate(source, 1)]
     if not isinstance(source, (str, os.PathLike)):
         return _read_dataset("the data set", source, split)
     name = os.path.expanduser(os.fspath(source))
-    path = Path(name)
-    reader = _READERS.get(path.suffix.lower())
+    suffix = _format_suffix(name)
     if not os.path.exists(name):
         is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or "\\" in name
-        if is_path or reader or not name:
-            raise UserError(_describe_missing(path, name))
+        if is_path or suffix in _SUFFIXES or not name:
+            raise UserError(_describe_missing(Path(name), name))
     if not os.path.isfile(name):
         return _read_dataset(name, _load_dataset(name, split), split)
-    if not reader:
-        raise UserError(f"{name}: unknown suffix {path.suffix!r}; must be one of {quote_names(_READERS)}.")
+    return name, _read_file(name, suffix)
+
+
+def _format_suffix(name: str) -> str:
+    """Return the suffix that names a file's format: ".jsonl" of "prompts.JSONL.gz"."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def _read_file(name: str, suffix: str) -> list[Row]:
+    if suffix not in _SUFFIXES:
+        raise UserError(
+            f"{name}: unknown suffix {suffix!r}; must be one of {quote_names(_SUFFIXES)}, or such a text file with "
+            "'.gz' behind it."
+        )
     try:
-        if not path.stat().st_size:
+        if not os.path.getsize(name):
             raise UserError(f"{name}: the file is empty. Write at least one prompt into it.")
-        return name, list(reader(path))
-    except OSError as error:
+        if suffix == ".parquet":
+            return _read_parquet(name)
+        data = Path(name).read_bytes()
+        if name.lower().endswith(".gz") or data.startswith(_GZIP_MAGIC):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({one_line(error)}). Fix the cause.") from error
-
-
-def quote_names(names: Iterable[object], count: int = 10) -> str:
-    """Quote the first names for a message: "'a', 'b'", or "none"."""
-    quoted = [shorten(name, 40) for name in names]
-    return ", ".join([*quoted[:count], *(["…"] if len(quoted) > count else [])]) or "none"
+    return _TEXT_FORMATS[suffix](name, data)
 
 
 def _describe_missing(path: Path, name: str) -> str:
@@ -86,7 +102,7 @@ def _describe_missing(path: Path, name: str) -> str:
     return f"{name or repr(name)}: no such file.{suggestion or ' Provide an existing file.'}"
 
 
-# Data sets
+# Data sets and Parquet
 
 
 def _load_dataset(name: str, split: str) -> Any:
@@ -113,118 +129,49 @@ def _load_dataset(name: str, split: str) -> Any:
 def _read_dataset(name: str, dataset: Any, split: str) -> tuple[str, list[Row]]:
     import datasets
 
+    if isinstance(dataset, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise UserError(
+            f"prompts: must be finite here, not of type {type(dataset).__name__}. Stream only train_dataset of "
+            "QuarkTrainer; elsewhere, pass list(dataset.take(1000))."
+        )
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise UserError(f"{name}: there is no split {split!r}; must be one of {quote_names(dataset)}.")
         name, dataset = f"{name} ({split})", dataset[split]
     if not isinstance(dataset, datasets.Dataset):
         raise UserError(
-            f"prompts: must be a path, the name of a data set, a datasets.Dataset (not a streamed one) or a list, "
+            f"prompts: must be a path, the name of a data set, a datasets.Dataset or a list, "
             f"not {type(dataset).__name__}."
         )
-    return name, [(f"row {i} of {name}", row) for i, row in enumerate(_decode_rows(dataset), 1)]
+    rows = _decode_rows(lambda start, end: dataset.select(range(start, end)).to_list(), 0, len(dataset))
+    return name, [(f"row {i} of {name}", row) for i, row in enumerate(rows, 1)]
 
 
-def _decode_rows(dataset: Any) -> list[Any]:
+def _decode_rows(read: Callable[[int, int], list[Any]], start: int, end: int) -> list[Any]:
+    """Return the rows from `start` up to `end`; those whose text is not UTF-8 are BadRows."""
     try:
-        return dataset.to_list()
+        return read(start, end)
     except UnicodeDecodeError as error:
-        if len(dataset) == 1:
-            return [_not_utf8(error.object[error.start])]
-        halves = [dataset.shard(2, i, contiguous=True) for i in range(2)]  # Bisect for the bad rows.
-        return _decode_rows(halves[0]) + _decode_rows(halves[1])
+        if end - start == 1:
+            return [not_utf8(error.object[error.start])]
+        middle = (start + end) // 2  # Bisect for the bad rows.
+        return _decode_rows(read, start, middle) + _decode_rows(read, middle, end)
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(name: str) -> list[Row]:
     import datasets
     import pyarrow.parquet
 
     try:
-        # `datasets` decodes columns of mixed types, which it stores as JSON and Arrow alone does not decode.
-        dataset = datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
-    except (pyarrow.ArrowException, ValueError) as error:
+        table = pyarrow.parquet.ParquetFile(name).read()
+        if b"huggingface" in (table.schema.metadata or {}):
+            # `datasets` decodes columns of mixed types, which it stores as JSON and Arrow alone does not decode.
+            return _read_dataset(name, datasets.Dataset(table), split="")[1]
+        rows = _decode_rows(lambda start, end: table.slice(start, end - start).to_pylist(), 0, len(table))
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"{path}: cannot be read ({one_line(error)}). Write it again, as Parquet of plain types."
+            f"{name}: cannot be read ({one_line(error)}). Write it again, as Parquet of plain types."
         ) from error
-    return _read_dataset(str(path), dataset, split="")[1]
-
-
-# Text files
-
-
-def _read_text(path: Path) -> list[Row]:
-    return [(location, bad or line.removesuffix("\r")) for location, line, bad in _read_lines(path)]
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    return [(location, bad or _parse_json(line)) for location, line, bad in _read_lines(path) if line.strip()]
-
-
-def _parse_json(line: str) -> dict | BadRow:
-    remedy = "Write one JSON object per line"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return BadRow("malformed JSON", f"malformed JSON {shorten(line)} ({one_line(error)})", remedy)
-    return row if isinstance(row, dict) else BadRow("not an object", f"not a JSON object: {shorten(row)}", remedy)
-
-
-def _read_lines(path: Path) -> list[tuple[str, str, BadRow | None]]:
-    """Read the lines of a file: location, text, and a BadRow if the line is not UTF-8."""
-    data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: the file is UTF-16. Save it as UTF-8.")
-    # A byte that is not UTF-8 becomes a surrogate, which valid UTF-8 never contains.
-    lines = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
-    matches = [None if line.isascii() else SURROGATE.search(line) for line in lines]
-    bad_rows = [_not_utf8(ord(match.group()) - 0xDC00) if match else None for match in matches]
-    locations = [f"{path}:{number}" for number in range(1, len(lines) + 1)]
-    return list(zip(locations, lines, bad_rows, strict=True))[: None if lines[-1] else -1]
-
-
-def _not_utf8(byte: int) -> BadRow:
-    return BadRow("not UTF-8", f"byte 0x{byte:02x} is not UTF-8", "Save the text as UTF-8")
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    lines = _read_lines(path)
-    position = 0  # The number of lines read so far.
-
-    def remaining_lines() -> Iterator[str]:
-        nonlocal position
-        while position < len(lines):
-            position += 1
-            yield lines[position - 1][1] + "\n"
-
-    header: list[str] = []
-    reader = csv.reader(remaining_lines(), strict=True)
-    while position < len(lines):
-        first = position
-        try:
-            fields, error = next(reader), None
-        except csv.Error as malformed:
-            fields, error = [], malformed
-            # An open quote extends over all lines that follow. Restart after its line, or good rows are lost.
-            position, reader = first + 1, csv.reader(remaining_lines(), strict=True)
-        location, line, bad = next((entry for entry in lines[first:position] if entry[2]), lines[first])
-        if error and not bad:
-            problem = f"malformed CSV {shorten(line)} ({error})"
-            bad = BadRow("malformed CSV", problem, "Close the quotes, and double quotes inside a field")
-        elif header and fields and not bad and len(fields) != len(header):
-            problem = f"{len(fields)} fields where the header has {len(header)}: {shorten(line)}"
-            bad = BadRow("wrong field count", problem, "Quote text that contains commas")
-        if not header and (bad or len(set(fields)) < len(fields)):
-            problem = bad.problem if bad else "two columns have the same name"
-            raise UserError(f"{location}: {problem}. Fix the header.")
-        if header and (bad or fields):  # Not for an empty line.
-            yield location, bad or dict(zip(header, fields, strict=True))
-        header = header or fields
-
-
-_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-}
+    return [(f"row {i} of {name}", row) for i, row in enumerate(rows, 1)]

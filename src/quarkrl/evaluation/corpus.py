@@ -12,10 +12,10 @@ import torch
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Ratio, intervals
+from quarkrl.evaluation.predictions import predict
 from quarkrl.evaluation.results import CorpusRow
 from quarkrl.metrics import last_seen
 from quarkrl.models.batching import batches_by_length, build_batch
-from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
 # The distances l, in tokens, within which a prediction counts as a repetition (Welleck et al. 2020).
@@ -106,11 +106,6 @@ def _predict(
     batch = build_batch([ids[:start] for ids, start in pairs], [ids[start:] for ids, start in pairs])
     # Reward tokens follow the special tokens that come first. They are not predicted.
     batch["labels"][torch.isin(batch["labels"], torch.tensor(sorted(reward_tokens)))] = -100
-    device = generator.model.device
-    input_ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-    with torch.inference_mode():
-        logits = completion_logits(generator.model, input_ids, mask, labels)[:, : generator.vocab_size].float()
-        nll = torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="none")
-        predicted = logits.argmax(-1)
+    nll, predicted = predict(generator.model, batch, generator.vocab_size)
     ends = np.cumsum([len(ids) - 1 for ids in chunks])[:-1]
-    return list(zip(np.split(nll.double().cpu().numpy(), ends), np.split(predicted.cpu().numpy(), ends), strict=True))
+    return list(zip(np.split(nll, ends), np.split(predicted, ends), strict=True))

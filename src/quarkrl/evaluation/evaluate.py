@@ -16,7 +16,7 @@ from typing import Any
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.corpus import corpus_row
-from quarkrl.evaluation.intervals import LEVEL
+from quarkrl.evaluation.intervals import LEVEL, SEED
 from quarkrl.evaluation.mauve import load_mauve
 from quarkrl.evaluation.options import ALL_QUANTILES, NO_REFERENCE, EvaluationOptions
 from quarkrl.evaluation.panel import Completions, Panel, human_texts
@@ -107,14 +107,14 @@ def evaluate(
         for encoded in sets.values():
             human_texts(encoded, options.human_column)
     panel = Panel(
-        scorer,
-        PerplexityModel(models.perplexity, models.policy),
-        dict(zip(unique_names(("+".join(judge.names) for judge in judges), {"reward"}), judges, strict=True)),
-        options.threshold,
-        options.batch_size,
-        options.resamples,
-        options.human_column,
-        sampling.max_new_tokens,
+        scorer=scorer,
+        perplexity_model=PerplexityModel(models.perplexity, models.policy),
+        judges=dict(zip(unique_names(("+".join(judge.names) for judge in judges), {"reward"}), judges, strict=True)),
+        threshold=options.threshold,
+        batch_size=options.batch_size,
+        resamples=options.resamples,
+        human_column=options.human_column,
+        max_tokens=sampling.max_new_tokens,
     )
     rows = []
     for set_name, encoded in sets.items():
@@ -260,23 +260,20 @@ def _sample(
 
 def _measure(variant: _Variant, set_name: str, prompts: Prompts, completion_ids: list[list[int]], panel: Panel) -> Row:
     generator = variant.generator
-    completions = Completions(prompts, completion_ids, generator.decode(completion_ids), generator.end_ids)
+    samples = len(completion_ids) // len(prompts)
+    texts = generator.decode([ids for ids in prompts.ids for _ in range(samples)], completion_ids)
+    completions = Completions(prompts, completion_ids, texts, generator.end_ids)
     try:
         measurement = panel.measure(completions)
     except UserError as error:
         raise UserError(f"{variant.name}: {error}") from error
     return Row(
         name=variant.name,
-        figures=measurement.figures,
-        left_out=measurement.left_out,
         completions=completions.texts_by_prompt,
-        rewards=measurement.scores["reward"],
         prompts_name=set_name,
         quantile=variant.quantile,
         guidance_scale=variant.guidance_scale,
-        intervals=measurement.intervals,
-        scores=measurement.scores,
-        perplexities=measurement.perplexities,
+        **vars(measurement),
     )
 
 
@@ -303,16 +300,17 @@ def _protocol(
         "guidance_from": str(options.guidance_from) if options.guidance_scales else None,
         "rewards": panel.scorer.identity,
         "judges": {name: judge.identity for name, judge in panel.judges.items()},
-        "perplexity": "exp(mean token NLL) per completion given its prompt, without EOS; >= 1e4 dropped; mean"
-        + retokenized,
+        "perplexity": "exp(mean token NLL over the original vocabulary) per completion given its prompt, without "
+        f"reward tokens or EOS; >= 1e4 dropped; mean{retokenized}",
         "threshold": options.threshold,
         "human_column": options.human_column,
         "corpus": corpus and prompts_provenance(corpus),
+        "corpus_metrics": "next tokens over the original vocabulary, after the row's reward tokens" if corpus else None,
         "intervals": {
             "level": LEVEL,
             "method": "percentile bootstrap over prompts",
             "resamples": options.resamples,
-            "seed": 0,
+            "seed": SEED,
         },
         **environment(models.policy.model.device),
     }

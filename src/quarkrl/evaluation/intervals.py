@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 10_000
+from quarkrl.evaluation.options import RESAMPLES
+
 LEVEL = 0.95
+SEED = 0
 # Prompts drawn per chunk of resamples: 32 MB of indices.
 _DRAWS_AT_A_TIME = 4_000_000
 
@@ -47,7 +49,7 @@ class Ratio:
         return float(self.numerators.sum() / total) if total else float("nan")
 
 
-def intervals(ratios: Mapping[str, Ratio], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+def intervals(ratios: Mapping[str, Ratio], resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Interval]:
     """Compute the 95 % confidence interval of each figure, in the same order.
 
     Args:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from quarkrl.data.encoding import encode_plain_texts
+from quarkrl.data.encoding import encode_pairs_as_text
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
 from quarkrl.models.batching import batches_by_length, right_pad
@@ -83,11 +83,8 @@ def text_features(
     Raises:
         UserError: a prompt and its text have no tokens.
     """
-    heads = encode_plain_texts(generator.tokenizer, prompts)
-    tails = encode_plain_texts(generator.tokenizer, texts)
-    rows = [
-        tuple((*head, *tail[:max_tokens])[-generator.context_length :]) for head, tail in zip(heads, tails, strict=True)
-    ]
+    pairs = encode_pairs_as_text(generator.tokenizer, prompts, texts, add_special_tokens=False)
+    rows = [tuple((*head, *tail[:max_tokens])[-generator.context_length :]) for head, tail in pairs]
     distinct = list(dict.fromkeys(rows))
     if not all(distinct):
         raise UserError("MAUVE: a prompt and its text have no tokens. Remove that row.")

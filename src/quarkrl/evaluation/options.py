@@ -12,6 +12,8 @@ from quarkrl.sampling.options import SamplingOptions
 NO_REFERENCE = "none"
 # A value of `quantiles`: request each quantile, worst first.
 ALL_QUANTILES = "all"
+# The default of `resamples`.
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class EvaluationOptions(SamplingOptions):
         None, "Column with human continuations of the prompts; adds MAUVE.", metavar="COLUMN", group="metrics"
     )
     resamples: int = option(
-        10_000, "Bootstrap resamples for the confidence intervals.", at_least=1, metavar="N", group="metrics"
+        RESAMPLES, "Bootstrap resamples for the confidence intervals.", at_least=1, metavar="N", group="metrics"
     )
 
     @property

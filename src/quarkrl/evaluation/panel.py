@@ -11,7 +11,9 @@ from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval, Ratio, intervals
 from quarkrl.evaluation.mauve import mauve, text_features
+from quarkrl.evaluation.options import RESAMPLES
 from quarkrl.evaluation.perplexity import PerplexityModel
+from quarkrl.evaluation.results import Measurement
 from quarkrl.rewards.scorer import Scorer
 
 
@@ -57,26 +59,7 @@ class Completions:
         return np.asarray(values).reshape(-1, self.samples)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What a panel measures on S completions of each of P prompts.
-
-    Attributes:
-        figures: metric name → value.
-        intervals: metric name → 95 % bootstrap confidence interval.
-        left_out: reason → number of completions that do not count.
-        scores: "reward", "reward: NAME" for each of several rewards, "NAME" for each judge → `(P, S)`, NaN if missing.
-        perplexities: `(P, S)`, NaN if missing.
-    """
-
-    figures: dict[str, float]
-    intervals: dict[str, Interval]
-    left_out: dict[str, int]
-    scores: dict[str, np.ndarray]
-    perplexities: np.ndarray
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """The scorers and models that judge completions.
 
@@ -96,7 +79,7 @@ class Panel:
     judges: Mapping[str, Scorer] = field(default_factory=dict)
     threshold: float = metrics.THRESHOLD
     batch_size: int = 128
-    resamples: int = 10_000
+    resamples: int = RESAMPLES
     human_column: str | None = None
     max_tokens: int = 20
 
@@ -107,7 +90,7 @@ class Panel:
             UserError: no completion has a reward.
         """
         scores, score_ratios, left_out = self._score(completions)
-        perplexities, perplexity_left_out = self._perplexities(completions)
+        perplexities, perplexity_left_out, truncated = self._perplexities(completions)
         text_ratios, text_left_out = diversity_ratios(completions)
         ratios = score_ratios | {"perplexity": Ratio.of(perplexities)} | text_ratios
         left_out |= perplexity_left_out | text_left_out
@@ -116,7 +99,14 @@ class Panel:
         if self.human_column is not None:
             figures["MAUVE"], ranges["MAUVE"], skipped = self._mauve(completions, self.human_column)
             left_out |= {"MAUVE_no_text": skipped} if skipped else {}
-        return Measurement(figures, ranges, left_out, scores, perplexities)
+        return Measurement(
+            figures=figures,
+            intervals=ranges,
+            left_out=left_out,
+            truncated=truncated,
+            scores=scores,
+            perplexities=perplexities,
+        )
 
     def _score(self, completions: Completions) -> tuple[dict[str, np.ndarray], dict[str, Ratio], dict[str, int]]:
         """Scores of the reward and of each judge, their figures as ratios, and the numbers of missing scores."""
@@ -138,8 +128,8 @@ class Panel:
             )
         return scores, ratios, left_out
 
-    def _perplexities(self, completions: Completions) -> tuple[np.ndarray, dict[str, int]]:
-        """`(P, S)` perplexities, and the numbers of missing ones and of truncated prompts."""
+    def _perplexities(self, completions: Completions) -> tuple[np.ndarray, dict[str, int], int]:
+        """`(P, S)` perplexities, the numbers of missing ones, and the number of those with a truncated prompt."""
         nll_sums, token_counts, truncated = self.perplexity_model.nll(
             completions.prompts,
             completions.prompt_numbers,
@@ -149,8 +139,7 @@ class Panel:
         )
         perplexities, counts = metrics.perplexities(nll_sums, token_counts)
         left_out = {f"perplexity_{reason}": count for reason, count in counts.items()}
-        left_out |= {"perplexity_prompt_cut": truncated} if truncated else {}
-        return completions.by_prompt(perplexities), left_out
+        return completions.by_prompt(perplexities), left_out, truncated
 
     def _mauve(self, completions: Completions, column: str) -> tuple[float, Interval, int]:
         """MAUVE of each prompt's first completion, its interval, and the number of prompts without either text."""

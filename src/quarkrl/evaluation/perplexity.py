@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.data.encoding import encode_plain_texts, encode_prompts
+from quarkrl.data.chats import Chat, message_text, reads_chats, render_chat
+from quarkrl.data.encoding import break_special_tokens, encode_as_text, encode_pairs_as_text, encode_prompts
 from quarkrl.data.prompts import Prompts
-from quarkrl.errors import UserError
+from quarkrl.evaluation.predictions import predict
 from quarkrl.models.batching import batches_by_length, build_batch
-from quarkrl.models.completion_logits import completion_logits
 from quarkrl.sampling.generator import QuarkGenerator
 
 
@@ -48,7 +47,8 @@ class PerplexityModel:
             batch_size: completions per batch.
 
         Returns:
-            The sums, the numbers of tokens, and how many prompts were truncated on the left to fit the context.
+            The sums, the numbers of tokens, and how many completions were read with a truncated prompt. A prompt is
+            truncated on the left to fit the context, and a completion longer than the context on the right.
         """
         if self.same_vocabulary:
             heads, tails = [prompts.ids[i] for i in prompt_numbers], [list(ids) for ids in completion_ids]
@@ -60,7 +60,8 @@ class PerplexityModel:
         truncated = sum(len(head) + len(tail) > context_length for head, tail in zip(heads, tails, strict=True))
         tails = [tail[: context_length - 1] for tail in tails]
         heads = [head[-(context_length - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
-        return completion_nll(self.generator.model, heads, tails, batch_size), [len(tail) for tail in tails], truncated
+        sums = completion_nll(self.generator.model, heads, tails, self.generator.vocab_size, batch_size)
+        return sums, [len(tail) for tail in tails], truncated
 
 
 def has_same_vocabulary(one: QuarkGenerator, other: QuarkGenerator) -> bool:
@@ -76,11 +77,13 @@ def completion_nll(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
+    vocab_size: int,
     batch_size: int,
 ) -> list[float]:
     """Return, for each completion, the sum of its tokens' negative log-likelihoods given its prompt, in nats.
 
-    The sum of an empty completion is 0. A repeated pair of prompt and completion is computed once.
+    The likelihoods are over the original vocabulary, of size `vocab_size`. The sum of an empty completion is 0. A
+    repeated pair of prompt and completion is computed once.
     """
     pairs = [(tuple(prompt), tuple(completion)) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     distinct_pairs = list(dict.fromkeys(pair for pair in pairs if pair[1]))
@@ -88,12 +91,9 @@ def completion_nll(
     sums: dict[Any, float] = {}
     for rows in batches_by_length(distinct_pairs, lengths, batch_size):
         batch = build_batch([prompt for prompt, _ in rows], [completion for _, completion in rows])
-        input_ids, mask, labels = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels"))
-        with torch.inference_mode():
-            logits = completion_logits(model, input_ids, mask, labels)  # (completion tokens of the batch, vocab)
-            nll = torch.nn.functional.cross_entropy(logits.float(), labels[labels != -100], reduction="none")
+        nll, _ = predict(model, batch, vocab_size)
         ends = np.cumsum([len(completion) for _, completion in rows])
-        for pair, values in zip(rows, np.split(nll.double().cpu().numpy(), ends[:-1]), strict=True):
+        for pair, values in zip(rows, np.split(nll, ends[:-1]), strict=True):
             sums[pair] = float(values.sum())
     return [sums.get(pair, 0.0) for pair in pairs]
 
@@ -102,22 +102,14 @@ def _tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], texts: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompts and completions under another tokenizer; each prompt has at least one token."""
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"perplexity_model: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
-            "Choose a model with a fast tokenizer (tokenizer.json)."
-        )
     # GPT-2 has no BOS; its documents start after EOS.
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    templated = [reads_chats(tokenizer) and not isinstance(prompt, str) for prompt in prompts]
+    plain = [(_as_text(prompt), text) for prompt, text, chat in zip(prompts, texts, templated, strict=True) if not chat]
+    plain_ids = encode_pairs_as_text(tokenizer, [prompt for prompt, _ in plain], [text for _, text in plain])
     heads, tails = [], []
-    for prompt, text in zip(prompts, texts, strict=True):
-        if isinstance(prompt, str):
-            head, tail = _tokenize_pair(tokenizer, prompt, text)
-        elif tokenizer.chat_template:
-            (head,) = encode_prompts(tokenizer, [prompt])
-            (tail,) = encode_plain_texts(tokenizer, [text])
-        else:
-            head, tail = _tokenize_pair(tokenizer, "\n".join(message["content"] for message in prompt) + "\n", text)
+    for prompt, text, chat in zip(prompts, texts, templated, strict=True):
+        head, tail = _tokenize_after_chat(tokenizer, prompt, text) if chat else next(plain_ids)
         if not head:
             head, tail = ([start_id], tail) if start_id is not None else (tail[:1], tail[1:])
         heads.append(head)
@@ -125,12 +117,17 @@ def _tokenize_pairs(
     return heads, tails
 
 
-def _tokenize_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and its completion, tokenized together and split by character offsets."""
-    encoding = tokenizer(prompt + text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
-    while ids and special[-1]:  # The tokenizer appends an EOS.
-        ids, special = ids[:-1], special[:-1]
-    ends = [end for _, end in encoding["offset_mapping"]]
-    start = next((i for i in range(len(ids)) if not special[i] and ends[i] > len(prompt)), len(ids))
-    return ids[:start], ids[start:]
+def _as_text(prompt: Any) -> str:
+    """A prompt as one text; a chat as its messages, one per line."""
+    return prompt if isinstance(prompt, str) else "".join(message_text(message) + "\n" for message in prompt)
+
+
+def _tokenize_after_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a chat by the chat template, and of the completion behind it."""
+    (head,) = encode_prompts(tokenizer, [list(map(dict, chat))])
+    whole = render_chat(tokenizer, chat) + break_special_tokens(tokenizer, text)
+    both = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    if both[: len(head)] == head:
+        return head, both[len(head) :]
+    (tail,) = encode_as_text(tokenizer, [text], add_special_tokens=False)
+    return head, tail

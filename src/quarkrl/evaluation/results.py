@@ -37,35 +37,50 @@ class Point(Protocol):
 AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The figures of S completions of each of P prompts.
+
+    Attributes:
+        figures: metric name → value; NaN if no completion counts.
+        intervals: metric name → 95 % bootstrap confidence interval over prompts.
+        left_out: reason → number of completions that do not count.
+        truncated: number of completions that the perplexity model read with a truncated prompt, to fit its context.
+            They count.
+        scores: "reward", "reward: NAME" for each of several rewards, "NAME" for each judge → `(P, S)`, NaN if missing.
+        perplexities: `(P, S)`, NaN for a completion that is empty or dropped.
+    """
+
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+    left_out: dict[str, int]
+    truncated: int
+    scores: dict[str, np.ndarray]
+    perplexities: np.ndarray
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """`(P, S)`, NaN if missing."""
+        return self.scores["reward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Measurement):
     """The measurement of one model, with one requested quantile and guidance scale, on one set of P prompts.
 
     Attributes:
         name: "reference"; "model" for a model without quantiles; the requested quantile; or "best γ=2" with guidance.
-        figures: metric name → value; NaN if no completion counts.
-        left_out: reason → number of completions that do not count.
         completions: S texts for each prompt.
-        rewards: `(P, S)`, NaN for a missing reward.
         prompts_name: name of the set of prompts.
         quantile: number of the requested quantile; None for a model without quantiles.
         guidance_scale: γ; 1 is unguided.
-        intervals: metric name → 95 % bootstrap confidence interval over prompts.
-        scores: scorer name → `(P, S)` scores.
-        perplexities: `(P, S)`, NaN for a completion that is empty or dropped.
     """
 
     name: str
-    figures: dict[str, float]
-    left_out: dict[str, int]
     completions: list[list[str]]
-    rewards: np.ndarray
     prompts_name: str
     quantile: int | None
     guidance_scale: float
-    intervals: dict[str, Interval]
-    scores: dict[str, np.ndarray]
-    perplexities: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -221,6 +236,7 @@ def _row_entry(row: Row) -> dict[str, Any]:
         "figures": row.figures,
         "intervals": row.intervals,
         "left_out": row.left_out,
+        "truncated": row.truncated,
     }
 
 

@@ -121,7 +121,7 @@ def _digits(name: str) -> int:
 
 
 def _left_out_lines(evaluation: Evaluation) -> list[str]:
-    """One line per reason that prompts or completions do not count."""
+    """One line per reason that prompts or completions do not count, and one for truncated prompts."""
     lines = []
     for name, entry in evaluation.protocol["prompts"].items():
         if entry["left_out"]:
@@ -135,6 +135,9 @@ def _left_out_lines(evaluation: Evaluation) -> list[str]:
             if any(count for _, count in counts) and reason not in _NOT_PRINTED:
                 by_row = ", ".join(f"{row_name} {count}" for row_name, count in counts)
                 lines.append(f"not counted{suffix}, {reason.replace('_', ' ')}: {by_row}")
+        if any(row.truncated for row in rows):
+            by_row = ", ".join(f"{row.name} {row.truncated}" for row in rows)
+            lines.append(f"perplexity after a truncated prompt{suffix}: {by_row}")
     return lines
 
 

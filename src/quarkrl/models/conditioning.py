@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
+from quarkrl.models.adapters import add_adapter
 from quarkrl.models.quark_json import damaged, read_quark_json, write_quark_json
 from quarkrl.models.special_tokens import add_special_tokens, surrounding_ids
 from quarkrl.models.steering import steer_tokenizer
@@ -106,10 +107,20 @@ class Conditioning:
             # An embedding can have more rows than the tokenizer has tokens (padding), or fewer: neither are outputs.
             vocab_size=min(rows, *ids),
         )
-        if max(ids) >= rows:
-            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        _draw_rows(model, ids, conditioning.vocab_size, seed)
+        conditioning.add_rows(model, seed)
         return conditioning, tokenizer
+
+    def add_rows(self, model: PreTrainedModel, seed: int) -> None:
+        """Add the embedding rows of the reward tokens to a model, in place, as `add_to` does.
+
+        Args:
+            model: the model before training.
+            seed: of the new rows.
+        """
+        ids = self.all_token_ids
+        if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        _draw_rows(model, ids, self.vocab_size, seed)
 
     def position(self, plain_ids: Sequence[int]) -> int:
         """Return the position that reward tokens get in the ids of a prompt: 0, or behind `prefix_ids`."""
@@ -172,13 +183,12 @@ class Conditioning:
         return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best), self.prefix_ids)
 
     def add_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
-        """Return the model with an adapter of `peft` that also trains the embedding rows of the reward tokens."""
-        from peft import get_peft_model
+        """Return the model with an adapter of `peft` that also trains the embedding rows of the reward tokens.
 
-        peft_config = copy.deepcopy(peft_config)
-        if getattr(peft_config, "trainable_token_indices", False) is None and not peft_config.modules_to_save:
-            peft_config.trainable_token_indices = self.all_token_ids
-        return get_peft_model(model, peft_config)
+        Raises:
+            UserError: the adapter cannot do that, or cannot be merged (`adapters.add_adapter`).
+        """
+        return add_adapter(model, peft_config, self.all_token_ids)
 
     def save(self, directory: str | os.PathLike, **facts: Any) -> None:
         """Write `quark.json`, atomically: the conditioning, and facts of the run that belong with the model.

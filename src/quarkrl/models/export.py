@@ -2,14 +2,21 @@
 
 import copy
 import hashlib
+import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.errors import UserError, one_line
+from quarkrl.models.adapters import merge
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.loading import eos_ids
+from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
+from quarkrl.models.quark_json import read_quark_json
+from quarkrl.storage.atomic import atomic_directory
 
 
 def save_steered(
@@ -32,7 +39,7 @@ def save_steered(
         state_dict: the weights, if they were gathered from several processes; by default those of the model.
     """
     if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+        model = merge(copy.deepcopy(model))
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
     model.generation_config.suppress_tokens = conditioning.all_token_ids
@@ -46,14 +53,108 @@ def save_steered(
     conditioning.save(directory, **facts)
 
 
+def export_merged(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
+    """Write a trained model as an ordinary checkpoint, as `final/` is; an adapter is merged.
+
+    Args:
+        path: `final/` of a run, a checkpoint, or a name on the hub.
+        directory: where to write.
+        load_options: for `load_model`.
+
+    Raises:
+        UserError: Quark did not train the model, or it cannot be loaded or written.
+    """
+    conditioning, facts = _conditioning_and_facts(path)
+    model = load_model(path, **load_options)
+    make_saveable(model)
+    tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    with atomic_directory(directory) as stage:
+        save_steered(model, tokenizer, conditioning, stage, facts)
+
+
+def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
+    """Write the adapter of a checkpoint, with all embedding rows, so that `peft` alone can load it.
+
+    Args:
+        path, directory, load_options: as in `export_merged`.
+
+    Raises:
+        UserError: Quark did not train the model, it has no adapter, or it cannot be loaded or written.
+    """
+    conditioning, facts = _conditioning_and_facts(path)
+    adapted = load_adapted(path, **load_options)
+    if adapted is None:
+        raise UserError(f"model {str(path)!r}: must be a checkpoint with an adapter. Use --merge for whole weights.")
+    tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    with atomic_directory(directory) as stage:
+        adapted.save_pretrained(stage, save_embedding_layers=True)
+        tokenizer.save_pretrained(stage)
+        conditioning.save(stage, **facts)
+
+
+def _conditioning_and_facts(path: str | os.PathLike) -> tuple[Conditioning, dict[str, Any]]:
+    """The reward tokens of a model, and the other facts in its `quark.json`."""
+    conditioning = Conditioning.load(path)
+    if conditioning is None:
+        raise UserError(f"model {str(path)!r}: must be a model that Quark trained. It has no quark.json.")
+    return conditioning, {k: fact for k, fact in (read_quark_json(path) or {}).items() if k != "conditioning"}
+
+
+def try_saving(
+    model: Any, tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning, facts: dict[str, Any]
+) -> None:
+    """Save all of a checkpoint but the weights, into a temporary directory: a run must not fail at its end.
+
+    Raises:
+        UserError: something cannot be saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            if hasattr(model, "merge_and_unload"):
+                from peft import get_peft_model_state_dict
+
+                get_peft_model_state_dict(model)
+                for config in model.peft_config.values():
+                    config.save_pretrained(directory)
+                model = model.get_base_model()
+            save_steered(model, tokenizer, conditioning, Path(directory), facts, state_dict={})
+    except Exception as error:
+        # Whatever fails here would fail at the first checkpoint. Libraries raise many types of exception.
+        name = model.config._name_or_path
+        raise UserError(f"model {name!r}: cannot be saved ({one_line(error)}). Correct the model's files.") from error
+
+
+def make_saveable(model: PreTrainedModel) -> None:
+    """Correct a generation config that transformers loads but refuses to save, in place.
+
+    Parameters of sampling without `do_sample`, as in Llama 2, switch sampling on; other unused parameters are removed.
+    """
+    config = model.generation_config
+    if (problem := _problem_of(config)) and "`do_sample=True`" in problem:
+        config.do_sample = True
+        problem = _problem_of(config)
+    for name in re.findall(r"^- `(\w+)`:", problem or "", re.MULTILINE):
+        setattr(config, name, None)
+
+
+def _problem_of(config: Any) -> str | None:
+    """Why transformers refuses to save a generation config; None if it does not."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
     """Identify a model: its name, its commit on the hub (None for a directory), its size, a digest of its weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    name = getattr(model.config, "_name_or_path", "") or None
     return {
-        "name": getattr(model.config, "_name_or_path", "") or None,
+        "name": os.path.abspath(name) if name and os.path.isdir(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": digest.hexdigest(),

@@ -10,17 +10,32 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
 
 from quarkrl.errors import UserError, one_line
+from quarkrl.models.adapters import (
+    CONFIG_FILE,
+    find_adapter,
+    forget_name,
+    load_weights,
+    merge,
+    read_adapter,
+    saved_rows,
+)
+from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.quark_json import read_quark_json, start_name
 
 
-def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """Load a causal language model from a directory or the hub.
+def load_model(
+    path: str | os.PathLike,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "float32",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model from a directory or the hub. A saved adapter is merged into its base model.
 
     No code is run unless `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own
     classes, and an attention kernel that its config names, are not imported.
@@ -28,18 +43,23 @@ def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwarg
     Args:
         path: a directory, or a name on the hub.
         trust_remote_code: run the Python code that comes with the model.
+        dtype: of the weights, whatever the checkpoint was saved in; "auto" keeps the checkpoint's.
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         UserError: no causal language model can be loaded from there.
     """
-    options = {**kwargs, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options = {**kwargs, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
         _refuse_pickles(Path(path))
-        if config := _load_config(path, trust_remote_code):
-            # A config can name an attention kernel of the hub, which transformers would fetch and import.
-            config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
-            options["config"] = config
+        if directory := find_adapter(path, kwargs.get("revision")):
+            model = merge(_load_adapted(path, directory, trust_remote_code, {**kwargs, "dtype": dtype}))
+            forget_name(model, str(path))
+            return model
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # A config can name an attention kernel of the hub, which transformers would fetch and import.
+        config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
+        options["config"] = config
         model, loading_info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         missing_keys = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
         if missing_keys:  # transformers would initialise them at random.
@@ -58,6 +78,46 @@ def load_model(path: str | os.PathLike, trust_remote_code: bool = False, **kwarg
         ) from error
 
 
+def load_adapted(path: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> Any | None:
+    """Load a saved adapter on its base model, not merged; None if `path` is no adapter.
+
+    Args:
+        path, trust_remote_code, kwargs: as in `load_model`.
+
+    Raises:
+        UserError: the adapter or its base model cannot be loaded.
+    """
+    directory = find_adapter(path, kwargs.get("revision"))
+    return None if directory is None else _load_adapted(path, directory, trust_remote_code, kwargs)
+
+
+def _load_adapted(path: Any, directory: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+    """The base model of a saved adapter, with the adapter on it and the rows of reward tokens."""
+    config = read_adapter(directory)
+    base = _base_name(path, config)
+    try:
+        model = load_model(base, trust_remote_code, **{name: kwargs[name] for name in kwargs if name != "revision"})
+    except UserError as error:
+        raise UserError(f"adapter {str(path)!r}: its base {error}") from error
+    if conditioning := Conditioning.load(path):
+        options = (read_quark_json(path) or {}).get("config")
+        conditioning.add_rows(model, options["seed"] if isinstance(options, dict) else 0)
+    rows = saved_rows(directory, model)
+    if rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # The adapter holds their values.
+    return load_weights(model, directory, config)
+
+
+def _base_name(path: Any, config: Any) -> str:
+    """The base model of a saved adapter: what its run started from, or what its own configuration names."""
+    name = start_name(path) or config.base_model_name_or_path
+    if not name or os.path.realpath(name) == os.path.realpath(path):
+        raise UserError(
+            f"adapter {str(path)!r}: must name its base model. Set base_model_name_or_path in {CONFIG_FILE}."
+        )
+    return name
+
+
 def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from a directory or the hub.
 
@@ -71,6 +131,8 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if directory := find_adapter(path):  # An adapter without a tokenizer has that of its base.
+            return load_tokenizer(_base_name(path, read_adapter(directory)), trust_remote_code)
         # transformers raises a dozen types of exception here, the tokenizers library a bare Exception.
         raise UserError(
             f"model {str(path)!r} has no tokenizer that can be loaded: {one_line(error)}. Save one in the same place."
@@ -118,13 +180,6 @@ def with_fused_gelu(model: PreTrainedModel) -> PreTrainedModel:
 def _default_attention() -> str | None:
     """On a CPU eager, the fastest up to some 500 tokens (docs/performance.md); elsewhere transformers' choice."""
     return None if torch.accelerator.is_available() else "eager"
-
-
-def _load_config(path: str | os.PathLike, trust_remote_code: bool) -> PretrainedConfig | None:
-    """The config of a model; None for a directory that holds only an adapter."""
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
-        return None
-    return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _refuse_pickles(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether this machine computes in bfloat16 faster than in float32."""
+"""Precision: whether this machine computes in bfloat16 faster than in float32, and whether weights are too coarse."""
 
 import torch
 
@@ -21,3 +21,14 @@ def slow_bf16_note() -> str | None:
     if bf16_is_fast():
         return None
     return "bf16: this processor has no units for bfloat16; float32 is much faster."
+
+
+def coarse_weights_note(model: torch.nn.Module) -> str | None:
+    """Return a note if weights that are trained have 16 bits, or None.
+
+    bfloat16 rounds an update below 1/256 of its weight to nothing, which is most of them at usual learning rates.
+    """
+    coarse = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad and p.itemsize == 2}
+    if not coarse:
+        return None
+    return f"dtype {min(coarse)}: rounds away most updates of trained weights. Set --dtype float32 --bf16."

@@ -51,15 +51,28 @@ def read_quark_json(model: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def reference_name(model: str | os.PathLike) -> str | None:
-    """The name or directory of the model that this one was trained from; None if `quark.json` does not name it.
+    """The name or directory of the reference; None if `quark.json` does not name it.
 
     Raises:
         UserError: `quark.json` is damaged.
     """
-    reference = (read_quark_json(model) or {}).get("reference") or {}
-    name = reference.get("name") if isinstance(reference, dict) else reference
-    if not isinstance(reference, dict) or not isinstance(name, str | None):
-        raise damaged(model, f"reference {reference!r}")
+    return _name(model, "reference")
+
+
+def start_name(model: str | os.PathLike) -> str | None:
+    """The name or directory of the model that training started from; None if `quark.json` does not name it.
+
+    Raises:
+        UserError: `quark.json` is damaged.
+    """
+    return _name(model, "start")
+
+
+def _name(model: str | os.PathLike, key: str) -> str | None:
+    identity = (read_quark_json(model) or {}).get(key) or {}
+    name = identity.get("name") if isinstance(identity, dict) else identity
+    if not isinstance(identity, dict) or not isinstance(name, str | None):
+        raise damaged(model, f"{key} {identity!r}")
     return name
 
 

@@ -2,11 +2,24 @@
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quarkrl.errors import UserError, did_you_mean
-from quarkrl.rewards.reward import BATCH_PARAMETERS, END_IDS, ON_SCORE, OnScore, Reward
+from quarkrl.rewards.copying import as_messages, copied, copied_state
+from quarkrl.rewards.reward import (
+    BATCH_PARAMETERS,
+    END_IDS,
+    LOG_EXTRA,
+    LOG_METRIC,
+    ON_SCORE,
+    TRAINER_STATE,
+    TRL_PARAMETERS,
+    OnScore,
+    Reward,
+    reads_text,
+)
+from quarkrl.rewards.reward_log import RewardLog
 
 
 def _discard_score(row: int, score: float | None) -> None:
@@ -21,11 +34,15 @@ class Batch:
         columns: by parameter name, one value per completion: the data set's columns, prompts, completions and
             completion_ids.
         end_ids: the token ids that end a completion.
+        log: what the reward logs.
+        trainer_state: the state of the trainer; None outside training.
         on_score: receives the row and the score of a completion as soon as the reward knows it.
     """
 
     columns: dict[str, list[Any]]
     end_ids: list[int]
+    log: RewardLog
+    trainer_state: Any = None
     on_score: OnScore = _discard_score
 
     @classmethod
@@ -36,23 +53,28 @@ class Batch:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]],
         end_ids: Sequence[int],
+        trainer_state: Any = None,
     ) -> "Batch":
         """A batch of n completions, with the other columns of their prompts."""
         columns = {name: values for name, values in columns.items() if name not in BATCH_PARAMETERS}
         columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         assert all(len(values) == len(completions) for values in columns.values())
-        return cls(columns, list(end_ids))
+        return cls(columns, list(end_ids), RewardLog(range(len(completions))), trainer_state)
 
     def __len__(self) -> int:
         return len(self.columns["completions"])
 
+    def with_own_log(self) -> "Batch":
+        """The same batch for another reward, whose log is its own."""
+        return replace(self, log=RewardLog(range(len(self))))
+
     def select(self, rows: Sequence[int], on_score: OnScore) -> "Batch":
         """The batch of these rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return Batch(columns, self.end_ids, on_score)
+        return replace(self, columns=columns, log=self.log.select(rows), on_score=on_score)
 
-    def arguments_for(self, name: str, reward: Reward) -> dict[str, Any]:
-        """The arguments that `reward` accepts.
+    def argument_names(self, name: str, reward: Reward) -> list[str]:
+        """The names of the arguments that `reward` accepts.
 
         Raises:
             UserError: the reward has a required parameter that no column fills.
@@ -60,15 +82,37 @@ class Batch:
         try:
             parameters = inspect.signature(reward).parameters.values()
         except (TypeError, ValueError):  # Implemented in C, without a signature.
-            return dict(self.columns)
+            return list(self.columns)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        available = {**self.columns, END_IDS: self.end_ids, ON_SCORE: self.on_score}
+        available = (*self.columns, *BATCH_PARAMETERS)
         missing = [p.name for p in by_name if p.default is p.empty and p.name not in available]
         if missing:
             raise UserError(f"reward {name!r} parameter {missing[0]!r}: {self.must_be_a_column(missing[0])}")
-        named = {p.name: available[p.name] for p in by_name if p.name in available}
+        named = [p.name for p in by_name if p.name in available]
         takes_all = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters)
-        return {**named, **self.columns} if takes_all else named
+        return list(dict.fromkeys([*named, *self.columns, *TRL_PARAMETERS])) if takes_all else named
+
+    def arguments_for(self, name: str, reward: Reward) -> dict[str, Any]:
+        """Copies of the arguments that `reward` accepts.
+
+        Raises:
+            UserError: the reward has a required parameter that no column fills.
+        """
+        return {argument: self._copy_of(argument, reward) for argument in self.argument_names(name, reward)}
+
+    def _copy_of(self, argument: str, reward: Reward) -> Any:
+        if argument == "completions" and not reads_text(reward):
+            return as_messages(self.columns["prompts"], self.columns["completions"])
+        if argument in self.columns:
+            return copied(self.columns[argument])
+        if argument == TRAINER_STATE:
+            return copied_state(self.trainer_state)
+        return {
+            END_IDS: list(self.end_ids),
+            ON_SCORE: self.on_score,
+            LOG_EXTRA: self.log.log_extra,
+            LOG_METRIC: self.log.log_metric,
+        }[argument]
 
     def must_be_a_column(self, unknown: str) -> str:
         """The end of an error message about a column that does not exist."""

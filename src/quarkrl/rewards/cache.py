@@ -54,7 +54,7 @@ class ScoreCache:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 60.0):
-        self.path = Path(path).expanduser()
+        self.path = Path(path).expanduser().absolute()
         self._scorers: dict[bytes, int] = {}
         if self.path.is_dir():
             raise UserError(f"score_cache {str(self.path)!r}: must be a file, not a directory.")

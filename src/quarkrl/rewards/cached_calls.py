@@ -121,7 +121,7 @@ def cache_keys(name: str, reward: Reward, batch: Batch) -> list[bytes]:
 
 def _arguments_read(name: str, reward: Reward, batch: Batch) -> list[str]:
     declared: Sequence[str] | None = getattr(reward, "reads", None)
-    arguments = batch.arguments_for(name, reward) if declared is None else declared
+    arguments = batch.argument_names(name, reward) if declared is None else declared
     arguments = [argument for argument in arguments if argument not in BATCH_PARAMETERS]
     for argument in arguments:
         if argument not in batch.columns:

@@ -1,13 +1,14 @@
-"""Call reward functions, plain or async, within a time-out, and stop them from another thread."""
+"""Call reward functions, plain or async, in a thread of their own, within a time-out, and stop them."""
 
 import asyncio
 import inspect
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,10 +17,15 @@ import torch
 
 from quarkrl.errors import UserError, describe_exception
 from quarkrl.rewards.batch import Batch
+from quarkrl.rewards.giving_up import ends_a_frozen_process, kill_children
 from quarkrl.rewards.identity import source_file
 from quarkrl.rewards.reward import Reward
 
 GRACE_SECONDS = 1.0  # How long an async reward may take to end after its cancellation.
+_SIGNAL_REMEDY = (
+    ". Rewards run in a thread of their own, where signal.alarm does not work: use the time-out of a library, or a "
+    "child process"
+)
 
 
 @contextmanager
@@ -33,7 +39,9 @@ def one_line_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"reward {name!r} raised {describe_exception(error)}") from error
+        text = str(error)
+        remedy = _SIGNAL_REMEDY if "main thread" in text or "signal.alarm" in text else ""
+        raise UserError(f"reward {name!r} raised {describe_exception(error)}{remedy}") from error
 
 
 def call_reward(name: str, reward: Reward, batch: Batch) -> Any:
@@ -67,7 +75,7 @@ class RewardCall:
     """
 
     def __init__(self, name: str, reward: Reward, batch: Batch):
-        self.name, self.reward, self.batch = name, reward, batch
+        self.name, self.reward, self.batch = name, reward, batch.with_own_log()
 
     def start(self, stop_requested: threading.Event) -> Any:
         """Return the scores, or an awaitable of them if the reward is async.
@@ -82,6 +90,7 @@ class _Run:
 
     def __init__(self, calls: Sequence[RewardCall]):
         self.calls = list(calls)
+        self.began = time.time()
         self.unanswered: list[RewardCall] = []  # The calls that are in progress.
         self.stop_requested = threading.Event()
 
@@ -93,8 +102,9 @@ class _Run:
 class RewardCaller:
     """Runs the reward calls of one batch at a time: plain rewards in order, async rewards concurrently.
 
-    It owns the event loop of the async rewards, the thread that a time-out needs, and the request to stop. `run` is
-    called in one thread at a time; `stop` may be called in any thread.
+    It owns the event loop of the async rewards, the thread that they run in, and the request to stop. Rewards always
+    run in a thread of their own, so that they behave alike in every command. `run` is called in one thread at a time;
+    `stop` may be called in any thread.
 
     Args:
         timeout: seconds that the calls of a batch may take together; None waits without limit.
@@ -121,7 +131,7 @@ class RewardCaller:
             )
         run = self._current = _Run(calls)
         try:
-            return self._run_calls(run) if self._timeout is None else self._run_in_time(run, self._timeout)
+            return self._run_in_time(run)
         finally:
             self._current = None
 
@@ -143,23 +153,32 @@ class RewardCaller:
             for task in asyncio.all_tasks(self._loop):
                 task.cancel()
 
-    def _run_in_time(self, run: _Run, timeout: float) -> list[Any]:
-        thread = BackgroundCall(partial(self._run_calls, run))
+    def _run_in_time(self, run: _Run) -> list[Any]:
+        thread, has_ended = None, False
         try:
-            if thread.has_ended(timeout):
+            with ends_a_frozen_process(self._timeout):
+                thread = BackgroundCall(partial(self._run_calls, run))
+                has_ended = thread.has_ended(self._timeout)
+            if has_ended:
                 return thread.result()
             names = run.unanswered_names
             location = thread.location(source_file(run.unanswered[0].reward)) if run.unanswered else ""
         finally:  # Ctrl-C arrives here too.
-            if not thread.has_ended(0):
-                self.stop()
-                if not thread.has_ended(self._grace):
-                    self._hanging = run
+            if thread and not has_ended:
+                self._give_up(run, thread)
         count = len(run.calls[0].batch)
         raise UserError(
-            f"reward {names} did not score {count} completions within {timeout:g} s{location}. "
-            "Fix the reward or raise --reward_timeout, then resume the run."
+            f"reward {names} did not score {count} completions within {self._timeout:g} s{location}. "
+            "Fix the reward or raise --reward_timeout. A run can be resumed."
         )
+
+    def _give_up(self, run: _Run, thread: "BackgroundCall") -> None:
+        """Stop a run, and kill the child processes that it has started: at exit, Python would wait for them."""
+        self.stop()
+        thread.has_ended(self._grace)
+        kill_children(run.began)
+        if not thread.has_ended(self._grace):
+            self._hanging = run
 
     def _run_calls(self, run: _Run) -> list[Any]:
         results: list[Any] = []
@@ -175,7 +194,7 @@ class RewardCaller:
         if pending:
             run.unanswered = [run.calls[index] for index in pending]
             awaitables = [self._await_call(run, run.calls[index], results[index]) for index in pending]
-            for index, result in zip(pending, self._await_all(run, awaitables), strict=True):
+            for index, result in zip(pending, self._run_in_loop(run, awaitables), strict=True):
                 results[index] = result
         return results
 
@@ -183,15 +202,6 @@ class RewardCaller:
         result = await await_scores(call.name, scores)
         run.unanswered.remove(call)
         return result
-
-    def _await_all(self, run: _Run, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._run_in_loop(run, awaitables)
-        # A notebook: its loop occupies this thread, and event loops cannot be nested.
-        with ThreadPoolExecutor(1) as executor:
-            return executor.submit(self._run_in_loop, run, awaitables).result()
 
     def _run_in_loop(self, run: _Run, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
         # One loop for the caller's life: an HTTP client that a reward keeps does not survive the end of its loop.
@@ -241,8 +251,8 @@ class BackgroundCall:
         self._thread = threading.Thread(target=run, name="reward", daemon=True)
         self._thread.start()
 
-    def has_ended(self, seconds: float) -> bool:
-        """Wait at most this long for the function to end, and return whether it has."""
+    def has_ended(self, seconds: float | None) -> bool:
+        """Wait at most this long for the function to end, without limit for None, and return whether it has."""
         return not wait([self._outcome], seconds).not_done
 
     def result(self) -> Any:

@@ -1,8 +1,9 @@
 """`Scorer`: the scores of one or several reward functions, combined into one array of rewards."""
 
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,11 +28,15 @@ class Scores:
         rewards: (n, A) float64, one column per attribute: the values that the pool's quantiles are made of.
         components: (n, R) float64, each reward function's scores without weights.
         terms: the scores of each reward, by name, if `rewards` is their sum; else empty. Each is of shape (n,).
+        extra: by name, n texts or Nones: the columns that rewards have logged by `log_extra`.
+        metrics: by name, the numbers that rewards have logged by `log_metric`.
     """
 
     rewards: np.ndarray
     components: np.ndarray
     terms: dict[str, np.ndarray] = field(default_factory=dict)
+    extra: dict[str, list[str | None]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Scorer:
@@ -76,6 +81,7 @@ class Scorer:
             raise UserError(f"reward_weights {weights}: must be unset with condition_on 'each', which sums nothing.")
         if timeout is not None and not timeout > 0:
             raise UserError(f"reward_timeout {timeout}: must be above 0 seconds, or none to wait without limit.")
+        cache = None if cache is None else os.path.abspath(os.path.expanduser(cache))  # A reward may change directory.
         self._rewards = [resolve(spec) for spec in specs]
         self._weights = checked_weights(weights, len(specs))
         self._caller = RewardCaller(timeout)
@@ -107,6 +113,7 @@ class Scorer:
         completion_ids: list[list[int]],
         columns: dict[str, list[Any]] | None = None,
         end_ids: Sequence[int] = (),
+        trainer_state: Any = None,
     ) -> Scores:
         """Score n completions.
 
@@ -116,12 +123,14 @@ class Scorer:
             completion_ids: n lists of token ids, EOS included; empty lists if there are no ids.
             columns: the data set's other columns, n values each.
             end_ids: the token ids that end a completion, for rewards that have a parameter of this name.
+            trainer_state: the `transformers.TrainerState` that rewards receive; None outside training.
 
         Raises:
             UserError: a reward raised an exception, exceeded the time-out, or did not return n numbers or Nones.
         """
-        batch = Batch.of(prompts, completions, completion_ids, columns or {}, end_ids)
+        batch = Batch.of(prompts, completions, completion_ids, columns or {}, end_ids, trainer_state)
         components = np.empty((len(batch), len(self.names)))  # (n, R)
+        calls: list[RewardCall] = []
         if len(batch):
             calls = [self._call(name, reward, batch) for name, reward in zip(self.names, self._rewards, strict=True)]
             for r, (name, result) in enumerate(zip(self.names, self._caller.run(calls), strict=True)):
@@ -131,7 +140,7 @@ class Scorer:
         rewards = components if self.condition_on == "each" else components @ np.array(self._weights)[:, None]
         is_sum = self.condition_on == "sum" and len(self.names) > 1
         terms = dict(zip(self.names, components.T, strict=True)) if is_sum else {}
-        return Scores(rewards.copy(), components, terms)
+        return Scores(rewards.copy(), components, terms, *_join_logs(calls, len(batch)))
 
     def _call(self, name: str, reward: Reward, batch: Batch) -> RewardCall:
         if self._cache is not None and is_cached(reward):
@@ -159,3 +168,21 @@ class Scorer:
     def cache_misses(self) -> int:
         """How many scores of cached rewards this scorer has requested from the rewards."""
         return self._cache_counts.misses
+
+
+def _join_logs(calls: Sequence[RewardCall], n: int) -> tuple[dict[str, list[str | None]], dict[str, list[float]]]:
+    """The columns and the metrics that rewards have logged. A second column `x`, of another reward, becomes `x-2`."""
+    columns: dict[str, list[str | None]] = {}
+    metrics: dict[str, list[float]] = {}
+    for call in calls:
+        own = call.batch.log.columns(call.name, n)
+        for name, column in own.items():
+            columns[_unused(name, columns)] = column
+        for name, values in call.batch.log.metrics().items():
+            metrics.setdefault(name, []).extend(values)
+    return columns, metrics
+
+
+def _unused(name: str, names: Collection[str]) -> str:
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if candidate not in names)

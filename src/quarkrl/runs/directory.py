@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import yaml
 from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
+from quarkrl.models.quark_json import read_quark_json
 from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_checkpoints, step_of
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
@@ -91,6 +92,38 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
 def holds_run(directory: Path) -> bool:
     """Return whether the directory has samples, checkpoints or a final model of a run."""
     return any((directory / name).exists() for name in ("pool", "final")) or bool(list_checkpoints(directory))
+
+
+def model_of_run(path: str | os.PathLike, form: Literal["final", "checkpoint"]) -> str:
+    """Return the directory of a run's trained model; a path that is no run's directory is returned as it is.
+
+    Args:
+        path: the directory of a run, or of a model, or a model's name on the hub.
+        form: "final" for `final/`. "checkpoint" for the checkpoint with its weights, which need not be the last.
+            Without `final/`, both are the last checkpoint.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    run = Path(path)
+    if not holds_run(run):
+        return os.fspath(path)
+    final = run / "final"
+    if not final.is_dir():
+        checkpoint, _ = last_good_checkpoint(run)
+        if checkpoint is None:
+            raise UserError(f"model {str(path)!r}: must hold final/ or a checkpoint. Resume its run.")
+        return str(checkpoint)
+    if form == "final":
+        return str(final)
+    iterations = (read_quark_json(final) or {}).get("iterations")
+    for checkpoint in list_checkpoints(run):
+        if (read_quark_json(checkpoint) or {}).get("iterations") == iterations:
+            return str(checkpoint)
+    raise UserError(
+        f"model {str(path)!r}: must hold the checkpoint of final/, and it was not kept. Name another checkpoint, or "
+        "use --merge."
+    )
 
 
 def open_run(

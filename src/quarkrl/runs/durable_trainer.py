@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 
 from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints, directory, fsdp
-from quarkrl.runs.collectives import broadcast
+from quarkrl.runs.collectives import call_in_first_process
 from quarkrl.runs.gloo_shutdown import register_gloo_shutdown
 from quarkrl.runs.interrupts import Interrupts, Stopped
 from quarkrl.runs.states import (
@@ -168,17 +168,12 @@ class DurableTrainer(Trainer):
 
     def _open(self, run: Path, resume: Any, stack: ExitStack) -> directory.OpenedRun:
         """Lock the run directory and choose the checkpoint, in the first process; all get the result or its error."""
-        opened: Any = None
-        if self.is_world_process_zero():
-            try:
-                stack.enter_context(directory.locked(run))
-                opened = directory.open_run(run, self.identity, resume, self.set_aside_run_files)
-            except UserError as error:
-                opened = error
-        opened = broadcast(opened, self.args.world_size)
-        if isinstance(opened, UserError):
-            raise opened
-        return opened
+
+        def lock_and_open() -> directory.OpenedRun:
+            stack.enter_context(directory.locked(run))
+            return directory.open_run(run, self.identity, resume, self.set_aside_run_files)
+
+        return call_in_first_process(lock_and_open, self.args.process_index, self.args.world_size)
 
     def agree_to_stop(self) -> bool:
         """Return whether any process has received a signal. All processes call this at the same point."""

@@ -7,6 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+# The handlers that `watched` contexts have replaced, the outermost first.
+_replaced: list[dict[int, Any]] = []
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,12 +49,13 @@ class Interrupts:
             yield
             return
         self.signal_number = None
-        handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers: dict[int, Any] = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        _replaced.append(handlers)
         try:
             yield
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            _replaced.remove(handlers)
+            _restore(handlers)
             self.signal_number = None  # A caller that catches `Stopped` may use the trainer again.
 
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
@@ -59,3 +65,40 @@ class Interrupts:
                 os._exit(128 + signal_number)
             raise KeyboardInterrupt
         self.signal_number = signal_number
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed by C code.
+
+
+class _Fork:
+    """Gives a forked child the handlers from before `watched`. A child that only records SIGTERM cannot be ended.
+
+    A child of the main thread, such as a worker of a `DataLoader`, keeps SIGINT. Ctrl-C reaches it too, and the run
+    needs it until the current batch ends.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []  # The signals whose handlers the child restores.
+        self._mask: Any = None
+
+    def before(self) -> None:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._numbers = [n for n in _SIGNALS if _replaced and not (in_main_thread and n == signal.SIGINT)]
+        # A signal to the child before it has its handlers waits until it has them.
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+
+    def in_child(self) -> None:
+        for handlers in reversed(_replaced):
+            _restore({number: handlers[number] for number in self._numbers})
+        _replaced.clear()
+        self.in_parent()
+
+    def in_parent(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+
+if hasattr(os, "register_at_fork"):  # Not on Windows, which has no fork.
+    _fork = _Fork()
+    os.register_at_fork(before=_fork.before, after_in_child=_fork.in_child, after_in_parent=_fork.in_parent)

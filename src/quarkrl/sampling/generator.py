@@ -1,10 +1,10 @@
 """`QuarkGenerator`: completions as text, from any quantile of a model that Quark trained."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.device import default_device
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
@@ -86,10 +87,15 @@ class QuarkGenerator:
             UserError: the model or its tokenizer cannot be loaded.
         """
         model = load_model(path, trust_remote_code, **model_kwargs)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         reference = reference_name(path)
         tokenizer = load_tokenizer(path, trust_remote_code)
-        return cls(model.to(device).eval(), tokenizer, Conditioning.load(path), reference, trust_remote_code)
+        return cls(
+            model.to(device or default_device()).eval(),
+            tokenizer,
+            Conditioning.load(path),
+            reference,
+            trust_remote_code,
+        )
 
     @cached_property
     def reference(self) -> PreTrainedModel:
@@ -108,7 +114,7 @@ class QuarkGenerator:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         quantile: str | int = "best",
         num_return_sequences: int = 1,
         seed: int | None = None,
@@ -117,10 +123,10 @@ class QuarkGenerator:
         batch_size: int = 128,
         **generate_kwargs: Any,
     ) -> list[list[str]]:
-        """Generate completions as text, without the prompt.
+        """Generate completions as text, without the prompt: prompt + completion is the whole text.
 
         Args:
-            prompts: a text, or a list of texts or chats (lists of messages).
+            prompts: a text or a chat (a list of messages), or a list of texts and chats.
             quantile: "best", "worst", or 0 (worst) to K - 1 (best); a model without quantiles has only "best".
             num_return_sequences: completions per prompt, S.
             seed: makes the completions repeatable.
@@ -145,7 +151,7 @@ class QuarkGenerator:
         if num_return_sequences < 1:
             raise UserError(f"num_return_sequences {num_return_sequences}: must be at least 1.")
         sampling = Sampling(**generate_kwargs)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
         plain_ids = [ids for ids in self._encode_plain(prompts) for _ in range(num_return_sequences)]
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = None
@@ -168,7 +174,7 @@ class QuarkGenerator:
             batch_size=batch_size,
             contrast=contrast,
         )
-        texts = self.decode(completion_ids)
+        texts = self.decode(plain_ids, completion_ids)
         return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
 
     def encode(self, prompts: Sequence[Prompt], quantile: str | int = "best") -> list[list[int]]:
@@ -250,6 +256,11 @@ class QuarkGenerator:
         guidance = GuidanceOptions(guidance_scale, guidance_from, reference)
         return make_contrast(self.conditioning, plain_ids, guidance, quantile)
 
-    def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        """Decode completions as text, without special tokens."""
-        return decode_completions(self.tokenizer, completions)
+    def decode(self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[str]:
+        """Decode completions as text, without special tokens and without the prompts that they continue."""
+        return decode_completions(self.tokenizer, prompt_ids, completions)
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Return whether prompts are a single text or a single chat, and not a list of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))

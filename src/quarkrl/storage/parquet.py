@@ -19,7 +19,7 @@ def write_table(path: str | os.PathLike, table: pa.Table, notes: dict[str, Any])
 
     Args:
         path: the file.
-        table: columns of numbers, or of lists of numbers.
+        table: columns of numbers, of lists of numbers, or of texts.
         notes: facts about the table that JSON can hold; `read_table` returns them.
 
     Raises:
@@ -56,5 +56,8 @@ def _digest(table: pa.Table, notes_json: str) -> str:
         if pa.types.is_list(column.type):
             digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
             column = column.flatten()
+        if pa.types.is_string(column.type):
+            digest.update(json.dumps(column.to_pylist()).encode())
+            continue
         digest.update(column.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()

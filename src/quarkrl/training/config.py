@@ -1,6 +1,7 @@
 """`QuarkConfig`: every option of a training run, Quark's own (options.py) and those of `TrainingArguments`."""
 
 import logging
+import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,9 +13,9 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.algorithm.coefficients import MAX_CHANGE
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
-from quarkrl.options import check_options
+from quarkrl.options import check_options, listed
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
 
@@ -49,6 +50,9 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         super().__post_init__()
         self._use_one_gpu()
         self._check_step()
+        for name in ("output_dir", "resume_from_checkpoint"):  # A reward may change the working directory.
+            if isinstance(path := getattr(self, name), str):
+                setattr(self, name, os.path.abspath(path))
         try:
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
@@ -97,16 +101,35 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                     f"{name}_target {target}: must be left out if {name}_coef is 0. Set --{name}_coef above 0, or drop "
                     f"--{name}_target."
                 )
-        if self.dataloader_persistent_workers:
-            raise UserError(
-                "dataloader_persistent_workers True: must be False, since each iteration draws anew and persistent "
-                "workers keep the old draws. Leave it out."
-            )
+        self._check_workers()
         checkpoint = self.resume_from_checkpoint
         if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
             raise UserError(
                 f"resume_from_checkpoint {checkpoint!r}: must be the directory of a checkpoint, such as "
                 "runs/mine/checkpoint-500."
+            )
+
+    def _check_workers(self) -> None:
+        """Check the options of the data loader, which torch checks after the first exploration or not at all."""
+        if self.dataloader_persistent_workers:
+            raise UserError(
+                "dataloader_persistent_workers True: must be False, since each iteration draws anew and persistent "
+                "workers keep the old draws. Leave it out."
+            )
+        if not self.dataloader_in_order:
+            raise UserError(
+                "dataloader_in_order False: must be True, since a resumed run repeats the order of the batches. Leave "
+                "it out."
+            )
+        method, known = self.dataloader_multiprocessing_context, multiprocessing.get_all_start_methods()
+        if method is not None and method not in known:
+            raise UserError(
+                f"dataloader_multiprocessing_context {method!r}: must be {listed(known)}.{did_you_mean(method, known)}"
+            )
+        if method is not None and not self.dataloader_num_workers:
+            raise UserError(
+                f"dataloader_multiprocessing_context {method!r}: must be left out without workers. Set "
+                "--dataloader_num_workers 1."
             )
 
     def _adapt(self) -> None:

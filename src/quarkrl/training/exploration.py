@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.data.encoding import decode_completions
@@ -53,17 +53,20 @@ class CompletionScorer:
         scorer: the rewards.
         tokenizer: decodes completions for the rewards.
         end_ids: EOS ids.
+        trainer_state: returns the trainer's state, which rewards receive.
     """
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     end_ids: Sequence[int]
+    trainer_state: Callable[[], TrainerState] = TrainerState
 
     def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-        texts = decode_completions(self.tokenizer, completions)
-        return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids)
+        texts = decode_completions(self.tokenizer, [prompts.ids[row] for row in rows], completions)
+        state = self.trainer_state()
+        return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids, state)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,12 @@ class Explorer:
         rewards[indices] = scores.rewards
         for name, values in terms.items():
             values[indices] = scores.terms[name]
-        part = replace(part, rewards=rewards, terms=terms)
+        extra = {name: list(texts) for name, texts in part.extra.items()}
+        for name, texts in scores.extra.items():
+            column = extra.setdefault(name, [None] * len(part.rows))
+            for index, text in zip(indices, texts, strict=True):
+                column[index] = text
+        part = replace(part, rewards=rewards, terms=terms, extra=extra)
         finished.keep(part)
         return part
 

@@ -15,7 +15,7 @@ def run_facts(
     pool: DataPool,
     coefs: Coefficients,
     rewards: Any,
-    reference: dict[str, Any],
+    identities: dict[str, dict[str, Any]],
     best_checkpoint: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
@@ -26,7 +26,7 @@ def run_facts(
         pool: the samples, quantized.
         coefs: weights of the KL and entropy terms, as they stand.
         rewards: identity of the rewards (`Scorer.identity`).
-        reference: identity of the reference (`model_identity`).
+        identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
     """
@@ -34,7 +34,7 @@ def run_facts(
         "quantile_edges": pool.edges.tolist(),
         "iterations": step / config.steps_per_iteration,
         "pool_size": len(pool),
-        "reference": reference,
+        **identities,
         "rewards": rewards,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": config.recorded_options(),

@@ -61,7 +61,7 @@ class QuarkIdentity:
         return Differences(options, obstacles, notes)
 
 
-def run_identity(
+def run_identity(  # noqa: PLR0913 - all that a result depends on
     config: QuarkConfig,
     model: str,
     reference: str,
@@ -70,17 +70,19 @@ def run_identity(
     rewards: list[dict[str, Any]],
     adapter: Any | None,
     chat_date: datetime | None = None,
+    streamed: bool = False,
 ) -> QuarkIdentity:
     """Return the identity of a run.
 
     Args:
         config: the options.
         model, reference: digests of the weights that policy and reference start from.
-        prompts: token ids of the prompts to explore.
+        prompts: token ids of the prompts to explore; of a stream, those of the first iteration.
         eval_prompts: token ids of the held-out prompts, which choose the best checkpoint if the run keeps it.
         rewards: identity of each reward (`Scorer.identity`).
         adapter: the `peft` configuration of an adapter, or None.
         chat_date: the date that the chats of the run have (`find_chat_date`).
+        streamed: whether the prompts are streamed.
     """
     chooses = config.load_best_model_at_end and eval_prompts is not None
     facts = {
@@ -88,7 +90,7 @@ def run_identity(
         "num_iterations": config.num_iterations,
         "model": model,
         "reference": reference,
-        "prompts": _digest(prompts),
+        "prompts": ("stream " if streamed else "") + _digest(prompts),
         "eval_prompts": _digest(eval_prompts or ()) if chooses else None,
         "rewards": rewards,
         "adapter": None if adapter is None else adapter.to_dict(),

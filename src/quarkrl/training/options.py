@@ -231,6 +231,8 @@ class QuarkOptions:
 INHERITED = {
     "seed": option(at_least=0, at_most=2**32 - 1),  # the range of NumPy's generator
     "gradient_accumulation_steps": option(at_least=1, resume="free"),  # draws_per_step covers it
+    "dataloader_num_workers": option(at_least=0, resume="free"),
+    "dataloader_prefetch_factor": option(at_least=1, resume="free"),
     "draws_per_step": option(resume="fixed"),
     **{
         name: option(resume="branch")

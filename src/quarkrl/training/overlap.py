@@ -66,6 +66,8 @@ def sample_and_score(
             seconds_score=time.perf_counter() - start,
             start=batch.start,
             terms=scores.terms,
+            extra=scores.extra,
+            logged=scores.metrics,
         )
         if on_batch is not None:
             on_batch(part)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Rollout:
         seconds_sample, seconds_score: the time of each; both run at the same time.
         start: the index of the first completion here within the whole rollout.
         terms: by name, `(n,)`: the rewards that are summed, if a sum conditions.
+        extra: by name, n texts or Nones: the columns that rewards have logged.
+        logged: by name, the numbers that rewards have logged.
     """
 
     rows: list[int]
@@ -36,6 +38,8 @@ class Rollout:
     seconds_score: float
     start: int = 0
     terms: dict[str, np.ndarray] = field(default_factory=dict)
+    extra: dict[str, list[str | None]] = field(default_factory=dict)
+    logged: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def join(cls, parts: Sequence["Rollout"]) -> "Rollout":
@@ -48,6 +52,11 @@ class Rollout:
             seconds_sample=sum(part.seconds_sample for part in parts),
             seconds_score=sum(part.seconds_score for part in parts),
             terms={name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms},
+            extra={name: _join_column(parts, name) for name in _names(part.extra for part in parts)},
+            logged={
+                name: [value for part in parts for value in part.logged.get(name, [])]
+                for name in _names(part.logged for part in parts)
+            },
         )
 
     @property
@@ -75,6 +84,7 @@ class Rollout:
 
         Keys: each attribute and `ATTRIBUTE_std`; `score.NAME` for each summed reward; `completion_length` in tokens.
         `eos_share` is the share that ends with EOS. `unscored` is the number of completions without a reward.
+        `metric.NAME` is the mean of each number that rewards have logged.
         """
         values: dict[str, float] = {}
         for name, column in zip(attributes, self.rewards[self.has_rewards].T, strict=True):
@@ -83,6 +93,7 @@ class Rollout:
         values["completion_length"] = float(np.mean([len(ids) for ids in self.completions]))
         values["eos_share"] = float(np.mean([ids[-1] in end_ids for ids in self.completions]))
         values["unscored"] = int(len(self.rows) - self.has_rewards.sum())
+        values |= {f"metric.{name}": float(np.mean(numbers)) for name, numbers in self.logged.items()}
         return values
 
 
@@ -112,7 +123,8 @@ class FinishedBatches:
         columns["completion_ids"] = pa.array(part.completions, pa.list_(pa.int32()))
         columns |= {f"reward.{a}": values for a, values in enumerate(part.rewards.T)}
         columns |= {f"score.{name}": values for name, values in part.terms.items()}
-        notes = {name: getattr(part, name) for name in ("start", "seconds_sample", "seconds_score")}
+        columns |= {f"extra.{name}": pa.array(texts, pa.string()) for name, texts in part.extra.items()}
+        notes = {name: getattr(part, name) for name in ("start", "seconds_sample", "seconds_score", "logged")}
         write_table(self.directory / f"{part.start:09d}.parquet", pa.table(columns), notes)
 
     def load(self, rows: list[int]) -> list[Rollout]:
@@ -134,11 +146,23 @@ class FinishedBatches:
 
 
 def _to_rollout(table: pa.Table, notes: dict[str, Any]) -> Rollout:
-    columns = {name: table[name].to_numpy().copy() for name in table.column_names if "." in name}
-    rewards = [values for name, values in columns.items() if name.startswith("reward.")]
-    terms = {name.removeprefix("score."): values for name, values in columns.items() if name.startswith("score.")}
+    def columns(prefix: str) -> dict[str, pa.ChunkedArray]:
+        return {name.removeprefix(prefix): table[name] for name in table.column_names if name.startswith(prefix)}
+
+    rewards = [values.to_numpy().copy() for values in columns("reward.").values()]
+    terms = {name: values.to_numpy().copy() for name, values in columns("score.").items()}
+    extra = {name: texts.to_pylist() for name, texts in columns("extra.").items()}
     completions = table["completion_ids"].to_pylist()
-    return Rollout(table["row"].to_pylist(), completions, np.column_stack(rewards), **notes, terms=terms)
+    return Rollout(table["row"].to_pylist(), completions, np.column_stack(rewards), **notes, terms=terms, extra=extra)
+
+
+def _names(tables: Iterable[dict[str, Any]]) -> dict[str, None]:
+    """The keys of several dicts, each once, in order."""
+    return {name: None for table in tables for name in table}
+
+
+def _join_column(parts: Sequence[Rollout], name: str) -> list[str | None]:
+    return [text for part in parts for text in part.extra.get(name) or [None] * len(part.rows)]
 
 
 def remaining_batches(total: int, size: int, finished: Sequence[Rollout]) -> list[slice]:

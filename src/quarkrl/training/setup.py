@@ -1,6 +1,7 @@
 """What a run starts from: the policy with its reward tokens, the reference, their tokenizers."""
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError
+from quarkrl.models.adapters import merge, merge_start
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.export import model_identity
+from quarkrl.models.export import make_saveable, model_identity
+from quarkrl.models.loading import load_model, load_tokenizer
 from quarkrl.training.config import QuarkConfig
 
 
@@ -23,7 +26,7 @@ class Models:
             or if nothing needs one.
         conditioning: the reward tokens.
         steered_tokenizer: puts the best reward token in front of a prompt.
-        policy_digest: SHA-256 of the weights that the policy starts from.
+        start_identity: which model the policy starts from.
         reference_identity: which model the reference is.
     """
 
@@ -31,8 +34,58 @@ class Models:
     reference: PreTrainedModel | None
     conditioning: Conditioning
     steered_tokenizer: PreTrainedTokenizerBase
-    policy_digest: str
+    start_identity: dict[str, Any]
     reference_identity: dict[str, Any]
+
+
+def load_start(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, peft_config: Any | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any | None]:
+    """Load what training starts from.
+
+    Args:
+        model: a model, the name or directory of one, or a `PeftModel`, whose adapter is merged.
+        tokenizer: its tokenizer; None for that of the model.
+        peft_config: the adapter to train; None for all weights, or for one like the adapter of a `PeftModel`.
+
+    Returns:
+        A model without adapters, its tokenizer, and the adapter to train.
+
+    Raises:
+        UserError: there is no such model, or its adapter cannot be merged.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = load_model(model)
+    tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    if hasattr(model, "merge_and_unload"):
+        model, own_config = merge_start(model)
+        return model, tokenizer, peft_config or own_config
+    return _without_adapters(model, "model"), tokenizer, peft_config
+
+
+def load_reference(ref_model: Any | None) -> PreTrainedModel | None:
+    """Load a reference: a model, the name or directory of one, or a `PeftModel`, whose adapter is merged.
+
+    Raises:
+        UserError: there is no such model, or its adapter cannot be merged.
+    """
+    if ref_model is None or isinstance(ref_model, str | os.PathLike):
+        return None if ref_model is None else load_model(ref_model)
+    return merge(ref_model) if hasattr(ref_model, "merge_and_unload") else _without_adapters(ref_model, "ref_model")
+
+
+def _without_adapters(model: Any, option: str) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{option} {type(model).__name__}: must be a causal language model of transformers, its name or its "
+            "directory, or a PeftModel that can be merged. Use AutoModelForCausalLM."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{option} {type(model).__name__}: must not have an adapter that transformers has loaded into it. Give "
+            "the adapter's directory, or a PeftModel."
+        )
+    return model
 
 
 def prepare_models(
@@ -56,8 +109,9 @@ def prepare_models(
     Raises:
         UserError: the model already has reward tokens, or the reference does not fit the model or the options.
     """
+    make_saveable(model)
     reference_identity = model_identity(ref_model or model)
-    policy_identity = reference_identity if ref_model is None else model_identity(model)
+    start_identity = reference_identity if ref_model is None else model_identity(model)
     reference = ref_model
     if ref_model is None and peft_config is None and (args.kl_coef or args.guidance_from == "reference"):
         reference = copy.deepcopy(model)
@@ -86,6 +140,6 @@ def prepare_models(
         reference=reference,
         conditioning=conditioning,
         steered_tokenizer=conditioning.steer_tokenizer(extended_tokenizer),
-        policy_digest=policy_identity["sha256"],
+        start_identity=start_identity,
         reference_identity=reference_identity,
     )

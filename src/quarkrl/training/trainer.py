@@ -33,7 +33,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -41,17 +41,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import quark_loss
 from quarkrl.algorithm.pool import DataPool
-from quarkrl.algorithm.schedule import bucket_by_length, schedule_prompts
+from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.data.chats import with_fixed_date
-from quarkrl.data.prompts import Prompts, load_prompts
+from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import reward_token_names
 from quarkrl.models.eval_mode import eval_mode
-from quarkrl.models.export import save_steered
+from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
-from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
-from quarkrl.models.precision import slow_bf16_note
+from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
@@ -59,6 +58,7 @@ from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
+from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.exploration import (
     Complete,
@@ -75,11 +75,12 @@ from quarkrl.training.identity import chat_date_note, find_chat_date, run_identi
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
+from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
 from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool, set_aside_later_files
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.served import check_served_ids
-from quarkrl.training.setup import prepare_models
+from quarkrl.training.setup import load_reference, load_start, prepare_models
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -92,14 +93,16 @@ class QuarkTrainer(DurableTrainer):
     """Trains a causal language model with Quark.
 
     Args:
-        model: a model, or the name or directory of one. It is changed in place: reward-token rows are added.
+        model: a model, or the name or directory of one, which is loaded in float32. It is changed in place:
+            reward-token rows are added. A `PeftModel` is merged, and a new adapter like its own is trained.
         reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
             Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
         args: the options; `QuarkConfig()` by default.
-        train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path.
-        eval_dataset: held-out prompts of the same types. `evaluate` samples them on the best token.
+        train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path. Or a
+            `datasets.IterableDataset`, of which each iteration takes the next `prompts_per_iteration` prompts.
+        eval_dataset: held-out prompts of the same types, except a stream. `evaluate` samples them on the best token.
         processing_class: the tokenizer; that of `model` by default.
-        ref_model: the reference p_0; a frozen copy of `model` by default.
+        ref_model: the reference p_0, of the same types as `model`; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
         callbacks, optimizers: as in `transformers.Trainer`.
 
@@ -111,20 +114,20 @@ class QuarkTrainer(DurableTrainer):
 
     def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
-        model: PreTrainedModel | str | os.PathLike,
+        model: Any,
         reward_funcs: Rewards | Scorer,
         args: QuarkConfig | None = None,
-        train_dataset: PromptSource | None = None,
+        train_dataset: PromptSource | IterableDataset | None = None,
         eval_dataset: PromptSource | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: Any | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        model = model if isinstance(model, PreTrainedModel) else load_model(model)
-        tokenizer = processing_class or load_tokenizer(model.config._name_or_path)
+        model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
         if not isinstance(reward_funcs, Scorer):
@@ -133,8 +136,16 @@ class QuarkTrainer(DurableTrainer):
         self.scorer = reward_funcs
         check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
-        self.prompts = self._encode(train_dataset)
-        self.eval_prompts = None if eval_dataset is None else self._encode(eval_dataset)
+        self._encode = partial(
+            Prompts.encode,
+            tokenizer=self.plain_tokenizer,
+            max_length=self.max_prompt_length,
+            skip_bad=args.skip_bad_prompts,
+            reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
+        )
+        self.supply = PromptSupply(train_dataset, self._encode, args)
+        self.prompts = self.supply.first
+        self.eval_prompts = None if eval_dataset is None else self._load_held_out(eval_dataset)
         if (samples := args.explored_per_iteration(len(self.prompts))) < args.num_quantiles:
             raise UserError(
                 f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
@@ -142,7 +153,7 @@ class QuarkTrainer(DurableTrainer):
             )
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
         self.ref_model, self.conditioning = models.reference, models.conditioning
-        self.reference_identity = models.reference_identity
+        self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
         steered = models.steered_tokenizer
         steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
@@ -150,7 +161,7 @@ class QuarkTrainer(DurableTrainer):
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
-        self.draws: np.ndarray = np.zeros(0, dtype=np.int64)  # Indices into the pool that an iteration learns from.
+        self.collate = Collator(self.conditioning, with_reference=bool(args.kl_coef))
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
@@ -161,8 +172,12 @@ class QuarkTrainer(DurableTrainer):
         limit_onednn_caches()
         lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
-        slow_bf16 = slow_bf16_note() if args.bf16 else None
-        notes = self.memory_plan.message, slow_bf16, chat_date_note(self.chat_date, self.prompts.prompts)
+        notes = [
+            self.memory_plan.message,
+            slow_bf16_note() if args.bf16 else None,
+            chat_date_note(self.chat_date, self.prompts.prompts),
+            coarse_weights_note(models.policy),
+        ]
         self.progress.start_notes += filter(None, notes)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
@@ -170,13 +185,14 @@ class QuarkTrainer(DurableTrainer):
         super().__init__(
             identity=run_identity(
                 args,
-                models.policy_digest,
-                self.reference_identity["sha256"],
+                models.start_identity["sha256"],
+                models.reference_identity["sha256"],
                 self.prompts.ids,
                 None if self.eval_prompts is None else self.eval_prompts.ids,
                 self.scorer.identity,
                 peft_config,
                 self.chat_date,
+                streamed=self.supply.streamed,
             ),
             steps_per_epoch=args.steps_per_iteration,
             model=models.policy,
@@ -198,6 +214,8 @@ class QuarkTrainer(DurableTrainer):
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
+        if self.is_world_process_zero():
+            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
@@ -214,7 +232,7 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids),
+            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
@@ -253,10 +271,12 @@ class QuarkTrainer(DurableTrainer):
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
         metrics, seconds = recall_iteration(self.pool, self.pool_directory, iteration, args.world_size), {}
         if metrics is None:
-            count, repeats = args.prompts_per_iteration, args.samples_per_prompt
+            prompts, rows = self.supply.schedule(iteration)
+            if prompts.skipped and iteration and self.supply.streamed and self.is_world_process_zero():
+                self.progress.note(f"iteration {iteration}: prompts skipped: {prompts.skipped_in_words}")
             task = Task(
-                prompts=self.prompts,
-                rows=schedule_prompts(self.prompts.ids, iteration, count, repeats, args.seed),
+                prompts=prompts,
+                rows=rows,
                 sampling=args.sampling(iteration),
                 sampler=partial(self.exploring_sampler, iteration),
                 seed=(args.seed, iteration),
@@ -266,7 +286,7 @@ class QuarkTrainer(DurableTrainer):
                 rollout = self.explorer.roll_out(task, finished)
             scored = rollout.scored_indices(args.max_unscored_share, iteration)
             self.pool.add(
-                [self.prompts.ids[rollout.rows[i]] for i in scored],
+                [prompts.ids[rollout.rows[i]] for i in scored],
                 [rollout.completions[i] for i in scored],
                 rollout.rewards[scored],
                 iteration=iteration,
@@ -275,7 +295,8 @@ class QuarkTrainer(DurableTrainer):
             metrics = rollout.metrics(attributes, self.end_ids)
             seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
-                self.pool.save(self.pool_directory, {iteration: metrics})
+                extra = {name: [texts[i] for i in scored] for name, texts in rollout.extra.items()}
+                self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: extra})
         if self.is_world_process_zero():
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
@@ -323,26 +344,15 @@ class QuarkTrainer(DurableTrainer):
         self.pool.quantize(args.reward_ceiling)
         rng = np.random.default_rng((args.seed, iteration, 1))
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
+        self.collate.samples = self.pool
+        self.collate.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
 
     # Learn.
 
-    def collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Make a batch of draws: for the policy behind their reward tokens, for the reference without them.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
-            completion. With `ref_` before the name: the same for the reference.
-        """
-        samples = [self.pool[int(self.draws[number])] for number in numbers]
-        prompts = [sample.prompt_ids.tolist() for sample in samples]
-        completions = [sample.completion_ids.tolist() for sample in samples]
-        quantiles = [sample.quantiles.tolist() for sample in samples]
-        conditioned = [self.conditioning.prefix(*pair) for pair in zip(prompts, quantiles, strict=True)]
-        batch = build_batch(conditioned, completions)
-        if self.args.kl_coef:
-            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
-        return batch
+    @property
+    def draws(self) -> np.ndarray:
+        """`(n,)`, indices into the pool: the samples that the current iteration learns from, in order."""
+        return self.collate.draws
 
     def compute_loss(
         self,
@@ -412,7 +422,7 @@ class QuarkTrainer(DurableTrainer):
         Returns:
             `eval_reward` and the other metrics of a rollout. They are logged, and `metric_for_best_model` can name one.
         """
-        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
+        prompts = self.eval_prompts if eval_dataset is None else self._load_held_out(eval_dataset)
         if prompts is None:
             raise UserError("eval_dataset (--eval_prompts) is missing: evaluation needs held-out prompts.")
         args = self.args
@@ -520,18 +530,11 @@ class QuarkTrainer(DurableTrainer):
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
         ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
         best = self.state.best_model_checkpoint if ended_with_best else None
-        identities = self.scorer.identity, self.reference_identity
+        identities = self.scorer.identity, self.identities
         return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
 
-    def _encode(self, source: PromptSource | None) -> Prompts:
-        skip_bad = self.args.skip_bad_prompts
-        prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-        return prompts.encode(
-            self.plain_tokenizer,
-            max_length=self.max_prompt_length,
-            skip_bad=skip_bad,
-            reserved=reward_token_names(self.scorer.attributes, self.args.num_quantiles),
-        )
+    def _load_held_out(self, source: PromptSource) -> Prompts:
+        return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)
 
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with its reward tokens."""

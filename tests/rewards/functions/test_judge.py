@@ -9,7 +9,6 @@ from helpers.reward_helpers import KEY, ask, judge
 from helpers.server import ANY
 
 from quarkrl.rewards import resolve
-from quarkrl.rewards.functions.judge import read_rating
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 
@@ -20,6 +19,8 @@ def test_a_request_contains_the_rubric_and_a_rating_is_mapped_to_the_unit_interv
     assert ask(reward, ["text 1", "text 4", "text 10"], ["p", "q", ""]) == pytest.approx([0, 3 / 9, 1])
     (body,) = [body for body in server.bodies if ">text 4<" in body["messages"][1]["content"]]
     system, user = body.pop("messages")
+    schema = body.pop("response_format")["json_schema"]["schema"]
+    assert schema["properties"] == {"score": {"type": "number"}} and schema["required"] == ["score"]
     assert body == {"model": "org/judge-7b", "temperature": 0, "max_tokens": 99}
     assert system["role"] == "system" and "How kind is it?" in system["content"]
     assert "from 1 (worst) to 10 (best)" in system["content"]
@@ -58,47 +59,8 @@ def test_a_judge_reads_chats_as_text_and_with_text_completion_no_prompt(server):
 
 
 @pytest.mark.parametrize(
-    ("content", "rating"),
-    [
-        ('{"score": 7}', 7),
-        ('```json\n{"reason": "9 kind words", "score": 6.5}\n```', 6.5),
-        ('{"score": "8"}', 8),
-        ("{'score': 8}", 8),
-        ('{"score": 3} … no, wait: {"score": 4}', 4),
-        ("Score: 8/10", 8),
-        ('{"score": 11}', None),  # Outside the scale; no other number replaces it.
-        ('{"score": -3}, of 10', None),
-        ("8", 8),
-        ("I'd say 7.", 7),
-        ("**7**", 7),
-        ("It deserves 8/10", 8),
-        ("It deserves 8 out of 10.", 8),
-        ("On a scale of 1 to 10, it is a 6", 6),
-        ("a 6, on a scale from 1-10", 6),
-        ("In 2024 I'd have said 3, and now 5, like 99 others", 5),
-        ("10", 10),
-        ("0", None),
-        ("gpt4 v2.5.1 says no", None),
-        ("", None),
-        ("none", None),
-        ("<think>maybe 3? or 9</think> 4", 4),
-        ("<think>maybe 3? or", None),
-    ],
+    "content", ["no idea", "I'd say 7", None, ("I count 3 things, and", "length"), [{"type": "image"}], 8]
 )
-def test_a_rating_is_found_in_free_text(content, rating):
-    assert read_rating(content, 1, 10) == rating
-
-
-def test_a_rating_is_found_on_other_scales():
-    assert read_rating("-2", -5, 5) == -2
-    assert read_rating('{"score": -2.5}', -5, 5) == -2.5
-    assert read_rating("0.8 of 1", 0, 1) == 1  # The last number within the scale.
-    assert read_rating("0.8/1", 0, 1) == 0.8
-    assert read_rating("first 3, then", 1, 10, truncated=True) is None  # Truncated before its rating.
-    assert read_rating('{"score": 3, "because', 1, 10, truncated=True) == 3
-
-
-@pytest.mark.parametrize("content", ["no idea", None, ("I count 3 things, and", "length"), [{"type": "image"}], 8])
 def test_an_answer_without_a_rating_is_requested_three_times_and_then_has_no_score(content, server):
     server.replies["text 2"] = content
     assert ask(judge(server), ["text 1", "text 2", "text 10"]) == [0, None, 1]
@@ -106,8 +68,60 @@ def test_an_answer_without_a_rating_is_requested_three_times_and_then_has_no_sco
 
 
 def test_an_answer_may_come_in_parts(server):
-    server.replies["text 2"] = [{"type": "text", "text": '{"sco'}, {"type": "text", "text": 're": 10}'}]
+    parts = [{"type": "text", "text": '{"sco'}, {"type": "text", "text": 're": 10}'}]
+    server.replies["text 2"] = [{"type": "reasoning", "text": "Score: 3"}, *parts]
     assert ask(judge(server), ["text 2"]) == [1]
+
+
+def test_options_choose_the_fields_of_the_request(server):
+    """Newer models refuse `max_tokens` and a temperature."""
+    refusals = {"max_tokens": "Use max_completion_tokens.", "temperature": "Only the default is supported."}
+    server.refused_fields = {field: (400, {"error": {"message": text}}) for field, text in refusals.items()}
+    assert "Only the default is supported." in error_message(lambda: ask(judge(server), ["text 10"]))
+    options = {"max_completion_tokens": 500, "temperature": None, "structured": False}
+    reward = judge(server, **options, extra_body={"reasoning_effort": "low", "seed": 3})
+    assert ask(reward, ["text 10"]) == [1]
+    body = server.bodies[-1]
+    assert body.pop("messages")
+    assert body == {"model": "org/judge-7b", "max_completion_tokens": 500, "reasoning_effort": "low", "seed": 3}
+    assert reward.identity["request"] == body
+    spec = f"judge?endpoint={server.openai}&model=org/judge-7b&rubric=How kind is it?&temperature=none"
+    spec += "&max_completion_tokens=500&structured=false&extra_body=" + quote('{"reasoning_effort": "low", "seed": 3}')
+    assert resolve(spec).identity == reward.identity
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"error": {"message": "Invalid parameter: 'response_format' of type 'json_schema' is not supported"}}),
+        (400, {"error": {"message": "This response_format type is unavailable now", "type": "invalid_request_error"}}),
+        (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "response_format"], "msg": "not permitted"}]}),
+        (500, {"error": {"message": "failed to parse grammar"}}),
+    ],
+)
+def test_an_endpoint_without_structured_output_is_asked_without_it(status, error, server, caplog):
+    server.refused_fields = {"response_format": (status, error)}
+    server.replies["text 4"] = "**Score:** 4"
+    reward = judge(server, concurrency=1)
+    assert ask(reward, ["text 1", "text 4", "text 10"]) == pytest.approx([0, 3 / 9, 1])
+    assert server.count == {"text 1": 2, "text 4": 1, "text 10": 1}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "refuses response_format" in caplog.text
+    assert ask(reward, ["text 7"]) == pytest.approx([6 / 9]) and server.count["text 7"] == 1
+
+
+def test_requests_in_flight_are_repeated_without_structured_output(server):
+    server.refused_fields = {"response_format": (400, {"error": {"message": "no response_format"}})}
+    server.delay = 0.05
+    texts = [f"text {i}" for i in range(1, 9)]
+    assert ask(judge(server, concurrency=4), texts) == pytest.approx([i / 9 for i in range(8)])
+    assert len(server.bodies) <= 8 + 4
+
+
+def test_an_error_after_the_field_is_left_out_stops_the_run(server):
+    server.refused_fields = {"response_format": (400, {"error": {"message": "no response_format"}})}
+    server.refused_fields["messages"] = (404, {"error": {"message": "The model does not exist"}})
+    assert "does not exist" in error_message(lambda: ask(judge(server), ["text 7"]))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +159,7 @@ def test_the_identity_contains_the_rubric_and_the_scale(server, tmp_path):
     assert from_file.identity == judge(server).identity != judge(server, rubric="How short is it?").identity
     identity = judge(server, scale="0-5").identity
     assert identity["endpoint"] == f"{server.openai}/chat/completions" and identity["scale"] == [0, 5]
-    assert identity["model"] == "org/judge-7b" and identity["name"] == "judge-judge-7b"
+    assert identity["request"]["model"] == "org/judge-7b" and identity["name"] == "judge-judge-7b"
     assert judge(server).unwanted is None
 
 
@@ -158,6 +172,11 @@ def test_the_identity_contains_the_rubric_and_the_scale(server, tmp_path):
         ({"rubric": "nowhere/rubric.txt"}, "rubric 'nowhere/rubric.txt': must be an existing file"),
         ({"text": "prompt"}, "text 'prompt': must be 'completion' or 'both'"),
         ({"max_tokens": 0}, "max_tokens 0: must be at least 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens 0: must be at least 1"),
+        ({"extra_body": "{"}, "extra_body '{': must be a JSON object"),
+        ({"extra_body": "[1]"}, "extra_body '[1]': must be a JSON object"),
+        ({"extra_body": {"x": {1}}}, "must be a JSON object"),
+        ({"extra_body": {"stream": True}}, "extra_body: must not set stream"),
         ({"concurrency": 0}, "concurrency 0: must be a finite number above 0"),
         ({"queries_per_second": -1}, "queries_per_second -1: must be"),
         ({"timeout": float("nan")}, "timeout nan: must be"),

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -13,7 +13,11 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from quarkrl.data.chats import message_text, reads_chats, with_completion
+from quarkrl.data.encoding import break_special_tokens, encode_as_text
 from quarkrl.errors import UserError, describe_exception
+from quarkrl.models.batching import left_pad, right_pad
+from quarkrl.models.device import default_device
 from quarkrl.storage.atomic import sha256
 
 
@@ -40,6 +44,8 @@ class Classifier:
     Raises:
         UserError: the model, its weights, tokenizer or trained head is missing, or an option is invalid.
     """
+
+    completions_as_text = True
 
     def __init__(  # noqa: PLR0913 - the reward's public options
         self,
@@ -91,11 +97,12 @@ class Classifier:
 
         self._max_length = _checked_max_length(path, max_length, self._model, self._tokenizer)
         self._tokenizer.truncation_side = "left" if text == "both" else "right"
-        _prepare_padding(self._model, self._tokenizer)
+        self._pad_id = _pad_id_of(self._model)
 
         base = os.path.basename(os.path.abspath(path))
         self.name = name or (base if described is None else f"{base}-{described}")
         self.identity = {
+            "version": 2,  # Of the scores: raise it when they change, or a cache would return old ones.
             "name": self.name,
             "model": path,
             **source,
@@ -124,34 +131,65 @@ class Classifier:
         filler = self._tokenizer.pad_token_id if filler is None else filler
         rows = [row or [filler] for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float64)
-        # By length, to pad little. The longest first: if memory is too small, that shows at once.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
+        for batch in self._batches(rows):
             scores[batch] = self._score([rows[i] for i in batch])
         return scores.tolist()
 
-    def _encode(self, texts: Any, **options: Any) -> Any:
-        truncation = {"truncation": self._max_length is not None, "max_length": self._max_length}
-        return self._tokenizer(texts, **truncation, **options)["input_ids"]
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return encode_as_text(self._tokenizer, texts, **self._truncation)
+
+    @property
+    def _truncation(self) -> dict[str, Any]:
+        return {"truncation": self._max_length is not None, "max_length": self._max_length}
 
     def _encode_both(self, prompt: str | list[dict], completion: str) -> list[int]:
         if isinstance(prompt, str):
-            return self._encode(prompt + completion)
-        if self._tokenizer.chat_template is None:
+            return self._encode([prompt + completion])[0]
+        if not reads_chats(self._tokenizer):
             raise UserError(
                 f"reward {self.name!r} text 'both': must be 'completion' for chats, "
                 "because the model has no chat template."
             )
-        messages = [*prompt, {"role": "assistant", "content": completion}]
+        # The template's special tokens are parsed, so those in the messages are broken up.
+        messages = [
+            message
+            if message.get("content") is None
+            else {**message, "content": break_special_tokens(self._tokenizer, message_text(message))}
+            for message in with_completion(prompt, completion)
+        ]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        return self._encode(text, add_special_tokens=False)  # The template has added them.
+        return self._tokenizer(text, add_special_tokens=False, verbose=False, **self._truncation)["input_ids"]
+
+    def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """Yield the indices of rows to score together: of similar length, to pad little.
+
+        The longest come first: if memory is too small, that shows at once.
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        # BART and T5 read the last EOS, and refuse a batch whose rows have different numbers of them.
+        config = self._model.config
+        groups: dict[int, list[int]] = {}
+        for i in order:
+            ends = sum(token == config.eos_token_id for token in rows[i]) if config.is_encoder_decoder else 0
+            groups.setdefault(ends, []).append(i)
+        for group in groups.values():
+            yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
 
     @torch.inference_mode()
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
-        inputs = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self._model.device)
-        logits = self._model(**inputs).logits.cpu().double()  # (batch, labels)
-        if self._function == "none":
+        """Score rows as the model scores each alone: a decoder reads the last token that is not its PAD.
+
+        So a model's own PAD pads, whatever the tokenizer's is. A model without one gets an id that no row contains.
+        """
+        pad_id = _spare_id(rows, self._model) if self._pad_id is None else self._pad_id
+        if pad_id is None:
+            return torch.cat([self._score([row]) for row in rows])
+        pad = left_pad if self._model.config.model_type == "xlnet" else right_pad  # XLNet reads the end of a row.
+        ids, mask = pad(rows, self._model.device)
+        for config in (self._model.config, self._model.config.get_text_config()):
+            config.pad_token_id = pad_id
+        logits = self._model(input_ids=ids.masked_fill(mask == 0, pad_id), attention_mask=mask).logits.cpu().double()
+        if self._function == "none":  # logits: (batch, labels)
             return logits[:, self._index]
         probabilities = logits.sigmoid() if self._function == "sigmoid" else logits.softmax(dim=-1)
         probability = probabilities[:, self._index]
@@ -183,9 +221,7 @@ sentiment = shortcut("sentiment", "distilbert/distilbert-base-uncased-finetuned-
 
 def _device_and_dtype(device: str | torch.device | None, dtype: str) -> tuple[str | torch.device, str]:
     """Replace the defaults: the accelerator if there is one, and the dtype that "auto" means on the device."""
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or "cpu"
+    device = device or default_device()
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -238,13 +274,18 @@ def _length_limit(model: Any, tokenizer: Any) -> int | None:
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
 
 
-def _prepare_padding(model: Any, tokenizer: Any) -> None:
-    if tokenizer.pad_token_id is None:
-        pad = next((i for i in (model.config.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    model.config.pad_token_id = tokenizer.pad_token_id  # Decoders read the last token that is not PAD.
-    if model.config.model_type != "xlnet":  # XLNet reads its summary at the end of a row.
-        tokenizer.padding_side = "right"  # Absolute positions start at the text.
+def _pad_id_of(model: Any) -> int | None:
+    """The model's PAD id; None if its config names none, or one without an embedding row, such as -1."""
+    pad_id = model.config.get_text_config().pad_token_id
+    return pad_id if pad_id is not None and 0 <= pad_id < model.get_input_embeddings().weight.shape[0] else None
+
+
+def _spare_id(rows: list[list[int]], model: Any) -> int | None:
+    """The smallest id that no row contains; None if there is none, and for a single row, -1, which none contains."""
+    if len(rows) == 1:
+        return -1
+    used = {i for row in rows for i in row}
+    return next((i for i in range(model.get_input_embeddings().weight.shape[0]) if i not in used), None)
 
 
 def _load(path: str, dtype: str, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:

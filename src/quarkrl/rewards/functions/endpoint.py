@@ -96,6 +96,28 @@ class ApiKey:
         return text.replace(key, "***") if key else text
 
 
+@dataclass(frozen=True)
+class OptionalField:
+    """A field of a request's JSON that not every service knows.
+
+    Attributes:
+        name: of the field.
+        errors: the pattern of the errors that are about the field.
+    """
+
+    name: str
+    errors: str
+
+    def is_refused(self, response: Response, content: str) -> bool:
+        """Whether an error response to a request is about the field."""
+        about = re.search(self.errors, str(response), flags=re.IGNORECASE)
+        return about is not None and self.name in json.loads(content)
+
+    def remove_from(self, content: str) -> str:
+        """Return the request without the field."""
+        return json.dumps({name: value for name, value in json.loads(content).items() if name != self.name})
+
+
 class Endpoint:
     """A service at one address that scores texts.
 
@@ -106,6 +128,7 @@ class Endpoint:
         is_final_refusal: whether a 4xx answer's JSON refuses this text for good, so that the text has no score.
         key: the API key.
         limits: concurrency, rate limit, time-out and time budget.
+        optional_field: a field of the requests that the service may refuse. It is left out from then on.
         clock: the time that waits and budgets are measured in; a seam for tests.
         transport: what carries the requests; a seam for tests. Default: the network.
 
@@ -113,7 +136,7 @@ class Endpoint:
         UserError: the URL is invalid or contains a secret, or a limit is invalid.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what differs between services, and two seams for tests
         self,
         name: str,
         url: str,
@@ -122,6 +145,7 @@ class Endpoint:
         is_final_refusal: Callable[[Any], bool],
         key: ApiKey,
         limits: Limits,
+        optional_field: OptionalField | None = None,
         clock: Clock | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ):
@@ -130,6 +154,8 @@ class Endpoint:
         self.url = _checked_url(name, url, key.variable)
         self._read_score, self._is_final_refusal = read_score, is_final_refusal
         self._key, self._limits = key, limits
+        self._optional_field = optional_field
+        self._refuses_optional_field = False
         self._clock = clock or SystemClock()
         self._transport = transport
         self._rate_limiter = RateLimiter(limits.queries_per_second, self._clock)
@@ -194,7 +220,7 @@ class Endpoint:
         start = self._clock.now()  # The time budget starts here: with a low rate limit, texts wait for hours.
         for attempt in itertools.count(1):
             try:
-                return self._classify(await self._post(client, content))
+                return self._classify(await self._post_known_fields(client, content))
             except NoScore:
                 answers_without_score += 1
                 if answers_without_score == ATTEMPTS_FOR_SCORE:
@@ -234,15 +260,34 @@ class Endpoint:
             score = self._read_score(response.json())
             self._has_warned = False
             return score
-        if response.is_client_error and self._refuses_text(response):
+        if self._refuses_text(response):
             return None
         raise self._error(f"refuses: {self._printable(str(response))}")
 
     def _refuses_text(self, response: Response) -> bool:
+        if not response.is_client_error:
+            return False
         try:
             return self._is_final_refusal(response.json())
         except TransientFailure:
             return False
+
+    async def _post_known_fields(self, client: httpx2.AsyncClient, content: str) -> Response:
+        """Send a request, without the optional field if the service refuses it, now or before."""
+        field = self._optional_field
+        if field is None:
+            return await self._post(client, content)
+        if self._refuses_optional_field:
+            content = field.remove_from(content)
+        response = await self._post(client, content)
+        if response.is_success or self._refuses_text(response) or not field.is_refused(response, content):
+            return response
+        if not self._refuses_optional_field:  # Another worker's request may have been refused meanwhile.
+            self._refuses_optional_field = True
+            message = "reward %r: %s refuses %s (%s); continuing without it"
+            logger.warning(message, self.name, self.url, field.name, self._printable(str(response)))
+        await self._rate_limiter.wait()
+        return await self._post(client, field.remove_from(content))
 
     async def _post(self, client: httpx2.AsyncClient, content: str) -> Response:
         """Send a request and read the whole answer within the time-out."""

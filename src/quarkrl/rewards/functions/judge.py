@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from quarkrl.data.chats import message_text
 from quarkrl.errors import UserError
-from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits
+from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits, OptionalField
+from quarkrl.rewards.functions.rating import NUMBER, read_rating
 from quarkrl.rewards.functions.response import NoScore, json_value
 from quarkrl.rewards.reward import OnScore
 
@@ -23,13 +26,32 @@ Answer with JSON and nothing else: {{"score": N}}, where N is a number from {low
 CONTEXT = ", after what it answers or goes on from, between <prompt-{mark}> and </prompt-{mark}>, which you do not rate"
 # Errors of the text: it is too long, or the provider filters it.
 TEXT_ERRORS = {"context_length_exceeded", "string_above_max_length", "content_filter", "content_policy_violation"}
-NUMBER = r"[+-]?[0-9]{1,30}(?:\.[0-9]{1,30})?"
+REASONING_PARTS = ("thinking", "reasoning")
+RESERVED_FIELDS = {"model", "messages", "stream", "n"}
+# Structured output: the server lets the model write nothing else.
+RESPONSE_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "rating",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"score": {"type": "number"}},
+            "required": ["score"],
+            "additionalProperties": False,
+        },
+    },
+}
+# What servers that do not offer it, or not for the model, name in their errors.
+FORMAT_ERRORS = "response_format|json_schema|structured|guided|grammar"
 
 
 class Judge:
     """A chat model's rating of each completion, mapped to [0, 1]. The key is read from OPENAI_API_KEY, if it is set.
 
-    A completion has no score if three answers have no rating within the scale, or if the endpoint refuses its text.
+    The judge is asked for JSON by a schema, as structured output, or by instruction where the endpoint refuses schemas.
+    `read_rating` reads the answer. A completion has no score if three answers have no rating within the scale, or if
+    the endpoint refuses its text.
 
     Args:
         endpoint: the address of the API, such as http://localhost:8000/v1; "/chat/completions" is appended if missing.
@@ -38,6 +60,10 @@ class Judge:
         scale: worst and best rating, such as "1-10"; the reward is (rating - worst) / (best - worst).
         text: what the judge reads: the "completion" alone, or "both", prompt and completion, to rate the completion.
         max_tokens: the longest answer; a model that reasons first needs more.
+        max_completion_tokens: the same by its newer name, which some models require. It replaces `max_tokens`.
+        temperature: of the answer. None sends none, for models that refuse it.
+        structured: ask for structured output.
+        extra_body: further fields of the request, as a dict or as JSON text. They replace fields of the same name.
         queries_per_second: the largest number of requests per second, retries included. None sets no limit.
         concurrency: the largest number of concurrent requests.
         timeout: seconds for an answer.
@@ -48,6 +74,7 @@ class Judge:
     """
 
     unwanted = None
+    completions_as_text = True
 
     def __init__(  # noqa: PLR0913 - the reward's public options
         self,
@@ -57,6 +84,10 @@ class Judge:
         scale: str = "1-10",
         text: Literal["completion", "both"] = "both",
         max_tokens: int = 256,
+        max_completion_tokens: int | None = None,
+        temperature: float | None = 0.0,
+        structured: bool = True,
+        extra_body: str | Mapping[str, Any] | None = None,
         queries_per_second: float | None = None,
         concurrency: int = 8,
         timeout: float = 120.0,
@@ -64,11 +95,21 @@ class Judge:
     ):
         if text not in ("completion", "both"):
             raise UserError(f"reward 'judge' text {text!r}: must be 'completion' or 'both'.")
-        if max_tokens < 1:
-            raise UserError(f"reward 'judge' max_tokens {max_tokens}: must be at least 1.")
+        for option, tokens in {"max_tokens": max_tokens, "max_completion_tokens": max_completion_tokens}.items():
+            if tokens is not None and tokens < 1:
+                raise UserError(f"reward 'judge' {option} {tokens}: must be at least 1.")
         if not model.strip():
             raise UserError(f"reward 'judge' model {model!r}: must be the model's name at the endpoint.")
-        self._model, self._text, self._max_tokens = model, text, max_tokens
+        self._text = text
+        settings = {
+            "model": model,
+            "temperature": temperature,
+            "max_tokens": max_tokens if max_completion_tokens is None else None,
+            "max_completion_tokens": max_completion_tokens,
+            "response_format": RESPONSE_FORMAT if structured else None,
+        }
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        self._settings |= _read_extra_body(extra_body)
         self._rubric = _read_rubric(rubric)
         self._low, self._high = _read_scale(scale)
         self.reads = ("completions",) if text == "completion" else ("prompts", "completions")
@@ -82,16 +123,16 @@ class Judge:
             is_final_refusal=_is_text_error,
             key=ApiKey("OPENAI_API_KEY", header="Authorization", prefix="Bearer "),
             limits=self.limits,
+            optional_field=OptionalField("response_format", FORMAT_ERRORS),
         )
         self.identity = {
+            "version": 2,  # Of the scores: raise it when they change, or a cache would return old ones.
             "name": self.name,
             "endpoint": self._endpoint.url,
-            "model": model,
             "rubric": self._rubric,
             "scale": [self._low, self._high],
             "text": text,
-            "max_tokens": max_tokens,
-            "temperature": 0,
+            "request": self._settings,
             "instructions": hashlib.sha256((INSTRUCTIONS + CONTEXT).encode()).hexdigest(),
         }
 
@@ -111,19 +152,18 @@ class Judge:
         values = {"rubric": self._rubric, "mark": mark, "context": context, "low": self._low, "high": self._high}
         before = f"<prompt-{mark}>{prompt}</prompt-{mark}>\n" if prompt else ""
         return {
-            "model": self._model,
+            **self._settings,
             "messages": [
                 {"role": "system", "content": INSTRUCTIONS.format(**values)},
                 {"role": "user", "content": f"{before}<{mark}>{completion}</{mark}>"},
             ],
-            "temperature": 0,
-            "max_tokens": self._max_tokens,
         }
 
     def _read_score(self, answer: Any) -> float:
         content = json_value(answer, "choices", 0, "message", "content")
         if isinstance(content, list):  # Some servers answer in parts.
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+            parts = [part for part in content if isinstance(part, dict) and part.get("type") not in REASONING_PARTS]
+            content = "".join(str(part.get("text", "")) for part in parts)
         if not isinstance(content, str):  # A refusal, or max_tokens was reached while reasoning.
             raise NoScore
         truncated = json_value(answer, "choices", 0).get("finish_reason") == "length"
@@ -133,32 +173,24 @@ class Judge:
         return (rating - self._low) / (self._high - self._low)
 
 
-def read_rating(content: str, low: float, high: float, *, truncated: bool = False) -> float | None:
-    """Return the rating in a judge's answer: the last `"score": x`, or else the last number from `low` to `high`.
-
-    In "8/10", "8 out of 10" and "on a scale of 1 to 10", the ends of the scale do not count as ratings. Return None if
-    there is no rating or the score is outside the scale. A `truncated` answer must have its rating marked as the score.
-    """
-    content = re.sub(r"<think>.*?(</think>|$)", "", content, flags=re.DOTALL)
-    marked = re.findall(rf"[\"']?\bscore[\"']?\s*:\s*[\"']?({NUMBER})(?![0-9.]*[0-9])", content, flags=re.IGNORECASE)
-    if marked:
-        return float(marked[-1]) if low <= float(marked[-1]) <= high else None
-    if truncated:  # The rating would have come later.
-        return None
-    ends = rf"{re.escape(f'{low:g}')}\s*(?:-|–|to)\s*{re.escape(f'{high:g}')}"
-    best = rf"(?:/|\bout of\b)\s*{re.escape(f'{high:g}')}"
-    content = re.sub(rf"(?<![\w.])(?:{ends})(?![\w]|\.[0-9])", " ", content)
-    content = re.sub(rf"{best}(?![\w]|\.[0-9])", " ", content)
-    numbers = [float(number) for number in re.findall(rf"(?<![\w.])({NUMBER})(?![\w]|\.[0-9])", content)]
-    within = [number for number in numbers if low <= number <= high]
-    return within[-1] if within else None
+def _read_extra_body(extra_body: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        fields = json.loads(extra_body) if isinstance(extra_body, str) else dict(extra_body or {})
+        json.dumps(fields, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward 'judge' extra_body {extra_body!r}: must be a JSON object ({error}).") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"reward 'judge' extra_body {extra_body!r}: must be a JSON object.")
+    if reserved := sorted(RESERVED_FIELDS.intersection(fields)):
+        raise UserError(f"reward 'judge' extra_body: must not set {reserved[0]}, which the judge sets itself.")
+    return fields
 
 
 def _read_rubric(rubric: str) -> str:
     path = os.path.expanduser(rubric)
     if os.path.isfile(path):
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(path, encoding="utf-8-sig") as file:
                 rubric = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"reward 'judge' rubric {path!r}: cannot read it ({type(error).__name__}).") from error
@@ -180,7 +212,7 @@ def _as_text(prompt: Any) -> str:
     """A prompt as one text; a chat as its messages, one per line."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in prompt)
+    return "\n".join(f"{message.get('role')}: {message_text(message)}" for message in prompt)
 
 
 def _is_text_error(answer: Any) -> bool:

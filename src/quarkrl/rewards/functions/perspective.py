@@ -43,6 +43,8 @@ class Perspective:
         UserError: an option is invalid, or the endpoint is the original service and there is no key.
     """
 
+    completions_as_text = True
+
     def __init__(
         self,
         attribute: str = "TOXICITY",

@@ -16,6 +16,7 @@ class Profanity:
 
     name = "profanity"
     unwanted = "toxicity"
+    completions_as_text = True
 
     def __init__(self) -> None:
         try:

@@ -24,6 +24,7 @@ class Repetition:
 
     unwanted = None
     cached = False  # Computing a score is faster than reading it from a disk.
+    completions_as_text = True
 
     def __init__(self, unit: Literal["tokens", "words"] = "tokens", min_units: int = 4) -> None:
         if unit not in ("tokens", "words"):

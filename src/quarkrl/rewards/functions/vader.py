@@ -18,6 +18,7 @@ class Vader:
 
     unwanted = None
     wanted_from = 0.05  # The authors' threshold between neutral and positive, or negative.
+    completions_as_text = True
 
     def __init__(self, negative: bool = False) -> None:
         try:

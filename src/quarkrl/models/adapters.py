@@ -1,0 +1,324 @@
+"""Adapters of `peft`: one that is trained with the reward tokens, and saved ones, which are merged into their base.
+
+An adapter must be mergeable, because `final/` holds merged weights. In many models the output layer shares the weights
+of the input embedding. Where an adapter changes one of the two, the output layer first gets weights of its own.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from quarkrl.errors import UserError, one_line
+
+_WRAPPERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")  # Names of peft's modules.
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def find_adapter(path: Any, revision: str | None = None) -> Path | None:
+    """Return the local directory of a saved adapter, from a directory or the hub; None if `path` is no adapter."""
+    try:
+        file = cached_file(
+            str(path),
+            CONFIG_FILE,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None  # There is nothing of this name, which loading the model reports.
+    return None if file is None else Path(file).parent
+
+
+def read_adapter(directory: Path) -> Any:
+    """Read the `peft` configuration of a saved adapter.
+
+    Raises:
+        UserError: the adapter is of a kind that cannot be merged.
+    """
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(directory))
+    _refuse_prompt_learning(config, f"adapter {str(directory)!r}")
+    if getattr(config, "megatron_config", None):
+        config.megatron_config = None  # It names a module that peft would import.
+    config.inference_mode = False  # The weights to load are then those that require gradients.
+    return config
+
+
+def saved_rows(directory: Path, model: PreTrainedModel) -> int:
+    """Return the number of embedding rows in a saved adapter; 0 if it holds no embedding."""
+    from safetensors import safe_open
+
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    key = re.compile(rf"\.{re.escape(name)}\.((base_layer|original_module)\.)?weight$")
+    with safe_open(_weights_file(directory), framework="pt") as file:
+        return max((file.get_slice(k).get_shape()[0] for k in file.keys() if key.search(k)), default=0)  # noqa: SIM118
+
+
+def load_weights(model: PreTrainedModel, directory: Path, config: Any) -> Any:
+    """Return a base model, which has all embedding rows, with a saved adapter on it.
+
+    Raises:
+        UserError: the adapter does not fit the model, or is incomplete.
+    """
+    _weights_file(directory)
+    adapted = attach(model, config, f"adapter {str(directory)!r}")
+    loaded = adapted.load_adapter(str(directory), "default", is_trainable=True, torch_device="cpu")
+    weights = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    if missing := sorted(weights & set(loaded.missing_keys)):
+        raise UserError(
+            f"adapter {str(directory)!r}: has no weights for {len(missing)} tensors, among them {missing[0]}. "
+            "Name a complete adapter."
+        )
+    return adapted
+
+
+def add_adapter(model: PreTrainedModel, config: Any, token_ids: Sequence[int]) -> Any:
+    """Return a model with a new adapter that also trains the input embedding rows of some tokens.
+
+    Args:
+        model: a model without adapters.
+        config: the `peft` configuration; it is not changed.
+        token_ids: the tokens whose rows must be trained.
+
+    Raises:
+        UserError: the adapter cannot be merged, does not fit the model, changes the model's own weights, or cannot
+            train the rows.
+    """
+    _refuse_prompt_learning(config, "peft_config")
+    config = copy.deepcopy(config)
+    config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", False, None
+    if getattr(config, "ensure_weight_tying", False) and _is_tied(model):
+        raise UserError(
+            "peft_config ensure_weight_tying True: must be False, because such an adapter cannot be merged into a "
+            "copy. Without it, the output layer gets weights of its own."
+        )
+    before = _checksums(model)
+    adapted = attach(model, config, "peft_config", token_ids)
+    after = _checksums(adapted.get_base_model())
+    if any(after.get(name) != checksum for name, checksum in before.items()):
+        raise UserError(
+            f"peft_config init_lora_weights {getattr(config, 'init_lora_weights', None)!r}: must keep the weights of "
+            "the model, because the reference is the model without the adapter. Set init_lora_weights=True."
+        )
+    if not _trains_rows(adapted.get_input_embeddings(), token_ids):
+        raise UserError(
+            f"peft_config {config.peft_type.value}: must train the embedding rows of the reward tokens. Use "
+            "LoraConfig, or add the input embedding to modules_to_save."
+        )
+    _check_mergeable(adapted, config)
+    return adapted
+
+
+def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequence[int] = ()) -> Any:
+    """Return a model with an adapter on it.
+
+    Args:
+        model: a model without adapters. Its output layer is untied if the adapter changes one of the tied layers.
+        config: the `peft` configuration, which is completed in place.
+        subject: what an error message names.
+        token_ids: tokens whose input embedding rows to train, where the adapter does not train the whole embedding.
+
+    Raises:
+        UserError: the adapter does not fit the model.
+    """
+    from peft import get_peft_model
+
+    try:
+        changes_inputs, changes_outputs = _changes_of(model, config)
+        if token_ids:
+            _add_rows(model, config, token_ids, train_rows=not changes_inputs)
+        indices = getattr(config, "trainable_token_indices", None)
+        splits = changes_inputs or changes_outputs or (isinstance(indices, dict) and len(indices) > 1)
+        if splits and not getattr(config, "ensure_weight_tying", False):
+            untie(model)
+        return get_peft_model(model, config)
+    except Exception as error:
+        # peft raises exceptions of many types for a configuration that does not fit a model.
+        raise UserError(f"{subject}: does not fit the model ({one_line(error)}). Correct the configuration.") from error
+
+
+def merge(adapted: Any) -> PreTrainedModel:
+    """Merge the active adapters of a `PeftModel` into its base, in place, and return the base, all of it trainable.
+
+    Raises:
+        UserError: an adapter is of a kind that cannot be merged.
+    """
+    for config in adapted.peft_config.values():
+        _refuse_prompt_learning(config, "model")
+    inputs, outputs = adapted.get_input_embeddings(), adapted.get_output_embeddings()
+    follows = getattr(getattr(outputs, "token_adapter", outputs), "tied_adapter", None)  # peft trains both as one.
+    splits = (_is_wrapped(inputs) or _is_wrapped(outputs)) and not follows
+    if splits:
+        untie(adapted.get_base_model())
+    model = adapted.merge_and_unload().requires_grad_(True)
+    if splits:
+        untie(model)  # The adapter's own weights of the two layers may be tied.
+    return model
+
+
+def merge_start(adapted: Any) -> tuple[PreTrainedModel, Any]:
+    """Merge a `PeftModel` that training starts from.
+
+    Returns:
+        The merged model, and the configuration of its adapter, for a new adapter. The model keeps its name if the
+        adapter has not changed its weights; otherwise it has none, because no directory holds these weights.
+    """
+    config = copy.deepcopy(adapted.peft_config[adapted.active_adapters[0]])
+    before = _checksums(adapted.get_base_model())
+    model = merge(adapted)
+    if any(before.get(name) != checksum for name, checksum in _checksums(model).items()):
+        forget_name(model)
+    return model, config
+
+
+def forget_name(model: PreTrainedModel, name: str = "") -> None:
+    """Give a model whose weights were merged the name of the adapter's directory, or none.
+
+    `peft` gets none in any case: it looks for a config.json under the name, and a saved adapter has none.
+    """
+    model.config._name_or_path, model.name_or_path = name, ""
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output layer weights of its own, with the values of the input embedding, if the two are tied."""
+    if not _is_tied(model):
+        return
+    layer = _innermost(model.get_output_embeddings())
+    layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # What transformers would tie again, and leaves out of a checkpoint.
+
+
+def _refuse_prompt_learning(config: Any, subject: str) -> None:
+    """Raise for an adapter that has nothing to merge: virtual tokens, or states beside the weights."""
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(
+            f"{subject} {kind}: must be an adapter that can be merged into weights, not a prompt. Use LoraConfig."
+        )
+
+
+def _check_mergeable(adapted: Any, config: Any) -> None:
+    """Raise if a layer of the adapter cannot be merged; `final/` would fail after all training."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {type(module): module for module in adapted.modules() if isinstance(module, BaseTunerLayer)}
+    try:
+        for layer in layers.values():
+            copy.deepcopy(layer).merge()
+    except Exception as error:
+        # Each kind of adapter refuses in its own way.
+        raise UserError(
+            f"peft_config {config.peft_type.value}: must be an adapter that can be merged into weights "
+            f"({one_line(error)}). Use LoraConfig."
+        ) from error
+
+
+def _changes_of(model: PreTrainedModel, config: Any) -> tuple[bool, bool]:
+    """Whether an adapter changes the input embedding and the output layer, apart from rows of single tokens.
+
+    Which layers a configuration targets is known once it is applied. Modules to save are left out, because peft does
+    not restore them; so are rows of tokens, because peft fails where they meet another adapter.
+    """
+    from peft import get_peft_model
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [next((name for name, module in model.named_modules() if module is layer), "") for layer in layers]
+    saved = [any(name.endswith(module) for module in getattr(config, "modules_to_save", None) or ()) for name in names]
+    probe = copy.deepcopy(config)
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if hasattr(probe, field):
+            setattr(probe, field, None)
+    with torch.random.fork_rng(devices=[]):  # The adapter itself draws the same numbers.
+        probed = get_peft_model(model, probe)
+    layers = probed.get_input_embeddings(), probed.get_output_embeddings()
+    targeted = [_is_wrapped(layer) and not isinstance(layer, TrainableTokensLayer) for layer in layers]
+    probed.unload()
+    return saved[0] or targeted[0], saved[1] or targeted[1]
+
+
+def _is_wrapped(layer: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def _is_tied(model: Any) -> bool:
+    inputs, outputs = _innermost(model.get_input_embeddings()), _innermost(model.get_output_embeddings())
+    return outputs is not None and inputs.weight is outputs.weight
+
+
+def _innermost(layer: Any) -> Any:
+    """The model's own layer under the wrappers of an adapter."""
+    while inner := layer._modules.get("base_layer") or layer._modules.get("original_module") if layer else None:
+        layer = inner
+    return layer
+
+
+def _add_rows(model: PreTrainedModel, config: Any, token_ids: Sequence[int], train_rows: bool) -> None:
+    """Add tokens to those whose rows a configuration trains. `train_rows`: nothing else changes the input embedding."""
+    if hasattr(config, "token_indices"):
+        config.token_indices = _union(config.token_indices, token_ids)
+    elif train_rows and hasattr(config, "trainable_token_indices"):
+        indices = config.trainable_token_indices
+        if isinstance(indices, dict):
+            embedding = model.get_input_embeddings()
+            name = next(name for name, module in model.named_modules() if module is embedding)
+            key = next((key for key in indices if f".{name}".endswith(f".{key}")), name)
+            config.trainable_token_indices = {**indices, key: _union(indices.get(key, ()), token_ids)}
+        else:
+            config.trainable_token_indices = _union(indices or (), token_ids)
+
+
+def _union(first: Iterable[int], second: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys((*first, *second)))
+
+
+def _trains_rows(embedding: nn.Module, token_ids: Sequence[int]) -> bool:
+    """Whether the embedding of each token has a gradient in some weight that is trained."""
+    weights = [weight for weight in embedding.parameters() if weight.requires_grad]
+    if not weights:
+        return False
+    with torch.enable_grad():
+        for token in token_ids:
+            row = embedding(torch.tensor([[token]], device=weights[0].device)).float().sum()
+            if not row.requires_grad:
+                return False
+            gradients = torch.autograd.grad(row, weights, allow_unused=True)
+            if not any(gradient is not None and gradient.any() for gradient in gradients):
+                return False
+    return True
+
+
+def _checksums(model: nn.Module) -> dict[str, int]:
+    """The sum of each weight's bits as integers, by its name without the wrappers of an adapter."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return {
+        _WRAPPERS.sub("", name): int(weight.detach().contiguous().view(integers[weight.itemsize]).sum())
+        for name, weight in model.named_parameters(remove_duplicate=False)  # Tied layers may be tied no longer.
+    }
+
+
+def _weights_file(directory: Path) -> Path:
+    """The weights of a saved adapter.
+
+    Raises:
+        UserError: it has none in safetensors.
+    """
+    if not (file := directory / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"adapter {str(directory)!r}: must have its weights in {WEIGHTS_FILE}. Save it again with save_pretrained."
+        )
+    return file

@@ -1,0 +1,53 @@
+"""`Collator`: from the numbers of draws to batches, in this process or in a worker of the data loader."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from quarkrl.algorithm.pool import DataPool, Sample
+from quarkrl.models.batching import build_batch
+from quarkrl.models.conditioning import Conditioning
+
+
+class Collator:
+    """Makes batches of draws: for the policy behind their reward tokens, for the reference without them.
+
+    Workers of a data loader that are spawned, as on macOS and Windows, receive a pickled copy. The copy has the samples
+    that were drawn instead of the whole pool.
+
+    Args:
+        conditioning: the reward tokens.
+        with_reference: whether a batch has the inputs of the reference.
+
+    Attributes:
+        samples: the pool, quantized.
+        draws: `(n,)`, indices into `samples`; an iteration learns from them.
+    """
+
+    def __init__(self, conditioning: Conditioning, with_reference: bool):
+        self.conditioning, self.with_reference = conditioning, with_reference
+        self.samples: DataPool | Sequence[Sample] = ()
+        self.draws: np.ndarray = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Make a batch of the draws of the given numbers.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
+            completion. With `ref_` before the name: the same for the reference.
+        """
+        samples = [self.samples[int(self.draws[number])] for number in numbers]
+        prompts = [sample.prompt_ids.tolist() for sample in samples]
+        completions = [sample.completion_ids.tolist() for sample in samples]
+        quantiles = [sample.quantiles.tolist() for sample in samples]
+        conditioned = [self.conditioning.prefix(*pair) for pair in zip(prompts, quantiles, strict=True)]
+        batch = build_batch(conditioned, completions)
+        if self.with_reference:
+            batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        drawn, draws = np.unique(self.draws, return_inverse=True)
+        return {**vars(self), "samples": [self.samples[index] for index in drawn.tolist()], "draws": draws}
