@@ -70,13 +70,15 @@ def test_the_text_is_in_a_named_column_or_in_completion(rewards, capsys, tmp_pat
 
 
 def test_standard_input_has_one_text_per_line(rewards, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a a a\r\nb\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a a a\r\nb\n"), encoding="utf-8"))
     assert score(capsys, "-", "--reward", f"{rewards}:few_a")[0] == ["-3.0000\ta a a", "0.0000\tb"]
 
 
 def test_a_byte_on_standard_input_that_is_not_utf8_is_an_error_or_skipped(rewards, capsys, monkeypatch):
     for skip in ([], ["--skip_bad_prompts"]):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\ncafé\nb\n".encode("latin-1"))))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO("a\ncafé\nb\n".encode("latin-1")), encoding="utf-8")
+        )
         code = main(["score", "-", "--reward", f"{rewards}:few_a", *skip])
         out, err = capsys.readouterr()
         if skip:

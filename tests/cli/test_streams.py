@@ -9,7 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
 
+from quarkrl.cli.common import console
 from quarkrl.cli.streams import accept_any_character, print_json
 
 SNOWMAN = "naïve ☃ 😀"
@@ -54,6 +56,16 @@ def test_pythonioencoding_is_kept_with_its_error_handler(stdout, monkeypatch):
     read = stdout("ascii", errors="replace")
     sys.stdout.write(f"{SNOWMAN}\n")
     assert read().splitlines() == [b"na?ve ? ?"]
+
+
+def test_tables_and_notes_print_in_ascii(stdout, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    read = stdout("ascii")
+    table = Table("±")
+    table.add_row(SNOWMAN)
+    console(stderr=False).print(table, SNOWMAN)
+    lines = read().decode("ascii").splitlines()
+    assert any("\\xb1" in line for line in lines) and lines[-1] == "na\\xefve \\u2603 \\U0001f600"
 
 
 def test_half_a_character_can_be_printed(stdout):

@@ -7,16 +7,19 @@ import datetime
 import decimal
 import gzip
 import json
+from functools import partial
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.errors import error_message
 from helpers.files import write
-from helpers.prompt_helpers import CHAT
+from helpers.prompt_helpers import CHAT, byte_tokenizer
 
-from quarkrl.data.prompts import load_prompts
+from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.data.readers import TextStream
+from quarkrl.data.stream import PromptStream
 
 ROWS = [{"prompt": "one, two", "n": 1}, {"prompt": "naïve ☃", "n": 2}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -111,6 +114,27 @@ def test_parquet_with_columns_of_any_kind(tmp_path):
         "large": "y" * 300_000,
         "words": "w",
     }
+
+
+def call(**arguments: object) -> dict:
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def test_a_chat_is_the_same_from_every_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    chats = [
+        [*CHAT, call(city="Rome"), CHAT[1]],
+        [*CHAT, call(unit="km"), {"role": "tool", "content": "3", "name": "f"}],
+        CHAT,
+    ]
+    lines = write(tmp_path / "p.jsonl", "".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    pq.write_table(pa.table({"messages": chats, "n": [None, None, 1]}), tmp_path / "p.parquet")
+    dataset = datasets.Dataset.from_list([{"messages": chat} for chat in chats])
+    for source in (lines, tmp_path / "p.parquet", dataset):
+        assert load_prompts(source).prompts == chats
+    encode = partial(Prompts.encode, tokenizer=byte_tokenizer(None, "{{ messages[-1].content }}x"), max_length=99)
+    assert PromptStream(dataset.to_iterable_dataset(), encode, group_size=3, skip_bad=False).group(0).prompts == chats
+    assert load_prompts(tmp_path / "p.parquet").columns == {"n": [None, None, 1]}  # Other columns keep their nulls.
 
 
 def test_parquet_with_chats_as_nested_structs(tmp_path):

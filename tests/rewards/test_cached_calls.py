@@ -198,7 +198,7 @@ def test_an_async_reward_that_never_starts_causes_no_warning(tmp_path):
 def score_until_killed(folder: Path) -> None:
     class Paid(Length):
         def __call__(self, completions):
-            with open(folder / "bill", "a") as bill:
+            with open(folder / "bill", "a", encoding="utf-8") as bill:
                 bill.writelines(f"{text}\n" for text in completions)
             if "g" in completions:
                 os.kill(os.getpid(), signal.SIGKILL)

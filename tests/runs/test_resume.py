@@ -92,7 +92,7 @@ def test_a_run_killed_at_every_hard_place_ends_as_one_that_was_not(tmp_path, who
     assert code == 0, said
     assert_same_run(directory, whole)
     # Scored twice is at most the batch at hand: in the first exploration one of 5, 5 and 2, in the second none.
-    asked, once = (Path(f"{place}.scored").read_text().splitlines() for place in (directory, whole))
+    asked, once = (Path(f"{place}.scored").read_text(encoding="utf-8").splitlines() for place in (directory, whole))
     evaluations = 3 * 3
     assert len(once) == 36 + evaluations
     assert len(asked) <= len(once) + 5 + 2 * evaluations
@@ -471,7 +471,7 @@ def test_a_directory_has_one_run_and_a_dead_one_does_not_hold_it(tmp_path):
     other = started(_waits, tmp_path / "run")
     deadline = time.monotonic() + 60
     while not (tmp_path / "run.begun").exists():
-        assert other.is_alive() and time.monotonic() < deadline, Path(other.log).read_text()
+        assert other.is_alive() and time.monotonic() < deadline, Path(other.log).read_text(encoding="utf-8")
         time.sleep(0.02)
     for resume in (False, True):
         with pytest.raises(UserError, match="run' is in use by another run"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quarkrl.data.rows import Row, not_utf8, quote_names
+from quarkrl.data.rows import Row, not_utf8, quote_names, restore_chats
 from quarkrl.data.text_formats import read_csv, read_json, read_jsonl, read_text, read_tsv
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 
@@ -144,7 +144,7 @@ def _read_dataset(name: str, dataset: Any, split: str) -> tuple[str, list[Row]]:
             f"not {type(dataset).__name__}."
         )
     rows = _decode_rows(lambda start, end: dataset.select(range(start, end)).to_list(), 0, len(dataset))
-    return name, [(f"row {i} of {name}", row) for i, row in enumerate(rows, 1)]
+    return name, [(f"row {i} of {name}", restore_chats(row)) for i, row in enumerate(rows, 1)]
 
 
 def _decode_rows(read: Callable[[int, int], list[Any]], start: int, end: int) -> list[Any]:
@@ -174,4 +174,4 @@ def _read_parquet(name: str) -> list[Row]:
         raise UserError(
             f"{name}: cannot be read ({one_line(error)}). Write it again, as Parquet of plain types."
         ) from error
-    return [(f"row {i} of {name}", row) for i, row in enumerate(rows, 1)]
+    return [(f"row {i} of {name}", restore_chats(row)) for i, row in enumerate(rows, 1)]

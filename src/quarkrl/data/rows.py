@@ -32,6 +32,27 @@ def not_utf8(byte: int) -> BadRow:
     return BadRow("not UTF-8", f"byte 0x{byte:02x} is not UTF-8", "Save the text as UTF-8")
 
 
+def restore_chats(row: Any) -> Any:
+    """Return a row of an Arrow table whose chats have the fields that were written.
+
+    Arrow gives each struct of a column all fields of the others, as null. A message without tool calls gets
+    `tool_calls: null`, which some chat templates refuse. The arguments of a call get those of all calls.
+    """
+    if not isinstance(row, dict):
+        return row
+    return {name: _without_nulls(value) if _is_chat(value) else value for name, value in row.items()}
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def quote_names(names: Iterable[object], count: int = 10) -> str:
     """Quote the first names for a message: "'a', 'b'", or "none"."""
     quoted = [shorten(name, 40) for name in names]

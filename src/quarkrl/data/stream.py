@@ -5,7 +5,7 @@ from itertools import count, islice
 from typing import Any
 
 from quarkrl.data.prompts import Prompts, check_rows, choose_column
-from quarkrl.data.rows import Row
+from quarkrl.data.rows import Row, restore_chats
 from quarkrl.errors import UserError, describe_exception
 
 _NAME = "train_dataset"
@@ -85,4 +85,4 @@ class PromptStream:
                 raise UserError(
                     f"{location}: cannot be read ({describe_exception(error)}). Fix the cause, then resume the run."
                 ) from error
-            yield location, row
+            yield location, restore_chats(row)
