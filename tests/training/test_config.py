@@ -246,7 +246,9 @@ def test_automatic_bf16_follows_the_processor(tmp_path, monkeypatch, fast):
     assert QuarkConfig(output_dir=str(tmp_path), bf16="auto").run_identity()["bf16"] is fast
     command = parse_train(["--bf16", "auto", "--output_dir", str(tmp_path)])
     assert command.config.bf16 is fast
-    assert command.given.get("bf16", False) is fast  # config.yaml has the choice, so that a resumed run keeps it.
+    assert (
+        command.non_default_options.get("bf16", False) is fast
+    )  # config.yaml has the choice, so that a resumed run keeps it.
 
 
 @pytest.mark.parametrize(("flags", "value"), [([], False), (["--bf16"], True), (["--bf16", "no"], False)])
@@ -271,7 +273,7 @@ def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monke
         monkeypatch.delenv(name, raising=False)
     flags = ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", '{"version": 2}', "--use_cpu"]
     command = parse_train(["--output_dir", str(tmp_path), *flags])
-    config, given = command.config, command.given
+    config, given = command.config, command.non_default_options
     assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
     assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
     assert command.ignored().startswith("ddp_backend and fsdp ignored")

@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from quarkrl.algorithm.coefficients import MAX_CHANGE
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
-from quarkrl.options import check_options, listed
+from quarkrl.options import check_options, join_words
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
 
@@ -124,7 +124,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         method, known = self.dataloader_multiprocessing_context, multiprocessing.get_all_start_methods()
         if method is not None and method not in known:
             raise UserError(
-                f"dataloader_multiprocessing_context {method!r}: must be {listed(known)}.{did_you_mean(method, known)}"
+                f"dataloader_multiprocessing_context {method!r}: must be {join_words(known)}."
+                f"{did_you_mean(method, known)}"
             )
         if method is not None and not self.dataloader_num_workers:
             raise UserError(

@@ -54,17 +54,21 @@ class CompletionScorer:
         tokenizer: decodes completions for the rewards.
         end_ids: EOS ids.
         trainer_state: returns the trainer's state, which rewards receive.
+        keep_special_tokens: keep special tokens in the texts, except an EOS at the end.
     """
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     end_ids: Sequence[int]
     trainer_state: Callable[[], TrainerState] = TrainerState
+    keep_special_tokens: bool = False
 
     def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-        texts = decode_completions(self.tokenizer, [prompts.ids[row] for row in rows], completions)
+        ends = self.end_ids if self.keep_special_tokens else None
+        prompt_ids = [prompts.ids[row] for row in rows]
+        texts = decode_completions(self.tokenizer, prompt_ids, completions, keep_special_tokens_before=ends)
         state = self.trainer_state()
         return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids, state)
 

@@ -45,7 +45,7 @@ from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import reward_token_names
+from quarkrl.models.conditioning import bos_of_chats, reward_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
@@ -142,6 +142,7 @@ class QuarkTrainer(DurableTrainer):
             max_length=self.max_prompt_length,
             skip_bad=args.skip_bad_prompts,
             reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
+            reserved_start=bos_of_chats(self.plain_tokenizer),
         )
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
@@ -237,7 +238,9 @@ class QuarkTrainer(DurableTrainer):
     def _make_explorer(self) -> Explorer:
         args = self.args
         return Explorer(
-            CompletionScorer(self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state),
+            CompletionScorer(
+                self.scorer, self.plain_tokenizer, self.end_ids, lambda: self.state, args.keep_special_tokens
+            ),
             progress=self.progress,
             processes=Processes(args.process_index, args.world_size, sharded=self.is_fsdp_enabled),
             max_unscored_share=args.max_unscored_share,
