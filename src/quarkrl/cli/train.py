@@ -38,7 +38,6 @@ def run(command: TrainCommand) -> Path:
 
     from quarkrl.models.loading import load_model, load_tokenizer
     from quarkrl.runs.directory import ConfigFile, check_no_run, locked
-    from quarkrl.training.held_out import check_metric
     from quarkrl.training.trainer import QuarkTrainer
 
     run, config = command.run, command.config
@@ -52,7 +51,6 @@ def run(command: TrainCommand) -> Path:
             check_no_run(output_dir)
         directory = os.getcwd()
         scorer = _scorer(run, config)
-        check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, patience = model_path(run.model or ""), run.early_stopping_patience
         loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
