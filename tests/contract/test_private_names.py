@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp_utils
 from peft import LoraConfig, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import hub
 
@@ -92,6 +92,12 @@ def test_private_names_of_trainer_stand_in_one_file_only():
             used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & (names - {"_save"})
             elsewhere += [f"{path.relative_to(package)}: {name}" for name in sorted(used)]
     assert elsewhere == []
+
+
+def test_the_number_of_gpus_of_a_process_can_be_set():
+    """`training/config.py` sets `_n_gpu`, as `Trainer` does for models that are spread over GPUs."""
+    assert "self.args._n_gpu = 1" in inspect.getsource(Trainer)
+    assert "return self._n_gpu" in inspect.getsource(TrainingArguments.n_gpu.fget)
 
 
 def test_tokenizers_have_the_switch_that_keeps_a_post_processor():
