@@ -82,8 +82,14 @@ def run(command: TrainCommand) -> Path:
     return final
 
 
-def train_prompts(run: RunArguments, skip_bad: bool) -> "Prompts":
-    """Load the prompts to explore."""
+def train_prompts(run: RunArguments, skip_bad: bool) -> Any:
+    """Load the prompts to explore, or open their stream."""
+    if run.stream_prompts:
+        from quarkrl.data.readers import open_stream
+
+        if run.prompt_tokens is not None:
+            raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
+        return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
     return _load_prompts(run, prompts_path(run.prompts or "", "train"), run.prompt_split, skip_bad)
 
 
