@@ -18,10 +18,12 @@ from helpers.tiny_models import make_home, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
+from quarkrl.builtin import prompts_path
 from quarkrl.cli.demo import free_directory
 from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train import held_out_prompts
 from quarkrl.cli.train_options import RunArguments, parse_train
+from quarkrl.data.prompts import load_prompts
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
@@ -150,6 +152,16 @@ def test_generate_writes_prompt_and_completion(run, home, capsys):
     assert said(capsys, *generate, "0") == said(capsys, *generate, "worst") != said(capsys, *generate, "best")
     greedy = said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "1")
     assert greedy == said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "2")
+
+
+def test_generate_reads_a_column_of_a_split_and_the_embedded_prompts(home, capsys, tmp_path):
+    rows = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in {"train": "a", "test": "b"}.items()}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
+    generate = ["generate", home / "model", "--json", "--max_new_tokens", "1", "--prompts"]
+    out = said(capsys, *generate, tmp_path / "set", "--prompt_column", "text", "--prompt_split", "test")
+    assert json.loads(out)["prompt"] == "b"
+    builtin = ["generate", "builtin", "--json", "--max_new_tokens", "1", "--batch_size", "2000", "--prompts", "builtin"]
+    assert len(said(capsys, *builtin).splitlines()) == len(load_prompts(prompts_path("eval")))
 
 
 def test_evaluate_prints_a_table_and_writes_json(run, home, capsys, tmp_path):

@@ -10,7 +10,18 @@ from helpers.random_tokenizers import random_tokenizer
 from helpers.reward_token_models import add_reward_tokens
 from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertTokenizer,
+    GemmaTokenizer,
+    GPTNeoXTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    T5Tokenizer,
+    XLNetTokenizer,
+)
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 from quarkrl.data.encoding import RefusedText, try_encode_prompts
@@ -169,14 +180,51 @@ def test_the_eos_of_the_tokenizer_ends_the_completions_of_the_final_model_too(tm
 # The check
 
 
-def test_a_tokenizer_that_changes_when_it_is_saved_and_loaded_is_refused_in_one_line(tmp_path):
-    """`LlamaTokenizer` makes its normalizer anew when it loads."""
+LETTERS = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+PIECES = [("<unk>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("a", -1.0), ("b", -1.5)]
+CLASSES = {
+    "GPT-NeoX": lambda: GPTNeoXTokenizer(vocab={"<|endoftext|>": 0, "<|padding|>": 1, "!!": 2, **LETTERS}, merges=[]),
+    "RoBERTa": lambda: RobertaTokenizer(
+        vocab={"<s>": 0, "<pad>": 1, "</s>": 2, **LETTERS, "<unk>": 259, "<mask>": 260}, merges=[]
+    ),
+    "BERT": lambda: BertTokenizer(
+        vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5, "##b": 6, "b": 7}
+    ),
+    "Gemma": lambda: GemmaTokenizer(vocab={"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "a": 4, "b": 5}, merges=[]),
+    "T5": lambda: T5Tokenizer(vocab=PIECES, extra_ids=2),
+    "XLNet": lambda: XLNetTokenizer(vocab=PIECES),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_that_rebuild_their_parts_when_they_load_are_steered_too(name, tmp_path):
+    tokenizer = CLASSES[name]()
+    assert_served_as_trained(make_trainer(tmp_path, tokenizer, ["a b", "ab a"]), ["a b", "ab a"])
+
+
+def test_a_changed_tokenizer_is_saved_as_it_is(tmp_path):
+    """`LlamaTokenizer` makes another normalizer when it loads."""
     tokenizer = LlamaTokenizer(vocab={"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "A": 6})
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    message = error_message(
-        lambda: make_trainer(tmp_path, tokenizer, ["A b", "a"]), "tokenizer LlamaTokenizer: must give"
-    )
-    assert "'A b'" in message and "save_pretrained" in message
+    tokenizer.padding_side, tokenizer.model_max_length = "left", 77
+    trainer = make_trainer(tmp_path, tokenizer, ["A b", "a"])
+    assert_served_as_trained(trainer, ["A b", "a"])
+    served = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    assert (served.padding_side, served.model_max_length, served.eos_token) == ("left", 77, "</s>")
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A tokenizer with code of its own, which `final/` does not have."""
+
+    def _encode_plus(self, text, *args, **kwargs):
+        text = text.upper() if isinstance(text, str) else [one.upper() for one in text]
+        return super()._encode_plus(text, *args, **kwargs)
+
+
+def test_a_tokenizer_that_changes_when_it_is_saved_and_loaded_is_refused_in_one_line(tmp_path):
+    tokenizer = Shouting(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    message = error_message(lambda: make_trainer(tmp_path, tokenizer, ["x b", "a"]), "must give the ids of training")
+    assert "'x b'" in message and "save_pretrained" in message
     assert not (tmp_path / "run" / "pool").exists()
 
 
@@ -212,7 +260,7 @@ def difference(seed: str, directory) -> str | None:
     ids = try_encode_prompts(tokenizer, texts, empty_ids=before)
     try:
         prompts = load_prompts(texts, skip_bad=True).encode(tokenizer, max_length=200, skip_bad=True)
-        check_served_ids(tokenizer, steered, conditioning, model.config, prompts)
+        steered = check_served_ids(tokenizer, steered, conditioning, model.config, prompts)
     except UserError as error:
         return f"refused: {error}"
     model.config.save_pretrained(directory)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from quarkrl.options import option
+from quarkrl.training.options import SCORE_CACHE_HELP
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
@@ -21,7 +23,6 @@ REWARD_HELP = (
     "or file.py:function. Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
 )
 REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
-SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever run or command it occurs."
 
 
 # Options
@@ -78,6 +79,45 @@ def prompts_path(name: str, split: Literal["train", "eval"]) -> str:
     from quarkrl.builtin import prompts_path
 
     return str(prompts_path(split)) if name == BUILTIN else name
+
+
+# Prompts
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts are read: what the options of a command say about one file or data set.
+
+    Attributes:
+        name: a file, a data set, or `builtin`.
+        column: holds the prompt.
+        split: of a data set.
+        builtin_split: which of the embedded prompts `builtin` names.
+        tokens: truncate texts to this number of tokens, and skip shorter texts; None to keep them.
+    """
+
+    name: str
+    column: str
+    split: str
+    builtin_split: Literal["train", "eval"] = "eval"
+    tokens: int | None = None
+
+    def load(self, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
+        """Load the prompts.
+
+        Args:
+            skip_bad: skip and count invalid rows, instead of stopping at the first.
+            tokenizer: counts `tokens`.
+
+        Raises:
+            UserError: the source cannot be read, or has an invalid row.
+        """
+        from quarkrl.data.prompts import load_prompts
+        from quarkrl.data.truncation import truncate_to_prompts
+
+        path = prompts_path(self.name, self.builtin_split)
+        prompts = load_prompts(path, split=self.split, column=self.column, skip_bad=skip_bad)
+        return prompts if self.tokens is None else truncate_to_prompts(prompts, tokenizer, self.tokens)
 
 
 # Messages and progress

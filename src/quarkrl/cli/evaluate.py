@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quarkrl.cli.common import (
+    PromptSource,
     RewardOptions,
     console,
     hide_library_progress,
     model_path,
     note,
     progress_bars,
-    prompts_path,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.evaluation.options import EvaluationOptions
@@ -125,22 +125,14 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
     Raises:
         UserError: a file cannot be read, or has an invalid row.
     """
-    from quarkrl.data.prompts import load_prompts
-    from quarkrl.data.truncation import truncate_to_prompts
     from quarkrl.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
     sets = {}
-    names = unique_names(Path(source.removesuffix(".gz")).stem for source in inputs.prompts)
-    for name, source in zip(names, inputs.prompts, strict=True):
-        prompts = load_prompts(
-            prompts_path(source, "eval"),
-            split=inputs.prompt_split,
-            column=inputs.prompt_column,
-            skip_bad=options.skip_bad_prompts,
-        )
-        if inputs.prompt_tokens:
-            prompts = truncate_to_prompts(prompts, tokenizer, inputs.prompt_tokens)
+    names = unique_names(Path(file.removesuffix(".gz")).stem for file in inputs.prompts)
+    for name, file in zip(names, inputs.prompts, strict=True):
+        source = PromptSource(file, inputs.prompt_column, inputs.prompt_split, tokens=inputs.prompt_tokens)
+        prompts = source.load(options.skip_bad_prompts, tokenizer)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
     return sets
 

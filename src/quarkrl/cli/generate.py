@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from quarkrl.cli.common import hide_library_progress, model_path, note_skipped
+from quarkrl.cli.common import PromptSource, hide_library_progress, model_path, note_skipped
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
@@ -18,7 +18,9 @@ HELP = "completions of a trained model, for any quantile"
 class GenerateOptions:
     """What is generated, and how it is printed."""
 
-    prompts: str | None = option(None, "Prompts: a file or a data set.", metavar="FILE")
+    prompts: str | None = option(None, "Prompts: a file, a data set, or builtin.", metavar="FILE")
+    prompt_column: str = option("prompt", "Column of the prompt.", metavar="COLUMN")
+    prompt_split: str = option("train", "Split of a data set.", metavar="SPLIT")
     skip_bad_prompts: bool = option(False, "Skip invalid prompts, and count them.")
     quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
@@ -47,7 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
     options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
     hide_library_progress()
     strategy = sampling.strategy()
-    prompts = load_prompts(arguments.prompt or options.prompts, skip_bad=options.skip_bad_prompts)
+    if options.prompts is None:
+        prompts = load_prompts(arguments.prompt, skip_bad=options.skip_bad_prompts)
+    else:
+        source = PromptSource(options.prompts, options.prompt_column, options.prompt_split)
+        prompts = source.load(options.skip_bad_prompts)
     note_skipped(prompts)
     generator = QuarkGenerator.from_pretrained(
         model_path(arguments.model), trust_remote_code=sampling.trust_remote_code

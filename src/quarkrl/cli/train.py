@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import (
+    PromptSource,
     hide_library_progress,
     is_first_process,
     model_path,
@@ -20,6 +21,8 @@ from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, p
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quarkrl.data.prompts import Prompts
     from quarkrl.rewards.scorer import Scorer
     from quarkrl.training.config import QuarkConfig
@@ -61,16 +64,17 @@ def run(command: TrainCommand) -> Path:
         path, patience = model_path(run.model or ""), run.early_stopping_patience
         loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
+            model = load_model(path, run.trust_remote_code, **loading)
+            tokenizer = load_tokenizer(path, run.trust_remote_code)
+            ref_path = model_path(run.ref_model) if run.ref_model else None
             trainer = QuarkTrainer(
-                load_model(path, run.trust_remote_code, **loading),
+                model,
                 scorer,
                 config,
-                train_dataset=train_prompts(run, config.skip_bad_prompts),
-                eval_dataset=held_out_prompts(run, config.skip_bad_prompts) if run.eval_prompts else None,
-                processing_class=load_tokenizer(path, run.trust_remote_code),
-                ref_model=load_model(model_path(run.ref_model), run.trust_remote_code, **loading)
-                if run.ref_model
-                else None,
+                train_dataset=train_prompts(run, config.skip_bad_prompts, tokenizer),
+                eval_dataset=held_out_prompts(run, config.skip_bad_prompts, tokenizer) if run.eval_prompts else None,
+                processing_class=tokenizer,
+                ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
                 peft_config=_lora(run.lora_rank),
                 callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
             )
@@ -82,33 +86,25 @@ def run(command: TrainCommand) -> Path:
     return final
 
 
-def train_prompts(run: RunArguments, skip_bad: bool) -> Any:
-    """Load the prompts to explore, or open their stream."""
+def train_prompts(run: RunArguments, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
+    """Load the prompts to explore, or open their stream. The tokenizer counts `prompt_tokens`."""
     if run.stream_prompts:
         from quarkrl.data.readers import open_stream
 
         if run.prompt_tokens is not None:
             raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
         return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
-    return _load_prompts(run, prompts_path(run.prompts or "", "train"), run.prompt_split, skip_bad)
+    source = PromptSource(run.prompts or "", run.prompt_column, run.prompt_split, "train", run.prompt_tokens)
+    return source.load(skip_bad, tokenizer)
 
 
-def held_out_prompts(run: RunArguments, skip_bad: bool) -> "Prompts":
+def held_out_prompts(
+    run: RunArguments, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> "Prompts":
     """Load the held-out prompts. If they come from the data set of the training prompts, its test split is used."""
     split = run.eval_prompt_split or ("test" if run.eval_prompts == run.prompts else "train")
-    return _load_prompts(run, prompts_path(run.eval_prompts or "", "eval"), split, skip_bad)
-
-
-def _load_prompts(run: RunArguments, path: str, split: str, skip_bad: bool) -> "Prompts":
-    from quarkrl.data.prompts import load_prompts
-    from quarkrl.data.truncation import truncate_to_prompts
-    from quarkrl.models.loading import load_tokenizer
-
-    prompts = load_prompts(path, split=split, column=run.prompt_column, skip_bad=skip_bad)
-    if run.prompt_tokens is None:
-        return prompts
-    return truncate_to_prompts(
-        prompts, load_tokenizer(model_path(run.model or ""), run.trust_remote_code), run.prompt_tokens
+    return PromptSource(run.eval_prompts or "", run.prompt_column, split, tokens=run.prompt_tokens).load(
+        skip_bad, tokenizer
     )
 
 

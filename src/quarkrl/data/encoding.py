@@ -81,7 +81,6 @@ def try_encode_prompts(
         messages: list[Any] = [prompts[i] for i in batch]
         for i, result in zip(batch, encode_chats(tokenizer, messages), strict=True):
             results[i] = result
-    _warn_of_second_bos(tokenizer, [(prompts[i], results[i]) for i in texts])
     return results
 
 
@@ -208,12 +207,14 @@ def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _warn_of_second_bos(tokenizer: Any, encoded: Sequence[tuple[Any, Any]]) -> None:
+def warn_of_second_bos(tokenizer: Any, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]]) -> None:
+    """Log a warning if texts start with the BOS that the tokenizer adds too."""
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if bos is None:
         return
-    spelled = [(text, ids) for text, ids in encoded if text.startswith(bos) and isinstance(ids, list)]
-    if count := sum(ids.count(bos_id) > text.count(bos) for text, ids in spelled):
+    encoded = [(text, ids) for text, ids in zip(prompts, prompt_ids, strict=True) if isinstance(text, str)]
+    spelled = [(text, ids) for text, ids in encoded if text.startswith(bos)]
+    if count := sum(list(ids).count(bos_id) > text.count(bos) for text, ids in spelled):
         logger.warning(
             f"{count} of {len(encoded)} texts start with the BOS {bos}, which the tokenizer adds too: they have two. "
             "Remove it from the texts."

@@ -24,7 +24,7 @@ from itertools import accumulate, compress
 from typing import Any
 
 from quarkrl.data.chats import RefusedChat, find_fault, message_text
-from quarkrl.data.encoding import RefusedText, try_encode_prompts
+from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import read_rows
 from quarkrl.data.rows import SURROGATE, BadRow, Row, quote_names
 from quarkrl.errors import UserError, shorten
@@ -136,6 +136,7 @@ class Prompts:
         reasons = _reasons_to_skip(self.locations, results, skip_bad)
         encoded = self.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
+        warn_of_second_bos(tokenizer, encoded.prompts, encoded.ids)
         if not allow_none:
             _check_any_left("the prompts", encoded)
         return encoded

@@ -7,7 +7,7 @@ trained on, without knowing about Quark.
 import copy
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quarkrl.errors import UserError
 from quarkrl.models.chat_template import steer_chat_template
@@ -43,3 +43,16 @@ def steer_tokenizer(
     steered._should_update_post_processor = False
     steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids)
     return steered
+
+
+def as_generic(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a fast tokenizer as an object of the generic class, which is loaded exactly as it was saved."""
+    names = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "split_special_tokens")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        chat_template=tokenizer.chat_template,
+        **{name: getattr(tokenizer, name) for name in names},
+        **{name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
+    )

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts
+from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, warn_of_second_bos
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.device import default_device
@@ -189,6 +189,7 @@ class QuarkGenerator:
         """Encode prompts as token ids without reward tokens, which the tokenizer of a trained model adds."""
         empty_ids, _ = surrounding_ids(self.tokenizer)
         encoded = self.strip(prompts, encode_prompts(self.tokenizer, prompts, empty_ids=empty_ids))
+        warn_of_second_bos(self.tokenizer, prompts, encoded)
         for prompt, ids in zip(prompts, encoded, strict=True):
             if not ids:
                 raise UserError(f"prompt {shorten(prompt)}: must have at least one token. Use text to continue.")

@@ -11,6 +11,7 @@ from quarkrl.options import option
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
 MAX_SKIPPED_STEPS = 20
+SCORE_CACHE_HELP = "File of cached scores. A text is scored once, in whichever run or command it occurs."
 GROUPS = ("model", "prompts", "reward", "exploring", "learning", "saving and evaluating")
 
 
@@ -42,7 +43,7 @@ class QuarkOptions:
     )
     score_cache: str | None = option(
         None,
-        "File of cached scores. A text is scored once, in whichever run or command it occurs.",
+        SCORE_CACHE_HELP,
         metavar="FILE",
         resume="free",
         group="reward",

@@ -6,19 +6,21 @@ training behind the best reward tokens.
 
 import logging
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import zip_longest
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from quarkrl.data.chats import reads_chats
+from quarkrl.data.chats import reads_chats, with_fixed_date
 from quarkrl.data.encoding import Prompt, encode_prompts, try_encode_prompts
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError, one_line, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import load_tokenizer
 from quarkrl.models.special_tokens import surrounding_ids
+from quarkrl.models.steering import as_generic
 
 logger = logging.getLogger(__name__)
 
@@ -60,40 +62,64 @@ def check_served_ids(
     conditioning: Conditioning,
     config: PretrainedConfig,
     prompts: Prompts,
-) -> None:
+    chat_date: datetime | None = None,
+) -> PreTrainedTokenizerBase:
     """Check that the tokenizer that is saved with the final model gives the ids of training.
 
     Args:
         tokenizer: encodes the prompts of the run.
-        steered_tokenizer: what is saved with the final model.
+        steered_tokenizer: what is saved with the final model, if it is loaded as it was saved.
         conditioning: the reward tokens.
         config: the model's, which decides the class of the tokenizer that transformers loads.
         prompts: the run's prompts; the first of them are compared, beside texts and chats on which tokenizers differ.
             If no prompt is a chat, a difference in chats is a warning.
+        chat_date: the date of the run's chats.
+
+    Returns:
+        The tokenizer to save: the steered one, or the same tokenizer as an object of a generic class. Classes such as
+        `GPTNeoXTokenizer` rebuild their parts when they load, without the reward tokens.
 
     Raises:
         UserError: the ids of a prompt differ, or the tokenizer cannot be saved and loaded.
     """
     before, _ = surrounding_ids(tokenizer)
+    _check_positions(prompts, conditioning, len(before))
+    texts, chats = _probes(tokenizer, conditioning, prompts)
+    has_chats = not all(isinstance(prompt, str) for prompt in prompts.prompts)
+    problems: list[str] = []
+    for candidate in (steered_tokenizer, as_generic(steered_tokenizer)):
+        try:
+            served = _save_and_load(with_fixed_date(candidate, chat_date) if chat_date else candidate, config)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if problem := _find_difference(served, conditioning, [*texts, *chats] if has_chats else texts):
+            problems.append(problem)
+            continue
+        if not has_chats and (problem := _find_difference(served, conditioning, chats)):
+            logger.warning(problem)
+        return candidate
+    raise UserError(problems[0])
+
+
+_Pairs: TypeAlias = list[tuple[Prompt, list[int]]]
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning, prompts: Prompts) -> tuple[_Pairs, _Pairs]:
+    """Texts and chats to compare, with their ids in training; among the first are the run's own prompts."""
+    before, _ = surrounding_ids(tokenizer)
     own_specials = [str(token) for token in tokenizer.all_special_tokens]
     probes = [*PROBES, *own_specials, *(f"{token}a {token} b{token}" for token in own_specials)]
-    pairs: list[tuple[Prompt, list[int]]] = list(zip(prompts.prompts, prompts.ids, strict=True))[:_FIRST_PROMPTS]
+    texts: _Pairs = list(zip(prompts.prompts, prompts.ids, strict=True))[:_FIRST_PROMPTS]
     for text, ids in zip(probes, try_encode_prompts(tokenizer, probes, empty_ids=before), strict=True):
         # A tokenizer without UNK refuses texts.
         if isinstance(ids, list) and conditioning.position(ids) == len(before):
-            pairs.append((text, ids))
-    _check_positions(prompts, conditioning, len(before))
-    served = _save_and_load(steered_tokenizer, config)
-    if problem := _find_difference(served, conditioning, pairs):
-        raise UserError(problem)
+            texts.append((text, ids))
     if not reads_chats(tokenizer):
-        return
+        return texts, []
     chats: list[Prompt] = [*CHAT_PROBES, *([{"role": "user", "content": text}] for text in probes)]
     encoded = zip(chats, try_encode_prompts(tokenizer, chats), strict=True)
-    if problem := _find_difference(served, conditioning, [(chat, ids) for chat, ids in encoded if type(ids) is list]):
-        if not all(isinstance(prompt, str) for prompt in prompts.prompts):
-            raise UserError(problem)
-        logger.warning(problem)
+    return texts, [(chat, ids) for chat, ids in encoded if isinstance(ids, list)]
 
 
 def _find_difference(

@@ -157,9 +157,14 @@ class QuarkTrainer(DurableTrainer):
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
-        steered = models.steered_tokenizer
-        steered = with_fixed_date(steered, self.chat_date) if self.chat_date else steered
-        check_served_ids(self.plain_tokenizer, steered, self.conditioning, model.config, self.prompts)
+        steered_tokenizer = check_served_ids(
+            self.plain_tokenizer,
+            models.steered_tokenizer,
+            self.conditioning,
+            model.config,
+            self.prompts,
+            self.chat_date,
+        )
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
@@ -194,7 +199,7 @@ class QuarkTrainer(DurableTrainer):
             data_collator=self.collate,
             train_dataset=cast(Any, range(args.draws_per_iteration)),  # The numbers of the draws.
             eval_dataset=cast(Any, self.eval_prompts),
-            processing_class=models.steered_tokenizer,
+            processing_class=steered_tokenizer,
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
             callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
@@ -209,7 +214,7 @@ class QuarkTrainer(DurableTrainer):
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
         self.explorer = self._make_explorer()
         if self.is_world_process_zero():
-            try_saving(models.policy, models.steered_tokenizer, self.conditioning, self.facts())
+            try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
     def _make_health(self) -> Health:
         args = self.args
