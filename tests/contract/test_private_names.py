@@ -12,8 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp_utils
+from peft import LoraConfig, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import hub
 
 from quarkrl.runs import durable_trainer
@@ -92,6 +94,12 @@ def test_private_names_of_trainer_stand_in_one_file_only():
     assert elsewhere == []
 
 
+def test_the_number_of_gpus_of_a_process_can_be_set():
+    """`training/config.py` sets `_n_gpu`, as `Trainer` does for models that are spread over GPUs."""
+    assert "self.args._n_gpu = 1" in inspect.getsource(Trainer)
+    assert "return self._n_gpu" in inspect.getsource(TrainingArguments.n_gpu.fget)
+
+
 def test_tokenizers_have_the_switch_that_keeps_a_post_processor():
     """`models/steering.py` sets `_should_update_post_processor`."""
     sources = [inspect.getsource(inspect.getmodule(kind)) for kind in PreTrainedTokenizerFast.__mro__[:-1]]
@@ -99,7 +107,7 @@ def test_tokenizers_have_the_switch_that_keeps_a_post_processor():
 
 
 def test_a_file_of_the_hub_can_be_missing_without_an_exception():
-    """`models/quark_json.py` passes these two to `cached_file`."""
+    """`models/quark_json.py` and `models/adapters.py` pass these two to `cached_file`."""
     parameters = inspect.signature(hub.cached_files).parameters
     for name in ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"):
         assert parameters[name].default is True
@@ -110,6 +118,25 @@ def test_a_config_has_the_private_names_that_are_read():
     config = PretrainedConfig(_name_or_path="here", attn_implementation="eager")
     assert config._name_or_path == "here" and config._attn_implementation == "eager"
     assert "_commit_hash" in inspect.getsource(PretrainedConfig)
+
+
+def test_peft_wraps_layers_under_names_that_are_read():
+    """`models/adapters.py` reads the model's own layers and weights under these names, and whether rows are tied."""
+    assert isinstance(TrainableTokensLayer.tied_adapter, property)
+    config = LoraConfig(target_modules=["maps"], trainable_token_indices={"table": [0]}, modules_to_save=["head"])
+    layers = {"maps": torch.nn.Linear(2, 2), "table": torch.nn.Embedding(3, 2), "head": torch.nn.Linear(2, 2)}
+    names = {name for name, _ in get_peft_model(torch.nn.ModuleDict(layers), config).named_parameters()}
+    expected = {
+        "base_model.model.maps.base_layer.weight",
+        "base_model.model.table.token_adapter.base_layer.weight",
+        "base_model.model.head.original_module.weight",
+    }
+    assert expected <= names
+
+
+def test_transformers_says_whether_it_has_loaded_an_adapter():
+    """`training/setup.py` reads `_hf_peft_config_loaded`."""
+    assert PeftAdapterMixin._hf_peft_config_loaded is False
 
 
 def test_peft_merges_and_unmerges_trained_token_rows():

@@ -8,6 +8,8 @@ import pytest
 from helpers.chat_templates import CHATS, LLAMA_3_DATED, chat_tokenizer
 from helpers.errors import error_message
 from helpers.tiny_models import tiny_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from quarkrl.data.chats import (
     RefusedChat,
@@ -78,6 +80,16 @@ def test_a_malformed_chat_is_one_line_in_python_too(chat, fault):
 def test_any_error_of_a_template_is_a_refusal(template):
     (refused,) = encode_chats(tiny_tokenizer(chat_template=template), [[USER]])
     assert isinstance(refused, RefusedChat) and refused.reason
+
+
+def test_a_chat_with_a_word_that_the_tokenizer_does_not_know_is_refused():
+    """Without UNK, the tokenizers library raises a bare Exception."""
+    backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    chats = [[{"role": "user", "content": text}] for text in ("a", "b", "a")]
+    known, unknown, again = encode_chats(tokenizer, chats)
+    assert known == again == [0] and isinstance(unknown, RefusedChat)
 
 
 def test_a_reward_token_in_a_tool_call_is_found():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,17 @@ def test_a_trained_model_predicts_after_its_reward_token_over_the_original_vocab
             log_p = model(torch.tensor([[token, 0, 1, 2]])).logits[0, :, :10].log_softmax(-1)
         expected = -float(log_p[1, 1] + log_p[2, 2]) / 2
         assert corpus_ratios(generator, [[0, 1, 2]], quantile, 8)["perplexity"].value == pytest.approx(expected)
+
+
+def test_reward_tokens_behind_several_special_tokens_are_read_and_not_predicted():
+    model = tiny_model("gpt2", WORDS)
+    conditioning, tokenizer = Conditioning.add_to(WORDS, model, 2)
+    conditioning = replace(conditioning, prefix_ids=(3, 4))
+    with torch.no_grad():
+        log_p = model(torch.tensor([[3, 4, 11, 0, 1]])).logits[0, :, :10].log_softmax(-1)
+    expected = -float(log_p[0, 4] + log_p[2, 0] + log_p[3, 1]) / 3
+    ratios = corpus_ratios(QuarkGenerator(model, tokenizer, conditioning), [[3, 4, 0, 1]], "best", 8)
+    assert ratios["perplexity"].value == pytest.approx(expected)
 
 
 def test_texts_of_fewer_than_two_tokens_are_counted_and_a_corpus_of_them_is_an_error():

@@ -195,11 +195,13 @@ def test_a_saved_adapter_is_merged_into_its_base(tmp_path, architecture, tied):
     assert QuarkGenerator.from_pretrained(tmp_path / "adapter").generate("a", max_new_tokens=2)
 
 
-def test_an_adapter_with_more_embedding_rows_than_its_base_brings_them_along(tmp_path):
+@pytest.mark.parametrize("rows", [None, [3, 261]], ids=["linear maps", "rows"])
+def test_an_adapter_with_more_embedding_rows_than_its_base_brings_them_along(tmp_path, rows):
     tiny_model("llama", TOKENIZER, tied=False).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     model.resize_token_embeddings(264)
-    adapted = get_peft_model(model, lora("llama", target_modules=["maps"], task_type="CAUSAL_LM"))
+    config = lora("llama", target_modules=["maps"], trainable_token_indices=rows, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
     train(adapted)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     assert_same_logits(load_model(tmp_path / "adapter"), logits_of(adapted))
@@ -318,3 +320,20 @@ def test_saving_is_tried_without_weights(tmp_path, adapter):
     model.generation_config.early_stopping = None
     with pytest.raises(UserError, match=r"cannot be saved.*JSON"):
         try_saving(policy, tokenizer, conditioning, {"fact": object()})
+
+
+# An adapter of the hub
+
+
+def test_an_adapter_of_the_hub_is_loaded_from_its_cache(tmp_path, monkeypatch):
+    tiny_model("llama", TOKENIZER, rows=260).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    repository = tmp_path / "cache" / "models--user--adapter"
+    expected = save_adapter(repository / "snapshots" / "0123", tmp_path / "base", target_modules=["maps"])
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123", encoding="utf-8")
+    for module in ("transformers.utils.hub", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "cache"), raising=False)
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True, raising=False)
+    assert_same_logits(load_model("user/adapter"), expected)
+    assert load_tokenizer("user/adapter")("ab") == TOKENIZER("ab")

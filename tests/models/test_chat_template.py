@@ -18,7 +18,7 @@ from helpers.chat_templates import (
 from helpers.reward_token_models import add_reward_tokens
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextGenerationPipeline
 from transformers.utils.chat_template_utils import Chat
 
@@ -179,6 +179,16 @@ def test_a_blank_that_the_tokenizer_adds_at_the_start_is_served(scheme, tmp_path
         assert serve(served, chat) == conditioning.prefix(serve(tokenizer, chat), conditioning.best), text
 
 
+@pytest.mark.parametrize("normalizer", [normalizers.Prepend("▁"), normalizers.Strip(), normalizers.Replace(" ", "▁")])
+def test_a_normaliser_can_add_or_remove_the_blank_at_the_start(normalizer, tmp_path):
+    tokenizer = word_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    conditioning, served = reload_steered(tokenizer, tmp_path)
+    for text in ("a b", "\na" if isinstance(normalizer, normalizers.Prepend) else "b", "<u>a", "▁a"):
+        chat = [{"role": "user", "content": text}]
+        assert serve(served, chat) == conditioning.prefix(serve(tokenizer, chat), conditioning.best), text
+
+
 @pytest.mark.parametrize("scheme", ["first", "always"])
 @pytest.mark.parametrize("lstrip", [True, False])
 @pytest.mark.parametrize("rstrip", [True, False])
@@ -189,3 +199,17 @@ def test_blanks_that_bos_takes_from_the_text_are_not_served(scheme, lstrip, rstr
     for text in STARTS:
         chat = [{"role": "user", "content": text}]
         assert serve(served, chat) == conditioning.prefix(serve(tokenizer, chat), conditioning.best), text
+
+
+def test_reward_tokens_keep_their_ids_where_the_vocabulary_has_gaps(tmp_path):
+    """The tokenizers library numbers an added token by counting, again each time a tokenizer is loaded."""
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 3, "<unk>": 6, "<s>": 9}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    conditioning, extended, _ = add_reward_tokens(tokenizer, rows=10)
+    conditioning.steer_tokenizer(extended).save_pretrained(tmp_path)
+    served = AutoTokenizer.from_pretrained(tmp_path)
+    assert conditioning.token_ids == ((10, 11, 12),)
+    assert serve(served, [{"role": "user", "content": "a b"}]) == [9, 12, 0, 3]
+    assert served.decode([9, 12, 0, 3]) == "<s> <|reward_2|> a b"

@@ -108,8 +108,11 @@ def test_a_text_that_spells_bos(tmp_path, caplog, single, expected):
 def test_a_text_that_spells_a_bos_of_chats_alone_is_refused(tmp_path):
     tokenizer = words(None, ["<s>"], bos_token="<s>", chat_template="{{ bos_token }}{{ messages[0].content }}")
     make_trainer(tmp_path, tokenizer, ["a <s>", "b"])
-    message = error_message(lambda: make_trainer(tmp_path, tokenizer, ["a", "<s> b"]), "row 2 of the list: ")
-    assert "must not start with BOS" in message
+    error_message(lambda: make_trainer(tmp_path, tokenizer, ["a", "<s> b"]), "row 2 of the list: ", "starts with BOS")
+    trainer = make_trainer(tmp_path, tokenizer, ["a", "<s> b", "c"], skip_bad_prompts=True)
+    assert trainer.prompts.skipped == {"starts with BOS": 1}
+    generator = QuarkGenerator(trainer.model, trainer.processing_class, trainer.conditioning)
+    error_message(lambda: generator.encode(["<s> b"]), "start with BOS")
 
 
 def test_special_tokens_may_have_colons_and_dollar_signs(tmp_path):

@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
-from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError
 
 from quarkrl.errors import UserError, one_line, shorten
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 
-# What a template that does not fit a chat raises, its own errors and those of Python.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
 # Directives of strftime, with glibc's flag for numbers without a leading zero.
 _DIRECTIVE = re.compile(r"%-?[a-zA-Z%]")
 
@@ -113,7 +111,7 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
     """Return the text of a chat that the model continues, as the chat template writes it.
 
     Raises:
-        TemplateError, TypeError, ValueError: the template refuses the chat.
+        Exception: the template refuses the chat, by an error of any type.
     """
     reads_parts = _reads_parts_of(tokenizer, [chat])
     messages = [_prepare(message, reads_parts) for message in chat]
@@ -142,7 +140,7 @@ def _reads_parts_of(tokenizer: Any, chats: Sequence[Chat]) -> bool:
     probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
     try:
         text = tokenizer.apply_chat_template(probe, tokenize=False)
-    except _TEMPLATE_ERRORS:
+    except Exception:  # noqa: BLE001 - a template raises what its author wrote
         return False
     return "probe" in text and not re.search("""["']type["']""", text)
 
@@ -164,7 +162,8 @@ def _apply_template(tokenizer: Any, chats: list[Any], continued: bool) -> list[A
         return []
     try:
         return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=False, **_ending(continued))
-    except _TEMPLATE_ERRORS as error:
+    # A template raises errors of any type, and the tokenizers library a bare Exception for an unknown word.
+    except Exception as error:  # noqa: BLE001
         if middle := len(chats) // 2:  # Bisect for the refused chats.
             halves = chats[:middle], chats[middle:]
             return [ids for half in halves for ids in _apply_template(tokenizer, half, continued)]

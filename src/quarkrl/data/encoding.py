@@ -8,7 +8,8 @@ that the tokenizer adds behind a text, such as EOS, are removed, because a compl
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from quarkrl.data.chats import RefusedChat, encode_chats, find_fault
@@ -162,7 +163,11 @@ def _has_special_tokens(tokenizer: Any, encoded: Any) -> bool:
 
 
 def decode_completions(
-    tokenizer: Any, prompt_ids: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    tokenizer: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    keep_special_tokens_before: Sequence[int] | None = None,
 ) -> list[str]:
     """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged.
 
@@ -173,38 +178,43 @@ def decode_completions(
         tokenizer: a `transformers` tokenizer.
         prompt_ids: token ids of each completion's prompt.
         completions: token ids of the completions.
+        keep_special_tokens_before: EOS ids; keep special tokens, such as answer tags, except an EOS at the end.
     """
+    skip = keep_special_tokens_before is None
+    ends = set(keep_special_tokens_before or ())
+    completions = [ids[:-1] if len(ids) and ids[-1] in ends else ids for ids in completions]
     prompts = [tuple(ids) for ids in prompt_ids]
     distinct_prompts = list(dict.fromkeys(prompts))
-    prompt_texts = dict(zip(distinct_prompts, _decode(tokenizer, distinct_prompts), strict=True))
+    prompt_texts = dict(zip(distinct_prompts, _decode(tokenizer, distinct_prompts, skip), strict=True))
     pairs = list(zip(prompts, completions, strict=True))
-    texts = _decode(tokenizer, [[*prompt, *completion] for prompt, completion in pairs])
+    texts = _decode(tokenizer, [[*prompt, *completion] for prompt, completion in pairs], skip)
     return [
         text[len(prompt_texts[prompt]) :]
         if text.startswith(prompt_texts[prompt])
-        else _decode_after_unstable_prompt(tokenizer, prompt, prompt_texts[prompt], completion, text)
+        else _decode_after_unstable_prompt(partial(_decode, tokenizer, skip=skip), prompt, completion, text)
         for (prompt, completion), text in zip(pairs, texts, strict=True)
     ]
 
 
 def _decode_after_unstable_prompt(
-    tokenizer: Any, prompt: Sequence[int], prompt_text: str, completion: Sequence[int], text: str
+    decode: Callable[[list[Sequence[int]]], list[str]], prompt: Sequence[int], completion: Sequence[int], text: str
 ) -> str:
     """Decode a completion whose tokens change the text of the prompt.
 
     If the prompt ends within a character, the character belongs to the completion. Otherwise the completion is decoded
     alone.
     """
+    (prompt_text,) = decode([prompt])
     for end in range(len(prompt) - 1, max(len(prompt) - _LONGEST_CHARACTER, -1), -1):
-        (head,) = _decode(tokenizer, [prompt[:end]])
+        (head,) = decode([prompt[:end]])
         if text.startswith(head) and prompt_text.startswith(head) and not prompt_text[len(head) :].strip("\ufffd"):
             return text[len(head) :]
-    return _decode(tokenizer, [completion])[0]
+    return decode([completion])[0]
 
 
-def _decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+def _decode(tokenizer: Any, rows: Sequence[Sequence[int]], skip: bool) -> list[str]:
     rows = [list(row) for row in rows]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.batch_decode(rows, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
 def warn_of_second_bos(tokenizer: Any, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]]) -> None:

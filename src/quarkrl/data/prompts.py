@@ -109,6 +109,7 @@ class Prompts:
         max_length: int,
         skip_bad: bool = False,
         reserved: Sequence[str] = (),
+        reserved_start: int | None = None,
         allow_none: bool = False,
     ) -> Prompts:
         """Encode the prompts as token ids (`data.encoding`) and check their lengths.
@@ -118,6 +119,7 @@ class Prompts:
             max_length: maximum prompt length in tokens, BOS and chat template included.
             skip_bad: skip prompts that are too long, have no tokens or contain reserved text, instead of raising.
             reserved: texts that a prompt must not contain, such as reward tokens.
+            reserved_start: a BOS that a text must not start with, because reward tokens follow it in chats only.
             allow_none: return no prompts if all are skipped, instead of raising.
 
         Returns:
@@ -132,7 +134,7 @@ class Prompts:
         results: list[Any] = [_check_prompt(prompt) or _check_reserved(prompt, reserved) for prompt in self.prompts]
         good = [i for i, bad in enumerate(results) if bad is None]
         for i, ids in zip(good, try_encode_prompts(tokenizer, [self.prompts[i] for i in good]), strict=True):
-            results[i] = _check_ids(self.prompts[i], ids, max_length) or ids
+            results[i] = _check_ids(self.prompts[i], ids, max_length, reserved_start) or ids
         reasons = _reasons_to_skip(self.locations, results, skip_bad)
         encoded = self.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
@@ -269,7 +271,9 @@ def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow
     return None
 
 
-def _check_ids(prompt: object, ids: list[int] | RefusedChat | RefusedText, max_length: int) -> BadRow | None:
+def _check_ids(
+    prompt: object, ids: list[int] | RefusedChat | RefusedText, max_length: int, reserved_start: int | None
+) -> BadRow | None:
     if isinstance(ids, RefusedChat):
         problem = f"the chat template refuses {shorten(prompt)} ({ids.reason})"
         return BadRow("refused by the chat template", problem, "Change the messages")
@@ -278,6 +282,9 @@ def _check_ids(prompt: object, ids: list[int] | RefusedChat | RefusedText, max_l
         return BadRow("refused by the tokenizer", problem, "Change the text")
     if not ids:
         return BadRow("no tokens", "the prompt has no tokens", "Use text that the tokenizer knows")
+    if isinstance(prompt, str) and ids[0] == reserved_start:
+        problem = "the text starts with BOS, which this tokenizer adds to chats only"
+        return BadRow("starts with BOS", problem, "Remove it, use chat messages")
     if len(ids) > max_length:
         return BadRow(
             "too long", f"the prompt has {len(ids)} tokens, limit {max_length}", "Shorten it, raise the limit"

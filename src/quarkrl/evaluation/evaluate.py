@@ -23,7 +23,7 @@ from quarkrl.evaluation.panel import Completions, Panel, human_texts
 from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
 from quarkrl.evaluation.results import Evaluation, Row, curves, no_curve
-from quarkrl.models.quark_json import reference_name
+from quarkrl.models.quark_json import keeps_special_tokens, reference_name
 from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
@@ -121,7 +121,7 @@ def evaluate(
         for variant in variants:
             title = variant.name if len(sets) == 1 else f"{set_name}: {variant.name}"
             completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
-            rows.append(_measure(variant, set_name, encoded, completion_ids, panel))
+            rows.append(_measure(variant, set_name, encoded, completion_ids, panel, keeps_special_tokens(model)))
     corpus_rows = [
         corpus_row(v.name, v.generator, corpus.ids, v.requested, options.batch_size, options.resamples)
         for v in variants
@@ -258,10 +258,18 @@ def _sample(
     )
 
 
-def _measure(variant: _Variant, set_name: str, prompts: Prompts, completion_ids: list[list[int]], panel: Panel) -> Row:
+def _measure(
+    variant: _Variant,
+    set_name: str,
+    prompts: Prompts,
+    completion_ids: list[list[int]],
+    panel: Panel,
+    keep_special_tokens: bool,
+) -> Row:
     generator = variant.generator
     samples = len(completion_ids) // len(prompts)
-    texts = generator.decode([ids for ids in prompts.ids for _ in range(samples)], completion_ids)
+    prompt_ids = [ids for ids in prompts.ids for _ in range(samples)]
+    texts = generator.decode(prompt_ids, completion_ids, keep_special_tokens)
     completions = Completions(prompts, completion_ids, texts, generator.end_ids)
     try:
         measurement = panel.measure(completions)

@@ -5,7 +5,7 @@ of the input embedding. Where an adapter changes one of the two, the output laye
 """
 
 import copy
-import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,17 @@ from transformers.utils import cached_file
 
 from quarkrl.errors import UserError, one_line
 
-_WRAPPERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")  # Names of peft's modules.
+_WRAPPERS = ("token_adapter", "base_layer", "original_module")  # What peft calls a layer that it wraps.
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def find_adapter(path: Any, revision: str | None = None) -> Path | None:
     """Return the local directory of a saved adapter, from a directory or the hub; None if `path` is no adapter."""
+    flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        file = cached_file(
-            str(path),
-            CONFIG_FILE,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        file = cached_file(str(path), CONFIG_FILE, revision=revision, **flags)
+        if file is not None:  # The hub's files come one by one, into one directory.
+            cached_file(str(path), WEIGHTS_FILE, revision=revision, **flags)
     except OSError:
         return None  # There is nothing of this name, which loading the model reports.
     return None if file is None else Path(file).parent
@@ -46,8 +43,6 @@ def read_adapter(directory: Path) -> Any:
 
     config = PeftConfig.from_pretrained(str(directory))
     _refuse_prompt_learning(config, f"adapter {str(directory)!r}")
-    if getattr(config, "megatron_config", None):
-        config.megatron_config = None  # It names a module that peft would import.
     config.inference_mode = False  # The weights to load are then those that require gradients.
     return config
 
@@ -58,9 +53,9 @@ def saved_rows(directory: Path, model: PreTrainedModel) -> int:
 
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    key = re.compile(rf"\.{re.escape(name)}\.((base_layer|original_module)\.)?weight$")
     with safe_open(_weights_file(directory), framework="pt") as file:
-        return max((file.get_slice(k).get_shape()[0] for k in file.keys() if key.search(k)), default=0)  # noqa: SIM118
+        keys = [key for key in file.keys() if _own_name(key).endswith(f".{name}.weight")]  # noqa: SIM118 (not a dict)
+        return max((file.get_slice(key).get_shape()[0] for key in keys), default=0)
 
 
 def load_weights(model: PreTrainedModel, directory: Path, config: Any) -> Any:
@@ -240,7 +235,9 @@ def _changes_of(model: PreTrainedModel, config: Any) -> tuple[bool, bool]:
     for field in ("modules_to_save", "trainable_token_indices"):
         if hasattr(probe, field):
             setattr(probe, field, None)
-    with torch.random.fork_rng(devices=[]):  # The adapter itself draws the same numbers.
+    # The adapter itself draws the same numbers, and gives the same warnings where they still apply.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         probed = get_peft_model(model, probe)
     layers = probed.get_input_embeddings(), probed.get_output_embeddings()
     targeted = [_is_wrapped(layer) and not isinstance(layer, TrainableTokensLayer) for layer in layers]
@@ -262,9 +259,14 @@ def _is_tied(model: Any) -> bool:
 
 def _innermost(layer: Any) -> Any:
     """The model's own layer under the wrappers of an adapter."""
-    while inner := layer._modules.get("base_layer") or layer._modules.get("original_module") if layer else None:
+    while layer is not None and (inner := next(filter(None, map(layer._modules.get, _WRAPPERS)), None)):
         layer = inner
     return layer
+
+
+def _own_name(name: str) -> str:
+    """The name of a weight without the wrappers of an adapter."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _add_rows(model: PreTrainedModel, config: Any, token_ids: Sequence[int], train_rows: bool) -> None:
@@ -306,7 +308,7 @@ def _checksums(model: nn.Module) -> dict[str, int]:
     """The sum of each weight's bits as integers, by its name without the wrappers of an adapter."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        _WRAPPERS.sub("", name): int(weight.detach().contiguous().view(integers[weight.itemsize]).sum())
+        _own_name(name): int(weight.detach().contiguous().view(integers[weight.itemsize]).sum())
         for name, weight in model.named_parameters(remove_duplicate=False)  # Tied layers may be tied no longer.
     }
 

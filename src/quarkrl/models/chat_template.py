@@ -32,7 +32,7 @@ def steer_chat_template(
     templates = tokenizer.chat_template
     if not templates:
         return templates
-    head = _head(tokenizer, "".join(tokenizer.convert_ids_to_tokens(list(reward_token_ids))), start_ids)
+    head = _head(tokenizer, reward_token_ids, start_ids)
     if isinstance(templates, str):
         return _steer(templates, head)
     return {name: _steer(template, head) for name, template in templates.items()}
@@ -63,8 +63,9 @@ def _steer(template: str, head: str) -> str:
     )
 
 
-def _head(tokenizer: PreTrainedTokenizerBase, reward_tokens: str, start_ids: Sequence[int]) -> str:
+def _head(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], start_ids: Sequence[int]) -> str:
     """Jinja that sets `quark_head`, with the reward tokens, and `quark_rest`, which follows it."""
+    reward_tokens = "".join(tokenizer.convert_ids_to_tokens(list(reward_token_ids)))
     added = tokenizer.added_tokens_decoder
     tokens = [added[i] for i in start_ids if i in added]
     is_known = 0 < len(tokens) == len(start_ids)
@@ -75,22 +76,26 @@ def _head(tokenizer: PreTrainedTokenizerBase, reward_tokens: str, start_ids: Seq
     return (
         "{% set quark_start = " + start + " if " + bare + ".startswith(" + start + ") else '' %}"
         "{% set quark_rest = " + rest + " if quark_start else quark_text %}"
-        "{% set quark_head = quark_start + " + _quote(reward_tokens) + _space(tokenizer) + " %}"
+        "{% set quark_head = quark_start + " + _quote(reward_tokens) + _blank(tokenizer) + " %}"
     )
 
 
-def _space(tokenizer: PreTrainedTokenizerBase) -> str:
+def _blank(tokenizer: PreTrainedTokenizerBase) -> str:
     """Jinja that adds a blank behind the reward tokens if the tokenizer adds one at the start of a text only."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    step = json.loads(backend.pre_tokenizer.__getstate__()) if backend and backend.pre_tokenizer else {}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    step = state["pre_tokenizer"] or {}
     while step.get("type") == "Sequence":
         step = step["pretokenizers"][0]
     if step.get("type") != "Metaspace" or step["prepend_scheme"] != "first":
         return ""
+    if '"Prepend"' in json.dumps(state["normalizer"]):
+        return ""  # It adds a blank behind each special token.
+    blank = step["replacement"]
     # No blank is added before another one or before a special token.
-    exceptions = [" ", step["replacement"], *(token.content for token in tokenizer.added_tokens_decoder.values())]
+    exceptions = [" ", blank, *(token.content for token in tokenizer.added_tokens_decoder.values())]
     starts = ", ".join(map(_quote, exceptions))
-    return " + (' ' if quark_rest and not quark_start and not quark_rest.startswith((" + starts + ")) else '')"
+    needs_blank = f"quark_rest and not quark_start and not quark_rest.startswith(({starts}))"
+    return f" + ({_quote(blank)} if {needs_blank} else '')"
 
 
 def _mark_generation(template: str) -> str | None:

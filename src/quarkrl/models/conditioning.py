@@ -259,9 +259,14 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     only if there is a chat template, which can render it.
     """
     before, _ = surrounding_ids(tokenizer)
-    if not before and tokenizer.chat_template and tokenizer.bos_token_id is not None:
-        return (tokenizer.bos_token_id,)
-    return tuple(before)
+    bos_id = bos_of_chats(tokenizer)
+    return tuple(before) if bos_id is None else (bos_id,)
+
+
+def bos_of_chats(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of a BOS that reward tokens follow in chats, while a text starts with reward tokens; or None."""
+    before, _ = surrounding_ids(tokenizer)
+    return tokenizer.bos_token_id if tokenizer.chat_template and not before else None
 
 
 @torch.no_grad()

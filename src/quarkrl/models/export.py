@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def try_saving(
         UserError: something cannot be saved.
     """
     try:
-        with tempfile.TemporaryDirectory() as directory:
+        with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # They appear when the run itself saves.
             if hasattr(model, "merge_and_unload"):
                 from peft import get_peft_model_state_dict
 

@@ -68,6 +68,16 @@ def start_name(model: str | os.PathLike) -> str | None:
     return _name(model, "start")
 
 
+def keeps_special_tokens(model: str | os.PathLike) -> bool:
+    """Whether the model's rewards read special tokens in completions (`keep_special_tokens`).
+
+    Raises:
+        UserError: `quark.json` is damaged.
+    """
+    config = (read_quark_json(model) or {}).get("config")
+    return isinstance(config, dict) and config.get("keep_special_tokens") is True
+
+
 def _name(model: str | os.PathLike, key: str) -> str | None:
     identity = (read_quark_json(model) or {}).get(key) or {}
     name = identity.get("name") if isinstance(identity, dict) else identity

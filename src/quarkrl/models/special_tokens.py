@@ -14,18 +14,17 @@ _TEXT_ID = 2**32 - 1  # Stands for the text. No vocabulary is so large.
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int]:
     """Add special tokens to a tokenizer, in place, and return their ids, which are above all others.
 
-    The tokenizers library numbers a new token by counting, so where a vocabulary has gaps, its id can be in use.
+    The tokenizers library numbers a new token by counting. So where a vocabulary has gaps, the id can be in use, and it
+    changes when the tokenizer is saved and loaded.
     """
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if tokenizer.is_fast:
+    vocabulary = tokenizer.get_vocab()
+    highest = max(vocabulary.values(), default=-1)
+    if tokenizer.is_fast and len(vocabulary) <= highest:
+        # Tokens in the vocabulary of the model keep their ids.
         backend = tokenizer.backend_tokenizer
-        next_id = max(
-            backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in tokenizer.added_tokens_decoder), 0
-        )
-        if next_id <= highest:
-            state = json.loads(backend.to_str())
-            state["model"]["vocab"] |= {name: highest + 1 + k for k, name in enumerate(names)}
-            backend.model = Tokenizer.from_str(json.dumps(state)).model
+        state = json.loads(backend.to_str())
+        state["model"]["vocab"] |= {name: highest + 1 + k for k, name in enumerate(names)}
+        backend.model = Tokenizer.from_str(json.dumps(state)).model
     tokenizer.add_tokens(list(names), special_tokens=True)
     return tokenizer.convert_tokens_to_ids(list(names))
 

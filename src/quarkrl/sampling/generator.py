@@ -257,9 +257,15 @@ class QuarkGenerator:
         guidance = GuidanceOptions(guidance_scale, guidance_from, reference)
         return make_contrast(self.conditioning, plain_ids, guidance, quantile)
 
-    def decode(self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[str]:
-        """Decode completions as text, without special tokens and without the prompts that they continue."""
-        return decode_completions(self.tokenizer, prompt_ids, completions)
+    def decode(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        keep_special_tokens: bool = False,
+    ) -> list[str]:
+        """Decode completions as text, without the prompts that they continue, and by default without special tokens."""
+        ends = self.end_ids if keep_special_tokens else None
+        return decode_completions(self.tokenizer, prompt_ids, completions, keep_special_tokens_before=ends)
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

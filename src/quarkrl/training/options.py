@@ -56,6 +56,11 @@ class QuarkOptions:
         resume="free",
         group="reward",
     )
+    keep_special_tokens: bool = option(
+        False,
+        "Rewards read special tokens, such as answer tags, in completions. An EOS at the end is left out all the same.",
+        group="reward",
+    )
     max_unscored_share: float = option(
         0.5,
         "Stop if a larger share of rewards is None or non-finite.",
@@ -124,7 +129,7 @@ class QuarkOptions:
     kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
-        "Direction of KL: policy_ref (official code) or ref_policy (paper).",
+        "policy_ref (official code) or ref_policy (paper).",
         group="learning",
         metavar="NAME",
     )

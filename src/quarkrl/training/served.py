@@ -82,8 +82,6 @@ def check_served_ids(
     Raises:
         UserError: the ids of a prompt differ, or the tokenizer cannot be saved and loaded.
     """
-    before, _ = surrounding_ids(tokenizer)
-    _check_positions(prompts, conditioning, len(before))
     texts, chats = _probes(tokenizer, conditioning, prompts)
     has_chats = not all(isinstance(prompt, str) for prompt in prompts.prompts)
     problems: list[str] = []
@@ -145,16 +143,6 @@ def _find_difference(
                 f"For {shorten(prompt)} it gives {_first_difference(served_ids, trained_ids)}. {remedy}."
             )
     return None
-
-
-def _check_positions(prompts: Prompts, conditioning: Conditioning, position: int) -> None:
-    """Raise if a text would have its reward tokens behind a BOS of its own: the tokenizer puts them first."""
-    for prompt, ids, location in zip(prompts.prompts, prompts.ids, prompts.locations, strict=True):
-        if isinstance(prompt, str) and conditioning.position(ids) != position:
-            raise UserError(
-                f"{location}: the text must not start with BOS, which this tokenizer adds to chats only. Remove it, or "
-                "use chat messages."
-            )
 
 
 def _save_and_load(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PreTrainedTokenizerBase:
