@@ -140,7 +140,7 @@ def test_transformers_says_whether_it_has_loaded_an_adapter():
 
 
 def test_peft_merges_and_unmerges_trained_token_rows():
-    """`sampling/autocast_cache.py` calls them."""
+    """`sampling/prepared_weights.py` calls them."""
     assert parameters_of(TrainableTokensLayer.merge) == "(safe_merge=False, adapter_names=None)"
     assert parameters_of(TrainableTokensLayer.unmerge) == "()"
     assert parameters_of(TrainableTokensLayer.get_base_layer) == "()"
