@@ -60,7 +60,7 @@ def use(directory: Path, samples: int) -> dict[str, float | None]:
     pa.default_memory_pool().release_unused()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # Freed memory is not the pool's.
-    held, tokens = measure.held_bytes("cpu") - before, int(pool.lengths.sum())
+    held, tokens = measure.held_bytes("cpu") - before, int(pool.lengths_of(np.arange(samples)).sum())
     rng = np.random.default_rng(0)
     drawing, drawn = timed(pool.draw, DRAWS, rng)
     balancing, _ = timed(pool.draw, DRAWS, rng, balanced=True)

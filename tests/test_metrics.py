@@ -8,19 +8,15 @@ from math import exp, inf, isnan, log
 import numpy as np
 import pytest
 
+from quarkrl.evaluation.intervals import Ratio
 from quarkrl.metrics import (
-    average_maximum,
-    distinct,
     distinct_shares,
     diversity,
     last_seen,
     maxima,
     perplexities,
-    perplexity,
-    probability,
     reached,
     rep_n,
-    share,
     shares,
 )
 
@@ -36,40 +32,45 @@ def no_warnings():
         yield
 
 
+def mean(values) -> float:
+    """The mean over prompts or completions, as in the tables of an evaluation."""
+    return Ratio.of(np.asarray(values)).value
+
+
 # Scores
 
 
 def test_average_maximum_is_the_mean_over_prompts_of_the_maxima():
-    assert average_maximum(np.array([[0.1, 0.9], [0.3, 0.2]])) == pytest.approx((0.9 + 0.3) / 2)
+    assert mean(maxima(np.array([[0.1, 0.9], [0.3, 0.2]]))) == pytest.approx((0.9 + 0.3) / 2)
 
 
 def test_average_maximum_excludes_missing_scores():
     scores = np.array([[0.1, NAN, 0.7], [NAN, NAN, NAN], [0.2, 0.1, NAN]])
-    assert average_maximum(scores) == pytest.approx((0.7 + 0.2) / 2)
+    assert mean(maxima(scores)) == pytest.approx((0.7 + 0.2) / 2)
 
 
 def test_probability_is_the_share_of_prompts_with_a_score_of_at_least_the_threshold():
     scores = np.array([[0.1, 0.5], [0.4999, 0.1], [0.9, 0.9], [0.0, 0.0]])
-    assert probability(scores) == 2 / 4  # 0.5 counts, 0.4999 does not, and a prompt counts once.
-    assert probability(scores, threshold=0.9) == 1 / 4
-    assert probability(scores, threshold=0.0) == 1
+    assert mean(reached(maxima(scores))) == 2 / 4  # 0.5 counts, 0.4999 does not, and a prompt counts once.
+    assert mean(reached(maxima(scores), threshold=0.9)) == 1 / 4
+    assert mean(reached(maxima(scores), threshold=0.0)) == 1
 
 
 def test_probability_excludes_missing_scores():
-    assert probability(np.array([[NAN, 0.6], [NAN, NAN], [0.1, NAN]])) == 1 / 2
+    assert mean(reached(maxima(np.array([[NAN, 0.6], [NAN, NAN], [0.1, NAN]])))) == 1 / 2
 
 
 def test_share_is_a_mean_over_prompts_of_shares_of_completions():
     """Prompts have equal weight: the second prompt has one score, the first has four."""
     scores = np.array([[0.5, 0.4999, 0.9, 0.1], [0.7, NAN, NAN, NAN], [NAN, NAN, NAN, NAN]])
     assert shares(scores)[:2].tolist() == [2 / 4, 1] and isnan(shares(scores)[2])
-    assert share(scores) == (2 / 4 + 1) / 2
-    assert share(scores, threshold=0.8) == (1 / 4 + 0) / 2
+    assert mean(shares(scores)) == (2 / 4 + 1) / 2
+    assert mean(shares(scores, threshold=0.8)) == (1 / 4 + 0) / 2
 
 
 @pytest.mark.parametrize("scores", WITHOUT_SCORES, ids=["no prompts", "no scores"])
 def test_metrics_without_scores_are_nan(scores):
-    assert isnan(average_maximum(scores)) and isnan(probability(scores)) and isnan(share(scores))
+    assert isnan(mean(maxima(scores))) and isnan(mean(reached(maxima(scores)))) and isnan(mean(shares(scores)))
 
 
 def test_values_by_prompt_are_nan_where_scores_are_missing():
@@ -96,7 +97,7 @@ def test_values_by_prompt_are_nan_where_scores_are_missing():
     ],
 )
 def test_distinct_by_hand(completions, n, expected):
-    assert distinct(completions, n) == pytest.approx(expected)
+    assert mean(distinct_shares(completions, n)) == pytest.approx(expected)
 
 
 def test_distinct_by_prompt_is_nan_for_a_prompt_without_words():
@@ -106,7 +107,7 @@ def test_distinct_by_prompt_is_nan_for_a_prompt_without_words():
 
 @pytest.mark.parametrize("completions", [[], [[]], [["", " "]]], ids=str)
 def test_distinct_without_words_is_nan(completions):
-    assert isnan(distinct(completions, 1))
+    assert isnan(mean(distinct_shares(completions, 1)))
 
 
 # Perplexity
@@ -114,26 +115,26 @@ def test_distinct_without_words_is_nan(completions):
 
 def test_perplexity_is_the_mean_of_the_perplexities_of_completions():
     # exp(log 16 / 2) = 4 and exp(log 8 / 3) = 2: their mean, not the perplexity of all five tokens.
-    value, left_out = perplexity([log(16), log(8)], [2, 3])
-    assert value == pytest.approx(3)
+    values, left_out = perplexities([log(16), log(8)], [2, 3])
+    assert mean(values) == pytest.approx(3)
     assert left_out == {"empty": 0, "dropped": 0}
 
 
 def test_perplexity_skips_and_counts_completions_without_tokens():
-    value, left_out = perplexity([0.0, log(4), 0.0], [0, 1, 0])
-    assert value == pytest.approx(4) and left_out == {"empty": 2, "dropped": 0}
+    values, left_out = perplexities([0.0, log(4), 0.0], [0, 1, 0])
+    assert mean(values) == pytest.approx(4) and left_out == {"empty": 2, "dropped": 0}
 
 
 def test_perplexities_of_at_least_10000_are_dropped_and_counted():
-    value, left_out = perplexity([log(9_999), log(10_001), 2 * log(1e5), log(5)], [1, 1, 2, 1])
-    assert value == pytest.approx((9_999 + 5) / 2) and left_out == {"empty": 0, "dropped": 2}
+    values, left_out = perplexities([log(9_999), log(10_001), 2 * log(1e5), log(5)], [1, 1, 2, 1])
+    assert mean(values) == pytest.approx((9_999 + 5) / 2) and left_out == {"empty": 0, "dropped": 2}
     limit = np.nextafter(log(1e4), 10)
-    assert exp(limit) >= 1e4 and perplexity([limit], [1])[1] == {"empty": 0, "dropped": 1}
+    assert exp(limit) >= 1e4 and perplexities([limit], [1])[1] == {"empty": 0, "dropped": 1}
 
 
 def test_an_infinite_perplexity_is_dropped():
-    value, left_out = perplexity([1e6, float("inf"), log(2)], [1, 1, 1])
-    assert value == pytest.approx(2) and left_out == {"empty": 0, "dropped": 2}
+    values, left_out = perplexities([1e6, float("inf"), log(2)], [1, 1, 1])
+    assert mean(values) == pytest.approx(2) and left_out == {"empty": 0, "dropped": 2}
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,8 @@ def test_an_infinite_perplexity_is_dropped():
     ],
 )
 def test_perplexity_without_a_completion_that_counts_is_nan(sums, counts, expected):
-    value, left_out = perplexity(sums, counts)
-    assert isnan(value) and left_out == expected
+    values, left_out = perplexities(sums, counts)
+    assert isnan(mean(values)) and left_out == expected
 
 
 def test_perplexities_keep_the_order_of_completions():

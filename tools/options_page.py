@@ -7,11 +7,10 @@ from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
-from quarkrl.cli.parser import typed_fields
 from quarkrl.cli.score import ScoreOptions
-from quarkrl.cli.train_options import RunArguments
+from quarkrl.cli.train_options import RunOptions
 from quarkrl.evaluation.options import EvaluationOptions
-from quarkrl.options import choices_of, default_of, limits_in_words, listed
+from quarkrl.options import choices_of, default_of, join_words, limits_in_words, typed_fields
 from quarkrl.sampling.options import SamplingOptions
 from quarkrl.training.options import GROUPS, INHERITED, QuarkOptions
 
@@ -34,8 +33,8 @@ whether a resumed run may change the option. Options with that note are also arg
 
 def page() -> str:
     """Return the text of the page."""
-    train = [typed for options in (RunArguments, QuarkOptions) for typed in typed_fields(options)]
-    run = {field.name for field in dataclasses.fields(RunArguments)}
+    train = [typed for options in (RunOptions, QuarkOptions) for typed in typed_fields(options)]
+    run = {field.name for field in dataclasses.fields(RunOptions)}
     lines = [INTRODUCTION, "## quarkrl train\n\n"]
     for group in GROUPS:
         rows = [(field, kind) for field, kind in train if field.metadata["group"] == group]
@@ -62,8 +61,9 @@ def page() -> str:
 
 def _entries(rows: list[tuple[dataclasses.Field, object]], no_rule: set[str]) -> list[str]:
     lines = []
-    for field, _ in rows:
-        valid = listed(choices_of(field)) if choices_of(field) else limits_in_words(field.metadata)
+    for field, kind in rows:
+        choices = choices_of(field, kind)
+        valid = join_words(choices) if choices else limits_in_words(field.metadata)
         sentences = [field.metadata["help"], f"Valid: {valid}." if valid else ""]
         if field.name not in no_rule:
             sentences.append(f"Resume: {RESUME[field.metadata['resume']]}.")

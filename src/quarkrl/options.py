@@ -5,8 +5,9 @@ Checks (`check_options`), `--help`, the identity of a run and docs/options.md ar
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from quarkrl.errors import UserError, did_you_mean
 
@@ -87,14 +88,15 @@ def check_options(options: Any, inherited: Mapping[str, dataclasses.Field] | Non
     Raises:
         UserError: a value is out of its limits, or not one of its choices.
     """
+    kinds = {field.name: kind for field, kind in typed_fields(type(options))}
     declared = {field.name: field for field in dataclasses.fields(options)} | dict(inherited or {})
     for name, field in declared.items():
         if "resume" not in field.metadata or isinstance(getattr(type(options), name, None), property):
             continue
-        value = getattr(options, name)
+        value, choices = getattr(options, name), choices_of(field, kinds.get(name))
         for item in value if isinstance(value, list | tuple) else [value]:
-            if item is not None and (limit := _broken_limit(field, item)):
-                raise UserError(f"{name} {item!r}: must be {limit}.{_remedy(name, field, item)}")
+            if item is not None and (limit := _broken_limit(field, choices, item)):
+                raise UserError(f"{name} {item!r}: must be {limit}.{_remedy(name, field, choices, item)}")
 
 
 def limits_in_words(metadata: Mapping[str, Any]) -> str:
@@ -104,17 +106,40 @@ def limits_in_words(metadata: Mapping[str, Any]) -> str:
     return " and ".join(limits)
 
 
-def choices_of(field: dataclasses.Field) -> tuple[Any, ...]:
-    """Return the valid values of an option: its metadata `choices`, or those of its type if that is a `Literal`."""
-    literal = get_args(field.type) if get_origin(field.type) is Literal else ()
-    return tuple(field.metadata.get("choices") or literal)
+def typed_fields(options: type) -> list[tuple[dataclasses.Field, Any]]:
+    """Return each field of a dataclass with its type, where `X | None` counts as X."""
+    hints = get_type_hints(options)
+    return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(options) if field.init]
 
 
-def _broken_limit(field: dataclasses.Field, value: Any) -> str:
+def takes_list(kind: Any) -> bool:
+    """Return whether an option of this type takes several values."""
+    return (get_origin(kind) or kind) in (list, tuple)
+
+
+def choices_of(field: dataclasses.Field, kind: Any) -> tuple[Any, ...]:
+    """Return the valid values of an option: its metadata `choices`, or those of its type if that is a `Literal`.
+
+    Args:
+        field: declares the option.
+        kind: its type, from `typed_fields`; in a list, the type of the items counts.
+    """
+    item = get_args(kind)[0] if takes_list(kind) and get_args(kind) else kind
+    return tuple(field.metadata.get("choices") or (get_args(item) if get_origin(item) is Literal else ()))
+
+
+def _without_none(kind: Any) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        kinds = [member for member in get_args(kind) if member is not type(None)]
+        return kinds[0] if len(kinds) == 1 else kind
+    return kind
+
+
+def _broken_limit(field: dataclasses.Field, choices: Sequence[Any], value: Any) -> str:
     """Return the limits of an option in words if the value breaks one of them, else ""."""
     metadata = field.metadata
-    if choices := choices_of(field):
-        return "" if value in choices else listed(choices)
+    if choices:
+        return "" if value in choices else join_words(choices)
     words = limits_in_words(metadata)
     if isinstance(value, float) and not math.isfinite(value):
         if metadata.get("infinite"):
@@ -129,8 +154,8 @@ def _broken_limit(field: dataclasses.Field, value: Any) -> str:
     return "" if inside else words
 
 
-def _remedy(name: str, field: dataclasses.Field, value: Any) -> str:
-    if hint := did_you_mean(str(value), map(str, choices_of(field))):
+def _remedy(name: str, field: dataclasses.Field, choices: Sequence[Any], value: Any) -> str:
+    if hint := did_you_mean(str(value), map(str, choices)):
         return hint
     default = default_of(field)
     if default is dataclasses.MISSING or default is None:
@@ -139,7 +164,7 @@ def _remedy(name: str, field: dataclasses.Field, value: Any) -> str:
     return f" The default is --{name} {words}."
 
 
-def listed(words: Iterable[Any]) -> str:
+def join_words(words: Iterable[Any]) -> str:
     """Return words as a list in a sentence, such as "a, b or c"."""
     *first, last = map(str, words)
     return f"{', '.join(first)} or {last}" if first else last

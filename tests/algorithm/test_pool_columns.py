@@ -36,7 +36,7 @@ def test_lengths_count_the_tokens_of_prompt_and_completion():
     columns = SampleColumns(1)
     columns.append(new_samples([[1, 2], [], [3]], [[4], [5, 6, 7], []], [0, 0, 0]), 0)
     columns.append(new_samples([[8] * 9], [[9]], [0]), 1)
-    assert columns.compute_lengths().tolist() == [3, 3, 1, 10]
+    assert columns.lengths_of(np.arange(4)).tolist() == [3, 3, 1, 10]
     assert columns.lengths_of(np.array([3, 0, 0, 2, 1])).tolist() == [10, 3, 3, 1, 3]
 
 

@@ -22,7 +22,7 @@ from quarkrl.builtin import prompts_path
 from quarkrl.cli.demo import free_directory
 from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train import held_out_prompts
-from quarkrl.cli.train_options import RunArguments, parse_train
+from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.data.prompts import load_prompts
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
@@ -379,7 +379,7 @@ def test_train_help_fits_in_100_lines_and_lists_every_own_option(capsys):
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 100
     flags = re.findall(r"^  --(\w+)", out, re.M)
-    assert {field.name for options in (QuarkOptions, RunArguments) for field in fields(options)} <= {*flags}
+    assert {field.name for options in (QuarkOptions, RunOptions) for field in fields(options)} <= {*flags}
     assert {"config", "help_all", "output_dir", "seed", "bf16"} <= {*flags}
     assert "(default 0.05)" in out and out.count("\n  quarkrl train ") == 2
 
@@ -389,7 +389,7 @@ def test_train_help_all_lists_the_options_of_transformers_too(capsys):
         main(["train", "--help_all"])
     assert end.value.code == 0
     flags = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.M)
-    assert {field.name for options in (QuarkConfig, RunArguments) for field in fields(options)} <= {*flags}
+    assert {field.name for options in (QuarkConfig, RunOptions) for field in fields(options)} <= {*flags}
 
 
 def test_hyphens_in_flags_are_underscores(tmp_path):

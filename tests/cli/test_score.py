@@ -51,6 +51,12 @@ def test_each_line_of_a_text_file_has_a_reward_and_the_summary_their_distributio
     assert "mean -1.3333, 10th percentile -2.6000, median -1.0000, 90th percentile -0.2000" in err
 
 
+def test_texts_without_a_reward_are_counted_even_if_no_text_has_one(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("?\n?\n", encoding="utf-8")
+    out, err = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a")
+    assert out == ["-\t?", "-\t?"] and err == "2 texts, 2 without a reward\n"
+
+
 def test_json_lines_have_the_score_of_each_of_several_rewards(rewards, capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("a b\n?\n", encoding="utf-8")
     one, _ = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", "--json")

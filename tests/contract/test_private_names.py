@@ -14,7 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp_utils
 from peft import LoraConfig, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import hub
 
@@ -94,6 +94,12 @@ def test_private_names_of_trainer_stand_in_one_file_only():
     assert elsewhere == []
 
 
+def test_the_number_of_gpus_of_a_process_can_be_set():
+    """`training/config.py` sets `_n_gpu`, as `Trainer` does for models that are spread over GPUs."""
+    assert "self.args._n_gpu = 1" in inspect.getsource(Trainer)
+    assert "return self._n_gpu" in inspect.getsource(TrainingArguments.n_gpu.fget)
+
+
 def test_tokenizers_have_the_switch_that_keeps_a_post_processor():
     """`models/steering.py` sets `_should_update_post_processor`."""
     sources = [inspect.getsource(inspect.getmodule(kind)) for kind in PreTrainedTokenizerFast.__mro__[:-1]]
@@ -134,7 +140,7 @@ def test_transformers_says_whether_it_has_loaded_an_adapter():
 
 
 def test_peft_merges_and_unmerges_trained_token_rows():
-    """`sampling/autocast_cache.py` calls them."""
+    """`sampling/prepared_weights.py` calls them."""
     assert parameters_of(TrainableTokensLayer.merge) == "(safe_merge=False, adapter_names=None)"
     assert parameters_of(TrainableTokensLayer.unmerge) == "()"
     assert parameters_of(TrainableTokensLayer.get_base_layer) == "()"

@@ -58,7 +58,7 @@ def test_the_figures_are_the_metrics_of_the_completions(evaluation):
         assert figures["a-ness probability"] == ((1 - rewards) >= 0.5).any(axis=1).mean()
         assert figures["a-ness share"] == pytest.approx(((1 - rewards) >= 0.5).mean())
         for n in (1, 2, 3):
-            assert figures[f"dist-{n}"] == metrics.distinct(row.completions, n)
+            assert figures[f"dist-{n}"] == np.nanmean(metrics.distinct_shares(row.completions, n))
         assert row.intervals.keys() == figures.keys()
         for name, (low, high) in row.intervals.items():
             assert low <= figures[name] <= high or np.isnan(figures[name])

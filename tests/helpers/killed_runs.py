@@ -73,7 +73,8 @@ def trainer_of(directory: Path, scorer=None, model=None, **options):
     options = {**RUN, **options}
     if options["eval_strategy"] != "no":
         options["eval_dataset"] = PROMPTS[:3]
-    return small_trainer(directory, scorer or listed, model or model_of(), PROMPTS, **options)
+    prompts = options.pop("prompts", PROMPTS)
+    return small_trainer(directory, scorer or listed, model or model_of(), prompts, **options)
 
 
 # Where to kill.
@@ -281,7 +282,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
             states = [load_state(directory / name) for directory in (found, expected)]
             for state in states:
-                del state["metrics_bytes"]
+                del state["run"]["metrics_bytes"]
             assert_same(*states)
     with contextlib.suppress(FileNotFoundError):
         facts = [json.loads((directory / "final/quark.json").read_text()) for directory in (found, expected)]

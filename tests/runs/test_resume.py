@@ -32,10 +32,14 @@ from helpers.killed_runs import (
     started,
     trainer_of,
 )
+from helpers.runs import distinct_rewards, model_of, small_trainer
 from helpers.tiny_models import make_home, tiny_model
+from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
+from quarkrl.runs.checkpoints import seal
 from quarkrl.runs.interrupts import Stopped
+from quarkrl.runs.states import load_state
 
 SCORE, TABLE, STATE = (
     "quarkrl.training.exploration:CompletionScorer.score",
@@ -205,12 +209,20 @@ def test_a_second_ctrl_c_ends_at_once_a_reward_that_hangs(tmp_path, home):
 
 
 def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):
-    trainer = trainer_of(tmp_path / "run", scorer=lambda completions: os.kill(os.getpid(), signal.SIGTERM) or SOME[:5])
+    signals = [signal.SIGTERM]
+
+    def scorer(completions):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return SOME[: len(completions)]
+
+    trainer = trainer_of(tmp_path / "run", scorer=scorer)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM in iteration 0 after step 0") as stopped:
         trainer.train()
     assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == handler
+    assert trainer.evaluate()["eval_unscored"] == 0  # The signal is forgotten.
     kept = {path.name for path in (tmp_path / "run/pool/partial-000000").iterdir()}  # The next may have begun.
     assert {"000000000.parquet"} <= kept <= {"000000000.parquet", "000000005.parquet"}
 
@@ -302,10 +314,105 @@ def test_a_run_with_other_options_may_branch_off_from_a_checkpoint_one_names(cop
     assert f"from here on learning_rate was 0.001, is 0.0001; later files were moved to {copied}/aside-1" in " ".join(
         capsys.readouterr().err.split()
     )
-    assert {"checkpoint-4", "iteration-000001.parquet"} == {path.name for path in (copied / "aside-1").iterdir()}
+    left = {"checkpoint-4", "final", "iteration-000001.parquet", "metrics.jsonl", "run.json"}
+    assert left == {path.name for path in (copied / "aside-1").iterdir()}
     # One step of warming up, then linear to 0: 0, 3/3, 2/3 and 1/3 of the peak.
     rates = [row["learning_rate"] for row in metrics_of(copied) if "loss" in row]
     assert rates == pytest.approx([0, 1e-3, 2e-4 / 3, 1e-4 / 3])
+
+
+def test_a_branch_keeps_the_metrics_and_the_final_model_of_the_timeline_that_it_leaves(copied):
+    metrics, weights = (copied / "metrics.jsonl").read_bytes(), (copied / "final/model.safetensors").read_bytes()
+    again(copied, learning_rate=1e-4, resume=str(copied / "checkpoint-2"))
+    assert (copied / "aside-1/metrics.jsonl").read_bytes() == metrics != (copied / "metrics.jsonl").read_bytes()
+    assert (copied / "aside-1/final/model.safetensors").read_bytes() == weights and not (copied / "final").exists()
+    assert json.loads((copied / "aside-1/run.json").read_text())["options"]["learning_rate"] == 1e-3
+
+
+def test_a_branch_with_another_optimizer_starts_its_states_anew(copied):
+    again(copied, optim="adafactor", resume=str(copied / "checkpoint-2"))
+    state = load_state(copied / "checkpoint-4/training/optimizer.safetensors")["state"]
+    assert {values["step"] for values in state.values()} == {2}
+
+
+COEFFICIENTS = {
+    "a changed coefficient": ({"kl_coef": 0.5}, 0.5),
+    "a changed coefficient and a target": ({"kl_coef": 0.5, "kl_target": 1e-3}, 0.5),
+    "a dropped target": ({"kl_target": None}, 0.05),
+    "another option": ({"learning_rate": 1e-4}, None),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), COEFFICIENTS.values(), ids=COEFFICIENTS)
+def test_a_branch_starts_from_its_own_coefficients_unless_they_have_adapted(copied, options, expected):
+    """None: the coefficient that the checkpoint's run had reached, which is not the option's 0.05."""
+    trainer = trainer_of(copied, **SHORT, **options)
+    trainer.coefs.adapt = lambda *_args, **_kwargs: None
+    saved = load_state(copied / "checkpoint-2/training/process-0.safetensors")["run"]["coefs"][0]
+    trainer.add_callback(seen := FirstCoefficients(trainer))
+    trainer.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    assert saved > 0.05 and seen.kl_coef == (saved if expected is None else expected)
+
+
+class FirstCoefficients(TrainerCallback):
+    """Notes β before the first step of a trainer."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **_):
+        self.kl_coef = self.trainer.coefs.kl_coef
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "copy-of-2"])
+def test_a_checkpoint_of_another_directory_is_refused(tmp_path, copied, name):
+    parent = tmp_path / "elsewhere" if name == "checkpoint-2" else copied
+    shutil.copytree(copied / "checkpoint-2", parent / name)
+    with pytest.raises(UserError, match=rf"resume_from_checkpoint '{parent / name}': must be a checkpoint of the run"):
+        again(copied, resume=str(parent / name))
+
+
+def test_one_process_resumes_from_a_checkpoint_with_the_states_of_two(copied):
+    """Both states are equal here, and no sum spans the checkpoint, so the rest of the run is the same."""
+    rows, states = metrics_of(copied), copied / "checkpoint-2/training"
+    shutil.rmtree(copied / "checkpoint-4")
+    shutil.copy(states / "process-0.safetensors", states / "process-1.safetensors")
+    seal(copied / "checkpoint-2")
+    again(copied)
+    assert metrics_of(copied) == rows
+
+
+def test_a_checkpoint_may_be_named_by_a_path_object(copied, capsys):
+    again(copied, resume=copied / "checkpoint-2")
+    assert f"resumed {copied} from iteration 1/1, step 2/4" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_returned_loss_of_a_resumed_run_is_that_of_the_whole_run(copied):
+    (logged,) = (row["train_loss"] for row in metrics_of(copied) if "train_loss" in row)
+    shutil.rmtree(copied / "checkpoint-4")
+    output = trainer_of(copied, **SHORT).train(resume_from_checkpoint=True)
+    assert output.training_loss == output.metrics["train_loss"] == pytest.approx(logged)
+
+
+def test_other_held_out_prompts_are_refused_where_they_choose_the_best_checkpoint(tmp_path):
+    def train(held_out, **options):
+        options = {**SHORT, **options, "steps_per_iteration": 1, "eval_dataset": held_out}
+        resume = (tmp_path / "run").exists()
+        small_trainer(tmp_path / "run", distinct_rewards, model_of(), PROMPTS, **RUN | options).train(resume)
+
+    train(PROMPTS[:2], load_best_model_at_end=True)
+    with pytest.raises(UserError, match=r"holds another \(other held-out prompts\)"):
+        train(PROMPTS[2:4], load_best_model_at_end=True)
+    train(PROMPTS[:2], load_best_model_at_end=True)
+
+
+def test_a_trainer_that_has_learned_does_not_start_again_from_the_beginning(tmp_path):
+    options = {**SHORT, "save_strategy": "no", "eval_strategy": "no"}
+    trainer = trainer_of(tmp_path / "run", **options)
+    trainer.train()
+    with pytest.raises(UserError, match=r"already made 4 steps. Create a new trainer"):
+        trainer.train(resume_from_checkpoint=True)
+    again(tmp_path / "run", **options)
 
 
 def test_nothing_to_resume_is_an_error_and_so_is_a_new_run_on_an_old_one(tmp_path, copied):
@@ -318,6 +425,21 @@ def test_nothing_to_resume_is_an_error_and_so_is_a_new_run_on_an_old_one(tmp_pat
     (copied / "run.json").unlink()
     with pytest.raises(UserError, match=r"run.json is missing, so the run cannot be identified"):
         again(copied)
+
+
+def test_scores_are_retried_where_all_were_missing_whatever_share_may_be(tmp_path):
+    is_down = [True]
+
+    def reward(completion_ids):
+        return [None if is_down else float(sum(ids)) for ids in completion_ids]
+
+    options = {"num_iterations": 1, "steps_per_iteration": 1, "eval_strategy": "no", "save_strategy": "no"}
+    with pytest.raises(UserError, match="12 of 12 rewards in iteration 0 are None"):
+        trainer_of(tmp_path / "run", scorer=reward, max_unscored_share=1.0, **options).train()
+    is_down.clear()
+    resumed = trainer_of(tmp_path / "run", scorer=reward, max_unscored_share=1.0, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.pool) == 12
 
 
 def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):

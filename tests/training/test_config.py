@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.errors import error_message
 from transformers import HfArgumentParser, TrainingArguments
 
 import quarkrl
@@ -117,10 +119,12 @@ def test_a_run_that_keeps_its_best_checkpoint_is_also_identified_by_what_chooses
     assert (identity["eval_top_p"], identity["metric_for_best_model"]) == (0.5, "reward")
 
 
-def test_the_recorded_options_are_quarks_own_and_the_numeric_type(tmp_path):
-    recorded = QuarkConfig(output_dir=str(tmp_path), seed=3).recorded_options()
-    assert recorded.keys() == {*QUARK_OPTIONS, "remove_unused_columns", "num_train_epochs", "seed", "fp16"}
-    assert recorded["seed"] == 3
+def test_the_recorded_options_are_quarks_own_and_all_that_the_result_depends_on(tmp_path):
+    config = QuarkConfig(output_dir=str(tmp_path), seed=3, weight_decay=0.1, optim="adafactor")
+    recorded = json.loads(json.dumps(config.recorded_options()))
+    assert recorded.keys() == QUARK_OPTIONS | config.run_identity().keys()
+    assert (recorded["seed"], recorded["weight_decay"], recorded["optim"]) == (3, 0.1, "adafactor")
+    assert not recorded.keys() & {"remove_unused_columns", "num_train_epochs", "output_dir"}
 
 
 # Values
@@ -138,6 +142,8 @@ IMPOSSIBLE = [
     ({"generation_batch_size": 0}, "generation_batch_size 0: must be at least 1"),
     ({"eval_samples_per_prompt": 0}, "eval_samples_per_prompt 0: must be at least 1"),
     ({"coef_horizon": 0}, "coef_horizon 0: must be at least 1"),
+    ({"coef_horizon": 25, "kl_target": 3.0}, "coef_horizon 25: must be greater than 25.6, 0.2 times the 128 samples"),
+    ({"coef_horizon": 1, "entropy_target": 3.0}, "coef_horizon 1: must be greater than 25.6"),
     ({"kl_coef": -0.1}, "kl_coef -0.1: must be at least 0"),
     ({"kl_coef": float("nan")}, "kl_coef nan: must be at least 0 and finite"),
     ({"entropy_coef": -1.0}, "entropy_coef -1.0: must be at least 0"),
@@ -202,13 +208,47 @@ def test_an_impossible_value_is_one_error_with_name_value_and_limit(options, mes
     assert "\n" not in str(caught.value)
 
 
+def test_a_short_horizon_is_possible_without_a_target_or_with_small_steps(tmp_path):
+    assert QuarkConfig(output_dir=str(tmp_path), coef_horizon=1).coef_horizon == 1
+    QuarkConfig(output_dir=str(tmp_path), coef_horizon=26, kl_target=3.0, use_cpu=True)
+
+
+def test_a_process_that_sees_several_gpus_uses_one_and_says_so(tmp_path, monkeypatch, caplog):
+    """`nn.DataParallel` would give the loss batches that belong to different steps."""
+    prepare = TrainingArguments.__post_init__
+
+    def see_four_gpus(self):
+        prepare(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_four_gpus)
+    config = QuarkConfig(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    assert (config.n_gpu, config.train_batch_size, config.draws_per_step) == (1, 8, 8)
+    assert "one of 4 GPUs is used. To use all, start the run by torchrun --nproc_per_node 4." in caplog.text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_several_processes_average_over_the_tokens_of_all(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+
+    def make():
+        return QuarkConfig(output_dir=str(tmp_path), average_tokens_across_devices=False)
+
+    if processes == 1:
+        assert make().world_size == 1
+    else:
+        error_message(make, "average_tokens_across_devices False: must be True in a run of several processes")
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_automatic_bf16_follows_the_processor(tmp_path, monkeypatch, fast):
     monkeypatch.setattr("quarkrl.training.config.bf16_is_fast", lambda: fast)
     assert QuarkConfig(output_dir=str(tmp_path), bf16="auto").run_identity()["bf16"] is fast
     command = parse_train(["--bf16", "auto", "--output_dir", str(tmp_path)])
     assert command.config.bf16 is fast
-    assert command.given.get("bf16", False) is fast  # config.yaml has the choice, so that a resumed run keeps it.
+    assert (
+        command.non_default_options.get("bf16", False) is fast
+    )  # config.yaml has the choice, so that a resumed run keeps it.
 
 
 @pytest.mark.parametrize(("flags", "value"), [([], False), (["--bf16"], True), (["--bf16", "no"], False)])
@@ -233,7 +273,7 @@ def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monke
         monkeypatch.delenv(name, raising=False)
     flags = ["--ddp_backend", "gloo", "--fsdp", "--fsdp_config", '{"version": 2}', "--use_cpu"]
     command = parse_train(["--output_dir", str(tmp_path), *flags])
-    config, given = command.config, command.given
+    config, given = command.config, command.non_default_options
     assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
     assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
     assert command.ignored().startswith("ddp_backend and fsdp ignored")

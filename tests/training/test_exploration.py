@@ -61,7 +61,7 @@ def test_the_terms_of_a_sum_are_in_the_pool_and_in_the_log(tmp_path):
         return [len(ids) for ids in completion_ids]
 
     def share_of_a(completion_ids, **_):
-        return [None if 7 in ids else ids.count(0) / len(ids) for ids in completion_ids]
+        return [None if 2 in ids else ids.count(0) / len(ids) for ids in completion_ids]
 
     options = {"reward_weights": [0.5, 2.0], "max_unscored_share": 0.9, "on_collapse": "warn"}
     trainer_of(tmp_path, [length, share_of_a], **options).train()

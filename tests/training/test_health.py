@@ -223,9 +223,10 @@ COLLAPSED = {
         {"reward": lambda completions: [2.5] * len(completions)},
         "iteration 0: all 8 samples of the pool have reward 2.5",
     ),
-    "one of two rewards": (
-        {"reward": [distinct_rewards, lambda completions: [1.0] * len(completions)], "condition_on": "each"},
-        "iteration 0: all 8 samples of the pool have lambda 1",
+    "each of two rewards": (
+        {"reward": [lambda completions: [1.0] * len(completions), distinct_rewards], "condition_on": "each"}
+        | {"reward_ceiling": -2.0},
+        "iteration 0: all 8 samples of the pool have lambda 1, distinct_rewards at or above reward_ceiling -2. Nothing",
     ),
     "all good enough": (
         {"reward_ceiling": -1.0},
@@ -253,6 +254,20 @@ def test_a_collapse_stops_the_run_or_is_warned_of(tmp_path, name, caplog):
                 trainer.train()
             assert trainer.state.global_step == 6
             assert any(record.message.startswith(message) for record in caplog.records)
+
+
+@pytest.mark.parametrize("ceiling", [None, 3.0])
+def test_one_constant_reward_of_two_is_warned_of(tmp_path, ceiling, caplog):
+    """The other still distinguishes samples. The ceiling is above the constant reward, which does not reach it."""
+
+    def low(completions):
+        return [-1.0] * len(completions)
+
+    options = {"reward": [low, distinct_rewards], "condition_on": "each", "reward_ceiling": ceiling}
+    trainer = trainer_of(tmp_path, num_iterations=1, **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "all 8 samples of the pool have low -1. The model does not learn these reward tokens" in caplog.text
 
 
 def range_of(completions) -> list[int]:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from quarkrl.cli.main import main
+from quarkrl.errors import UserError
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 # `overdone` rises with the trained reward and falls when training goes too far. Only the held-out prompts have a column
@@ -188,6 +189,11 @@ def test_a_resumed_run_continues_the_count_of_early_stopping(home):
 def test_options_that_lack_a_requirement_are_errors_in_one_line(home, capsys, flags, message):
     assert main(["train", "--config", str(home / "run.yaml"), *flags]) == 2
     assert message in (error := capsys.readouterr().err) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_in_python_too(tmp_path):
+    with pytest.raises(UserError, match=r"metric_for_best_model 'rewards': must be one of reward, "):
+        small_trainer(tmp_path, metric_for_best_model="rewards")
 
 
 @pytest.mark.parametrize("flag", ["--early_stopping_patience=2", "--load_best_model_at_end"])

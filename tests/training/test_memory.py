@@ -97,7 +97,7 @@ def test_the_states_of_optimizers(name, number, expected):
 def test_the_sizes_of_a_gpt2(tmp_path):
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     trainer = small_trainer(tmp_path, model=tiny_model("gpt2", TOKENIZER), **options)
-    run = size_of_run(trainer.model, trainer.args, prompt=6, count=40, reference=trainer.ref_model)
+    run = size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=40, reference=trainer.ref_model)
     vocab = 10 + 3  # Ten words and three reward tokens.
     assert run.weights == run.trained == 4 * trainer.model.num_parameters()
     assert run.reference == 4 * trainer.ref_model.num_parameters()
@@ -127,14 +127,14 @@ def test_the_sizes_that_an_option_changes(tmp_path, options, changed):
     runs = []
     for name, settings in (("a", {}), ("b", options)):
         trainer = small_trainer(tmp_path / name, **settings)
-        runs.append(vars(size_of_run(trainer.model, trainer.args, prompt=6, count=8)))
+        runs.append(vars(size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=8)))
     assert {field for field in runs[0] if runs[0][field] != runs[1][field]} == changed
 
 
 def test_the_keys_of_a_model_with_grouped_queries_are_narrower(tmp_path):
     trainer = small_trainer(tmp_path, model=tiny_model("llama", TOKENIZER))
     # One head of width 8 for keys and values, two for queries; no dropout.
-    run = size_of_run(trainer.model, trainer.args, prompt=6, count=8)
+    run = size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=8)
     assert run.cache == 12 * 4 * 2 * 2 * 8
     assert run.activations == 12 * 4 * (2 * (2 * 32 + 2 * (16 + 8) + 2 * (16 + 32) + (32 + 16) + 2 * 16) + 16)
 
@@ -142,7 +142,7 @@ def test_the_keys_of_a_model_with_grouped_queries_are_narrower(tmp_path):
 def test_an_adapter_has_few_trained_numbers_and_merges_the_embedding(tmp_path):
     trainer = small_trainer(tmp_path, model=model_of(), peft_config=LORA)
     full = small_trainer(tmp_path / "full", model=model_of())
-    run, plain = (size_of_run(t.model, t.args, prompt=6, count=8) for t in (trainer, full))
+    run, plain = (size_of_run(t.model, t.args, prompt_length=6, num_completions=8) for t in (trainer, full))
     assert run.trained == sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad) < run.weights / 2
     assert run.reference == 0 and run.activations == plain.activations
     # The embedding is tied to the output layer; each pass adds the trained rows to a copy of it.
@@ -152,7 +152,7 @@ def test_an_adapter_has_few_trained_numbers_and_merges_the_embedding(tmp_path):
 def test_an_adapted_output_layer_needs_all_logits(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     trainer = small_trainer(tmp_path, model=tiny_model("llama", TOKENIZER, tied=False), peft_config=lora)
-    assert size_of_run(trainer.model, trainer.args, prompt=6, count=8).logits == 3 * 4 * 6 * 13
+    assert size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=8).logits == 3 * 4 * 6 * 13
 
 
 # The memory of the device

@@ -11,7 +11,7 @@ import pytest
 
 from quarkrl.errors import UserError
 from quarkrl.rewards import Scorer, Scores
-from quarkrl.training.overlap import Workers, sample_and_score
+from quarkrl.training.overlap import SharedBatches, Workers, sample_and_score
 from quarkrl.training.rollout import Rollout, remaining_batches
 
 
@@ -153,3 +153,109 @@ def test_ctrl_c_ends_a_reward_that_waits_and_leaves_no_thread():
     with pytest.raises(KeyboardInterrupt):
         beside(completions_of, wait_for_scores, stop=scorer.stop)
     assert ended == [True] and not scoring_threads()
+
+
+# Several processes. Here each is a thread, and `Meetings` takes the place of `gather_object`.
+
+
+class Meetings:
+    """Gathers what two threads pass to it, and calls `before` and `after` with the process and the meeting's number."""
+
+    def __init__(self, before=lambda rank, number: None, after=lambda rank, number: None):
+        self.before, self.after = before, after
+        self.barrier = threading.Barrier(2, timeout=10)
+        self.messages: dict[int, object] = {}
+        self.here = threading.local()
+
+    def gather(self, message: list) -> list:
+        rank, self.here.number = self.here.rank, getattr(self.here, "number", 0) + 1
+        self.before(rank, self.here.number)
+        self.messages[rank] = message[0]
+        self.barrier.wait()
+        messages = [self.messages[0], self.messages[1]]
+        self.barrier.wait()
+        self.after(rank, self.here.number)
+        return messages
+
+
+def errors_of_two(monkeypatch, meetings: Meetings, sample, score, stopping=None) -> list[str]:
+    """Let two processes share six batches; return the message of the error that ends each."""
+    monkeypatch.setattr("quarkrl.training.overlap.gather_object", meetings.gather)
+    errors = ["", ""]
+
+    def run(rank: int) -> None:
+        meetings.here.rank = rank
+        workers = Workers(
+            rows=list(range(12)),
+            sample=lambda batch: sample(rank, batch),
+            score=lambda batch, completions: score(rank, batch, completions),
+            stop_scoring=lambda: None,
+            stop_requested=lambda: stopping is not None and stopping.is_set(),
+        )
+        try:
+            SharedBatches(workers, remaining_batches(12, 2, []), rank, 2, None, samples_together=False).run()
+        except (UserError, RuntimeError) as error:  # BrokenBarrierError is one, if the other thread does not meet.
+            errors[rank] = f"{error}" or repr(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def sample_any(rank, batch):
+    return completions_of(batch)
+
+
+def test_a_score_that_fails_while_processes_meet_ends_all(monkeypatch):
+    """The first score of process 1 fails once that process waits at its second meeting, and before the meeting ends."""
+    waiting, failed = threading.Event(), threading.Event()
+
+    def before(rank, number):
+        if (rank, number) == (1, 2):
+            waiting.set()
+            assert failed.wait(10)
+            time.sleep(0.05)  # Until the scoring thread has ended with the error.
+
+    def score(rank, batch, completions):
+        if rank == 1:
+            assert waiting.wait(10)
+            failed.set()
+            raise UserError("quota")
+        return scores_of(batch, completions)
+
+    assert errors_of_two(monkeypatch, Meetings(before), sample_any, score) == ["process 1: quota", "quota"]
+
+
+def test_a_score_that_fails_after_a_stop_ends_all(monkeypatch):
+    """Both processes agree to stop at their second meeting; then the first score of process 1 fails."""
+    stopping, stopped = threading.Event(), threading.Event()
+
+    def after(rank, number):
+        if number == 1:
+            stopping.set()
+        elif (rank, number) == (1, 2):
+            stopped.set()
+
+    def score(rank, batch, completions):
+        if rank == 1:
+            assert stopped.wait(10)
+            raise UserError("quota")
+        return scores_of(batch, completions)
+
+    errors = errors_of_two(monkeypatch, Meetings(after=after), sample_any, score, stopping)
+    assert errors == ["process 1: quota", "quota"]
+
+
+def test_sampling_that_fails_in_one_process_ends_all(monkeypatch):
+    def sample(rank, batch):
+        if rank == 0:
+            raise RuntimeError("out of memory")
+        return completions_of(batch)
+
+    def score(rank, batch, completions):
+        return scores_of(batch, completions)
+
+    assert errors_of_two(monkeypatch, Meetings(), sample, score) == ["out of memory", "process 0: out of memory"]

@@ -77,7 +77,7 @@ def test_the_pool_holds_what_was_sampled_token_for_token(tmp_path):
     seen: list[tuple[list[int], str]] = []
 
     def reward(prompts, completions, completion_ids, **_):
-        assert completions == [" ".join("abcdefgh"[i] for i in ids if i < 8) for ids in completion_ids]
+        assert completions == ["".join(" " + "abcdefgh"[i] for i in ids if i < 8) for ids in completion_ids]
         seen.extend(zip(map(list, completion_ids), prompts, strict=True))
         return distinct_rewards(completion_ids)
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# The largest relative distance from a target that counts.
+MAX_CHANGE = 0.2
+
 
 @dataclass
 class Coefficients:
@@ -12,7 +15,7 @@ class Coefficients:
         1 ± clip(measured / target - 1, -0.2, 0.2) * n / horizon
 
     with + for β, which grows while the KL is above its target, and - for α, which grows while the entropy is below its
-    target.
+    target. The coefficients stay positive if the horizon is greater than 0.2 n.
 
     Attributes:
         kl_coef, entropy_coef: the current β and α.
@@ -54,4 +57,4 @@ class Coefficients:
 
 
 def _clip(error: float) -> float:
-    return min(max(error, -0.2), 0.2)
+    return min(max(error, -MAX_CHANGE), MAX_CHANGE)

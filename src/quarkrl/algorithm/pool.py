@@ -81,11 +81,6 @@ class DataPool:
         """`(N, A)`, the quantile of each sample as of the last `quantize`; -1 for samples that were added later."""
         return self._columns.quantiles
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """`(N,)`, the number of tokens of each sample, prompt and completion; computed on access."""
-        return self._columns.compute_lengths()
-
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         """Return the number of tokens of n samples, `(n,)`, in time that does not depend on the pool's size."""
         return self._columns.lengths_of(indices)

@@ -135,10 +135,6 @@ class SampleColumns:
         """By name, `(N,)`, the terms of each sample's reward; NaN where a sample has none."""
         return {name: values.view for name, values in self._terms.items()}
 
-    def compute_lengths(self) -> np.ndarray:
-        """Compute the number of tokens of every sample, `(N,)`."""
-        return np.diff(self._ends.view.sum(1), prepend=0)
-
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         """Return the number of tokens of n samples, `(n,)`, in time that does not depend on N."""
         ends = self._ends.view

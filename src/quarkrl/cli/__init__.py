@@ -4,14 +4,14 @@ A subcommand is a module with
 
     NAME                    as typed: `quarkrl NAME`
     HELP                    one line for `quarkrl --help`
-    add_options(parser)     its positional arguments, and `flags.add_flags(parser, SomeOptions, …)` for the rest
+    add_options(parser)     its positional arguments, and `parser.add_flags(parser, SomeOptions, …)` for the rest
     run(arguments)          what it does; a mistake of the user raises `UserError`
 
-`parse(argv)` is optional and replaces the parser made from `add_options`; `train` has it, since its options may come
-from a file. Options are dataclasses declared by `quarkrl.options.option`. These modules import torch, transformers and
-whatever imports them only inside functions, so that `--help` is immediate.
+`train` has `parse(argv)` in place of `add_options`, since its options may come from a file. Options are dataclasses
+declared by `quarkrl.options.option`. These modules import torch, transformers and whatever imports them only inside
+functions, so that `--help` is immediate.
 
     parser.py    dataclasses → flags → dataclasses, and the errors of parsing
     streams.py   standard input, output and error in any encoding
-    common.py    options of sampling and of rewards, the names `builtin`, messages, progress bars
+    common.py    options of rewards, sources of prompts, the names `builtin`, messages, progress bars
 """

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quarkrl.options import option
 from quarkrl.training.options import SCORE_CACHE_HELP
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from quarkrl.data.prompts import Prompts
+    from quarkrl.rewards.reward import Reward
     from quarkrl.rewards.scorer import Scorer
 
 BUILTIN = "builtin"  # names the embedded model, and its prompts
@@ -36,21 +37,35 @@ class RewardOptions:
     reward_label: str | None = option(None, REWARD_LABEL_HELP, metavar="LABEL", group="reward")
     score_cache: str | None = option(None, SCORE_CACHE_HELP, metavar="FILE", group="reward")
 
-    def scorer(self, timeout: float | None = None) -> "Scorer":
+    def scorer(self, **options: Any) -> "Scorer":
         """Return the scorer of these rewards.
 
         Args:
-            timeout: seconds that the scores of a batch may take. None waits without limit.
+            options: further arguments of `Scorer`, such as `weights` and `timeout`.
 
         Raises:
             UserError: a reward cannot be made, or none of them can be cached and a cache is given.
         """
-        from quarkrl.rewards.registry import resolve
         from quarkrl.rewards.scorer import Scorer
 
-        cache = self.score_cache and os.path.abspath(os.path.expanduser(self.score_cache))  # Before rewards are loaded.
-        rewards = [resolve(name, label=self.reward_label) for name in self.reward]
-        return Scorer(rewards, cache=cache, timeout=timeout)
+        cache = self.cache_path  # Before rewards are loaded: a reward may change the working directory.
+        return Scorer(resolve_rewards(self.reward, self.reward_label), cache=cache, **options)
+
+    @property
+    def cache_path(self) -> str | None:
+        """The absolute path of the score cache."""
+        return self.score_cache and os.path.abspath(os.path.expanduser(self.score_cache))
+
+
+def resolve_rewards(names: Sequence[str], label: str | None = None) -> "list[Reward]":
+    """Return the rewards that options name.
+
+    Raises:
+        UserError: a reward cannot be made.
+    """
+    from quarkrl.rewards.registry import resolve
+
+    return [resolve(name, label=label) for name in names]
 
 
 # Names and paths

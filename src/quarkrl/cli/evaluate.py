@@ -15,6 +15,7 @@ from quarkrl.cli.common import (
     model_path,
     note,
     progress_bars,
+    resolve_rewards,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.evaluation.options import EvaluationOptions
@@ -155,13 +156,11 @@ def scorers(rewards: RewardOptions, judges: Sequence[str]) -> "list[Scorer]":
     Raises:
         UserError: a reward cannot be resolved, or there is a score cache and nothing can be cached.
     """
-    from quarkrl.rewards.registry import resolve
     from quarkrl.rewards.reward import is_cached
     from quarkrl.rewards.scorer import Scorer
 
-    cache = rewards.score_cache and os.path.abspath(os.path.expanduser(rewards.score_cache))
-    groups = [[resolve(name, label=rewards.reward_label) for name in rewards.reward]]
-    groups += [[resolve(name)] for name in judges]
+    cache = rewards.cache_path
+    groups = [resolve_rewards(rewards.reward, rewards.reward_label), *(resolve_rewards([name]) for name in judges)]
     cached = [any(map(is_cached, group)) for group in groups]
     cached[0] |= not any(cached)  # The constructor of this scorer reports that nothing can be cached.
     return [Scorer(group, cache=cache if use_cache else None) for group, use_cache in zip(groups, cached, strict=True)]

@@ -8,12 +8,11 @@ import dataclasses
 import re
 import shutil
 import sys
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args
 
 from quarkrl.errors import UserError, did_you_mean
-from quarkrl.options import default_of, listed
+from quarkrl.options import choices_of, default_of, join_words, takes_list, typed_fields
 
 Options = TypeVar("Options")
 
@@ -104,12 +103,6 @@ def options_from(arguments: argparse.Namespace, options: type[Options]) -> Optio
     return options(**{name: getattr(arguments, name) for name in names})
 
 
-def typed_fields(options: type) -> list[tuple[dataclasses.Field, Any]]:
-    """Return each field of a dataclass with its type, where `X | None` counts as X."""
-    hints = get_type_hints(options)
-    return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(options) if field.init]
-
-
 def summary(field: dataclasses.Field) -> str:
     """Return an option's text for `--help`: the first sentence of its help, and its default."""
     return re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".") + _default_in_words(field)
@@ -127,11 +120,6 @@ def _default_in_words(field: dataclasses.Field) -> str:
     return f" (default {' '.join(map(str, default)) if isinstance(default, list | tuple) else default})"
 
 
-def takes_list(kind: Any) -> bool:
-    """Return whether a flag of this type takes several values."""
-    return (get_origin(kind) or kind) in (list, tuple)
-
-
 def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, text: str) -> None:
     default = default_of(field)
     settings: dict[str, Any] = {"help": text, "required": default is dataclasses.MISSING, "dest": field.name}
@@ -141,7 +129,7 @@ def _add_flag(target: Any, field: dataclasses.Field, kind: Any, switches: bool, 
         return
     of_item = get_args(kind)[0] if takes_list(kind) else kind
     is_bool = kind in (bool, bool | str)
-    choices = tuple(field.metadata.get("choices") or (get_args(kind) if get_origin(kind) is Literal else ()))
+    choices = choices_of(field, kind)
     settings["metavar"] = field.metadata.get("metavar") or _METAVARS.get(
         of_item, "|".join(map(str, choices)) or "VALUE"
     )
@@ -163,7 +151,7 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
             return text.lower() in _TRUE
         if choices and text not in choices:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: must be {listed(choices)}.{did_you_mean(text, map(str, choices))}"
+                f"{text!r}: must be {join_words(choices)}.{did_you_mean(text, map(str, choices))}"
             )
         if kind is bool:
             raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")
@@ -176,13 +164,6 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
         return text
 
     return read
-
-
-def _without_none(kind: Any) -> Any:
-    if get_origin(kind) in (Union, types.UnionType):
-        kinds = [member for member in get_args(kind) if member is not type(None)]
-        return kinds[0] if len(kinds) == 1 else kind
-    return kind
 
 
 def _underscored(argument: str) -> str:

@@ -75,8 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     skipped = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
     cached = [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
     logged = [f"{name} {np.mean(values):.4f}" for name, values in metrics.items()]
-    if summary := _summary(rewards, [*skipped, *cached, *logged]):
-        note(summary)
+    note(_summary(rewards, [*skipped, *cached, *logged]))
 
 
 def _print_scores(texts: list[str], scores: "Scores", as_json: bool) -> None:
@@ -103,15 +102,15 @@ def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str
     return row
 
 
-def _summary(rewards: "np.ndarray", details: list[str]) -> str | None:
-    """The number of texts and the distribution of their rewards, in one line; None if no text has a reward."""
+def _summary(rewards: "np.ndarray", details: list[str]) -> str:
+    """The number of texts and the distribution of their rewards, in one line."""
     import numpy as np
 
     valid = rewards[~np.isnan(rewards)]
-    if not len(valid):
-        return None
-    low, median, high = np.quantile(valid, (0.1, 0.5, 0.9))
     counts = ", ".join([f"{len(rewards)} texts", f"{len(rewards) - len(valid)} without a reward", *details])
+    if not len(valid):
+        return counts
+    low, median, high = np.quantile(valid, (0.1, 0.5, 0.9))
     return (
         f"{counts}; reward: mean {valid.mean():.4f}, 10th percentile {low:.4f}, median {median:.4f}, "
         f"90th percentile {high:.4f}"

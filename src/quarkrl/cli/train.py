@@ -1,22 +1,22 @@
 """`quarkrl train`: train a model with Quark. `train_options.py` reads its options."""
 
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import (
     PromptSource,
+    RewardOptions,
     hide_library_progress,
     is_first_process,
     model_path,
     note,
     note_skipped,
+    prompts_path,
     working_directory,
 )
-from quarkrl.cli.parser import Parser
-from quarkrl.cli.train_options import RunArguments, TrainCommand, parse_train, preset_names
+from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ NAME = "train"
 HELP = "train a model with Quark"
 
 
-def add_options(parser: Parser) -> None:
-    """Not used: `parse` makes its own parser."""
-
-
-def parse(argv: Sequence[str]) -> TrainCommand:
-    """Read the options of `quarkrl train` from flags and a YAML file."""
-    return parse_train(argv)
+parse = parse_train
 
 
 def run(command: TrainCommand) -> Path:
@@ -45,12 +39,11 @@ def run(command: TrainCommand) -> Path:
 
     from quarkrl.models.loading import load_model, load_tokenizer
     from quarkrl.runs.directory import ConfigFile, check_no_run, locked
-    from quarkrl.training.held_out import check_metric
     from quarkrl.training.trainer import QuarkTrainer
 
     run, config = command.run, command.config
     _check_required(run, config)
-    if line := command.ignored():
+    if line := command.ignored_options_note():
         note(line)
     hide_library_progress()
     output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
@@ -59,7 +52,6 @@ def run(command: TrainCommand) -> Path:
             check_no_run(output_dir)
         directory = os.getcwd()
         scorer = _scorer(run, config)
-        check_metric(config.metric_for_best_model, scorer.attributes, scorer.names)
         path, patience = model_path(run.model or ""), run.early_stopping_patience
         loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
@@ -75,7 +67,10 @@ def run(command: TrainCommand) -> Path:
                 processing_class=tokenizer,
                 ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
                 peft_config=_lora(run.lora_rank),
-                callbacks=[ConfigFile(command.given), *([EarlyStoppingCallback(patience)] if patience else [])],
+                callbacks=[
+                    ConfigFile(command.non_default_options),
+                    *([EarlyStoppingCallback(patience)] if patience else []),
+                ],
             )
         note_skipped(trainer.prompts)
         trainer.interrupts.at_once = True
@@ -85,15 +80,19 @@ def run(command: TrainCommand) -> Path:
     return final
 
 
-def train_prompts(run: RunArguments, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
-    """Load the prompts to explore. The tokenizer counts `prompt_tokens`."""
+def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
+    """Load the prompts to explore, or open their stream. The tokenizer counts `prompt_tokens`."""
+    if run.stream_prompts:
+        from quarkrl.data.readers import open_stream
+
+        if run.prompt_tokens is not None:
+            raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
+        return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
     source = PromptSource(run.prompts or "", run.prompt_column, run.prompt_split, "train", run.prompt_tokens)
     return source.load(skip_bad, tokenizer)
 
 
-def held_out_prompts(
-    run: RunArguments, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> "Prompts":
+def held_out_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
     """Load the held-out prompts. If they come from the data set of the training prompts, its test split is used."""
     split = run.eval_prompt_split or ("test" if run.eval_prompts == run.prompts else "train")
     return PromptSource(run.eval_prompts or "", run.prompt_column, split, tokens=run.prompt_tokens).load(
@@ -101,7 +100,7 @@ def held_out_prompts(
     )
 
 
-def _check_required(run: RunArguments, config: "QuarkConfig") -> None:
+def _check_required(run: RunOptions, config: "QuarkConfig") -> None:
     for name in ("model", "prompts", "reward"):
         if getattr(run, name) is None:
             if run.resume:
@@ -109,18 +108,10 @@ def _check_required(run: RunArguments, config: "QuarkConfig") -> None:
             raise UserError(f"{name} is missing. Set --{name}, or --config with one of {', '.join(preset_names())}.")
 
 
-def _scorer(run: RunArguments, config: "QuarkConfig") -> "Scorer":
-    from quarkrl.rewards.registry import resolve
-    from quarkrl.rewards.scorer import Scorer
-
-    cache = config.score_cache and os.path.abspath(os.path.expanduser(config.score_cache))  # Before rewards are loaded.
-    return Scorer(
-        [resolve(name, label=run.reward_label) for name in run.reward or []],
-        weights=config.reward_weights,
-        condition_on=config.condition_on,
-        cache=cache,
-        timeout=config.reward_timeout,
-    )
+def _scorer(run: RunOptions, config: "QuarkConfig") -> "Scorer":
+    rewards = RewardOptions(run.reward or [], run.reward_label, config.score_cache)
+    weights, condition_on = config.reward_weights, config.condition_on
+    return rewards.scorer(weights=weights, condition_on=condition_on, timeout=config.reward_timeout)
 
 
 def _lora(rank: int | None) -> Any:

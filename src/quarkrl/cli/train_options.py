@@ -21,11 +21,9 @@ from quarkrl.cli.parser import (
     options_from,
     reader,
     summary,
-    takes_list,
-    typed_fields,
 )
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
-from quarkrl.options import check_options, option
+from quarkrl.options import check_options, option, takes_list, typed_fields
 from quarkrl.training.options import GROUPS, QuarkOptions
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ examples:
 
 
 @dataclass
-class RunArguments:
+class RunOptions:
     """Options of `quarkrl train` beside those of `QuarkConfig`."""
 
     model: str | None = option(None, "Model to train: a directory, a hub name, or builtin.", group="model")
@@ -68,6 +66,11 @@ class RunArguments:
     prompt_split: str = option("train", "Split of a data set, such as train[:5000].", group="prompts", metavar="SPLIT")
     prompt_tokens: int | None = option(
         None, "Truncate texts to their first N tokens, and skip shorter texts.", at_least=1, group="prompts"
+    )
+    stream_prompts: bool = option(
+        False,
+        "Read the prompts while exploring. For more prompts than memory holds; prompts_per_iteration must be set.",
+        group="prompts",
     )
     eval_prompts: str | None = option(
         None, "Held-out prompts, evaluated after each iteration.", group="prompts", metavar="SOURCE"
@@ -115,16 +118,20 @@ class TrainCommand(NamedTuple):
     Attributes:
         run: options of the command itself.
         config: options of the trainer.
-        given: the options that differ from their defaults, for `config.yaml`.
+        non_default_options: the options that differ from their defaults, for `config.yaml`.
     """
 
-    run: RunArguments
+    run: RunOptions
     config: "QuarkConfig"
-    given: dict[str, Any]
+    non_default_options: dict[str, Any]
 
-    def ignored(self) -> str | None:
+    def ignored_options_note(self) -> str | None:
         """Return a message about options that `QuarkConfig` ignores in a single process, or None."""
-        names = [name for name in ("ddp_backend", "fsdp") if self.given.get(name) and not getattr(self.config, name)]
+        names = [
+            name
+            for name in ("ddp_backend", "fsdp")
+            if self.non_default_options.get(name) and not getattr(self.config, name)
+        ]
         if not names:
             return None
         launch = "torchrun --nproc_per_node N -m quarkrl.cli train …"
@@ -141,7 +148,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     from quarkrl.training.config import QuarkConfig
 
     parser = _parser(_hugging_face_flags(QuarkConfig))
-    declared = [field for options in (RunArguments, QuarkConfig) for field in dataclasses.fields(options) if field.init]
+    declared = [field for options in (RunOptions, QuarkConfig) for field in dataclasses.fields(options) if field.init]
     parser.flag_names = [*(field.name for field in declared), "config"]
     # As parsed: for some options of TrainingArguments, HfArgumentParser has another default than the dataclass.
     defaults = vars(parser.parse([]))
@@ -159,7 +166,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if values["eval_strategy"] is None:  # Held-out prompts are evaluated after each iteration by default.
         values["eval_strategy"] = "epoch" if values["eval_prompts"] else defaults["eval_strategy"]
     _check_selection(values)
-    run = options_from(arguments, RunArguments)
+    run = options_from(arguments, RunOptions)
     try:
         config = options_from(arguments, QuarkConfig)
     except UserError:
@@ -169,8 +176,8 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
     values["bf16"] = config.bf16  # What "auto" has chosen: a resumed run keeps it on any machine.
-    given = {field.name: values[field.name] for field in declared if values[field.name] != defaults[field.name]}
-    return TrainCommand(run, config, given)
+    non_default = {field.name: values[field.name] for field in declared if values[field.name] != defaults[field.name]}
+    return TrainCommand(run, config, non_default)
 
 
 # The parser
@@ -197,8 +204,8 @@ def _parser(
     parser.add_argument(
         "--help_all", action="store_true", help="list the options of transformers.TrainingArguments, too"
     )
-    parser.add_argument("--config", metavar="NAME", help=f"YAML file, or preset: {', '.join(preset_names())}")
-    add_flags(parser, RunArguments, QuarkOptions, groups=GROUPS, switches=False, describe=describe)
+    parser.add_argument("--config", metavar="FILE|PRESET", help=f"Presets: {', '.join(preset_names())}")
+    add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=describe)
     return parser
 
 
@@ -239,7 +246,7 @@ def _list_options(config: type) -> set[str]:
     """Return the names of the options that may take several values."""
     return {
         field.name
-        for options in (RunArguments, config)
+        for options in (RunOptions, config)
         for field, kind in typed_fields(options)
         if takes_list(kind) or any(map(takes_list, get_args(kind)))
     }

@@ -135,35 +135,35 @@ def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Model
     load_options: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     load_options |= {"dtype": "bfloat16"} if options.bf16 else {}
     policy = QuarkGenerator.from_pretrained(model, **load_options)
-    base_name = reference_name(model) if options.reference is None else str(options.reference)
-    base_name = None if options.reference == NO_REFERENCE else base_name
-    base = _load_reference(base_name, model, policy, load_options) if base_name else None
-    judge_name = str(options.perplexity_model or base_name or model)
-    if base and judge_name == base_name:
-        judge = base
+    ref_name = reference_name(model) if options.reference is None else str(options.reference)
+    ref_name = None if options.reference == NO_REFERENCE else ref_name
+    reference = _load_reference(ref_name, model, policy, load_options) if ref_name else None
+    perplexity_name = str(options.perplexity_model or ref_name or model)
+    if reference and perplexity_name == ref_name:
+        perplexity_model = reference
     elif options.perplexity_model is None:
-        judge = policy
+        perplexity_model = policy
     else:
-        judge = QuarkGenerator.from_pretrained(judge_name, **load_options)
-    return _Models(policy, str(model), base, base_name, judge, judge_name)
+        perplexity_model = QuarkGenerator.from_pretrained(perplexity_name, **load_options)
+    return _Models(policy, str(model), reference, ref_name, perplexity_model, perplexity_name)
 
 
 def _load_reference(
-    reference: str, model: str | os.PathLike, policy: QuarkGenerator, load_options: dict[str, Any]
+    name: str, model: str | os.PathLike, policy: QuarkGenerator, load_options: dict[str, Any]
 ) -> QuarkGenerator:
     try:
-        base = QuarkGenerator.from_pretrained(reference, **load_options)
+        reference = QuarkGenerator.from_pretrained(name, **load_options)
     except UserError as error:
         raise UserError(
-            f"reference {reference!r} of {model} cannot be loaded ({error}). "
+            f"reference {name!r} of {model} cannot be loaded ({error}). "
             "Set --reference to the model before training, or to none."
         ) from error
-    if not has_same_vocabulary(base, policy):
+    if not has_same_vocabulary(reference, policy):
         raise UserError(
-            f"reference {reference!r}: must have the vocabulary of {model}. Set --reference to the model before "
+            f"reference {name!r}: must have the vocabulary of {model}. Set --reference to the model before "
             "training, or to none; --perplexity_model takes any model."
         )
-    return base
+    return reference
 
 
 def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:

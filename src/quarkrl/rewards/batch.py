@@ -17,13 +17,10 @@ from quarkrl.rewards.reward import (
     TRL_PARAMETERS,
     OnScore,
     Reward,
+    discard_score,
     reads_text,
 )
 from quarkrl.rewards.reward_log import RewardLog
-
-
-def _discard_score(row: int, score: float | None) -> None:
-    """The `on_score` of a reward without a cache."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Batch:
     end_ids: list[int]
     log: RewardLog
     trainer_state: Any = None
-    on_score: OnScore = _discard_score
+    on_score: OnScore = discard_score
 
     @classmethod
     def of(

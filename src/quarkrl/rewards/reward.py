@@ -7,6 +7,11 @@ from typing import Any, Protocol
 # `on_score(row, score)`: a reward reports the score of one completion before it has scored all of them.
 OnScore = Callable[[int, float | None], None]
 
+
+def discard_score(row: int, score: float | None) -> None:
+    """The `on_score` of a reward without a cache."""
+
+
 # Parameters that hold one value for the whole batch. All other parameters hold one value per completion.
 END_IDS, ON_SCORE = "end_ids", "on_score"
 TRAINER_STATE, LOG_EXTRA, LOG_METRIC = TRL_PARAMETERS = ("trainer_state", "log_extra", "log_metric")

@@ -3,11 +3,11 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import yaml
 from filelock import FileLock, Timeout
@@ -19,20 +19,50 @@ from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_che
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
 
-RUN_FILE, LOCK_FILE = "run.json", "run.lock"
+RUN_FILE, LOCK_FILE, OPTIONS_FILE = "run.json", "run.lock", "config.yaml"
 
 
-@dataclass(frozen=True)
-class RunIdentity:
-    """What the result of a run depends on.
+class Differences(NamedTuple):
+    """How a run differs from an earlier one, in clauses for the user.
 
     Attributes:
-        facts: the content of run.json: options by name under "options", digests, rewards, versions.
-        fixed: names of the options that may not change even if a run branches off from a checkpoint.
+        options: by name, the options that differ and that a run may change if it branches off from a checkpoint.
+        obstacles: other differences, with which no run resumes.
+        notes: differences with which a run resumes.
     """
 
-    facts: dict[str, Any]
-    fixed: frozenset[str] = frozenset()
+    options: dict[str, str]
+    obstacles: list[str]
+    notes: list[str]
+
+
+class RunIdentity(Protocol):
+    """What the result of a run depends on."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json."""
+
+    def compare(self, saved: Any) -> Differences:
+        """Compare with the facts of the run in a directory.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: `saved` is not what a run has written.
+        """
+
+
+class OpenedRun(NamedTuple):
+    """Where a run starts or resumes.
+
+    Attributes:
+        checkpoint: None to start at the beginning.
+        notes: what the user should know.
+        changed_options: the options that differ from those of the checkpoint's run, because this run branches off.
+    """
+
+    checkpoint: Path | None = None
+    notes: list[str] = []  # noqa: RUF012 - a field of a tuple
+    changed_options: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -96,17 +126,18 @@ def model_of_run(path: str | os.PathLike, form: Literal["final", "checkpoint"]) 
     )
 
 
-def open_run(directory: Path, identity: RunIdentity, resume: bool | str | None) -> tuple[Path | None, list[str], bool]:
+def open_run(
+    directory: Path, identity: RunIdentity, resume: bool | str | None, set_aside: Callable[[int, Path], None]
+) -> OpenedRun:
     """Start a run in a directory, or find the checkpoint from which its run resumes.
 
     Args:
         directory: the run's directory, locked by this process.
         identity: the identity of the run that starts or resumes.
         resume: False or None for a new run, True for the last good checkpoint, or a checkpoint's directory. A run with
-            other options may branch from a named directory.
-
-    Returns:
-        The checkpoint, or None to start at the beginning; notes for the user; whether options have changed.
+            other options may branch off from a named directory.
+        set_aside: receives a step and a folder. It moves there what the run has written after the step, beside
+            checkpoints.
 
     Raises:
         UserError: a new run finds an old one, or a resumed run finds none, another one or a damaged one.
@@ -114,30 +145,40 @@ def open_run(directory: Path, identity: RunIdentity, resume: bool | str | None) 
     if not resume:
         check_no_run(directory)
         write_json(directory / RUN_FILE, identity.facts)
-        return None, [], False
-    saved = _read_run_file(directory)
+        return OpenedRun(notes=[])
+    differences = _compare_with_saved(directory, identity)
     for folder in (directory, directory / "pool"):
         clean_up(folder)
-    changed, differences, notes = _compare(saved, identity.facts)
-    can_branch = isinstance(resume, str) and not differences and not changed.keys() & identity.fixed
-    if (changed or differences) and not can_branch:
+    options = differences.options
+    if differences.obstacles or (options and not isinstance(resume, str)):
         raise UserError(
             f"output_dir {str(directory)!r}: must hold the run to resume, but holds another "
-            f"({'; '.join([*changed.values(), *differences])}). Resume with the same options, or set another "
+            f"({'; '.join([*options.values(), *differences.obstacles])}). Resume with the same options, or set another "
             "--output_dir."
         )
+    notes = differences.notes
     if isinstance(resume, str):
         checkpoint: Path | None = Path(resume)
-        if damage := find_damage(Path(resume)):
-            raise UserError(f"resume_from_checkpoint {resume!r}: {damage}. Set an undamaged checkpoint.")
-        if changed:
-            aside = _set_aside(directory, Path(resume), saved["options"]["steps_per_iteration"])
-            notes.append(f"from here on {', '.join(changed.values())}; later files were moved to {aside}")
+        _check_checkpoint(Path(resume), directory)
+        if options:
+            aside = _set_aside(directory, step_of(Path(resume)), set_aside)
+            notes = [*notes, f"from here on {', '.join(options.values())}; later files were moved to {aside}"]
     else:
         checkpoint, damaged = last_good_checkpoint(directory)
-        notes += [f"skipped {text}" for text in damaged]
+        notes = [*notes, *(f"skipped {text}" for text in damaged)]
     write_json(directory / RUN_FILE, identity.facts)
-    return checkpoint, notes, bool(changed)
+    return OpenedRun(checkpoint, notes, frozenset(options))
+
+
+def _check_checkpoint(checkpoint: Path, directory: Path) -> None:
+    """Check that a checkpoint belongs to the run in the directory, and is not damaged."""
+    if checkpoint.resolve().parent != directory.resolve() or step_of(checkpoint.resolve()) < 0:
+        raise UserError(
+            f"resume_from_checkpoint {str(checkpoint)!r}: must be a checkpoint of the run in output_dir "
+            f"{str(directory)!r}. Set one of its directories checkpoint-STEP, or set --output_dir to its run."
+        )
+    if damage := find_damage(checkpoint):
+        raise UserError(f"resume_from_checkpoint {str(checkpoint)!r}: {damage}. Set an undamaged checkpoint.")
 
 
 def recorded_fact(directory: Path, name: str) -> Any:
@@ -161,23 +202,22 @@ def check_no_run(directory: Path) -> None:
         )
 
 
-def _set_aside(directory: Path, checkpoint: Path, steps_per_iteration: int) -> Path:
-    """Move what a run wrote after a checkpoint into a folder of its own, and return the folder."""
-    step = step_of(checkpoint)
-    iterations_begun = -(-step // steps_per_iteration)
-    later = [path for path in list_checkpoints(directory) if step_of(path) > step]
-    for path in (directory / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
-        if int(path.stem.rpartition("-")[2]) >= iterations_begun:
-            later.append(path)
+def _set_aside(directory: Path, step: int, set_aside: Callable[[int, Path], None]) -> Path:
+    """Move what a run wrote after a step into a folder of its own, with copies of its options; return the folder."""
     aside = next(path for n in itertools.count(1) if not (path := directory / f"aside-{n}").exists())
     aside.mkdir()
-    for path in later:
-        os.rename(path, aside / path.name)
+    for name in (RUN_FILE, OPTIONS_FILE):
+        if (directory / name).exists():
+            shutil.copy2(directory / name, aside)
+    for path in list_checkpoints(directory):  # First, because a run resumes without later samples but not the reverse.
+        if step_of(path) > step:
+            os.rename(path, aside / path.name)
+    set_aside(step, aside)
     return aside
 
 
-def _read_run_file(directory: Path) -> dict[str, Any]:
-    """Read the identity of the run in a directory.
+def _compare_with_saved(directory: Path, identity: RunIdentity) -> Differences:
+    """Compare a run with the one in a directory.
 
     Raises:
         UserError: there is no run, or its file is missing or damaged.
@@ -188,50 +228,11 @@ def _read_run_file(directory: Path) -> dict[str, Any]:
             raise UserError(f"{path} is missing, so the run cannot be identified. Restore it to resume.")
         raise UserError(f"output_dir {str(directory)!r}: must hold a run to resume. Start one without --resume.")
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        dicts = [saved[name] for name in ("options", "versions")] + saved["rewards"]
-        if all(isinstance(value, dict) for value in dicts) and "steps_per_iteration" in saved["options"]:
-            return saved
-        error: Exception = ValueError("an entry is missing")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as caught:
-        error = caught
-    raise UserError(f"{path} is damaged ({error}), so the run cannot be identified. Restore it to resume.")
-
-
-def _compare(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Compare two identities.
-
-    Returns:
-        The options that differ, by name; other differences that prevent resuming; differences that do not.
-    """
-    before, after = saved["options"], now["options"]
-    names = [name for name in before if name in after and before[name] != after[name]]
-    changed = {name: f"{name} was {_to_short_json(before[name])}, is {_to_short_json(after[name])}" for name in names}
-    kinds = {"model": "model", "reference": "reference model", "prompts": "prompts", "adapter": "adapter"}
-    differences = [f"other {kind}" for name, kind in kinds.items() if saved.get(name) != now[name]]
-    notes = []
-    if [_unchangeable(one) for one in saved["rewards"]] != [_unchangeable(one) for one in now["rewards"]]:
-        rewards = _to_short_json(saved["rewards"]), _to_short_json(now["rewards"])
-        differences.append(f"rewards were {rewards[0]}, are {rewards[1]}")
-    elif saved["rewards"] != now["rewards"]:
-        notes.append("the source of a reward has changed since")
-    for name, version in now["versions"].items():
-        if saved["versions"].get(name) != version:
-            notes.append(f"{name} was {saved['versions'].get(name)}, is {version}: results are equal to rounding only")
-    if saved.get("num_iterations") != now["num_iterations"]:
-        lengths = f"num_iterations was {saved.get('num_iterations')}, is {now['num_iterations']}"
-        notes.append(f"{lengths}: the learning rate follows the new length from here on")
-    return changed, differences, notes
-
-
-def _unchangeable(reward: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a reward's identity that may not change. The source of a plain function may."""
-    return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else reward
-
-
-def _to_short_json(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+        return identity.compare(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}), so the run cannot be identified. Restore it to resume."
+        ) from None
 
 
 class ConfigFile(TrainerCallback):
@@ -247,5 +248,5 @@ class ConfigFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         """Write the file, in the first process."""
         if state.is_world_process_zero:
-            with atomic_file(Path(args.output_dir) / "config.yaml") as file:
+            with atomic_file(Path(args.output_dir) / OPTIONS_FILE) as file:
                 file.write(yaml.safe_dump(self.options, sort_keys=False).encode())

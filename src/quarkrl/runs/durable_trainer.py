@@ -15,8 +15,8 @@ Every private name of `Trainer` that quarkrl overrides or reads stands in this f
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints, directory, fsdp
 from quarkrl.runs.collectives import call_in_first_process
 from quarkrl.runs.gloo_shutdown import register_gloo_shutdown
@@ -56,8 +57,8 @@ class EventHooks(TrainerCallback):
 class DurableTrainer(Trainer):
     """A `Trainer` whose runs resume exactly.
 
-    A subclass overrides `run_state`, `restore_run_state` and `merge_run_states` for its own state, and
-    `save_run_files` for its own files beside the weights.
+    A subclass overrides `run_state`, `restore_run_state` and `merge_run_states` for its own state. For its own files it
+    overrides `save_run_files` (beside the weights) and `set_aside_run_files` (in the run directory).
 
     Args:
         identity: everything that the result of the run depends on.
@@ -67,13 +68,15 @@ class DurableTrainer(Trainer):
     Attributes:
         interrupts: the signals that request a stop.
         stopping: whether all processes have agreed to stop.
+        changed_options: names of the options that differ from those of the run that this one branches off from.
     """
 
     def __init__(self, *, identity: directory.RunIdentity, steps_per_epoch: int, **kwargs: Any):
         self.identity, self.steps_per_epoch = identity, steps_per_epoch
         self.interrupts = Interrupts()
         self.stopping = False
-        self._staging = self._branches = False
+        self.changed_options: frozenset[str] = frozenset()
+        self._staging = False
         self._tr_loss: Any
         self._save_is_delayed = False
         self._resumed: dict[str, Any] | None = None  # This process's state in the checkpoint; None in a new run.
@@ -120,12 +123,15 @@ class DurableTrainer(Trainer):
     def save_run_files(self, output_dir: Path) -> None:
         """Write the subclass's own files beside saved weights. Only one process calls it."""
 
-    def prepare_models(self) -> None:
+    def set_aside_run_files(self, step: int, aside: Path) -> None:
+        """Move the subclass's files that were written after a step into a folder. Only one process calls it."""
+
+    def on_models_ready(self) -> None:
         """Prepare models that are not trained, once the trained one is on its device, wrapped and sharded."""
 
     # Training and stopping.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, in a run directory that no other process can use meanwhile.
 
         Args:
@@ -134,13 +140,20 @@ class DurableTrainer(Trainer):
 
         Raises:
             UserError: the directory holds another run or a damaged one, another process uses it, or the disk does
-                not take what is saved.
+                not take what is saved. Or the run would start at the beginning with weights that have changed.
             Stopped: a signal requested it, and the run's state is saved.
         """
         run = Path(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
         with ExitStack() as stack:
-            checkpoint, notes, self._branches = self._open(run, resume_from_checkpoint, stack)
-            self._resumed, self._resume_notes = None, notes
+            checkpoint, self._resume_notes, self.changed_options = self._open(run, resume_from_checkpoint, stack)
+            self._resumed = None
+            if checkpoint is None and self.state.global_step:
+                raise UserError(
+                    f"resume_from_checkpoint {resume_from_checkpoint}: must find a checkpoint in {str(run)!r}, because "
+                    f"this trainer has already made {self.state.global_step} steps. Create a new trainer."
+                )
             if resume_from_checkpoint:
                 self._resumed = {} if checkpoint is None else self._load_process_state(checkpoint)
             stack.enter_context(self.interrupts.watched())
@@ -153,12 +166,12 @@ class DurableTrainer(Trainer):
                     self._save_checkpoint(self.model, None)
                 raise
 
-    def _open(self, run: Path, resume: str | bool | None, stack: ExitStack) -> Any:
+    def _open(self, run: Path, resume: Any, stack: ExitStack) -> directory.OpenedRun:
         """Lock the run directory and choose the checkpoint, in the first process; all get the result or its error."""
 
-        def lock_and_open() -> Any:
+        def lock_and_open() -> directory.OpenedRun:
             stack.enter_context(directory.locked(run))
-            return directory.open_run(run, self.identity, resume)
+            return directory.open_run(run, self.identity, resume, self.set_aside_run_files)
 
         return call_in_first_process(lock_and_open, self.args.process_index, self.args.world_size)
 
@@ -222,10 +235,9 @@ class DurableTrainer(Trainer):
         if self.is_world_process_zero():
             shutil.rmtree(stage, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `_rotate` removes old checkpoints.
         self._staging = True
         try:
-            with report_write_errors(run / name):
+            with report_write_errors(run / name), self._keep_all_checkpoints():  # `_rotate` removes old ones.
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 self._correct_best_checkpoint(staged=name)
@@ -235,7 +247,6 @@ class DurableTrainer(Trainer):
                     replace_directory(stage / name, run / name)
         finally:
             self._staging = False
-            self.args.save_total_limit = limit
             if self.is_world_process_zero():
                 shutil.rmtree(stage, ignore_errors=True)
         if self.is_world_process_zero():
@@ -245,7 +256,16 @@ class DurableTrainer(Trainer):
     def _rotate(self, name: str) -> None:
         """Keep `save_total_limit` checkpoints, and in any case the named one and the best."""
         run, best = Path(self.args.output_dir), self.state.best_model_checkpoint
-        checkpoints.rotate(run, self.args.save_total_limit, {run / name, Path(best or name)})
+        checkpoints.rotate(run, self.args.save_total_limit, {run / name, *([Path(best)] if best else [])})
+
+    @contextmanager
+    def _keep_all_checkpoints(self) -> Iterator[None]:
+        """Let `Trainer` remove no checkpoint within the context."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
     def _correct_best_checkpoint(self, staged: str | None = None) -> None:
         """Set the path of the best checkpoint: not the staging directory, and right if the run was moved."""
@@ -297,7 +317,7 @@ class DurableTrainer(Trainer):
         state = {
             "random": random_states(),
             "loss": (float(self._tr_loss), self._total_loss_scalar, self._globalstep_last_logged),
-            **self.run_state(),
+            "run": self.run_state(),
             "stopped": self.control.should_training_stop and self.state.global_step < self.state.max_steps,
             "due": {"evaluate": self.control.should_evaluate, "save": self.control.should_save},
         }
@@ -314,7 +334,8 @@ class DurableTrainer(Trainer):
         if count == size:
             return load_state(states_path(checkpoint, f"process-{rank}"))
         states = [load_state(states_path(checkpoint, f"process-{number}")) for number in range(count)]
-        state = {**states[min(rank, count - 1)], **self.merge_run_states(states, is_first=rank == 0)}
+        run_state = self.merge_run_states([state["run"] for state in states], is_first=rank == 0)
+        state = {**states[min(rank, count - 1)], "run": run_state}
         state["random"] = states[rank]["random"] if rank < count else None  # A new process keeps its own seed.
         # Each process logs the mean of all; their sum is kept.
         state["loss"] = (sum(part["loss"][0] for part in states) / count, *states[0]["loss"][1:])
@@ -325,7 +346,7 @@ class DurableTrainer(Trainer):
         self._save_is_delayed = False
         if (resumed := self._resumed) is None:
             return
-        self.restore_run_state(resumed, self._resume_notes)
+        self.restore_run_state(resumed.get("run", {}), self._resume_notes)
         if not state.global_step:
             return
         self._correct_best_checkpoint()
@@ -351,13 +372,15 @@ class DurableTrainer(Trainer):
             return None
 
         def read() -> dict[str, Any]:
-            return load_optimizer_state(self.optimizer, checkpoint, keep_options=self._branches)
+            return load_optimizer_state(self.optimizer, checkpoint, keep_options=bool(self.changed_options))
 
-        if self.is_fsdp_enabled:
+        if "optim" in self.changed_options:
+            pass  # The states of one optimizer do not fit another, which starts without any.
+        elif self.is_fsdp_enabled:
             fsdp.restore_optimizer_state(self.model, self.optimizer, read, self.is_world_process_zero())
         else:
             self.optimizer.load_state_dict(read())
-        restore_scheduler(self.optimizer, self.lr_scheduler, checkpoint, keep_options=self._branches)
+        restore_scheduler(self.optimizer, self.lr_scheduler, checkpoint, keep_options=bool(self.changed_options))
         return None
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -400,7 +423,7 @@ class DurableTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self.prepare_models()
+        self.on_models_ready()
         return prepared
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -416,8 +439,6 @@ class DurableTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """End training as `Trainer` does, but keep the last checkpoint: the final model is not saved yet."""
         self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
+        with self._keep_all_checkpoints():
+            output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])  # That of the whole run: see `log`.

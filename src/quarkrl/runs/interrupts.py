@@ -27,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Records SIGTERM and SIGINT while `watched` is active.
+    """Records SIGTERM and SIGINT while `watched` is active, and forgets them afterwards.
 
     Attributes:
         signal_number: the signal that was received; None if none was.
@@ -56,6 +56,7 @@ class Interrupts:
         finally:
             _replaced.remove(handlers)
             _restore(handlers)
+            self.signal_number = None  # A caller that catches `Stopped` may use the trainer again.
 
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
         if signal_number == signal.SIGINT and self.signal_number is not None:

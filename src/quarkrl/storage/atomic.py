@@ -3,6 +3,9 @@
 New content is written under a temporary name, flushed to the disk, and renamed; then the directory that holds the name
 is flushed. This survives a killed process and a power failure. Temporary names end in `.tmp` or `.old`; `clean_up`
 removes those that a crash leaves behind.
+
+Two kinds of file are written without these functions. `metrics.jsonl` is appended to. A file in a directory that will
+be renamed as a whole is written under its own name.
 """
 
 import hashlib

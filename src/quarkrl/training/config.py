@@ -1,5 +1,6 @@
 """`QuarkConfig`: every option of a training run, Quark's own (options.py) and those of `TrainingArguments`."""
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -11,11 +12,14 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from quarkrl.algorithm.coefficients import MAX_CHANGE
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
-from quarkrl.options import check_options, listed
+from quarkrl.options import check_options, join_words
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,9 +45,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         check_options(self, INHERITED)
         self._check_lengths()
         self._check_guidance()
-        self._check_unused()
+        self._check_combinations()
         self._adapt()
         super().__post_init__()
+        self._use_one_gpu()
+        self._check_step()
         for name in ("output_dir", "resume_from_checkpoint"):  # A reward may change the working directory.
             if isinstance(path := getattr(self, name), str):
                 setattr(self, name, os.path.abspath(path))
@@ -87,7 +93,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 "--explore_guidance_scale or --eval_guidance_scale."
             )
 
-    def _check_unused(self) -> None:
+    def _check_combinations(self) -> None:
         for name in ("kl", "entropy"):
             target = getattr(self, f"{name}_target")
             if target is not None and not getattr(self, f"{name}_coef"):
@@ -118,7 +124,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         method, known = self.dataloader_multiprocessing_context, multiprocessing.get_all_start_methods()
         if method is not None and method not in known:
             raise UserError(
-                f"dataloader_multiprocessing_context {method!r}: must be {listed(known)}.{did_you_mean(method, known)}"
+                f"dataloader_multiprocessing_context {method!r}: must be {join_words(known)}."
+                f"{did_you_mean(method, known)}"
             )
         if method is not None and not self.dataloader_num_workers:
             raise UserError(
@@ -142,15 +149,37 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             # A run of several processes may be resumed as one, and one process can have none of these.
             self.ddp_backend = self.fsdp = self.fsdp_config = None
 
+    def _use_one_gpu(self) -> None:
+        """Use one GPU in each process. `Trainer` would split batches over all visible ones (`nn.DataParallel`)."""
+        if self.n_gpu > 1:
+            command = f"torchrun --nproc_per_node {self.n_gpu}"
+            logger.warning(f"one of {self.n_gpu} GPUs is used. To use all, start the run by {command}.")
+            self._n_gpu = 1
+
+    def _check_step(self) -> None:
+        """Check options whose limits depend on the number of processes."""
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise UserError(
+                "average_tokens_across_devices False: must be True in a run of several processes, since the loss is a "
+                "mean over the tokens of all. Leave it out."
+            )
+        # A step multiplies a coefficient by 1 ± 0.2 n / horizon: see `Coefficients`.
+        least = MAX_CHANGE * self.draws_per_step
+        if self.coef_horizon <= least and (self.kl_target is not None or self.entropy_target is not None):
+            raise UserError(
+                f"coef_horizon {self.coef_horizon}: must be greater than {least:g}, {MAX_CHANGE:g} times the "
+                f"{self.draws_per_step} samples of a step, so that coefficients stay positive. The default is "
+                "--coef_horizon 2500."
+            )
+
     def run_identity(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, by name. `resume_rules` says which of them may change."""
         rules = {"branch", "fixed"} | ({"selection"} if self.load_best_model_at_end else set())
         return {name: getattr(self, name, None) for name, rule in sorted(resume_rules().items()) if rule in rules}
 
     def recorded_options(self) -> dict[str, Any]:
-        """Return the options that `quark.json` records beside the weights."""
-        names = [option.name for option in fields(QuarkOptions)]
-        return {name: getattr(self, name) for name in (*names, *_OVERRIDDEN, "seed", "fp16")}
+        """Return the options that `quark.json` records beside the weights: Quark's own, and all that have an effect."""
+        return {option.name: getattr(self, option.name) for option in fields(QuarkOptions)} | self.run_identity()
 
     def explored_per_iteration(self, num_prompts: int) -> int:
         """Return the number of completions that an iteration explores, of so many prompts."""
@@ -185,10 +214,6 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def draws_per_iteration(self) -> int:
         """Samples learned from in an iteration."""
         return self.steps_per_iteration * self.draws_per_step
-
-
-# Fields of TrainingArguments that QuarkConfig gives another default and nobody sets.
-_OVERRIDDEN = ("remove_unused_columns", "num_train_epochs")
 
 
 def resume_rules() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ from quarkrl.runs.collectives import broadcast
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.overlap import SharedBatches, Workers, check_same_pool, sample_and_score
 from quarkrl.training.progress import Progress
-from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches
+from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches, too_many_missing
 
 # Completes plain prompts: (prompt ids, sampling options, random numbers) to completions as token ids.
 Complete: TypeAlias = Callable[[list[list[int]], Sampling, np.ndarray | None], list[list[int]]]
@@ -150,25 +150,29 @@ class Explorer:
             self._progress.advance_sampling(len(part.rows))
             self._progress.advance_scoring(part.rewards)
         if finished and not batches:
-            self._retry_missing_rewards(task, parts, finished)
+            unscored = sum(int((~part.has_rewards).sum()) for part in parts)
+            if too_many_missing(unscored, len(task.rows), self._max_unscored_share):
+                parts = [self._retry_missing_rewards(task, part, finished) for part in parts]
         return parts, batches
 
-    def _retry_missing_rewards(self, task: Task, parts: list[Rollout], finished: FinishedBatches) -> None:
-        """Score again what has no reward, if an exploration failed because too many were missing."""
-        missing = [np.flatnonzero(~part.has_rewards) for part in parts]
-        if sum(map(len, missing)) <= self._max_unscored_share * sum(len(part.rows) for part in parts):
-            return
-        for part, indices in zip(parts, missing, strict=True):
-            if len(indices):
-                scores = self._score(task, [part.rows[i] for i in indices], [part.completions[i] for i in indices])
-                part.rewards[indices] = scores.rewards
-                for name, values in part.terms.items():
-                    values[indices] = scores.terms[name]
-                for name, texts in scores.extra.items():
-                    column = part.extra.setdefault(name, [None] * len(part.rows))
-                    for index, text in zip(indices, texts, strict=True):
-                        column[index] = text
-                finished.keep(part)
+    def _retry_missing_rewards(self, task: Task, part: Rollout, finished: FinishedBatches) -> Rollout:
+        """Score again what has no reward in a batch of an exploration that failed, and keep the result."""
+        indices = np.flatnonzero(~part.has_rewards)
+        if not len(indices):
+            return part
+        scores = self._score(task, [part.rows[i] for i in indices], [part.completions[i] for i in indices])
+        rewards, terms = part.rewards.copy(), {name: values.copy() for name, values in part.terms.items()}
+        rewards[indices] = scores.rewards
+        for name, values in terms.items():
+            values[indices] = scores.terms[name]
+        extra = {name: list(texts) for name, texts in part.extra.items()}
+        for name, texts in scores.extra.items():
+            column = extra.setdefault(name, [None] * len(part.rows))
+            for index, text in zip(indices, texts, strict=True):
+                column[index] = text
+        part = replace(part, rewards=rewards, terms=terms, extra=extra)
+        finished.keep(part)
+        return part
 
     def _sample(self, task: Task, uniforms: np.ndarray | None, batch: slice) -> list[list[int]]:
         with task.sampler() as complete:

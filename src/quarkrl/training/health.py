@@ -133,10 +133,18 @@ class Health:
         if description := describe_identical(completions, (self.decode(ids) for ids in completions)):
             self._report_collapse(f"iteration {iteration}: all {len(rows)} completions are {description}", iteration)
         if names := constant_attributes(pool.rewards, pool.attributes, self.reward_ceiling):
-            values = ", ".join(f"{name} {pool.rewards[0, pool.attributes.index(name)]:g}" for name in names)
-            if self.reward_ceiling is not None and pool.rewards.min() != pool.rewards.max():
-                values = f"{', '.join(names)} at or above reward_ceiling {self.reward_ceiling:g}"
-            self._report_collapse(f"iteration {iteration}: all {len(pool)} samples of the pool have {values}", None)
+            columns = {name: pool.rewards[:, pool.attributes.index(name)] for name in names}
+            values = ", ".join(self._describe_constant(name, column) for name, column in columns.items())
+            problem = f"iteration {iteration}: all {len(pool)} samples of the pool have {values}"
+            if len(names) == len(pool.attributes):
+                self._report_collapse(problem, None)
+            else:  # The other attributes still distinguish samples.
+                self._warn(f"{problem}. The model does not learn these reward tokens. Choose a finer reward.")
+
+    def _describe_constant(self, name: str, rewards: np.ndarray) -> str:
+        if rewards.min() == rewards.max():
+            return f"{name} {rewards[0]:g}"
+        return f"{name} at or above reward_ceiling {self.reward_ceiling:g}"
 
     def start_iteration(self) -> None:
         """Start the mean entropy of a new iteration."""

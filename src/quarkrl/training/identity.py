@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,91 @@ import transformers
 
 from quarkrl.data.chats import is_dated
 from quarkrl.runs.collectives import broadcast
-from quarkrl.runs.directory import RunIdentity, recorded_fact
+from quarkrl.runs.directory import Differences, recorded_fact
 from quarkrl.training.config import QuarkConfig, resume_rules
 
+# Facts that are compared as a whole, and what the user calls them.
+_KINDS = {"model": "model", "reference": "reference model", "prompts": "prompts", "adapter": "adapter"}
 
-def run_identity(
+
+@dataclass(frozen=True)
+class QuarkIdentity:
+    """The identity of a Quark run (`runs.directory.RunIdentity`).
+
+    Attributes:
+        facts: the content of run.json: options by name under "options", digests, rewards, versions.
+    """
+
+    facts: dict[str, Any]
+
+    def compare(self, saved: Any) -> Differences:
+        """Compare with the facts of an earlier run.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: `saved` is not what a run has written.
+        """
+        now, rules = self.facts, resume_rules()
+        before, after = saved["options"], now["options"]
+        names = [name for name in before.keys() & after.keys() if before[name] != after[name]]
+        options = {name: _change(name, before[name], after[name]) for name in sorted(names)}
+        obstacles = [options.pop(name) for name in sorted(names) if rules.get(name) == "fixed"]
+        obstacles += [f"other {kind}" for name, kind in _KINDS.items() if saved.get(name) != now[name]]
+        digests = saved.get("eval_prompts"), now["eval_prompts"]
+        if all(digests) and digests[0] != digests[1]:  # None if the run does not keep its best checkpoint.
+            obstacles.append("other held-out prompts")
+        notes = []
+        if [_unchangeable(one) for one in saved["rewards"]] != [_unchangeable(one) for one in now["rewards"]]:
+            rewards = _to_short_json(saved["rewards"]), _to_short_json(now["rewards"])
+            obstacles.append(f"rewards were {rewards[0]}, are {rewards[1]}")
+        elif saved["rewards"] != now["rewards"]:
+            notes.append("the source of a reward has changed since")
+        for name, version in now["versions"].items():
+            if (old := saved["versions"].get(name)) != version:
+                notes.append(f"{name} was {old}, is {version}: results are equal to rounding only")
+        if (length := saved["num_iterations"]) != now["num_iterations"]:
+            lengths = _change("num_iterations", length, now["num_iterations"])
+            notes.append(f"{lengths}: the learning rate follows the new length from here on")
+        return Differences(options, obstacles, notes)
+
+
+def run_identity(  # noqa: PLR0913 - all that a result depends on
     config: QuarkConfig,
     model: str,
     reference: str,
     prompts: Sequence[Sequence[int]],
+    eval_prompts: Sequence[Sequence[int]] | None,
     rewards: list[dict[str, Any]],
     adapter: Any | None,
     chat_date: datetime | None = None,
     streamed: bool = False,
-) -> RunIdentity:
+) -> QuarkIdentity:
     """Return the identity of a run.
 
     Args:
         config: the options.
         model, reference: digests of the weights that policy and reference start from.
         prompts: token ids of the prompts to explore; of a stream, those of the first iteration.
+        eval_prompts: token ids of the held-out prompts, which choose the best checkpoint if the run keeps it.
         rewards: identity of each reward (`Scorer.identity`).
         adapter: the `peft` configuration of an adapter, or None.
         chat_date: the date that the chats of the run have (`find_chat_date`).
         streamed: whether the prompts are streamed.
     """
+    chooses = config.load_best_model_at_end and eval_prompts is not None
     facts = {
         "options": config.run_identity(),
         "num_iterations": config.num_iterations,
         "model": model,
         "reference": reference,
         "prompts": ("stream " if streamed else "") + _digest(prompts),
+        "eval_prompts": _digest(eval_prompts or ()) if chooses else None,
         "rewards": rewards,
         "adapter": None if adapter is None else adapter.to_dict(),
         "chat_date": None if chat_date is None else chat_date.isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    return RunIdentity(
-        json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value))),
-        fixed=frozenset(name for name, rule in resume_rules().items() if rule == "fixed"),
+    return QuarkIdentity(
+        json.loads(json.dumps(facts, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
     )
 
 
@@ -90,3 +137,17 @@ def _digest(prompts: Sequence[Sequence[int]]) -> str:
     for ids in prompts:
         digest.update(np.array(ids, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    return f"{name} was {_to_short_json(before)}, is {_to_short_json(after)}"
+
+
+def _unchangeable(reward: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a reward's identity that may not change. The source of a plain function may."""
+    return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else reward
+
+
+def _to_short_json(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -81,37 +81,43 @@ def estimate(run: RunSize) -> Estimate:
     return Estimate(parts, int(exploring), learning=int(fixed + max(backward, run.trained + run.loss)))
 
 
-def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, reference: Any = None) -> RunSize:
-    """Return the sizes of a run whose longest prompt has `prompt` tokens, with `count` completions per iteration."""
+def size_of_run(
+    model: Any, options: QuarkConfig, prompt_length: int, num_completions: int, reference: Any = None
+) -> RunSize:
+    """Return the sizes of a run that explores `num_completions` completions per iteration.
+
+    `prompt_length` is that of the longest prompt, in tokens.
+    """
     config, output, cpu = model.config.get_text_config(), model.get_output_embeddings(), options.device.type == "cpu"
-    head, parameters, length = output.weight, dict(model.named_parameters()), prompt + options.max_completion_length
+    head, parameters = output.weight, dict(model.named_parameters())
+    length = prompt_length + options.max_completion_length
     weights = sum(weight.nbytes for weight in parameters.values())
     trained = sum(weight.nbytes for weight in parameters.values() if weight.requires_grad)
-    number = 2 if options.bf16 or options.fp16 else head.element_size()
+    number_bytes = 2 if options.bf16 or options.fp16 else head.element_size()
     (vocab, width), layers = head.shape, getattr(config, "num_hidden_layers", 1)
     heads = getattr(config, "num_attention_heads", 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_width = getattr(config, "head_dim", None) or width // heads
     # Autograd keeps about the input and the output of each linear map, and the input of each norm (a 1-D weight).
-    others = {id(m.weight) for m in model.modules() if m is output or isinstance(m, torch.nn.Embedding)}
-    others |= {id(weight) for name, weight in parameters.items() if "lora_" in name or not name.endswith("weight")}
-    maps = [w for w in parameters.values() if w.ndim <= 2 and w.is_floating_point() and id(w) not in others]
-    linear = number * sum(sum(weight.shape) for weight in maps)
+    not_linear = {id(m.weight) for m in model.modules() if m is output or isinstance(m, torch.nn.Embedding)}
+    not_linear |= {id(weight) for name, weight in parameters.items() if "lora_" in name or not name.endswith("weight")}
+    matrices = [w for w in parameters.values() if w.ndim <= 2 and w.is_floating_point() and id(w) not in not_linear]
+    linear = number_bytes * sum(sum(weight.shape) for weight in matrices)
     # Attention that is not fused keeps its scores before and after the softmax, and after dropout. PyTorch has no fused
     # attention with dropout on a CPU.
     dropout = getattr(config, "attn_pdrop", 0) or getattr(config, "attention_dropout", 0)
     unfused = config._attn_implementation == "eager" or (cpu and dropout > 0)
     activations = length * (linear + (3 * 4 * layers * heads * length if unfused else 0))
-    checkpointed = activations // layers + length * number * layers * width  # One layer, and the input of each.
+    checkpointed = activations // layers + length * number_bytes * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
     # An adapter that trains some rows of the embedding also merges them into a copy.
     tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
-    reads = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
-    other = weights // 2 if number < head.element_size() else 0
+    passes = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
+    other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
-    other += count * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
+    other += num_completions * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
     return RunSize(
         weights=weights,
         trained=trained,
@@ -121,11 +127,11 @@ def size_of_run(model: Any, options: QuarkConfig, prompt: int, count: int, refer
         # The logits of policy and reference, and their gradient.
         logits=0 if is_one_product(output) else 3 * 4 * options.max_completion_length * vocab,
         # Autocast does not narrow keys that are rotated by their positions.
-        cache=reads * 2 * layers * kv_heads * head_width * head.element_size() * length,
+        cache=passes * 2 * layers * kv_heads * head_width * head.element_size() * length,
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
-        sampling=reads * max(prompt * linear // layers, 6 * 4 * vocab),
+        sampling=passes * max(prompt_length * linear // layers, 6 * 4 * vocab),
         batch=options.per_device_train_batch_size,
-        sampled=count,
+        sampled=num_completions,
         reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
         optimizer=optimizer_ratio(options.optim, head.element_size()),
         accumulates=options.gradient_accumulation_steps > 1,
@@ -217,7 +223,7 @@ def plan_memory(
     launched = {os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")}
     if options.fsdp or options.deepspeed or getattr(model, "hf_device_map", None) or "true" in launched:
         return MemoryPlan(batch_size or LARGEST_BATCH_CPU)  # The model is spread over several devices.
-    count = min(options.prompts_per_iteration or len(prompt_lengths), len(prompt_lengths)) * options.samples_per_prompt
+    count = options.explored_per_iteration(len(prompt_lengths))
     run = size_of_run(model, options, max([*prompt_lengths, *eval_prompt_lengths]), count, reference)
     memory, free = free_and_total(device), 0
     if memory is not None:  # What the models take already is part of the estimate.

@@ -101,8 +101,8 @@ class SharedBatches:
     """The batches of a rollout, shared by all processes: each takes one, then they meet, and so on.
 
     When they meet, they exchange the batches scored since the last time. They stop together if one has received a
-    signal, and fail together if scoring failed in one. Iterating yields this process's batches and meets in between;
-    it ends when every batch is scored.
+    signal, and fail together if one has failed. Iterating yields this process's batches and meets in between; it ends
+    when every batch is scored.
 
     Args:
         workers: what samples and scores in this process.
@@ -131,7 +131,8 @@ class SharedBatches:
         self.stopping = False
         self._scored_here: deque[Rollout] = deque()
         self._begun = self._sent = 0
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # Of this process, for the next meeting.
+        self._failed_together = False
 
     def run(self) -> list[Rollout]:
         """Sample and score this process's batches; return those of all processes."""
@@ -142,9 +143,23 @@ class SharedBatches:
             stop_scoring=self._workers.stop_scoring,
             stop_requested=lambda: self.stopping,
         )
-        sample_and_score(workers, self, on_batch=self._scored_here.append)
+        try:
+            sample_and_score(workers, self, on_batch=self._scored_here.append)
+        except BaseException as error:
+            if self._must_report(error):
+                self._error = error
+                self._meet()
+            raise
         self._meet()  # Exchange what was still being scored when they stopped.
         return self.parts
+
+    def _must_report(self, error: BaseException) -> bool:
+        """Return whether the other processes still have to learn of an error, because they wait at the next meeting."""
+        if self._failed_together:
+            return False
+        # Where all sample at the same time, the others wait within sampling and not at a meeting. A second Ctrl-C ends
+        # this process at once.
+        return error is self._error or (isinstance(error, Exception) and not self._samples_together)
 
     def __iter__(self) -> Iterator[slice]:
         for first in range(0, len(self._batches), self._size):
@@ -171,7 +186,7 @@ class SharedBatches:
         """Exchange the batches scored since the last time; return whether a process still scores.
 
         Raises:
-            UserError: scoring failed in another process. If it failed in this one, its error is raised.
+            UserError: another process has failed. If this one has, its error is raised.
         """
         new = [self._scored_here.popleft() for _ in range(len(self._scored_here))]
         self._sent += len(new)
@@ -179,13 +194,15 @@ class SharedBatches:
         failure = None if error is None else f"process {self._rank}: {error}"
         message = (new, self._sent < self._begun, self._workers.stop_requested(), failure)
         messages = gather_object([message])
+        failures = [failure for *_, failure in messages if failure is not None]
+        self._failed_together = bool(failures)
         for parts, *_ in messages:
             self.parts += parts
             for part in parts if self._keep is not None else ():
                 self._keep(part)  # type: ignore[misc]
         if error is not None:
             raise error
-        if failures := [failure for *_, failure in messages if failure is not None]:
+        if failures:
             raise UserError(failures[0])
         self.stopping |= any(stop_requested for _, _, stop_requested, _ in messages)
         return any(busy for _, busy, _, _ in messages)

@@ -1,5 +1,6 @@
 """The progress of a run on the console: bars for exploring, scoring and learning, and a line per iteration."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 def new_bars(console: Console, enabled: bool = True) -> Bars:
@@ -35,11 +38,15 @@ class Progress(TrainerCallback):
     Args:
         enabled: False shows only what is passed to `note`.
         console: the console to write to; standard error by default.
+
+    Attributes:
+        start_notes: lines to show and to log when training begins.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None):
         self.enabled = enabled
         self.console = console or Console(stderr=True, highlight=False)
+        self.start_notes: list[str] = []
         self._bars: Bars | None = None
         self._explored_logs: dict[str, Any] = {}
         self._learned_logs: dict[str, Any] = {}
@@ -74,6 +81,7 @@ class Progress(TrainerCallback):
             self._bars.update(self._score, advance=len(rewards), figures=f"reward {mean:.3f}")
 
     def _open(self) -> Bars:
+        self.close()  # An evaluation within an iteration comes while the bar of learning is open.
         self._bars = new_bars(self.console, enabled=self.enabled)
         self._bars.start()
         return self._bars
@@ -87,6 +95,13 @@ class Progress(TrainerCallback):
     def note(self, text: str) -> None:
         """Print a line, even if the bars are disabled."""
         self.console.print(text, soft_wrap=True, markup=False)
+
+    def on_train_begin(self, args, state, control, **_):
+        """Show and log the notes about the run, in the first process."""
+        for text in self.start_notes if state.is_world_process_zero else ():
+            logger.info(text)
+            if self.enabled:
+                self.note(text)
 
     # While learning, an epoch is an iteration.
 

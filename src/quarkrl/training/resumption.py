@@ -1,5 +1,7 @@
 """What a resumed run restores of Quark: the pool as of a step, and a line that says where it resumes."""
 
+import os
+import shutil
 from pathlib import Path
 
 from quarkrl.algorithm.pool import DataPool
@@ -29,6 +31,22 @@ def load_pool(pool: DataPool, directory: Path, step: int, steps_per_iteration: i
 def iterations_begun(step: int, steps_per_iteration: int) -> int:
     """Return the number of iterations whose learning had begun at a step."""
     return -(-step // steps_per_iteration)
+
+
+def set_aside_later_files(run: Path, step: int, steps_per_iteration: int, aside: Path) -> None:
+    """Move what a run has written after a step, beside checkpoints, into the folder `aside`.
+
+    These are the samples of later iterations and `final/`. `metrics.jsonl` is copied, because the run that branches off
+    truncates it.
+    """
+    begun = iterations_begun(step, steps_per_iteration)
+    for path in (run / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
+        if int(path.stem.rpartition("-")[2]) >= begun:
+            os.rename(path, aside / path.name)
+    if (run / "metrics.jsonl").exists():
+        shutil.copy2(run / "metrics.jsonl", aside)
+    if (run / "final").exists():
+        os.rename(run / "final", aside / "final")
 
 
 def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cached: int | None) -> str:

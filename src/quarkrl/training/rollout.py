@@ -72,7 +72,7 @@ class Rollout:
         """
         indices = np.flatnonzero(self.has_rewards)
         count, unscored = len(self.rows), len(self.rows) - len(indices)
-        if unscored == count or unscored > max_unscored_share * count:
+        if too_many_missing(unscored, count, max_unscored_share):
             raise UserError(
                 f"max_unscored_share {max_unscored_share}: {unscored} of {count} rewards in iteration {iteration} are "
                 "None or not finite. Fix the reward or raise the share; it must leave at least one reward."
@@ -95,6 +95,11 @@ class Rollout:
         values["unscored"] = int(len(self.rows) - self.has_rewards.sum())
         values |= {f"metric.{name}": float(np.mean(numbers)) for name, numbers in self.logged.items()}
         return values
+
+
+def too_many_missing(unscored: int, count: int, max_unscored_share: float) -> bool:
+    """Return whether an exploration of `count` completions fails, because so many of them have no reward."""
+    return unscored == count or unscored > max_unscored_share * count
 
 
 class FinishedBatches:

@@ -23,7 +23,6 @@ From the official code:
 - equal rewards share a quantile, and dropout is on while learning
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -55,8 +54,8 @@ from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
-from quarkrl.sampling.autocast_cache import prepare_weights_once
 from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.prepared_weights import prepare_weights_once
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
@@ -71,19 +70,17 @@ from quarkrl.training.exploration import (
 )
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
-from quarkrl.training.held_out import held_out_metrics
+from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
 from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
-from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool
+from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool, set_aside_later_files
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
-
-logger = logging.getLogger(__name__)
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -137,6 +134,7 @@ class QuarkTrainer(DurableTrainer):
             weights, condition_on = args.reward_weights, args.condition_on
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
+        check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
         self._encode = partial(
             Prompts.encode,
@@ -180,6 +178,13 @@ class QuarkTrainer(DurableTrainer):
         limit_onednn_caches()
         lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
+        notes = [
+            self.memory_plan.message,
+            slow_bf16_note() if args.bf16 else None,
+            chat_date_note(self.chat_date, self.prompts.prompts),
+            coarse_weights_note(models.policy),
+        ]
+        self.progress.start_notes += filter(None, notes)
         # Trainer shuffles by default. The draws are random already, and a resumed run must repeat their order.
         args.train_sampling_strategy = "sequential"
 
@@ -189,6 +194,7 @@ class QuarkTrainer(DurableTrainer):
                 models.start_identity["sha256"],
                 models.reference_identity["sha256"],
                 self.prompts.ids,
+                None if self.eval_prompts is None else self.eval_prompts.ids,
                 self.scorer.identity,
                 peft_config,
                 self.chat_date,
@@ -466,6 +472,7 @@ class QuarkTrainer(DurableTrainer):
     def restore_run_state(self, state: dict[str, Any], notes: list[str]) -> None:
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, each = self.state.global_step, self.args.steps_per_iteration
+        self.loss_means.drop_step()  # An error may have ended this trainer's last run within a step.
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
         self.pool = load_pool(self.pool, self.pool_directory, step, each)
@@ -476,8 +483,17 @@ class QuarkTrainer(DurableTrainer):
             self.progress.note("; ".join([line, *notes]))
         if state:
             self.loss_means.state = state["learned"]
-            self.coefs = replace(self.coefs, kl_coef=state["coefs"][0], entropy_coef=state["coefs"][1])
+            self._restore_coefficients(*state["coefs"])
             self.health.state = state["health"]
+
+    def _restore_coefficients(self, kl_coef: float, entropy_coef: float) -> None:
+        """Restore β and α where they have adapted, except those whose option has changed since."""
+        saved: dict[str, Any] = {}
+        if self.coefs.kl_target is not None and "kl_coef" not in self.changed_options:
+            saved["kl_coef"] = kl_coef
+        if self.coefs.entropy_target is not None and "entropy_coef" not in self.changed_options:
+            saved["entropy_coef"] = entropy_coef
+        self.coefs = replace(self.coefs, **saved)
 
     def merge_run_states(self, states: list[dict[str, Any]], is_first: bool) -> dict[str, Any]:
         """Return a process's state where another number of processes saved it: the first takes over their sums."""
@@ -485,27 +501,21 @@ class QuarkTrainer(DurableTrainer):
         entropy = sum(state["health"]["entropy"] for state in states)
         if not is_first:
             learned, entropy = [0.0] * len(learned), torch.zeros_like(entropy)
-        return {"learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
+        return {**states[0], "learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
 
     def save_run_files(self, output_dir: Path) -> None:
         """Write `quark.json` beside the weights."""
         self.conditioning.save(output_dir, **self.facts())
 
-    def prepare_models(self) -> None:
+    def set_aside_run_files(self, step: int, aside: Path) -> None:
+        """Set aside the samples, metrics and final model of the timeline that a run leaves when it branches off."""
+        set_aside_later_files(Path(self.args.output_dir), step, self.args.steps_per_iteration, aside)
+
+    def on_models_ready(self) -> None:
         """Shard the reference as the policy is sharded, and decide how the loss gets the logits of both."""
         if self.is_fsdp_enabled and self.ref_model is not None:
             self.ref_model = shard_frozen_model(self.accelerator, self.ref_model)
         self.decide_heads()
-        notes = [
-            self.memory_plan.message,
-            slow_bf16_note() if self.args.bf16 else None,
-            chat_date_note(self.chat_date, self.prompts.prompts),
-            coarse_weights_note(self.model),
-        ]
-        for note in filter(None, notes if self.is_world_process_zero() else []):
-            logger.info(note)
-            if self.progress.enabled:
-                self.progress.note(note)
 
     def save_final(self, directory: str | os.PathLike | None = None) -> Path:
         """Write a checkpoint that plain transformers loads and that is steered by default (`models/export.py`).

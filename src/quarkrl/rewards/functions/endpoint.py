@@ -29,7 +29,7 @@ import httpx2
 from quarkrl.errors import UserError
 from quarkrl.rewards.functions.rate_limiter import Clock, RateLimiter, SystemClock
 from quarkrl.rewards.functions.response import NoScore, Response, TransientFailure, retry_after_seconds
-from quarkrl.rewards.reward import OnScore
+from quarkrl.rewards.reward import OnScore, discard_score
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Endpoint:
         # A generator of its own: a retry must not change the random numbers of training.
         self._random = random.Random()
 
-    async def score(self, bodies: Sequence[Any], on_score: OnScore = lambda row, score: None) -> list[float | None]:
+    async def score(self, bodies: Sequence[Any], on_score: OnScore = discard_score) -> list[float | None]:
         """Return the score of each request body, in order. Equal bodies are sent once.
 
         Args:

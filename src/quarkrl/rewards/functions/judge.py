@@ -12,7 +12,7 @@ from quarkrl.errors import UserError
 from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits, OptionalField
 from quarkrl.rewards.functions.rating import NUMBER, read_rating
 from quarkrl.rewards.functions.response import NoScore, json_value
-from quarkrl.rewards.reward import OnScore
+from quarkrl.rewards.reward import OnScore, discard_score
 
 # The SHA-256 of these two texts is part of the reward's identity: an edit invalidates cached scores.
 
@@ -137,7 +137,7 @@ class Judge:
         }
 
     async def __call__(
-        self, prompts: list[Any], completions: list[str], on_score: OnScore = lambda row, score: None, **_: Any
+        self, prompts: list[Any], completions: list[str], on_score: OnScore = discard_score, **_: Any
     ) -> list[float | None]:
         """One score per completion, or None for a text that the judge does not rate."""
         pairs = zip(prompts, completions, strict=True)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from quarkrl.errors import UserError
 from quarkrl.rewards.functions.endpoint import ApiKey, Endpoint, Limits
 from quarkrl.rewards.functions.response import TransientFailure, json_value
-from quarkrl.rewards.reward import OnScore
+from quarkrl.rewards.reward import OnScore, discard_score
 
 OFFICIAL = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 MAX_TEXT_BYTES = 20_480  # Of UTF-8.
@@ -86,9 +86,7 @@ class Perspective:
             "languages": self._languages,
         }
 
-    async def __call__(
-        self, completions: list[str], on_score: OnScore = lambda row, score: None, **_: Any
-    ) -> list[float | None]:
+    async def __call__(self, completions: list[str], on_score: OnScore = discard_score, **_: Any) -> list[float | None]:
         """One score per completion, or None for a text that the service cannot score."""
         return await self._endpoint.score([self._request(text) for text in completions], on_score)
 

@@ -8,7 +8,7 @@ from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.autocast_cache import prepare_weights_once
+from quarkrl.sampling.prepared_weights import prepare_weights_once
 
 
 def adapted():
