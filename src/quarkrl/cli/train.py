@@ -13,6 +13,7 @@ from quarkrl.cli.common import (
     model_path,
     note,
     note_skipped,
+    prompts_path,
     working_directory,
 )
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
@@ -79,8 +80,14 @@ def run(command: TrainCommand) -> Path:
     return final
 
 
-def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
-    """Load the prompts to explore. The tokenizer counts `prompt_tokens`."""
+def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
+    """Load the prompts to explore, or open their stream. The tokenizer counts `prompt_tokens`."""
+    if run.stream_prompts:
+        from quarkrl.data.readers import open_stream
+
+        if run.prompt_tokens is not None:
+            raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
+        return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
     source = PromptSource(run.prompts or "", run.prompt_column, run.prompt_split, "train", run.prompt_tokens)
     return source.load(skip_bad, tokenizer)
 

@@ -67,6 +67,11 @@ class RunOptions:
     prompt_tokens: int | None = option(
         None, "Truncate texts to their first N tokens, and skip shorter texts.", at_least=1, group="prompts"
     )
+    stream_prompts: bool = option(
+        False,
+        "Read the prompts while exploring. For more prompts than memory holds; prompts_per_iteration must be set.",
+        group="prompts",
+    )
     eval_prompts: str | None = option(
         None, "Held-out prompts, evaluated after each iteration.", group="prompts", metavar="SOURCE"
     )
@@ -199,7 +204,7 @@ def _parser(
     parser.add_argument(
         "--help_all", action="store_true", help="list the options of transformers.TrainingArguments, too"
     )
-    parser.add_argument("--config", metavar="NAME", help=f"YAML file, or preset: {', '.join(preset_names())}")
+    parser.add_argument("--config", metavar="FILE|PRESET", help=f"Presets: {', '.join(preset_names())}")
     add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=describe)
     return parser
 

@@ -23,6 +23,7 @@ _TEXT_FORMATS: dict[str, Callable[[str, bytes], list[Row]]] = {
     ".txt": read_text,
 }
 _SUFFIXES = (*_TEXT_FORMATS, ".parquet")
+_STREAMED = {".jsonl": "json", ".parquet": "parquet"}  # The builders of `datasets`.
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -105,7 +106,7 @@ def _describe_missing(path: Path, name: str) -> str:
 # Data sets and Parquet
 
 
-def _load_dataset(name: str, split: str) -> Any:
+def _load_dataset(name: str, split: str, streaming: bool = False, files: str | None = None) -> Any:
     import datasets
 
     is_directory = os.path.isdir(name)
@@ -114,7 +115,7 @@ def _load_dataset(name: str, split: str) -> Any:
             return datasets.load_from_disk(name)
         # An absolute path, because load_dataset("csv") is a format even if there is a directory of that name.
         names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
-        return datasets.load_dataset(*names, split=split)
+        return datasets.load_dataset(*names, split=split, streaming=streaming, data_files=files)
     except Exception as error:  # Formats, network and hub raise many types; the message keeps the cause.
         cause: BaseException = error
         if "while generating the dataset" in str(error) and error.__cause__:
@@ -124,6 +125,37 @@ def _load_dataset(name: str, split: str) -> Any:
             f"{shorten(name, 200)}: {origin} no split {split!r} that can be read ({one_line(cause)}). "
             "Provide a prompt file, or the directory or name of a data set."
         ) from error
+
+
+def open_stream(name: str, split: str, column: str = "prompt") -> Any:
+    """Open a data set as a `datasets.IterableDataset`, which is read while it is used.
+
+    Args:
+        name: a `.jsonl` or `.parquet` file, a directory, or the name of a data set on the hub.
+        split: the split of a data set that has several.
+        column: the column of the prompt. It is renamed to "prompt".
+
+    Raises:
+        UserError: there is no such data set or split, or the file has another format.
+    """
+    import datasets
+
+    name = os.path.expanduser(name)
+    suffix, origin = _format_suffix(name), (name, split)
+    if os.path.isfile(name) or suffix in _SUFFIXES:
+        if not os.path.isfile(name):
+            raise UserError(_describe_missing(Path(name), name))
+        if suffix not in _STREAMED:
+            raise UserError(f"stream_prompts {name}: must be a data set, or a file of {quote_names(_STREAMED)}.")
+        origin = (_STREAMED[suffix], "train")
+    dataset = _load_dataset(*origin, streaming=True, files=name if origin[0] != name else None)
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{name}: there is no split {split!r}; must be one of {quote_names(dataset)}.")
+        dataset = dataset[split]
+    if isinstance(dataset, datasets.Dataset):  # From `save_to_disk`: it is read from the disk as it is used.
+        dataset = dataset.to_iterable_dataset()
+    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
 
 
 def _read_dataset(name: str, dataset: Any, split: str) -> tuple[str, list[Row]]:
