@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.files import files_of
-from helpers.killed_runs import SHORT, assert_same, assert_same_run, in_a_process, run, short_run, trainer_of
+from helpers.killed_runs import SHORT, Trap, assert_same, assert_same_run, in_a_process, run, short_run, trainer_of
 
 from quarkrl.errors import UserError
 from quarkrl.runs import checkpoints
@@ -198,11 +198,21 @@ def test_the_last_good_checkpoint_is_the_latest_that_is_whole(tmp_path):
 # A full disk
 
 
+class Limit(Trap):
+    """Limits the size of files instead of a kill. It begins after the trainer has tried to save its model."""
+
+    def __init__(self, largest: int):
+        super().__init__()
+        self.largest = largest
+
+    def set(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest, resource.RLIM_INFINITY))
+
+
 def limited(directory: Path, resume: bool, largest: int, options: dict) -> int:
     """A run whose files may have so many bytes; a larger one is refused as by a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     try:
-        run(directory, resume, None, options)
+        run(directory, resume, Limit(largest), options)
     except UserError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(1, f"\nerror: {error}".encode())
