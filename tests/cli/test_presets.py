@@ -1,6 +1,7 @@
 """The presets: all of them can be read, and the tiny ones reach their purpose with half or two thirds of their run."""
 
 import json
+import os
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_every_preset_is_read_and_names_what_it_needs():
     for name in preset_names():
         run, config, _ = parse_train(["--config", name])
         assert run.model and run.prompts and run.reward, name
-        assert config.output_dir == f"runs/{name}"
+        assert config.output_dir == os.path.abspath(f"runs/{name}")
 
 
 def test_every_task_has_a_tiny_twin():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 from helpers.kinds_of_tokenizers import llama_tokenizer, t5_tokenizer, wordpiece_tokenizer
+from helpers.random_tokenizers import random_tokenizer
 from helpers.tiny_models import tiny_tokenizer
 
-from quarkrl.data.encoding import decode_completions
+from quarkrl.data.encoding import decode_completions, encode_as_text
 
 KINDS = {
     "llama": llama_tokenizer(),
@@ -41,6 +43,24 @@ def test_prompt_and_completion_are_the_text_of_both(kind):
         prompts, completions, decode_completions(tokenizer, prompts, completions), strict=True
     ):
         assert decode(tokenizer, prompt) + text == decode(tokenizer, prompt + row)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_tokenizers_decode_both_and_read_special_tokens_as_text(seed):
+    tokenizer, texts = random_tokenizer(f"texts {seed}")
+    rng = random.Random(seed)
+    try:
+        prompts = [ids for ids in tokenizer(texts)["input_ids"] if ids]
+    except Exception:  # noqa: BLE001 - what `tokenizers` raises for unknown characters without UNK
+        return
+    completions = [rng.choices(list(tokenizer.get_vocab().values()), k=4) for _ in prompts]
+    for prompt, row, text in zip(
+        prompts, completions, decode_completions(tokenizer, prompts, completions), strict=True
+    ):
+        assert decode(tokenizer, prompt) + text == decode(tokenizer, prompt + row)
+    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids -= {tokenizer.unk_token_id}
+    assert not special_ids.intersection(chain(*encode_as_text(tokenizer, texts, add_special_tokens=False)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama, first", "t5"])

@@ -223,8 +223,8 @@ def _begin(log: str, target: Callable, args: tuple) -> None:
 def run(directory: Path, resume: bool = False, trap: Trap | None = None, options: dict | None = None) -> None:
     """Do a whole run, and write the number of calls of each place of `Trap` to `directory.calls`."""
     trap = trap or Trap()
-    trap.set()
     trainer = trainer_of(directory, **{**(options or {}), "disable_tqdm": True})
+    trap.set()  # After the trainer, which tries to save its model: only the calls of the run count.
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_final()
     Path(f"{directory}.calls").write_text(json.dumps(trap.calls), encoding="utf-8")

@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
+from quarkrl.models.device import current_gpu
 from quarkrl.rewards import Scorer
 from quarkrl.rewards.batch import Batch
-from quarkrl.rewards.calling import RewardCall, RewardCaller, current_gpu
+from quarkrl.rewards.calling import RewardCall, RewardCaller
 
 
 def rewards_of(scorer):

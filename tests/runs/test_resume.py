@@ -37,6 +37,7 @@ from helpers.tiny_models import make_home, tiny_model
 from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
+from quarkrl.runs.checkpoints import seal
 from quarkrl.runs.interrupts import Stopped
 from quarkrl.runs.states import load_state
 
@@ -369,6 +370,16 @@ def test_a_checkpoint_of_another_directory_is_refused(tmp_path, copied, name):
     shutil.copytree(copied / "checkpoint-2", parent / name)
     with pytest.raises(UserError, match=rf"resume_from_checkpoint '{parent / name}': must be a checkpoint of the run"):
         again(copied, resume=str(parent / name))
+
+
+def test_one_process_resumes_from_a_checkpoint_with_the_states_of_two(copied):
+    """Both states are equal here, and no sum spans the checkpoint, so the rest of the run is the same."""
+    rows, states = metrics_of(copied), copied / "checkpoint-2/training"
+    shutil.rmtree(copied / "checkpoint-4")
+    shutil.copy(states / "process-0.safetensors", states / "process-1.safetensors")
+    seal(copied / "checkpoint-2")
+    again(copied)
+    assert metrics_of(copied) == rows
 
 
 def test_a_checkpoint_may_be_named_by_a_path_object(copied, capsys):

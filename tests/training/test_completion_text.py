@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from helpers.evaluation_helpers import short
 from helpers.kinds_of_tokenizers import llama_tokenizer
@@ -18,7 +20,7 @@ PROMPTS = ["You are", "a b", "mean"]
 
 def test_text_of_a_completion_has_its_leading_space_everywhere(tmp_path):
     tokenizer = llama_tokenizer(byte_fallback=False, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    read: list[tuple[str, str, list[int]]] = []
+    read: list[tuple[Any, Any, list[int]]] = []
 
     def note(prompts, completions, completion_ids):
         read.extend(zip(prompts, completions, completion_ids, strict=True))
@@ -37,7 +39,8 @@ def test_text_of_a_completion_has_its_leading_space_everywhere(tmp_path):
     trainer.evaluate()
     texts = set()
     for prompt, completion, ids in read:
-        prompt = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        if isinstance(prompt, list):
+            prompt, completion = prompt[0]["content"], completion[0]["content"]
         whole = tokenizer.decode([*tokenizer(prompt)["input_ids"], *ids], skip_special_tokens=True)
         assert prompt + completion == whole
         texts.add(completion)

@@ -142,13 +142,18 @@ def encode_pairs_as_text(
 
 def break_special_tokens(tokenizer: Any, text: str) -> str:
     """Put a space into each special token's characters, so that they stay text where special tokens are parsed."""
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = {name for name in names.union(tokenizer.all_special_tokens) if len(name) > 1}
+    names = {name for name in _special_tokens(tokenizer) if len(name) > 1}
     if not names:
         return text
     # The longest first: one name may begin with another. Some tokenizers ignore case.
     pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.sub(pattern, lambda match: f"{match[0][0]} {match[0][1:]}", text, flags=re.IGNORECASE)
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """The special tokens of a tokenizer, with those that have no name, such as "<|im_start|>"."""
+    unnamed = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return unnamed.union(tokenizer.all_special_tokens)
 
 
 def _split_special_tokens(tokenizer: Any, texts: Sequence[str], options: dict[str, Any]) -> Any:
@@ -157,7 +162,7 @@ def _split_special_tokens(tokenizer: Any, texts: Sequence[str], options: dict[st
 
 def _has_special_tokens(tokenizer: Any, encoded: Any) -> bool:
     """Whether texts were read as special tokens: Unigram and WordLevel have those in their own vocabularies."""
-    special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special_ids = set(tokenizer.convert_tokens_to_ids(sorted(_special_tokens(tokenizer)))) - {tokenizer.unk_token_id}
     rows = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     return any(i in special_ids and not added for ids, mask in rows for i, added in zip(ids, mask, strict=True))
 

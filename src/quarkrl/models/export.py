@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from quarkrl.errors import UserError, one_line
 from quarkrl.models.adapters import merge
@@ -18,6 +20,7 @@ from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
 from quarkrl.models.quark_json import read_quark_json
 from quarkrl.storage.atomic import atomic_directory
+from quarkrl.storage.json import nan_to_null
 
 
 def save_steered(
@@ -41,6 +44,18 @@ def save_steered(
     """
     if hasattr(model, "merge_and_unload"):
         model = merge(copy.deepcopy(model))
+    _save_model(model, tokenizer, conditioning, directory, state_dict)
+    conditioning.save(directory, **facts)
+
+
+def _save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conditioning: Conditioning,
+    directory: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write what transformers reads of a checkpoint."""
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
     model.generation_config.suppress_tokens = conditioning.all_token_ids
@@ -51,7 +66,6 @@ def save_steered(
     finally:
         model.generation_config, model.config.use_cache = saved_config, saved_cache
     tokenizer.save_pretrained(directory)
-    conditioning.save(directory, **facts)
 
 
 def export_merged(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
@@ -109,6 +123,8 @@ def try_saving(
     Raises:
         UserError: something cannot be saved.
     """
+    has_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # They appear when the run itself saves.
@@ -119,11 +135,15 @@ def try_saving(
                 for config in model.peft_config.values():
                     config.save_pretrained(directory)
                 model = model.get_base_model()
-            save_steered(model, tokenizer, conditioning, Path(directory), facts, state_dict={})
+            _save_model(model, tokenizer, conditioning, Path(directory), state_dict={})
+            json.dumps(nan_to_null(facts))
     except Exception as error:
         # Whatever fails here would fail at the first checkpoint. Libraries raise many types of exception.
         name = model.config._name_or_path
         raise UserError(f"model {name!r}: cannot be saved ({one_line(error)}). Correct the model's files.") from error
+    finally:
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def make_saveable(model: PreTrainedModel) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from quarkrl.models.completion_logits import (
@@ -26,6 +25,7 @@ from quarkrl.models.completion_logits import (
     unwrapped,
 )
 from quarkrl.models.eval_mode import eval_mode
+from quarkrl.models.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +128,6 @@ def is_one_product(layer: nn.Module | None) -> bool:
     if layer is None or not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         return False
     return _only_product(layer, weight.new_zeros(1, weight.shape[1])) is not None
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the weights of a module are sharded over processes (FSDP, ZeRO stage 3)."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def _scale_and_cap(config: Any) -> tuple[float, float | None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quarkrl.errors import UserError, describe_exception
+from quarkrl.models.device import current_gpu
 from quarkrl.rewards.batch import Batch
 from quarkrl.rewards.giving_up import ends_a_frozen_process, kill_children
 from quarkrl.rewards.identity import source_file
@@ -264,15 +265,6 @@ class BackgroundCall:
         frame = sys._current_frames().get(self._thread.ident or 0)
         lines = [line for line in traceback.extract_stack(frame) if line.filename == file] if frame else []
         return f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
-
-
-def current_gpu() -> int:
-    """The index of this thread's current GPU, or -1 without one.
-
-    CUDA's current device is a property of the thread. A new thread takes it over by `torch.cuda.set_device`, which
-    ignores -1.
-    """
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
 
 def _close_loop(loop: asyncio.AbstractEventLoop) -> None:

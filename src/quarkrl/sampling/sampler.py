@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.eval_mode import eval_mode
-from quarkrl.models.head_access import is_sharded
+from quarkrl.models.sharding import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, GuidedDecoder, make_contrast
 from quarkrl.sampling.strategy import Sampling

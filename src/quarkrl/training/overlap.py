@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from quarkrl.errors import UserError
-from quarkrl.rewards.calling import current_gpu
+from quarkrl.models.device import current_gpu
 from quarkrl.rewards.scorer import Scores
 from quarkrl.training.rollout import Rollout
 
