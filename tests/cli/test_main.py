@@ -21,9 +21,10 @@ import quarkrl
 from quarkrl.builtin import prompts_path
 from quarkrl.cli.demo import free_directory
 from quarkrl.cli.main import COMMANDS, main
-from quarkrl.cli.train import held_out_prompts
+from quarkrl.cli.train import held_out_prompts, train_prompts
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.data.prompts import load_prompts
+from quarkrl.errors import UserError
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
@@ -426,3 +427,12 @@ def test_a_second_demo_takes_the_next_free_directory(tmp_path):
     (tmp_path / "demo-2" / "final").mkdir(parents=True)
     (tmp_path / "demo-3").mkdir()  # Empty: it holds no run.
     assert free_directory(wanted) == f"{wanted}-3"
+
+
+def test_prompts_are_streamed_on_demand(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    options = {"prompts": str(tmp_path / "p.jsonl"), "prompt_column": "text", "stream_prompts": True}
+    stream = train_prompts(RunOptions(**options), skip_bad=False)
+    assert isinstance(stream, datasets.IterableDataset) and [*stream] == [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(UserError, match="prompt_tokens 3: must be left out of a run with --stream_prompts"):
+        train_prompts(RunOptions(**options, prompt_tokens=3), skip_bad=False)
