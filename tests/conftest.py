@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
+import signal
 
 import datasets
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell ignores it in processes in the background.
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
