@@ -38,9 +38,10 @@ def one_line(error: BaseException, width: int = 200) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def describe_exception(error: BaseException) -> str:
-    """Return an exception's type, message, and the file and line that raised it, on one line."""
+def describe_exception(error: BaseException, width: int = 400) -> str:
+    """Return an exception's type, its message of at most `width` characters, and the file and line, on one line."""
     message = " ".join(str(error).split())
+    message = message if len(message) <= width else message[: width - 1] + "…"
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if isinstance(error, SyntaxError):
         return text  # Its message already has the file and the line.

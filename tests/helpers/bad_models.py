@@ -247,11 +247,11 @@ CASES |= {
     ]
 }
 CASES |= {
-    "run: a new one where one is": ([*TRAIN[:-1], "run"], "output_dir 'run'"),
+    "run: a new one where one is": ([*TRAIN[:-1], "run"], "home/run': must not hold a run already"),
     "run: from a file": ([*RESUME[:-1], "--resume_from_checkpoint", "prompts.txt"], "prompts.txt"),
     "run: from a model": ([*RESUME[:-1], "--resume_from_checkpoint", "run/final"], "run/final"),
     "run: from nowhere": ([*RESUME[:-1], "--resume_from_checkpoint", "run/checkpoint-9"], "run/checkpoint-9"),
-    "run: nowhere": (["train", "--resume", "--output_dir", "nowhere"], "output_dir 'nowhere'"),
+    "run: nowhere": (["train", "--resume", "--output_dir", "nowhere"], "home/nowhere': must hold config.yaml"),
     "run: other quantiles": ([*RESUME, "--num_quantiles", "3"], "num_quantiles was 2, is 3"),
     "run: other prompts": ([*RESUME, "--prompts", "rewards.py"], "rewards.py"),
 }

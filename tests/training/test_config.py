@@ -276,8 +276,8 @@ def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monke
     config, given = command.config, command.non_default_options
     assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
     assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
-    assert command.ignored().startswith("ddp_backend and fsdp ignored")
-    assert command._replace(given={}).ignored() is None
+    assert command.ignored_options_note().startswith("ddp_backend and fsdp ignored")
+    assert command._replace(non_default_options={}).ignored_options_note() is None
 
 
 def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):

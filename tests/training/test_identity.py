@@ -58,13 +58,11 @@ def test_a_run_with_a_dated_chat_template_is_resumed_the_next_day(tmp_path, monk
     assert rendered.startswith(datetime.now().strftime("<|reward_1|>%d %b %Y"))
 
 
-def test_a_run_says_that_its_chat_template_is_dated(tmp_path, caplog):
-    with caplog.at_level("INFO", "quarkrl.training.trainer"):
-        dated_trainer(tmp_path / "chats").prepare_models()
-        assert f"the prompts of this run have {datetime.now():%Y-%m-%d}" in caplog.text
-        caplog.clear()
-        dated_trainer(tmp_path / "texts", prompts=["ab", "cd"]).prepare_models()
-        assert "current date" not in caplog.text
+def test_a_run_says_that_its_chat_template_is_dated(tmp_path):
+    notes = dated_trainer(tmp_path / "chats").progress.start_notes
+    assert any(f"the prompts of this run have {datetime.now():%Y-%m-%d}" in note for note in notes)
+    notes = dated_trainer(tmp_path / "texts", prompts=["ab", "cd"]).progress.start_notes
+    assert notes and not any("current date" in note for note in notes)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"chat_date": null}', None])

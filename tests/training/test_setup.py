@@ -91,16 +91,13 @@ def test_policy_and_reference_of_the_command_have_the_dtype_that_is_set(bf16, tm
     assert dtypes == [getattr(torch, expected)] * 2
 
 
-def test_trained_weights_in_16_bits_are_said(tmp_path, caplog):
-    model = tiny_model("gpt2", TOKENIZER).to(torch.bfloat16)
-    with caplog.at_level("INFO"):
-        small_trainer(tmp_path, model=model).prepare_models()
-        assert any("dtype bfloat16: rounds away" in message for message in caplog.messages)
-        caplog.clear()
-        small_trainer(
-            tmp_path / "lora", model=tiny_model("gpt2", TOKENIZER).bfloat16(), peft_config=LORA
-        ).prepare_models()
-        assert not any("rounds away" in message for message in caplog.messages)  # peft trains adapters in float32.
+def test_a_note_says_that_weights_of_16_bits_are_trained(tmp_path):
+    def notes_of(directory, **options) -> str:
+        model = tiny_model("gpt2", TOKENIZER).bfloat16()
+        return "\n".join(small_trainer(directory, model=model, **options).progress.start_notes)
+
+    assert "dtype bfloat16: rounds away" in notes_of(tmp_path / "whole")
+    assert "rounds away" not in notes_of(tmp_path / "lora", peft_config=LORA)  # peft trains adapters in float32.
 
 
 # Adapters

@@ -6,7 +6,6 @@
 import argparse
 import dataclasses
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, get_args
@@ -175,6 +174,5 @@ def _underscored(argument: str) -> str:
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    """Return a help formatter with one line per option; a narrow terminal wraps it, so that the line count holds."""
-    width = max(100, min(120, shutil.get_terminal_size((120, 24)).columns))
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=38, width=width)
+    """Return a help formatter with one line per option in 120 columns. A narrower terminal wraps the lines itself."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=38, width=120)

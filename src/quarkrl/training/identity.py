@@ -145,7 +145,7 @@ def _change(name: str, before: Any, after: Any) -> str:
 
 def _unchangeable(reward: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a reward's identity that may not change. The source of a plain function may."""
-    return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else reward
+    return {name: reward[name] for name in ("name", "weight")} if "qualname" in reward else {**reward}
 
 
 def _to_short_json(value: Any) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 
 NUMBER = r"[+-]?[0-9]{1,30}(?:\.[0-9]{1,30})?"
 
-# Reasoning beside the answer. A model whose chat template opens the block only closes it.
 _TAG = r"(?:think|thinking|thought|thoughts|reason|reasoning|reflection|scratchpad)"
-_OPENING, _CLOSING = rf"(?:<{_TAG}>|\[THINK\]|◁think▷)", rf"(?:</{_TAG}>|\[/THINK\]|◁/think▷)"
-_REASONING = [rf"{_OPENING}.*?{_CLOSING}", rf"^.*{_CLOSING}", rf"{_OPENING}.*$"]
+_REASONING = re.compile(
+    rf"(?P<opening><{_TAG}>|\[THINK\]|◁think▷)|</{_TAG}>|\[/THINK\]|◁/think▷",
+    re.IGNORECASE,
+)
 
 _NAMES = ("score", "rating")
 _DECORATION = r"[ \t*_`\"'{(\[]*"
@@ -48,9 +49,7 @@ def read_rating(content: str, low: float, high: float, *, truncated: bool = Fals
         high: the best rating.
         truncated: the answer is incomplete, so a number at its end is too.
     """
-    for reasoning in _REASONING:
-        content = re.sub(reasoning, "", content, flags=re.DOTALL | re.IGNORECASE)
-    content = content.replace("−", "-").strip()
+    content = _without_reasoning(content).replace("−", "-").strip()
     if truncated:
         content = re.sub(r"[0-9.,]+$", "", content)
     ratings = {_number(value, high) for value in _json_ratings(content)} or _marked_ratings(content, high)
@@ -58,6 +57,23 @@ def read_rating(content: str, low: float, high: float, *, truncated: bool = Fals
         ratings = {_number(content, high)}
     rating = ratings.pop() if len(ratings) == 1 else None
     return rating if rating is not None and low <= rating <= high else None
+
+
+def _without_reasoning(content: str) -> str:
+    """The answer without its reasoning, in one pass. A tag that only closes has been opened by the chat template."""
+    pieces: list[str] = []
+    start: int | None = 0  # Of the piece; None within reasoning.
+    for tag in _REASONING.finditer(content):
+        if not tag["opening"]:
+            if start is not None:
+                pieces.clear()
+            start = tag.end()
+        elif start is not None:
+            pieces.append(content[start : tag.start()])
+            start = None
+    if start is not None:
+        pieces.append(content[start:])
+    return "".join(pieces)
 
 
 def _json_ratings(content: str) -> Iterator[Any]:
