@@ -83,8 +83,8 @@ def main(spec: dict[str, Any]) -> int:
     if trap := spec.get("trap", {}).get(rank):
         Trap(*trap).set()
     if "argv" in spec:
-        note = cli._note
-        cli._note = lambda text: (time.sleep(6 if rank == "0" else 0), note(text))
+        note = cli.note
+        cli.note = lambda text: (time.sleep(6 if rank == "0" else 0), note(text))
         return cli.main(spec["argv"])
     place = directory
     if spec.get("apart"):

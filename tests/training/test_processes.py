@@ -155,7 +155,7 @@ def test_sigterm_stops_all_processes_after_the_batch_and_the_job_resumes(tmp_pat
     directory = tmp_path / "run"
     trap = {"1": [LOSS, "after", 5, signal.SIGTERM]}  # As a scheduler sends it to each.
     end = run_job(directory, 2, options=TWO, trap=trap)
-    assert end.code != 0 and "stopped by SIGTERM in iteration 1 after step 5, all saved" in end.output, end.output
+    assert end.code != 0 and "stopped by SIGTERM in iteration 1 after step 5; everything is saved" in end.output, end.output
     assert (directory / "checkpoint-5").is_dir()
     fine(run_job(directory, 2, options=TWO, resume=True))
     for path in directory.glob("checkpoint-*"):
@@ -169,7 +169,7 @@ def test_sigterm_stops_all_processes_after_the_batch_and_the_job_resumes(tmp_pat
 def test_the_command_stops_with_one_line_and_resumes_as_one_process(tmp_path):
     directory = tmp_path / "run"
     options = {**RUN, **SHARDED, "eval_strategy": "no"}
-    home = make_home(tmp_path, TOKENIZER, PROMPTS, "from crashes import reward", **options)
+    home = make_home(tmp_path, TOKENIZER, PROMPTS, "from helpers.killed_runs import reward", **options)
     argv = ["train", "--config", str(home / "run.yaml"), "--output_dir", str(directory)]
     argv += ["--reward", f"{home / 'rewards.py'}:reward"]
     end = run_job(directory, 2, argv=argv, trap={"1": [LOSS, "after", 5, signal.SIGTERM]})
@@ -179,7 +179,7 @@ def test_the_command_stops_with_one_line_and_resumes_as_one_process(tmp_path):
     end = run_job(directory, 1, argv=resume)
     assert end.code == 2 and "draws_per_step was 4, is 2" in end.output, end.output
     end = fine(run_job(directory, 1, argv=[*resume, "--per_device_train_batch_size", "4"]))
-    assert "one process, which has no use for ddp_backend and fsdp;" in end.output, end.output
+    assert "ddp_backend and fsdp ignored: there is one process" in end.output, end.output
     assert "iteration 1/2, step 5/12, pool 20 samples" in end.output, end.output
     assert os.listdir(directory / "checkpoint-12/training").count("process-1.safetensors") == 0
     assert (directory / "final/model.safetensors").is_file()
