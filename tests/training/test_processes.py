@@ -155,7 +155,8 @@ def test_sigterm_stops_all_processes_after_the_batch_and_the_job_resumes(tmp_pat
     directory = tmp_path / "run"
     trap = {"1": [LOSS, "after", 5, signal.SIGTERM]}  # As a scheduler sends it to each.
     end = run_job(directory, 2, options=TWO, trap=trap)
-    assert end.code != 0 and "stopped by SIGTERM in iteration 1 after step 5; everything is saved" in end.output, end.output
+    assert end.code != 0
+    assert "stopped by SIGTERM in iteration 1 after step 5; everything is saved" in end.output, end.output
     assert (directory / "checkpoint-5").is_dir()
     fine(run_job(directory, 2, options=TWO, resume=True))
     for path in directory.glob("checkpoint-*"):
