@@ -201,29 +201,21 @@ class OurModel(GPT2LMHeadModel):
     assert mark.exists()
 
 
-def test_a_kernel_that_a_config_names_is_not_fetched(home):
-    model = home / "model"
-    config = json.loads((model / "config.json").read_text())
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_kernel_that_a_config_names_is_not_fetched(home, tmp_path, is_adapter):
+    """Neither the config of a model, nor that of an adapter's base."""
+    base = model = home / "model"
+    if is_adapter:
+        model, lora = tmp_path / "adapter", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+        get_peft_model(load_model(base), lora).save_pretrained(model)
+    config = json.loads((base / "config.json").read_text())
     for name in ("attn_implementation", "_attn_implementation"):
-        (model / "config.json").write_text(json.dumps(config | {name: "somebody/evil-attention"}))
+        (base / "config.json").write_text(json.dumps(config | {name: "somebody/evil-attention"}))
         default = "sdpa" if torch.accelerator.is_available() else "eager"
         assert load_model(model).config._attn_implementation == default
         assert load_model(model, attn_implementation="sdpa").config._attn_implementation == "sdpa"
         with pytest.raises(UserError, match="cannot be loaded: `kernels`"):  # What is not asked for in vain.
             load_model(model, attn_implementation="somebody/evil-attention")
-
-
-def test_a_kernel_that_the_config_of_an_adapter_s_base_names_is_not_fetched(home, tmp_path):
-    base, adapter = home / "model", tmp_path / "adapter"
-    get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(
-        adapter
-    )
-    config = json.loads((base / "config.json").read_text())
-    for name in ("attn_implementation", "_attn_implementation"):
-        (base / "config.json").write_text(json.dumps(config | {name: "somebody/evil-attention"}))
-        default = "sdpa" if torch.accelerator.is_available() else "eager"
-        assert load_model(adapter).config._attn_implementation == default
-        assert load_model(adapter, attn_implementation="sdpa").config._attn_implementation == "sdpa"
 
 
 def test_what_a_model_says_of_its_rewards_and_options_is_not_carried_out(home, mark, monkeypatch):

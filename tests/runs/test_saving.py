@@ -72,11 +72,13 @@ def test_a_run_stops_early_when_the_reward_no_longer_grows(tmp_path):
 
 
 def test_a_checkpoint_holds_the_conditioning_and_no_pickled_options(tmp_path):
-    small_trainer(tmp_path, save_strategy="epoch").train()
+    small_trainer(tmp_path, save_strategy="epoch", save_total_limit=2).train()
     for checkpoint in (tmp_path / "checkpoint-3", tmp_path / "checkpoint-6"):
         names = {path.name for path in checkpoint.iterdir()}
         assert {"quark.json", "model.safetensors", "tokenizer.json", "training", "trainer_state.json"} <= names
         assert "training_args.bin" not in names
+        options = json.loads((checkpoint / "quark.json").read_text(encoding="utf-8"))["config"]
+        assert options["save_total_limit"] == 2
     text = QuarkGenerator.from_pretrained(tmp_path / "checkpoint-3").generate("a b", quantile="worst", seed=0)
     assert len(text) == 1
 

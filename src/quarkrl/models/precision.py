@@ -17,7 +17,7 @@ def bf16_is_fast() -> bool:
 
 
 def slow_bf16_note() -> str | None:
-    """Return a note for a user who has asked for bfloat16 where it is slow, or None where it is fast."""
+    """Return a note for a user who sets bfloat16 where it is slow, or None where it is fast."""
     if bf16_is_fast():
         return None
     return "bf16: this processor has no units for bfloat16; float32 is much faster."

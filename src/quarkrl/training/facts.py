@@ -6,11 +6,10 @@ from typing import Any
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.models.quark_json import read_quark_json
-from quarkrl.training.config import QuarkConfig
 
 
 def run_facts(
-    config: QuarkConfig,
+    options: dict[str, Any],
     step: int,
     pool: DataPool,
     coefs: Coefficients,
@@ -21,7 +20,7 @@ def run_facts(
     """Collect the facts that are saved with a run's weights.
 
     Args:
-        config: the options of the run.
+        options: the options of the run (`QuarkConfig.recorded_options`).
         step: optimizer steps done.
         pool: the samples, quantized.
         coefs: weights of the KL and entropy terms, as they stand.
@@ -32,12 +31,12 @@ def run_facts(
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
-        "iterations": step / config.steps_per_iteration,
+        "iterations": step / options["steps_per_iteration"],
         "pool_size": len(pool),
         **identities,
         "rewards": rewards,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
-        "config": config.recorded_options(),
+        "config": options,
     }
     if best_checkpoint:
         best = read_quark_json(best_checkpoint) or {}

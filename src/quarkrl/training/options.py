@@ -129,7 +129,7 @@ class QuarkOptions:
     kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
-        "policy_ref (official code) or ref_policy (paper).",
+        "KL direction: policy_ref (official) or ref_policy (paper).",
         group="learning",
         metavar="NAME",
     )

@@ -126,6 +126,7 @@ class QuarkTrainer(DurableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
+        self._recorded_options = args.recorded_options()  # Saving a checkpoint clears one for a moment.
         model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
@@ -538,8 +539,8 @@ class QuarkTrainer(DurableTrainer):
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
         ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
         best = self.state.best_model_checkpoint if ended_with_best else None
-        identities = self.scorer.identity, self.identities
-        return run_facts(self.args, self.state.global_step, self.pool, self.coefs, *identities, best_checkpoint=best)
+        progress = self.state.global_step, self.pool, self.coefs
+        return run_facts(self._recorded_options, *progress, self.scorer.identity, self.identities, best_checkpoint=best)
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
         return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)
