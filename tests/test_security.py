@@ -214,7 +214,7 @@ def test_a_kernel_that_a_config_names_is_not_fetched(home, tmp_path, is_adapter)
         default = "sdpa" if torch.accelerator.is_available() else "eager"
         assert load_model(model).config._attn_implementation == default
         assert load_model(model, attn_implementation="sdpa").config._attn_implementation == "sdpa"
-        with pytest.raises(UserError, match="cannot be loaded: `kernels`"):  # What is not asked for in vain.
+        with pytest.raises(UserError, match="cannot be loaded: `kernels`"):  # Only the option fetches it.
             load_model(model, attn_implementation="somebody/evil-attention")
 
 

@@ -126,3 +126,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     shutil.rmtree(checkpoint)
     assert export(tmp_path / "run", "adapter", new) == 2
     assert "must hold the checkpoint of final/, and it was not kept" in capsys.readouterr().err
+
+
+def test_weights_are_exported_in_the_dtype_that_is_set(tmp_path):
+    train(tmp_path)
+    command = ["export", str(tmp_path / "run"), "--merge", "--dtype", "bfloat16", "--output", str(tmp_path / "merged")]
+    assert main(command) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16

@@ -87,6 +87,7 @@ def test_streams_that_are_closed_or_replaced_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     accept_any_character()
+    assert sys.stdout is None and isinstance(sys.stderr, io.StringIO)
 
 
 @pytest.mark.parametrize("json_lines", [False, True])

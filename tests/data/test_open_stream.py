@@ -8,34 +8,16 @@ import datasets
 import pytest
 from helpers.errors import error_message
 from helpers.files import write
+from helpers.prompt_helpers import TWO_LINES, save_dataset_dict, save_jsonl_directory, save_parquet
 
 from quarkrl.data.readers import open_stream
 
-LINES = '{"prompt": "one", "n": 1}\n{"prompt": "two", "n": 2}\n'
-
-
-def save_files(directory):
-    (directory / "files").mkdir()
-    return write(directory / "files" / "train.jsonl", LINES).parent
-
-
-def save_dict(directory):
-    rows = datasets.Dataset.from_dict({"prompt": ["one", "two"], "n": [1, 2]})
-    datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(directory / "saved")
-    return directory / "saved"
-
-
-def save_parquet(directory):
-    datasets.Dataset.from_dict({"prompt": ["one", "two"], "n": [1, 2]}).to_parquet(directory / "p.parquet")
-    return directory / "p.parquet"
-
-
 SOURCES = {
-    "jsonl": lambda d: write(d / "p.jsonl", LINES),
-    "jsonl.gz": lambda d: write(d / "p.jsonl.gz", gzip.compress(LINES.encode())),
+    "jsonl": lambda d: write(d / "p.jsonl", TWO_LINES),
+    "jsonl.gz": lambda d: write(d / "p.jsonl.gz", gzip.compress(TWO_LINES.encode())),
     "parquet": save_parquet,
-    "directory": save_files,
-    "saved": save_dict,
+    "directory": save_jsonl_directory,
+    "saved": save_dataset_dict,
 }
 
 
@@ -57,5 +39,5 @@ def test_what_cannot_be_streamed_is_one_line(tmp_path):
     text = write(tmp_path / "p.txt", "one\n")
     error_message(lambda: open_stream(str(text), "train"), "stream_prompts ", "'.jsonl', '.parquet'")
     error_message(lambda: open_stream(str(tmp_path / "no.jsonl"), "train"), "no.jsonl: no such file")
-    error_message(lambda: open_stream(str(save_files(tmp_path)), "valid"), "no split 'valid'")
-    error_message(lambda: open_stream(str(save_dict(tmp_path)), "valid"), "must be one of 'train', 'test'")
+    error_message(lambda: open_stream(str(save_jsonl_directory(tmp_path)), "valid"), "no split 'valid'")
+    error_message(lambda: open_stream(str(save_dataset_dict(tmp_path)), "valid"), "must be one of 'train', 'test'")

@@ -13,7 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.errors import error_message
 from helpers.files import write
-from helpers.prompt_helpers import CHAT, byte_tokenizer
+from helpers.prompt_helpers import (
+    CHAT,
+    TWO_LINES,
+    TWO_ROWS,
+    byte_tokenizer,
+    save_dataset_dict,
+    save_jsonl_directory,
+    save_parquet,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +29,6 @@ from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.errors import UserError
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-
-
-@pytest.fixture(autouse=True)
-def _quiet_datasets():
-    datasets.disable_progress_bars()
 
 
 def write_csv(path: Path, rows: list[list[str]]) -> Path:
@@ -38,51 +41,36 @@ def write_csv(path: Path, rows: list[list[str]]) -> Path:
 
 
 SOURCES = {
-    "jsonl": lambda d: write(d / "p.jsonl", '{"prompt": "one", "n": 1}\n{"prompt": "two", "n": 2}\n'),
+    "jsonl": lambda d: write(d / "p.jsonl", TWO_LINES),
     "json": lambda d: write(d / "p.json", '{"prompt": "one", "n": 1}\n{"prompt": "two", "n": 2}'),
-    "parquet": lambda d: (
-        pq.write_table(pa.table({"prompt": ["one", "two"], "n": [1, 2]}), d / "p.parquet") or d / "p.parquet"
-    ),
-    "dataset": lambda d: datasets.Dataset.from_dict({"prompt": ["one", "two"], "n": [1, 2]}),
+    "parquet": save_parquet,
+    "dataset": lambda d: datasets.Dataset.from_dict(TWO_ROWS),
     "list of dicts": lambda d: [{"prompt": "one", "n": 1}, {"prompt": "two", "n": 2}],
 }
 
 
 def save_dataset(directory: Path) -> Path:
-    datasets.Dataset.from_dict({"prompt": ["one", "two"], "n": [1, 2]}).save_to_disk(directory / "saved")
+    datasets.Dataset.from_dict(TWO_ROWS).save_to_disk(directory / "saved")
     return directory / "saved"
-
-
-def save_dict(directory: Path) -> Path:
-    train = datasets.Dataset.from_dict({"prompt": ["one", "two"], "n": [1, 2]})
-    test = datasets.Dataset.from_dict({"prompt": ["three"], "n": [3]})
-    datasets.DatasetDict(train=train, test=test).save_to_disk(directory / "saved")
-    return directory / "saved"
-
-
-def save_files(directory: Path) -> Path:
-    (directory / "files").mkdir()
-    write(directory / "files" / "train.jsonl", '{"prompt": "one", "n": 1}\n{"prompt": "two", "n": 2}\n')
-    return directory / "files"
 
 
 SOURCES |= {
     "save_to_disk": save_dataset,
-    "save_to_disk, dict": save_dict,
-    "load_dataset directory": save_files,
+    "save_to_disk, dict": save_dataset_dict,
+    "load_dataset directory": save_jsonl_directory,
 }
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
 def test_each_source_gives_the_same_prompts_and_columns(make, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for source in (make(tmp_path),):
-        prompts = load_prompts(source)
-        assert (prompts.prompts, prompts.columns) == (["one", "two"], {"n": [1, 2]})
-        assert len(prompts) == 2 and len(prompts.locations) == 2
-        assert prompts.skipped == {} and prompts.ids == []
-        if isinstance(source, Path):
-            assert load_prompts(str(source)) == prompts
+    source = make(tmp_path)
+    prompts = load_prompts(source)
+    assert (prompts.prompts, prompts.columns) == (["one", "two"], {"n": [1, 2]})
+    assert len(prompts) == 2 and len(prompts.locations) == 2
+    assert prompts.skipped == {} and prompts.ids == []
+    if isinstance(source, Path):
+        assert load_prompts(str(source)) == prompts
 
 
 def test_csv_and_text(tmp_path):
@@ -103,16 +91,16 @@ def test_locations_name_physical_lines_and_rows(tmp_path, monkeypatch):
     write(tmp_path / "p.csv", 'n,prompt\r\n1,"two\r\nlines"\r\n2,x\r\n')
     multi = load_prompts("p.csv")
     assert (multi.prompts, multi.locations) == (["two\r\nlines", "x"], ["p.csv:2", "p.csv:4"])
-    assert load_prompts(save_dict(tmp_path), split="test").locations == [f"row 1 of {tmp_path}/saved (test)"]
+    assert load_prompts(save_dataset_dict(tmp_path), split="test").locations == [f"row 1 of {tmp_path}/saved (test)"]
     assert load_prompts(["a", "b"]).locations == ["row 1 of the list", "row 2 of the list"]
 
 
 def test_splits(tmp_path):
-    saved = save_dict(tmp_path)
+    saved = save_dataset_dict(tmp_path)
     assert load_prompts(saved, split="test").prompts == ["three"]
     assert load_prompts(datasets.load_from_disk(saved), split="test").columns == {"n": [3]}
     error_message(lambda: load_prompts(saved, split="valid"), "saved", "no split 'valid'", "'train', 'test'")
-    files = save_files(tmp_path)
+    files = save_jsonl_directory(tmp_path)
     error_message(lambda: load_prompts(files, split="valid"), "files", "'valid'", "train")
 
 
@@ -409,7 +397,7 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 
 def test_a_bad_line_in_a_directory_of_files_tells_its_cause(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    write(save_files(tmp_path) / "train.jsonl", '{"prompt": "a"}\n{"prompt": "b\n')
+    write(save_jsonl_directory(tmp_path) / "train.jsonl", '{"prompt": "a"}\n{"prompt": "b\n')
     message = error_message(lambda: load_prompts(tmp_path / "files"), "JSON")
     assert "while generating" not in message
 
@@ -417,7 +405,7 @@ def test_a_bad_line_in_a_directory_of_files_tells_its_cause(tmp_path, monkeypatc
 def test_a_directory_beats_a_format_of_the_same_name(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    save_files(tmp_path).rename(tmp_path / "csv")
+    save_jsonl_directory(tmp_path).rename(tmp_path / "csv")
     assert load_prompts("csv").prompts == ["one", "two"]
 
 

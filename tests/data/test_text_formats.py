@@ -85,8 +85,8 @@ def test_a_column_of_any_size(tmp_path):
     prompts = load_prompts(write(tmp_path / "p.csv", f"prompt,other\na,{large}\n"))
     assert (prompts.prompts, prompts.columns) == (["a"], {"other": [large]})
     assert csv.field_size_limit() == limit
-    for source in (write(tmp_path / "p.json", json.dumps([{"prompt": "a", "other": large}])),):
-        assert load_prompts(source).columns == {"other": [large]}
+    source = write(tmp_path / "p.json", json.dumps([{"prompt": "a", "other": large}]))
+    assert load_prompts(source).columns == {"other": [large]}
 
 
 def test_parquet_with_columns_of_any_kind(tmp_path):

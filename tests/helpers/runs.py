@@ -10,6 +10,7 @@ import torch
 from helpers.eight_letters import PROMPTS, TOKENIZER
 from helpers.tiny_models import SMALL_RUN, tiny_model
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from quarkrl import QuarkConfig, QuarkTrainer
 from quarkrl.algorithm.pool import DataPool
@@ -49,6 +50,17 @@ def small_trainer(directory: Path, rewards=share_of_a, model=None, prompts=PROMP
     config = QuarkConfig(output_dir=str(directory), **{**SMALL_RUN, "num_quantiles": 3, "seed": 0, **options})
     others.setdefault("processing_class", TOKENIZER)
     return kind(still_model() if model is None else model, rewards, config, prompts, **others)
+
+
+class KillBefore(TrainerCallback):
+    """Ends a run just before a step, as a power cut would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def read_metrics(directory: Path) -> list[dict]:

@@ -180,7 +180,7 @@ def with_fork(completions):
 """
 
 
-def test_children_that_a_reward_forks_in_a_run_can_be_ended(tmp_path):
+def test_children_that_a_reward_forks_in_a_run_can_be_score_to_the_end(tmp_path):
     home = home_of(tmp_path, FORKS, generation_batch_size=12)
     names = ("with_pool", "with_terminate", "with_subprocess", "with_fork")
     flags = ["--config", home / "run.yaml", "--output_dir", home / "run", "--on_collapse", "warn"]
@@ -216,7 +216,7 @@ def backtracks(completions):
 """
 
 
-def ended(home: Path, reward: str) -> tuple[int | None, str]:
+def score_to_the_end(home: Path, reward: str) -> tuple[int | None, str]:
     """The exit code and the output of `quarkrl score` with a reward that is given up; None if it hung."""
     (home / "rewards.py").write_text(LEAVES, encoding="utf-8")
     (home / "texts.txt").write_text("a\nb\n", encoding="utf-8")
@@ -233,7 +233,7 @@ def ended(home: Path, reward: str) -> tuple[int | None, str]:
     ],
 )
 def test_a_process_ends_whatever_a_reward_that_is_given_up_has_started(reward, message, tmp_path):
-    code, said = ended(tmp_path, reward)
+    code, said = score_to_the_end(tmp_path, reward)
     assert code == 2
     (line,) = said.splitlines()
     assert line.startswith(f"error: reward {reward!r} {message}".replace("REWARDS", str(tmp_path / "rewards.py")))
@@ -243,9 +243,9 @@ def test_a_process_ends_whatever_a_reward_that_is_given_up_has_started(reward, m
 
 
 def test_a_reward_that_never_lets_another_thread_run_ends_the_process_with_the_stacks(tmp_path):
-    code, said = ended(tmp_path, "backtracks")
+    code, said = score_to_the_end(tmp_path, "backtracks")
     assert code == 1 and "Timeout" in said
-    assert f'"{tmp_path / "rewards.py"}", line 21 in <listcomp>' in said
+    assert f'"{tmp_path / "rewards.py"}", line 21 in ' in said  # <listcomp>, or the function from Python 3.12 on.
 
 
 # One behaviour

@@ -12,6 +12,7 @@ import torch
 from helpers.eight_letters import EOS_ID, VOCAB
 from helpers.runs import (
     LORA,
+    KillBefore,
     assert_same_pool,
     assert_same_weights,
     distinct_rewards,
@@ -21,7 +22,7 @@ from helpers.runs import (
     still_model,
     weights_of,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainerCallback, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, pipeline
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
@@ -134,17 +135,6 @@ def test_an_adapter_is_merged_into_final(tmp_path):
 # Resume
 
 
-class Stop(TrainerCallback):
-    """Ends the run as a power cut would, just before this step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
     ("stop", "options"),
     [
@@ -174,7 +164,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop, options):
     expected = list(asked)
 
     asked.clear()
-    cut = small_trainer(tmp_path / "cut", reward, **{**options, "model": model_of()}, callbacks=[Stop(stop)])
+    cut = small_trainer(tmp_path / "cut", reward, **{**options, "model": model_of()}, callbacks=[KillBefore(stop)])
     with pytest.raises(KeyboardInterrupt):
         cut.train()
     resumed = small_trainer(tmp_path / "cut", reward, **{**options, "model": model_of()})

@@ -257,11 +257,19 @@ def test_bf16_is_also_an_ordinary_switch(tmp_path, flags, value):
 
 
 def test_bf16_is_fast_where_a_processor_has_either_unit_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for units in ((False, False), (False, True), (True, False)):
         for name, unit in zip(("_is_avx512_bf16_supported", "_is_amx_tile_supported"), units, strict=True):
             monkeypatch.setattr(torch.cpu, name, lambda unit=unit: unit)
-        if not torch.accelerator.is_available():
-            assert bf16_is_fast() is any(units)
+        assert bf16_is_fast() is any(units)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bf16_is_fast_on_a_gpu_with_units_for_it(monkeypatch, has_units):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units or including_emulation)
+    assert bf16_is_fast() is has_units
 
 
 def test_a_bf16_run_on_a_cpu_is_possible(tmp_path):
@@ -275,7 +283,7 @@ def test_what_only_several_processes_can_have_is_left_out_in_one(tmp_path, monke
     command = parse_train(["--output_dir", str(tmp_path), *flags])
     config, given = command.config, command.non_default_options
     assert (config.ddp_backend, config.fsdp_plugin_args) == (None, None) and not config.fsdp
-    assert given["ddp_backend"] == "gloo" and given["fsdp"]  # As they were, for several to go on with.
+    assert given["ddp_backend"] == "gloo" and given["fsdp"]  # Kept, so that several processes can resume the run.
     assert command.ignored_options_note().startswith("ddp_backend and fsdp ignored")
     assert command._replace(non_default_options={}).ignored_options_note() is None
 

@@ -7,25 +7,9 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from helpers.eight_letters import PROMPTS
 from helpers.errors import error_message
-from helpers.runs import assert_same_pool, assert_same_weights, distinct_rewards, small_trainer, weights_of
-from transformers import TrainerCallback
+from helpers.runs import KillBefore, assert_same_pool, assert_same_weights, distinct_rewards, small_trainer, weights_of
 
 STREAMED = {"num_iterations": 3, "steps_per_iteration": 2, "prompts_per_iteration": 3}
-
-
-class Stop(RuntimeError):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """Ends the process's run, as a crash does, at the end of a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Stop
 
 
 def stream() -> IterableDataset:
@@ -40,8 +24,8 @@ def trainer_of(directory, **options):
 
 def stop_run(directory, step: int) -> None:
     """Start a run that saves a checkpoint at each step, and end it before a step."""
-    trainer = trainer_of(directory, save_strategy="steps", save_steps=1, callbacks=[StopAt(step)])
-    with pytest.raises(Stop):
+    trainer = trainer_of(directory, save_strategy="steps", save_steps=1, callbacks=[KillBefore(step)])
+    with pytest.raises(KeyboardInterrupt):
         trainer.train()
 
 

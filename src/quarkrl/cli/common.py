@@ -162,11 +162,13 @@ def console(stderr: bool = True) -> "Console":
     return Console(stderr=stderr, highlight=False, markup=False)
 
 
-def hide_library_progress() -> None:
-    """Switch off the progress bars of transformers, which interrupt ours."""
+def quiet_libraries() -> None:
+    """Switch off the progress bars of transformers, which interrupt ours, and the warnings of an unreachable hub."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from quarkrl.cli.common import (
     PromptSource,
     RewardOptions,
     console,
-    hide_library_progress,
     model_path,
     note,
     progress_bars,
+    quiet_libraries,
     resolve_rewards,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     from quarkrl.evaluation.tables import print_table
     from quarkrl.models.precision import slow_bf16_note
 
-    hide_library_progress()
+    quiet_libraries()
     inputs = options_from(arguments, InputOptions)
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)

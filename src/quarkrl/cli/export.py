@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from quarkrl.cli.common import hide_library_progress, note
+from quarkrl.cli.common import note, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     from quarkrl.runs.directory import model_of_run
 
     options = options_from(arguments, ExportOptions)
-    hide_library_progress()
+    quiet_libraries()
     source = model_of_run(arguments.model, "final" if options.merge else "checkpoint")
     write = export_merged if options.merge else export_adapter
     write(source, Path(options.output), trust_remote_code=options.trust_remote_code, dtype=options.dtype)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from quarkrl.cli.common import PromptSource, hide_library_progress, model_path, note_skipped
+from quarkrl.cli.common import PromptSource, model_path, note_skipped, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UserError("--prompt or --prompts is missing, or both are given: give one of them.")
     options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
-    hide_library_progress()
+    quiet_libraries()
     strategy = sampling.strategy()
     if options.prompts is None:
         prompts = load_prompts(arguments.prompt, skip_bad=options.skip_bad_prompts)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from quarkrl.cli.common import (
     PromptSource,
     RewardOptions,
-    hide_library_progress,
     is_first_process,
     model_path,
     note,
     note_skipped,
     prompts_path,
+    quiet_libraries,
     working_directory,
 )
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
@@ -45,7 +45,7 @@ def run(command: TrainCommand) -> Path:
     _check_required(run, config)
     if line := command.ignored_options_note():
         note(line)
-    hide_library_progress()
+    quiet_libraries()
     output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
     with locked(output_dir) if is_first_process() else nullcontext():
         if not resume:
