@@ -42,11 +42,11 @@ def page() -> str:
     rules: dict[str, list[str]] = {}
     for name, field in INHERITED.items():
         rules.setdefault(RESUME[field.metadata["resume"]], []).append(f"`{name}`")
-    lines += ["### Of transformers.TrainingArguments\n\n"]
-    lines += [
+    lines.append(
+        "### Of transformers.TrainingArguments\n\n"
         "Every field of `transformers.TrainingArguments` is an option; `quarkrl train --help_all` lists them. A\n"
-    ]
-    lines += ["resumed run may change all of them, except for these.\n\n", ""]
+        "resumed run may change all of them, except for these.\n\n"
+    )
     lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
     for command, classes in {
         "generate": (GenerateOptions, SamplingOptions),

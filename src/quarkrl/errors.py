@@ -25,23 +25,25 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "", cutoff: floa
     return f" Did you mean {prefix + matches[0]!r}?" if matches else ""
 
 
+def truncate(text: str, width: int) -> str:
+    """Return at most `width` characters of a text; an ellipsis is the last of them if some are left out."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def shorten(value: object, width: int = 60) -> str:
     """Return `repr(value)` on one line, truncated to `width` characters with an ellipsis."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return truncate(" ".join(repr(value).split()), width)
 
 
 def one_line(error: BaseException, width: int = 200) -> str:
     """Return the first line of an exception's message without its full stop, or its type if it has no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = lines[0].rstrip(".")
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return truncate(lines[0].rstrip("."), width)
 
 
 def describe_exception(error: BaseException, width: int = 400) -> str:
     """Return an exception's type, its message of at most `width` characters, and the file and line, on one line."""
-    message = " ".join(str(error).split())
-    message = message if len(message) <= width else message[: width - 1] + "…"
+    message = truncate(" ".join(str(error).split()), width)
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if isinstance(error, SyntaxError):
         return text  # Its message already has the file and the line.

@@ -109,8 +109,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     (tmp_path / "empty" / "pool").mkdir(parents=True)
     checkpoint, new = tmp_path / "run" / "checkpoint-3", tmp_path / "new"
     mistakes = {
-        ("export", final, "--output", new): "--merge or --adapter is missing",
-        ("export", final, "--merge", "--adapter", "--output", new): "or both are given",
+        ("export", final, "--output", new): "merge, adapter: exactly one must be set",
+        ("export", final, "--merge", "--adapter", "--output", new): "merge, adapter: exactly one must be set",
         ("export", final, "--merge"): "--output",
         ("export", final, "--merge", "--output", tmp_path / "full"): "must be a new or an empty directory",
         ("export", checkpoint, "--adapter", "--output", new): "must be a checkpoint with an adapter. Use --merge",

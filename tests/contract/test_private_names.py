@@ -164,3 +164,11 @@ def test_a_scheduler_has_its_last_rates():
 @pytest.mark.parametrize("name", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
 def test_torch_says_whether_a_processor_has_bf16_units(name):
     assert getattr(torch.cpu, name)() in (True, False), f"torch has changed torch.cpu.{name}"
+
+
+def test_mauve_has_the_two_functions_behind_compute_mauve():
+    """`evaluation/mauve.py` calls them with histograms that it has computed."""
+    mauve = pytest.importorskip("mauve")
+    package = inspect.getmodule(mauve.compute_mauve)
+    assert parameters_of(package.get_divergence_curve_for_multinomials)[1:].split(", ")[:2] == ["p", "q"]
+    assert parameters_of(package.compute_area_under_curve) == "(x, y)"

@@ -14,7 +14,7 @@ from helpers.tiny_models import make_home, tiny_tokenizer
 
 from quarkrl.cli.main import main
 from quarkrl.rewards import Scorer
-from quarkrl.rewards.copying import copied
+from quarkrl.rewards.copying import copy_value
 
 CHATS = tiny_tokenizer(words=[*"abcdefgh"], chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
 SHORT = {"num_iterations": 1, "steps_per_iteration": 1, "per_device_train_batch_size": 2}
@@ -89,12 +89,12 @@ def test_copies_share_nothing_that_can_be_changed_and_equal_their_originals():
             raise TypeError
 
     value = {"list": [1, [2, {"x": "y"}], None], "set": {1, 2}, "tuple": ([1], "a"), "number": 1.5}
-    copy = copied(value)
+    copy = copy_value(value)
     assert copy == value
     assert copy["list"][1][1] is not value["list"][1][1]
     assert copy["set"] is not value["set"] and copy["tuple"][0] is not value["tuple"][0]
     refuses = Refuses()
-    assert copied([refuses])[0] is refuses
+    assert copy_value([refuses])[0] is refuses
 
 
 # The working directory

@@ -445,8 +445,9 @@ def test_scores_are_retried_where_all_were_missing_whatever_share_may_be(tmp_pat
 def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):
     asked: list[int] = []
 
-    def down(completion_ids):  # From the second batch on.
+    def down(completion_ids, log_metric):  # From the second batch on.
         asked.append(len(completion_ids))
+        log_metric("calls", 1)
         return [sum(ids) / len(ids) if len(asked) < 2 else None for ids in completion_ids]
 
     options = {"num_iterations": 1, "steps_per_iteration": 2, "eval_strategy": "no", "save_strategy": "no"}
@@ -454,15 +455,18 @@ def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):
         trainer_of(tmp_path / "run", scorer=down, **options).train()
     assert asked == [5, 5, 2]
 
-    def down(completion_ids):
+    def up(completion_ids, log_metric):
         asked.append(len(completion_ids))
+        log_metric("calls", 3)
         return [sum(ids) / len(ids) for ids in completion_ids]
 
-    resumed = trainer_of(tmp_path / "run", scorer=down, **options)
+    resumed = trainer_of(tmp_path / "run", scorer=up, **options)
     resumed.train(resume_from_checkpoint=True)
     assert asked == [5, 5, 2, 5, 2] and len(resumed.pool) == 12
+    (explored,) = [row for row in metrics_of(tmp_path / "run") if "pool_size" in row]
+    assert explored["metric.calls"] == (3 * 1 + 2 * 3) / 5  # Of three calls, and of two retries.
 
-    whole = trainer_of(tmp_path / "whole", scorer=down, **options)
+    whole = trainer_of(tmp_path / "whole", scorer=up, **options)
     whole.train()
     assert whole.pool.rewards.tolist() == resumed.pool.rewards.tolist()
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
+from quarkrl.training.held_out import check_metric
 
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
 # `overdone` rises with the trained reward and falls when training goes too far. Only the held-out prompts have a column
@@ -189,6 +190,12 @@ def test_a_resumed_run_continues_the_count_of_early_stopping(home):
 def test_options_that_lack_a_requirement_are_errors_in_one_line(home, capsys, flags, message):
     assert main(["train", "--config", str(home / "run.yaml"), *flags]) == 2
     assert message in (error := capsys.readouterr().err) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_metric_that_a_reward_logs_can_choose_the_best_checkpoint():
+    check_metric("eval_metric.accuracy", ["reward"], ["reward"])
+    with pytest.raises(UserError, match=r"metric_for_best_model 'metrics': must be one of .* or metric\.NAME"):
+        check_metric("metrics", ["reward"], ["reward"])
 
 
 def test_a_metric_that_no_evaluation_has_is_refused_in_python_too(tmp_path):

@@ -27,3 +27,10 @@ def test_an_evaluation_within_an_iteration_replaces_the_bar_of_learning():
     (task,) = progress._bars.tasks
     assert (task.description, task.completed) == ("iteration 0  learn", 1)
     progress.close()
+
+
+def test_a_metric_whose_name_looks_like_markup_is_shown_as_it_is():
+    console = Console(file=io.StringIO(), width=200)
+    progress = Progress(console=console)
+    progress._print("iteration 0/1", {"metric.[/acc]": 1.0, "metric.acc[top]": 2.0})
+    assert "metric.[/acc] 1" in console.file.getvalue() and "metric.acc[top] 2" in console.file.getvalue()

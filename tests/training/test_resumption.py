@@ -6,7 +6,7 @@ import pytest
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
-from quarkrl.training.resumption import iterations_begun, load_pool
+from quarkrl.training.resumption import count_begun_iterations, load_pool
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def directory(tmp_path):
 # Three steps per iteration: steps 1 to 3 belong to iteration 0, steps 4 to 6 to iteration 1.
 @pytest.mark.parametrize(("step", "begun"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3), (9, 3)])
 def test_an_iteration_has_begun_once_its_first_step_is_done(directory, step, begun):
-    assert iterations_begun(step, 3) == begun
+    assert count_begun_iterations(step, 3) == begun
     pool = load_pool(DataPool(2), directory, step, 3)
     assert pool.iterations.tolist() == [iteration for iteration in range(begun) for _ in range(2)]
 

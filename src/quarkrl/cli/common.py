@@ -73,7 +73,7 @@ def resolve_rewards(names: Sequence[str], label: str | None = None) -> "list[Rew
 
 @contextmanager
 def working_directory(path: str) -> Iterator[None]:
-    """Work in another directory, then in the previous one again."""
+    """Change the working directory within the context."""
     previous = os.getcwd()
     os.chdir(path)
     try:

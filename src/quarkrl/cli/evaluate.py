@@ -16,6 +16,7 @@ from quarkrl.cli.common import (
     progress_bars,
     quiet_libraries,
     resolve_rewards,
+    working_directory,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.evaluation.options import EvaluationOptions
@@ -92,13 +93,14 @@ def run(arguments: argparse.Namespace) -> None:
     output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
     if options.bf16 and (line := slow_bf16_note()):
         note(line)
+    directory = os.getcwd()
     scorer, *judges = scorers(rewards, inputs.judges)
     resolved = dataclasses.replace(
         options,
         reference=options.reference and model_path(options.reference),
         perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
     )
-    with progress_bars("evaluate") as notify:
+    with working_directory(directory), progress_bars("evaluate") as notify:  # Importing a reward may have changed it.
         evaluation = evaluate(
             model_path(arguments.model),
             load_prompt_sets(arguments.model, inputs, options),

@@ -29,7 +29,9 @@ class ExportOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.merge == self.adapter:
-            raise UserError("--merge or --adapter is missing, or both are given: give one of them.")
+            raise UserError(
+                "merge, adapter: exactly one must be set. Set --merge for whole weights, or --adapter for the adapter."
+            )
         output = Path(self.output)
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"output {self.output!r}: must be a new or an empty directory. Set another --output.")

@@ -1,6 +1,6 @@
 """The command `quarkrl`: choose the subcommand, run it, and turn errors into exit codes.
 
-0: finished. 2: a mistake of the user, told in one line, `error: …`. 130 and 143: stopped by Ctrl-C and SIGTERM. Results
+0: finished. 2: a user error, reported in one line, `error: …`. 130 and 143: stopped by Ctrl-C and SIGTERM. Results
 go to standard output, messages and progress to standard error.
 """
 

@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     from quarkrl.data.prompts import load_prompts
 
     options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
-    scorer = reward_options.scorer(timeout=options.reward_timeout)
     source: Any = read_standard_input() if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
     rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
+    scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
     texts = [str(text) for text in rows.prompts]
     prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]
     rewards = np.zeros(0)

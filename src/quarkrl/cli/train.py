@@ -73,7 +73,7 @@ def run(command: TrainCommand) -> Path:
                 ],
             )
         note_skipped(trainer.prompts)
-        trainer.interrupts.at_once = True
+        trainer.interrupts.exit_on_second_sigint = True
         trainer.train(resume_from_checkpoint=resume)
         final = trainer.save_final()
     note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")

@@ -118,8 +118,8 @@ def encode_pairs_as_text(
     """
     if not tokenizer.is_fast:
         raise UserError(
-            f"perplexity_model: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
-            "Choose a model with a fast tokenizer (tokenizer.json)."
+            f"tokenizer {type(tokenizer).__name__}: must be a fast tokenizer, with character offsets. Choose a model "
+            "with a tokenizer.json."
         )
     options |= {"return_offsets_mapping": True}
     for start in range(0, len(texts), _BATCH_SIZE):

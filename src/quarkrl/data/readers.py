@@ -106,7 +106,7 @@ def _describe_missing(path: Path, name: str) -> str:
 # Data sets and Parquet
 
 
-def _load_dataset(name: str, split: str, streaming: bool = False, files: str | None = None) -> Any:
+def _load_dataset(name: str, split: str, streaming: bool = False) -> Any:
     import datasets
 
     is_directory = os.path.isdir(name)
@@ -115,7 +115,7 @@ def _load_dataset(name: str, split: str, streaming: bool = False, files: str | N
             return datasets.load_from_disk(name)
         # An absolute path, because load_dataset("csv") is a format even if there is a directory of that name.
         names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
-        return datasets.load_dataset(*names, split=split, streaming=streaming, data_files=files)
+        return datasets.load_dataset(*names, split=split, streaming=streaming)
     except Exception as error:  # Formats, network and hub raise many types; the message keeps the cause.
         cause: BaseException = error
         if "while generating the dataset" in str(error) and error.__cause__:
@@ -141,14 +141,15 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
     import datasets
 
     name = os.path.expanduser(name)
-    suffix, origin = _format_suffix(name), (name, split)
+    suffix = _format_suffix(name)
     if os.path.isfile(name) or suffix in _SUFFIXES:
         if not os.path.isfile(name):
             raise UserError(_describe_missing(Path(name), name))
         if suffix not in _STREAMED:
             raise UserError(f"stream_prompts {name}: must be a data set, or a file of {quote_names(_STREAMED)}.")
-        origin = (_STREAMED[suffix], "train")
-    dataset = _load_dataset(*origin, streaming=True, files=name if origin[0] != name else None)
+        dataset: Any = _stream_file(name, _STREAMED[suffix])
+    else:
+        dataset = _load_dataset(name, split, streaming=True)
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise UserError(f"{name}: there is no split {split!r}; must be one of {quote_names(dataset)}.")
@@ -156,6 +157,16 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
     if isinstance(dataset, datasets.Dataset):  # From `save_to_disk`: it is read from the disk as it is used.
         dataset = dataset.to_iterable_dataset()
     return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+
+
+def _stream_file(name: str, file_format: str) -> Any:
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(file_format, data_files=os.path.abspath(name))
+        return builder.as_streaming_dataset(split="train")
+    except Exception as error:  # Formats raise many types; the message keeps the cause.
+        raise UserError(f"{shorten(name, 200)}: must be readable as {file_format} ({one_line(error)}).") from error
 
 
 def _read_dataset(name: str, dataset: Any, split: str) -> tuple[str, list[Row]]:

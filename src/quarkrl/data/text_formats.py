@@ -48,8 +48,9 @@ def read_json(name: str, data: bytes) -> list[Row]:
     lines = _split_lines(name, data)
     text = "\n".join(line.text for line in lines)
     is_array = text.lstrip().startswith("[")
-    if is_array and (bad := next((line for line in lines if line.bad), None)):
-        raise UserError(f"{bad.location}: {bad.bad.problem}. {bad.bad.remedy}.")  # type: ignore[union-attr]
+    for line in lines if is_array else ():
+        if line.bad:
+            raise UserError(f"{line.location}: {line.bad.problem}. {line.bad.remedy}.")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -117,11 +117,12 @@ def evaluate(
         max_tokens=sampling.max_new_tokens,
     )
     rows = []
+    keep_special_tokens = keeps_special_tokens(model)
     for set_name, encoded in sets.items():
         for variant in variants:
             title = variant.name if len(sets) == 1 else f"{set_name}: {variant.name}"
             completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
-            rows.append(_measure(variant, set_name, encoded, completion_ids, panel, keeps_special_tokens(model)))
+            rows.append(_measure(variant, set_name, encoded, completion_ids, panel, keep_special_tokens))
     corpus_rows = [
         corpus_row(v.name, v.generator, corpus.ids, v.requested, options.batch_size, options.resamples)
         for v in variants
@@ -192,13 +193,8 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
     if options.guidance_scales:
-        _check_guidance(models, options.guidance_from)
+        _contrast(models, 1.0, options.guidance_from, [])  # Fail before sampling if there is no contrast.
     return variants
-
-
-def _check_guidance(models: _Models, guidance_from: str | int) -> None:
-    """Raise before anything is sampled if guidance has no contrast."""
-    _contrast(models, 1.0, guidance_from, [])
 
 
 def _contrast(

@@ -171,14 +171,14 @@ def merge_start(adapted: Any) -> tuple[PreTrainedModel, Any]:
     before = _checksums(adapted.get_base_model())
     model = merge(adapted)
     if any(before.get(name) != checksum for name, checksum in _checksums(model).items()):
-        forget_name(model)
+        rename(model, "")
     return model, config
 
 
-def forget_name(model: PreTrainedModel, name: str = "") -> None:
-    """Give a model whose weights were merged the name of the adapter's directory, or none.
+def rename(model: PreTrainedModel, name: str) -> None:
+    """Set the name of a model whose weights were merged; "" for no name.
 
-    `peft` gets none in any case: it looks for a config.json under the name, and a saved adapter has none.
+    `peft` reads none in any case: it looks for a config.json under the name, and a saved adapter has none.
     """
     model.config._name_or_path, model.name_or_path = name, ""
 

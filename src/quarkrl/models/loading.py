@@ -1,6 +1,8 @@
 """Load models and tokenizers from a directory or the hub, without running code that comes with them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from quarkrl.errors import UserError, one_line
 from quarkrl.models.adapters import (
     CONFIG_FILE,
     find_adapter,
-    forget_name,
     load_weights,
     merge,
     read_adapter,
+    rename,
     saved_rows,
 )
 from quarkrl.models.conditioning import Conditioning
@@ -50,13 +52,13 @@ def load_model(
         UserError: no causal language model can be loaded from there.
     """
     options = {**kwargs, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    try:
+    with _report_failures(path):
         _refuse_pickles(Path(path))
         if directory := find_adapter(path, kwargs.get("revision")):
             model = merge(_load_adapted(path, directory, trust_remote_code, {**kwargs, "dtype": dtype}))
-            forget_name(model, str(path))
+            rename(model, str(path))
             return model
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
         # A config can name an attention kernel of the hub, which transformers would fetch and import.
         config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
         options["config"] = config
@@ -68,10 +70,17 @@ def load_model(
                 f"{', '.join(sorted(missing_keys)[:3])}. Name a complete causal language model."
             )
         return with_fused_gelu(model)
+
+
+@contextmanager
+def _report_failures(path: str | os.PathLike) -> Iterator[None]:
+    """Raise a UserError for any exception within the context."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
-        # transformers raises a dozen types of exception for a damaged model, above all for a damaged config.
+        # transformers and peft raise a dozen types of exception for a damaged model, above all for a damaged config.
         raise UserError(
             f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a causal language model, by its directory "
             "or its name on the hub."
@@ -87,8 +96,9 @@ def load_adapted(path: str | os.PathLike, trust_remote_code: bool = False, **kwa
     Raises:
         UserError: the adapter or its base model cannot be loaded.
     """
-    directory = find_adapter(path, kwargs.get("revision"))
-    return None if directory is None else _load_adapted(path, directory, trust_remote_code, kwargs)
+    with _report_failures(path):
+        directory = find_adapter(path, kwargs.get("revision"))
+        return None if directory is None else _load_adapted(path, directory, trust_remote_code, kwargs)
 
 
 def _load_adapted(path: Any, directory: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
@@ -101,7 +111,7 @@ def _load_adapted(path: Any, directory: Path, trust_remote_code: bool, kwargs: d
         raise UserError(f"adapter {str(path)!r}: its base {error}") from error
     if conditioning := Conditioning.load(path):
         options = (read_quark_json(path) or {}).get("config")
-        conditioning.add_rows(model, options["seed"] if isinstance(options, dict) else 0)
+        conditioning.add_rows(model, options.get("seed", 0) if isinstance(options, dict) else 0)
     rows = saved_rows(directory, model)
     if rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)  # The adapter holds their values.
@@ -132,7 +142,9 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         if directory := find_adapter(path):  # An adapter without a tokenizer has that of its base.
-            return load_tokenizer(_base_name(path, read_adapter(directory)), trust_remote_code)
+            with _report_failures(path):
+                base = _base_name(path, read_adapter(directory))
+            return load_tokenizer(base, trust_remote_code)
         # transformers raises a dozen types of exception here, the tokenizers library a bare Exception.
         raise UserError(
             f"model {str(path)!r} has no tokenizer that can be loaded: {one_line(error)}. Save one in the same place."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quarkrl.errors import UserError, did_you_mean
-from quarkrl.rewards.copying import as_messages, copied, copied_state
+from quarkrl.rewards.copying import as_messages, copy_state, copy_value
 from quarkrl.rewards.reward import (
     BATCH_PARAMETERS,
     END_IDS,
@@ -101,9 +101,9 @@ class Batch:
         if argument == "completions" and not reads_text(reward):
             return as_messages(self.columns["prompts"], self.columns["completions"])
         if argument in self.columns:
-            return copied(self.columns[argument])
+            return copy_value(self.columns[argument])
         if argument == TRAINER_STATE:
-            return copied_state(self.trainer_state)
+            return copy_state(self.trainer_state)
         return {
             END_IDS: list(self.end_ids),
             ON_SCORE: self.on_score,

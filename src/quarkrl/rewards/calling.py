@@ -18,7 +18,7 @@ import torch
 from quarkrl.errors import UserError, describe_exception
 from quarkrl.models.device import current_gpu
 from quarkrl.rewards.batch import Batch
-from quarkrl.rewards.giving_up import ends_a_frozen_process, kill_children
+from quarkrl.rewards.giving_up import end_frozen_process, kill_children
 from quarkrl.rewards.identity import source_file
 from quarkrl.rewards.reward import Reward
 
@@ -81,7 +81,7 @@ class RewardCall:
     def start(self, stop_requested: threading.Event) -> Any:
         """Return the scores, or an awaitable of them if the reward is async.
 
-        A call that asks its reward several times ends between two requests once `stop_requested` is set.
+        A call with several requests stops before the next one if `stop_requested` is set.
         """
         return call_reward(self.name, self.reward, self.batch)
 
@@ -157,7 +157,7 @@ class RewardCaller:
     def _run_in_time(self, run: _Run) -> list[Any]:
         thread, has_ended = None, False
         try:
-            with ends_a_frozen_process(self._timeout):
+            with end_frozen_process(self._timeout):
                 thread = BackgroundCall(partial(self._run_calls, run))
                 has_ended = thread.has_ended(self._timeout)
             if has_ended:

@@ -7,7 +7,7 @@ from typing import Any
 _IMMUTABLE = frozenset({str, bytes, int, float, complex, bool, type(None)})
 
 
-def copied(value: Any) -> Any:
+def copy_value(value: Any) -> Any:
     """Return a deep copy. An object that refuses to be copied is returned itself.
 
     Data sets hold lists and dicts of texts and numbers. For those it is ten times faster than `copy.deepcopy`.
@@ -16,16 +16,16 @@ def copied(value: Any) -> Any:
     if kind in _IMMUTABLE:
         return value
     if kind is list:
-        return value.copy() if _IMMUTABLE.issuperset(map(type, value)) else [copied(item) for item in value]
+        return value.copy() if _IMMUTABLE.issuperset(map(type, value)) else [copy_value(item) for item in value]
     if kind is dict:
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copy_value(item) for key, item in value.items()}
     try:
         return copy.deepcopy(value)
     except Exception:  # noqa: BLE001 - a column of the user's own objects, such as a connection
         return value
 
 
-def copied_state(state: Any) -> Any:
+def copy_state(state: Any) -> Any:
     """Return a copy of a `transformers.TrainerState`; a new one for None, as outside training."""
     if state is None:
         from transformers import TrainerState
@@ -33,7 +33,7 @@ def copied_state(state: Any) -> Any:
         return TrainerState()
     state = copy.copy(state)
     state.log_history = [dict(row) for row in state.log_history]
-    state.stateful_callbacks = copied(state.stateful_callbacks)
+    state.stateful_callbacks = copy_value(state.stateful_callbacks)
     return state
 
 

@@ -1,4 +1,4 @@
-"""What is left of a reward that does not answer: child processes, and threads that never let others run."""
+"""Clean up after a reward that exceeds its time-out: kill its child processes, and end a frozen process."""
 
 import faulthandler
 import sys
@@ -22,7 +22,7 @@ def kill_children(since: float) -> None:
 
 
 @contextmanager
-def ends_a_frozen_process(timeout: float | None) -> Iterator[None]:
+def end_frozen_process(timeout: float | None) -> Iterator[None]:
     """End the process, with the stacks of its threads, if this context lasts `FROZEN_SECONDS` more than a time-out.
 
     C code that never releases Python's global lock stops all threads, those that would notice a time-out included. A

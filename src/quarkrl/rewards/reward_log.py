@@ -34,12 +34,11 @@ class RewardLog:
         self._parts.append(part)
         return part
 
-    def columns(self, reward: str, n: int) -> dict[str, list[str | None]]:
-        """Return the logged columns as texts, n values each; None where nothing was logged.
+    def columns(self, reward: str) -> dict[str, list[str | None]]:
+        """Return the logged columns as texts, one value per completion; None where nothing was logged.
 
         Args:
             reward: the reward's name, for error messages.
-            n: the number of completions in the batch.
 
         Raises:
             UserError: a column has another number of values than its completions.
@@ -52,7 +51,7 @@ class RewardLog:
                         f"reward {reward!r} log_extra {name!r}: must have {len(part._rows)} values, one per "
                         f"completion, not {len(values)}."
                     )
-                column = columns.setdefault(name, [None] * n)
+                column = columns.setdefault(name, [None] * len(self._rows))
                 for row, value in zip(part._rows, values, strict=True):
                     column[row] = _as_text(value)
         return columns

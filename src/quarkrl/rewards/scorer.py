@@ -1,15 +1,15 @@
 """`Scorer`: the scores of one or several reward functions, combined into one array of rewards."""
 
-import itertools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 
 from quarkrl.errors import UserError
+from quarkrl.names import unique_names
 from quarkrl.rewards.batch import Batch
 from quarkrl.rewards.cache import ScoreCache
 from quarkrl.rewards.cached_calls import CacheCounts, CachedCall
@@ -140,7 +140,7 @@ class Scorer:
         rewards = components if self.condition_on == "each" else components @ np.array(self._weights)[:, None]
         is_sum = self.condition_on == "sum" and len(self.names) > 1
         terms = dict(zip(self.names, components.T, strict=True)) if is_sum else {}
-        return Scores(rewards.copy(), components, terms, *_join_logs(calls, len(batch)))
+        return Scores(rewards.copy(), components, terms, *_join_logs(calls))
 
     def _call(self, name: str, reward: Reward, batch: Batch) -> RewardCall:
         if self._cache is not None and is_cached(reward):
@@ -170,19 +170,13 @@ class Scorer:
         return self._cache_counts.misses
 
 
-def _join_logs(calls: Sequence[RewardCall], n: int) -> tuple[dict[str, list[str | None]], dict[str, list[float]]]:
+def _join_logs(calls: Sequence[RewardCall]) -> tuple[dict[str, list[str | None]], dict[str, list[float]]]:
     """The columns and the metrics that rewards have logged. A second column `x`, of another reward, becomes `x-2`."""
     columns: dict[str, list[str | None]] = {}
     metrics: dict[str, list[float]] = {}
     for call in calls:
-        own = call.batch.log.columns(call.name, n)
-        for name, column in own.items():
-            columns[_unused(name, columns)] = column
+        for name, column in call.batch.log.columns(call.name).items():
+            columns[unique_names([name], columns)[0]] = column
         for name, values in call.batch.log.metrics().items():
             metrics.setdefault(name, []).extend(values)
     return columns, metrics
-
-
-def _unused(name: str, names: Collection[str]) -> str:
-    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(candidate for candidate in candidates if candidate not in names)

@@ -60,9 +60,9 @@ class OpenedRun(NamedTuple):
         changed_options: the options that differ from those of the checkpoint's run, because this run branches off.
     """
 
-    checkpoint: Path | None = None
-    notes: list[str] = []  # noqa: RUF012 - a field of a tuple
-    changed_options: frozenset[str] = frozenset()
+    checkpoint: Path | None
+    notes: list[str]
+    changed_options: frozenset[str]
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def open_run(
     if not resume:
         check_no_run(directory)
         write_json(directory / RUN_FILE, identity.facts)
-        return OpenedRun(notes=[])
+        return OpenedRun(None, [], frozenset())
     differences = _compare_with_saved(directory, identity)
     for folder in (directory, directory / "pool"):
         clean_up(folder)

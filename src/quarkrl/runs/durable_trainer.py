@@ -403,7 +403,7 @@ class DurableTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as `Trainer` does, but not about tied weights, which a checkpoint stores once."""
-        tied = set(getattr(self.accelerator.unwrap_model(self.model), "_tied_weights_keys", None) or ())
+        tied = set(getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", ()))
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 

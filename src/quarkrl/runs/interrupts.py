@@ -31,12 +31,12 @@ class Interrupts:
 
     Attributes:
         signal_number: the signal that was received; None if none was.
-        at_once: what a second SIGINT does: True ends the process immediately, False raises KeyboardInterrupt.
+        exit_on_second_sigint: True ends the process at a second SIGINT; False raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self.at_once = False
+        self.exit_on_second_sigint = False
 
     def pending(self) -> bool:
         """Return whether a signal was received."""
@@ -60,7 +60,7 @@ class Interrupts:
 
     def _receive(self, signal_number: int, frame: FrameType | None) -> None:
         if signal_number == signal.SIGINT and self.signal_number is not None:
-            if self.at_once:  # Finished batches are on the disk, and a reward function may never return.
+            if self.exit_on_second_sigint:  # Finished batches are on the disk, and a reward function may never return.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopped at once\n")
                 os._exit(128 + signal_number)
             raise KeyboardInterrupt

@@ -4,19 +4,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from quarkrl.algorithm.pool import DataPool
 from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.collectives import broadcast
 from quarkrl.sampling.strategy import Sampling
-from quarkrl.training.overlap import SharedBatches, Workers, check_same_pool, sample_and_score
+from quarkrl.training.overlap import SharedBatches, Workers, sample_and_score
 from quarkrl.training.progress import Progress
 from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches, too_many_missing
 
@@ -156,11 +154,12 @@ class Explorer:
         return parts, batches
 
     def _retry_missing_rewards(self, task: Task, part: Rollout, finished: FinishedBatches) -> Rollout:
-        """Score again what has no reward in a batch of an exploration that failed, and keep the result."""
+        """Retry the missing rewards of a finished batch, and keep the batch."""
         indices = np.flatnonzero(~part.has_rewards)
         if not len(indices):
             return part
-        scores = self._score(task, [part.rows[i] for i in indices], [part.completions[i] for i in indices])
+        rows, completions = [part.rows[i] for i in indices], [part.completions[i] for i in indices]
+        scores = self._scorer.score(task.prompts, rows, completions)  # The bar counts them already.
         rewards, terms = part.rewards.copy(), {name: values.copy() for name, values in part.terms.items()}
         rewards[indices] = scores.rewards
         for name, values in terms.items():
@@ -170,7 +169,8 @@ class Explorer:
             column = extra.setdefault(name, [None] * len(part.rows))
             for index, text in zip(indices, texts, strict=True):
                 column[index] = text
-        part = replace(part, rewards=rewards, terms=terms, extra=extra)
+        logged = {n: [*part.logged.get(n, []), *scores.metrics.get(n, [])] for n in {**part.logged, **scores.metrics}}
+        part = replace(part, rewards=rewards, terms=terms, extra=extra, logged=logged)
         finished.keep(part)
         return part
 
@@ -188,15 +188,3 @@ class Explorer:
         scores = self._scorer.score(task.prompts, rows, completions)
         self._progress.advance_scoring(scores.rewards)
         return scores
-
-
-def recall_iteration(pool: DataPool, directory: Path, iteration: int, world_size: int) -> dict[str, Any] | None:
-    """Add an iteration's samples from disk to the pool; return its metrics, or None if it is not on disk.
-
-    Raises:
-        UserError: the file is damaged, or the processes have read different samples.
-    """
-    metrics = pool.restore_iteration(directory, iteration)
-    if world_size > 1:
-        check_same_pool(pool, directory)
-    return metrics

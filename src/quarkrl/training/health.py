@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from quarkrl.algorithm.pool import DataPool
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, truncate
 from quarkrl.training.metrics_log import LossMeans
 from quarkrl.training.options import MAX_SKIPPED_STEPS
 
@@ -61,7 +61,7 @@ def describe_identical(completions: Sequence[Sequence[int]], texts: Iterable[str
     if first is None:
         return "empty"
     if len(completions) > 1 and all(list(ids) == list(completions[0]) for ids in completions):
-        return f"identical: {first if len(first) <= 60 else first[:59] + '…'!r}"
+        return f"identical: {truncate(first, 60)!r}"
     return None
 
 

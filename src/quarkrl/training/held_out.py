@@ -31,9 +31,11 @@ def check_metric(name: str | None, attributes: Sequence[str], terms: Sequence[st
         UserError: no evaluation has this metric.
     """
     shapes = ("completion_length", "eos_share", "unscored")
+    metric = (name or "").removeprefix("eval_")
     known = ["reward", *attributes, *(f"{a}_std" for a in attributes), *(f"score.{term}" for term in terms), *shapes]
-    if name is not None and name.removeprefix("eval_") not in known:
+    # A reward's `log_metric` names any `metric.NAME`.
+    if name is not None and metric not in known and not metric.startswith("metric."):
         raise UserError(
-            f"metric_for_best_model {name!r}: must be one of {', '.join(dict.fromkeys(known))}."
-            f"{did_you_mean(name.removeprefix('eval_'), known)}"
+            f"metric_for_best_model {name!r}: must be one of {', '.join(dict.fromkeys(known))}, or metric.NAME of a "
+            f"reward's log_metric.{did_you_mean(metric, known)}"
         )

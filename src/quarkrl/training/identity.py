@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from quarkrl.data.chats import is_dated
+from quarkrl.errors import truncate
 from quarkrl.runs.collectives import broadcast
 from quarkrl.runs.directory import Differences, recorded_fact
 from quarkrl.training.config import QuarkConfig, resume_rules
@@ -149,5 +150,4 @@ def _unchangeable(reward: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_short_json(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return truncate(json.dumps(value), 60)

@@ -2,13 +2,10 @@
 
 import itertools
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import gather_object
@@ -136,13 +133,7 @@ class SharedBatches:
 
     def run(self) -> list[Rollout]:
         """Sample and score this process's batches; return those of all processes."""
-        workers = Workers(
-            rows=self._workers.rows,
-            sample=self._workers.sample,
-            score=self._score,
-            stop_scoring=self._workers.stop_scoring,
-            stop_requested=lambda: self.stopping,
-        )
+        workers = replace(self._workers, score=self._score, stop_requested=lambda: self.stopping)
         try:
             sample_and_score(workers, self, on_batch=self._scored_here.append)
         except BaseException as error:
@@ -206,18 +197,3 @@ class SharedBatches:
             raise UserError(failures[0])
         self.stopping |= any(stop_requested for _, _, stop_requested, _ in messages)
         return any(busy for _, busy, _, _ in messages)
-
-
-def check_same_pool(pool: Any, directory: Path) -> None:
-    """Check that all processes have read the same samples.
-
-    Raises:
-        UserError: they have not; every process raises it.
-    """
-    contents = gather_object([(len(pool), zlib.crc32(pool.rewards.tobytes()))])
-    if len(set(contents)) > 1:
-        counts = ", ".join(str(count) for count, _ in contents)
-        raise UserError(
-            f"output_dir: the processes read different samples from {str(directory)!r} ({counts}). "
-            "Use an output_dir that all machines share."
-        )

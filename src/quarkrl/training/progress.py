@@ -142,7 +142,7 @@ class Progress(TrainerCallback):
 
     def _print(self, title: str, figures: dict[str, Any]) -> None:
         text = "  ".join(f"{name} {_format(value)}" for name, value in figures.items())
-        self.console.print(f"{title}  {text}", soft_wrap=True)
+        self.note(f"{title}  {text}")
 
 
 _HIDDEN_FIGURES = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")

@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import zlib
 from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
@@ -21,14 +25,14 @@ def load_pool(pool: DataPool, directory: Path, step: int, steps_per_iteration: i
     Raises:
         UserError: an iteration whose learning had begun is missing.
     """
-    begun = iterations_begun(step, steps_per_iteration)
-    loaded = pool.load(directory, pool.num_quantiles, pool.attributes, before=begun)
-    if missing := set(range(begun)) - set(loaded.iterations.tolist()):
+    iteration_count = count_begun_iterations(step, steps_per_iteration)
+    loaded = pool.load(directory, pool.num_quantiles, pool.attributes, before=iteration_count)
+    if missing := set(range(iteration_count)) - set(loaded.iterations.tolist()):
         raise UserError(f"{directory}: iteration {min(missing)} is missing. Restore the run's whole pool to resume.")
     return loaded
 
 
-def iterations_begun(step: int, steps_per_iteration: int) -> int:
+def count_begun_iterations(step: int, steps_per_iteration: int) -> int:
     """Return the number of iterations whose learning had begun at a step."""
     return -(-step // steps_per_iteration)
 
@@ -39,9 +43,9 @@ def set_aside_later_files(run: Path, step: int, steps_per_iteration: int, aside:
     These are the samples of later iterations and `final/`. `metrics.jsonl` is copied, because the run that branches off
     truncates it.
     """
-    begun = iterations_begun(step, steps_per_iteration)
+    iteration_count = count_begun_iterations(step, steps_per_iteration)
     for path in (run / "pool").glob("*-[0-9][0-9][0-9][0-9][0-9][0-9]*"):
-        if int(path.stem.rpartition("-")[2]) >= begun:
+        if int(path.stem.rpartition("-")[2]) >= iteration_count:
             os.rename(path, aside / path.name)
     if (run / "metrics.jsonl").exists():
         shutil.copy2(run / "metrics.jsonl", aside)
@@ -72,3 +76,30 @@ def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory:
     if cached is not None:
         facts.append(f"{cached:,} scores in cache")
     return ", ".join(facts)
+
+
+def recall_iteration(pool: DataPool, directory: Path, iteration: int, world_size: int) -> dict[str, Any] | None:
+    """Add an iteration's samples from disk to the pool; return its metrics, or None if it is not on disk.
+
+    Raises:
+        UserError: the file is damaged, or the processes have read different samples.
+    """
+    metrics = pool.restore_iteration(directory, iteration)
+    if world_size > 1:
+        check_same_pool(pool, directory)
+    return metrics
+
+
+def check_same_pool(pool: DataPool, directory: Path) -> None:
+    """Check that all processes have read the same samples.
+
+    Raises:
+        UserError: they have not; every process raises it.
+    """
+    contents = gather_object([(len(pool), zlib.crc32(pool.rewards.tobytes()))])
+    if len(set(contents)) > 1:
+        counts = ", ".join(str(count) for count, _ in contents)
+        raise UserError(
+            f"output_dir: the processes read different samples from {str(directory)!r} ({counts}). "
+            "Use an output_dir that all machines share."
+        )

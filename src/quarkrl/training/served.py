@@ -133,7 +133,10 @@ def _find_difference(
     for prompt, plain_ids in pairs:
         trained_ids = conditioning.prefix(plain_ids, conditioning.best)
         # A text as users encode it, without what `encode_prompts` removes.
-        served_ids = served(prompt)["input_ids"] if isinstance(prompt, str) else encode_prompts(served, [prompt])[0]
+        try:
+            served_ids = served(prompt)["input_ids"] if isinstance(prompt, str) else encode_prompts(served, [prompt])[0]
+        except UserError as error:
+            return str(error)
         if served_ids != trained_ids:
             what, remedy = "tokenizer", "Save it with save_pretrained, load it with AutoTokenizer, and start from that"
             if not isinstance(prompt, str):

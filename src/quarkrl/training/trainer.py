@@ -60,14 +60,7 @@ from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig
-from quarkrl.training.exploration import (
-    Complete,
-    CompletionScorer,
-    Explorer,
-    Processes,
-    Task,
-    recall_iteration,
-)
+from quarkrl.training.exploration import Complete, CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
@@ -76,7 +69,13 @@ from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
 from quarkrl.training.progress import Progress
 from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
-from quarkrl.training.resumption import describe_resumption, iterations_begun, load_pool, set_aside_later_files
+from quarkrl.training.resumption import (
+    count_begun_iterations,
+    describe_resumption,
+    load_pool,
+    recall_iteration,
+    set_aside_later_files,
+)
 from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
 from quarkrl.training.served import check_served_ids
@@ -126,7 +125,7 @@ class QuarkTrainer(DurableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         self.args = args = args or QuarkConfig()
-        self._recorded_options = args.recorded_options()  # Saving a checkpoint clears one for a moment.
+        self._recorded_options = args.recorded_options()  # DurableTrainer clears save_total_limit while it saves.
         model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
@@ -472,13 +471,13 @@ class QuarkTrainer(DurableTrainer):
 
     def restore_run_state(self, state: dict[str, Any], notes: list[str]) -> None:
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
-        step, each = self.state.global_step, self.args.steps_per_iteration
+        step, steps_per_iteration = self.state.global_step, self.args.steps_per_iteration
         self.loss_means.drop_step()  # An error may have ended this trainer's last run within a step.
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
-        self.pool = load_pool(self.pool, self.pool_directory, step, each)
-        if begun := iterations_begun(step, each):
-            self.quantize(begun - 1)
+        self.pool = load_pool(self.pool, self.pool_directory, step, steps_per_iteration)
+        if iteration_count := count_begun_iterations(step, steps_per_iteration):
+            self.quantize(iteration_count - 1)
         if self.is_world_process_zero():
             line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cache_size)
             self.progress.note("; ".join([line, *notes]))
@@ -539,8 +538,15 @@ class QuarkTrainer(DurableTrainer):
         """Return what belongs with the weights: quantile edges, options, rewards, and the reference."""
         ended_with_best = self.args.load_best_model_at_end and not self.is_in_train
         best = self.state.best_model_checkpoint if ended_with_best else None
-        progress = self.state.global_step, self.pool, self.coefs
-        return run_facts(self._recorded_options, *progress, self.scorer.identity, self.identities, best_checkpoint=best)
+        return run_facts(
+            self._recorded_options,
+            step=self.state.global_step,
+            pool=self.pool,
+            coefs=self.coefs,
+            rewards=self.scorer.identity,
+            identities=self.identities,
+            best_checkpoint=best,
+        )
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
         return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)

@@ -177,9 +177,10 @@ class Classifier:
 
     @torch.inference_mode()
     def _score(self, rows: list[list[int]]) -> torch.Tensor:
-        """Score rows as the model scores each alone: a decoder reads the last token that is not its PAD.
+        """Score a batch as the model scores each row alone.
 
-        So a model's own PAD pads, whatever the tokenizer's is. A model without one gets an id that no row contains.
+        A decoder reads the last token that is not its PAD. So the model's PAD pads, not the tokenizer's. A model
+        without PAD gets an unused id.
         """
         pad_id = _spare_id(rows, self._model) if self._pad_id is None else self._pad_id
         if pad_id is None:
@@ -281,7 +282,7 @@ def _pad_id_of(model: Any) -> int | None:
 
 
 def _spare_id(rows: list[list[int]], model: Any) -> int | None:
-    """The smallest id that no row contains; None if there is none, and for a single row, -1, which none contains."""
+    """Return the smallest id that no row contains, or None if all are used. A single row needs no padding: -1."""
     if len(rows) == 1:
         return -1
     used = {i for row in rows for i in row}

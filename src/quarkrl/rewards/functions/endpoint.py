@@ -26,7 +26,7 @@ import anyio
 # The successor of httpx, with its interface; huggingface_hub depends on it too.
 import httpx2
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, truncate
 from quarkrl.rewards.functions.rate_limiter import Clock, RateLimiter, SystemClock
 from quarkrl.rewards.functions.response import NoScore, Response, TransientFailure, retry_after_seconds
 from quarkrl.rewards.reward import OnScore, discard_score
@@ -320,7 +320,7 @@ class Endpoint:
         """One line of at most 300 printable characters, without the key."""
         text = self._key.redact(text)
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        return text if len(text) <= 300 else text[:299] + "…"  # Truncate last, or half a key could remain.
+        return truncate(text, 300)  # Truncate last, or half a key could remain.
 
 
 def _checked_url(name: str, url: str, key_variable: str) -> str:

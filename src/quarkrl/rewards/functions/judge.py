@@ -42,14 +42,15 @@ RESPONSE_FORMAT = {
         },
     },
 }
-# What servers that do not offer it, or not for the model, name in their errors.
+# Words in the errors of servers or models without structured output.
 FORMAT_ERRORS = "response_format|json_schema|structured|guided|grammar"
 
 
 class Judge:
     """A chat model's rating of each completion, mapped to [0, 1]. The key is read from OPENAI_API_KEY, if it is set.
 
-    The judge is asked for JSON by a schema, as structured output, or by instruction where the endpoint refuses schemas.
+    The request sets a JSON schema for structured output. If the endpoint refuses schemas, only the
+    instructions name JSON.
     `read_rating` reads the answer. A completion has no score if three answers have no rating within the scale, or if
     the endpoint refuses its text.
 
