@@ -455,18 +455,18 @@ def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):
         trainer_of(tmp_path / "run", scorer=down, **options).train()
     assert asked == [5, 5, 2]
 
-    def up(completion_ids, log_metric):
+    def down(completion_ids, log_metric):  # The same name, because a run is identified by it.
         asked.append(len(completion_ids))
         log_metric("calls", 3)
         return [sum(ids) / len(ids) for ids in completion_ids]
 
-    resumed = trainer_of(tmp_path / "run", scorer=up, **options)
+    resumed = trainer_of(tmp_path / "run", scorer=down, **options)
     resumed.train(resume_from_checkpoint=True)
     assert asked == [5, 5, 2, 5, 2] and len(resumed.pool) == 12
     (explored,) = [row for row in metrics_of(tmp_path / "run") if "pool_size" in row]
     assert explored["metric.calls"] == (3 * 1 + 2 * 3) / 5  # Of three calls, and of two retries.
 
-    whole = trainer_of(tmp_path / "whole", scorer=up, **options)
+    whole = trainer_of(tmp_path / "whole", scorer=down, **options)
     whole.train()
     assert whole.pool.rewards.tolist() == resumed.pool.rewards.tolist()
 
