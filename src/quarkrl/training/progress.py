@@ -124,9 +124,10 @@ class Progress(TrainerCallback):
         if self._bars:
             self._bars.advance(self._learn)
         self._measured_steps += 1
-        if self._measured_steps == _STEPS_OF_FIRST_ESTIMATE and self.enabled and state.is_world_process_zero:
-            if (seconds := self._time_left.seconds(args, state.global_step)) is not None:
-                self.note(f"time: about {format_seconds(seconds)} left, without evaluations")
+        seconds = self._time_left.seconds(args, state.global_step)
+        shown = self.enabled and state.is_world_process_zero and self._measured_steps == _STEPS_OF_FIRST_ESTIMATE
+        if shown and seconds is not None:
+            self.note(f"time: about {format_seconds(seconds)} left, without evaluations")
 
     def on_log(self, args, state, control, logs=None, **_):
         """Show the latest metrics, and keep them for the line of the iteration."""
