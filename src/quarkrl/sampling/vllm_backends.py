@@ -93,7 +93,11 @@ class ColocatedVllm:
                 max_model_len=longest + 1,
                 max_num_seqs=rows,
                 kv_cache_memory_bytes=_cache_bytes(model.config, getattr(torch, dtype).itemsize, rows, longest),
+                # On a CPU, compiling takes minutes, and vLLM 0.32 ends at a request with a seed whose prompt is read in
+                # chunks.
                 enforce_eager=model.device.type == "cpu",
+                enable_chunked_prefill=model.device.type != "cpu",
+                max_num_batched_tokens=max(8192, longest + 1),
                 **(_GUIDANCE if guided else {}),
             )
         except Exception as error:
@@ -138,7 +142,7 @@ class ColocatedVllm:
 
 
 class VllmServer:
-    """A server started by `vllm serve DIRECTORY`, which reads weights from the same file system.
+    """A server of vLLM, which reads weights from the same file system.
 
     Args:
         url: of the server, without /v1.
@@ -147,6 +151,7 @@ class VllmServer:
         tokenizer: puts the best reward tokens first.
         dtype: the data type of the server's weights, by name; for the command that a user is shown.
         note: shows a line to the user.
+        stop_if_requested: ends the run while it waits for the server, if a signal requests it.
     """
 
     def __init__(
@@ -158,7 +163,9 @@ class VllmServer:
         *,
         dtype: str,
         note: Callable[[str], None],
+        stop_if_requested: Callable[[], None],
     ):
+        self._stop_if_requested = stop_if_requested
         self._url, self._directory, self._dtype = url.rstrip("/"), directory.absolute(), dtype
         self._conditioning, self._tokenizer, self._note = conditioning, tokenizer, note
         self._client = httpx2.Client(timeout=3600, limits=httpx2.Limits(max_connections=None))
@@ -167,7 +174,8 @@ class VllmServer:
 
     @property
     def _command(self) -> str:
-        return f"VLLM_SERVER_DEV_MODE=1 vllm serve {self._directory} --dtype {self._dtype}"
+        serve = f"python -m vllm.entrypoints.openai.api_server --model {self._directory} --dtype {self._dtype}"
+        return f"VLLM_SERVER_DEV_MODE=1 {serve}"
 
     def load(self, model: Any, weights: dict[str, Tensor]) -> None:
         """Write the weights, wait for the server if it has not started yet, and let it read them."""
@@ -234,6 +242,7 @@ class VllmServer:
             if not told:
                 self._note(f"waiting for {self._url}. Start it, in another shell: {self._command}")
                 told = True
+            self._stop_if_requested()
             time.sleep(1)
 
     def _post(self, path: str, body: dict[str, Any] | None) -> Any:

@@ -12,7 +12,7 @@ from quarkrl.sampling.vllm_engine import VllmEngine
 from quarkrl.training.config import QuarkConfig
 
 
-def make_engine(
+def make_engine(  # noqa: PLR0913 - two callbacks
     args: QuarkConfig,
     builtin: BuiltinEngine,
     *,
@@ -22,6 +22,7 @@ def make_engine(
     batch_size: int,
     tokenizer: PreTrainedTokenizerBase,
     note: Callable[[str], None],
+    stop_if_requested: Callable[[], None],
 ) -> SamplingEngine:
     """Return the engine that the options name.
 
@@ -34,6 +35,7 @@ def make_engine(
         batch_size: completions sampled at a time.
         tokenizer: puts the best reward tokens first.
         note: shows a line to the user.
+        stop_if_requested: ends the run if a signal requests it.
 
     Raises:
         UserError: vLLM is not installed, or does not support the model.
@@ -50,7 +52,15 @@ def make_engine(
         )
     else:
         directory = Path(args.output_dir) / "engine"
-        backend = VllmServer(args.engine_url, directory, builtin.conditioning, tokenizer, dtype=dtype, note=note)
+        backend = VllmServer(
+            args.engine_url,
+            directory,
+            builtin.conditioning,
+            tokenizer,
+            dtype=dtype,
+            note=note,
+            stop_if_requested=stop_if_requested,
+        )
     return VllmEngine(backend, builtin, shares_start=shares_start, prompts=prompts, dtype=dtype)
 
 

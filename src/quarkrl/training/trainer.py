@@ -258,6 +258,7 @@ class QuarkTrainer(DurableTrainer):
             batch_size=max(self.memory_plan.generation_batch_size, args.per_device_eval_batch_size),
             tokenizer=cast(Any, self.processing_class),
             note=self.progress.note,
+            stop_if_requested=self.stop_if_requested,
         )
 
     def _make_explorer(self) -> Explorer:
