@@ -1,19 +1,22 @@
 """Write a trained model as a GGUF file, the format of llama.cpp and Ollama, so that it asks for the best quantile.
 
-In a chat the chat template puts the best reward tokens first, as in `final/`. Before a text llama.cpp can put one token,
-the file's BOS. So the best reward token becomes the BOS if nothing else precedes a text or a chat. Otherwise users put
-the reward tokens in front of each text themselves.
+In a chat the chat template puts the best reward tokens first, as in `final/`. Before a text llama.cpp can put one
+token, the file's BOS. So the best reward token becomes the BOS if nothing else precedes a text or a chat. Otherwise
+users put the reward tokens in front of each text themselves.
 
 Supported are Llama and GPT-2 with byte-level BPE. llama.cpp's `convert_hf_to_gguf.py` knows many more architectures.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_gguf_available
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 REMEDY = "Convert final/ with convert_hf_to_gguf.py of llama.cpp"
 
+_NFC = {"type": "NFC"}  # Qwen normalises texts so; llama.cpp expects that they are.
 # What llama.cpp computes for these architectures; it has no field for another value.
 _FIXED: dict[str, dict[str, tuple]] = {
     "llama": {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",)},
@@ -92,8 +96,8 @@ def write_gguf(
     writer.add_quantization_version(2)
     writer.add_file_type(LlamaFileType[file_type])
     writer.add_string("quarkrl.conditioning", json.dumps({"token_ids": conditioning.token_ids}))
-    _add_shape(writer, model)
     tokens = _add_tokenizer(writer, tokenizer, model)
+    _add_shape(writer, model, len(tokens))
     text_prefix = _add_bos(writer, tokenizer, conditioning)
     with atomic_file(path) as file:
         _write_tensors(writer, Path(file.name), model, len(tokens), GGMLQuantizationType[weight_type.upper()])
@@ -161,34 +165,44 @@ def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         UserError: it is none that this module can name. Another one would give other ids than training.
     """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, splitter = state["model"], tokenizer.backend_tokenizer.pre_tokenizer
+    is_byte_level = model["type"] == "BPE" and not model["byte_fallback"] and state["normalizer"] in (None, _NFC)
+    if is_byte_level and splitter is not None:
+        for name, known in _splitters().items():
+            # llama.cpp looks up whole words before it merges in the tokenizer of Llama 3 alone.
+            if _state(splitter) == _state(known) and model["ignore_merges"] == (name == "llama-bpe"):
+                return name
+    raise UserError(
+        f"gguf: tokenizer {type(tokenizer).__name__} ({model['type']}) must be byte-level BPE as in GPT-2, SmolLM2, "
+        f"Llama 3 or Qwen 2. {REMEDY}."
+    )
+
+
+def _splitters() -> dict[str, Any]:
+    """The pre-tokenizers that have a name in llama.cpp."""
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitter, model = state["pre_tokenizer"] or {}, state["model"]
-    steps = splitter.get("pretokenizers", [splitter])
-    is_byte_level = model["type"] == "BPE" and steps[-1].get("type") == "ByteLevel" and not model.get("byte_fallback")
-    name = None
-    if is_byte_level and not steps[-1]["add_prefix_space"]:
-        first = {"type": None} if len(steps) == 1 else steps[0] if len(steps) == 2 else {"type": "unknown"}
-        if steps[-1]["use_regex"]:
-            digits = first["type"] == "Digits" and first["individual_digits"]
-            name = "smollm" if digits else "gpt-2" if first["type"] is None else None
-        elif first["type"] == "Split":
-            regex = first["pattern"].get("Regex")
-            name = next((name for name in ("llama-bpe", "qwen2") if GGUF_PRE_TOKENIZER_SPLITS[name] == regex), None)
-    normalizer = (state["normalizer"] or {}).get("type")
-    if name is None or model["ignore_merges"] != (name == "llama-bpe") or normalizer not in (None, "NFC"):
-        kind = f"{model['type']}, {'+'.join(step.get('type', 'none') for step in steps)}"
-        raise UserError(f"gguf: tokenizer ({kind}) must be byte-level BPE as in GPT-2, SmolLM2 or Llama 3. {REMEDY}.")
-    return name
+    words, encode = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
+    by_regex = {
+        name: Sequence([Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), "isolated"), encode])
+        for name in ("llama-bpe", "qwen2")
+    }
+    return {"gpt-2": words, "smollm": Sequence([Digits(individual_digits=True), words]), **by_regex}
+
+
+def _state(splitter: Any) -> str:
+    """What a pre-tokenizer does to ids; offsets of tokens do not matter."""
+    return splitter.__getstate__().decode().replace('"trim_offsets":false', '"trim_offsets":true')
 
 
 # Weights
 
 
-def _add_shape(writer: "GGUFWriter", model: PreTrainedModel) -> None:
+def _add_shape(writer: "GGUFWriter", model: PreTrainedModel, rows: int) -> None:
     """Add the numbers that describe the architecture."""
     config = model.config
+    writer.add_vocab_size(rows)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -211,7 +225,7 @@ def _write_tensors(
     writer: "GGUFWriter", path: Path, model: PreTrainedModel, rows: int, kind: "GGMLQuantizationType"
 ) -> None:
     """Write the file: first the names and types of all tensors, then one tensor after the other."""
-    from gguf.quants import quantize, quant_shape_to_byte_shape
+    from gguf.quants import quant_shape_to_byte_shape, quantize
 
     kinds = []
     for name, shape, _ in _tensors(model, rows):
@@ -265,7 +279,11 @@ def _tensors(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, tuple[int
             # transformers rotates dimension i with i + n/2, llama.cpp's Llama i with i + 1.
             count = heads[key.split(".")[-2]]
             weight = weight.unflatten(0, (count, 2, _head_size(config) // 2)).transpose(1, 2).flatten(0, 2)
-        yield name, tuple(weight.shape), lambda weight=weight: weight.detach().float().cpu().contiguous().numpy()
+        yield name, tuple(weight.shape), partial(_values, weight)
+
+
+def _values(weight: torch.Tensor) -> np.ndarray:
+    return weight.detach().float().cpu().contiguous().numpy()
 
 
 def _head_size(config: Any) -> int:
