@@ -49,9 +49,9 @@ class LlamaServer:
         """A question as the chat template writes it, without the BOS that precedes a prompt."""
         return self.post("/apply-template", messages=[{"role": "user", "content": question}])["prompt"]
 
-    def complete(self, text: str, count: int) -> list[int]:
-        """The ids of a greedy completion of a text."""
-        answer = self.post("/completion", prompt=text, n_predict=count, return_tokens=True, **self._options)
+    def complete(self, prompt: str | list, count: int) -> list[int]:
+        """The ids of a greedy completion of a text, or of a list of ids and texts."""
+        answer = self.post("/completion", prompt=prompt, n_predict=count, return_tokens=True, **self._options)
         return answer["tokens"]
 
     def answer(self, question: str, count: int) -> str:
