@@ -20,7 +20,7 @@ from quarkrl.cli.parser import (
     describe_fully,
     options_from,
     reader,
-    summary,
+    summarize,
 )
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 from quarkrl.options import check_options, option, takes_list, typed_fields
@@ -185,7 +185,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
 
 def _parser(
     inherited: argparse.ArgumentParser | None = None,
-    describe: Callable[[dataclasses.Field], str] = summary,
+    describe: Callable[[dataclasses.Field], str] = summarize,
 ) -> Parser:
     """Return the parser of the run's and Quark's own options.
 
@@ -202,7 +202,7 @@ def _parser(
         parents=[inherited] if inherited else [],
     )
     parser.add_argument(
-        "--help_all", action="store_true", help="list the options of transformers.TrainingArguments, too"
+        "--help_all", action="store_true", help="list rare options and those of transformers.TrainingArguments, too"
     )
     parser.add_argument("--config", metavar="FILE|PRESET", help=f"Presets: {', '.join(preset_names())}")
     add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=describe)

@@ -5,8 +5,9 @@ recorded in the identity of a run.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from quarkrl.data.chat_defaults import LAST_TURN_HELP, SYSTEM_PROMPT_HELP, TEMPLATE_KWARGS_HELP, LastTurn
 from quarkrl.options import option
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
@@ -28,6 +29,11 @@ class QuarkOptions:
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid prompts. Otherwise the first one is an error.", group="prompts", resume="free"
     )
+    system_prompt: str | None = option(None, SYSTEM_PROMPT_HELP, group="prompts", resume="fixed")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, TEMPLATE_KWARGS_HELP, group="prompts", metavar="JSON", resume="fixed"
+    )
+    last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed")
 
     # Rewards
     reward_weights: list[float] | None = option(
@@ -60,6 +66,7 @@ class QuarkOptions:
         False,
         "Rewards read special tokens, such as answer tags, in completions. An EOS at the end is left out all the same.",
         group="reward",
+        rare=True,
     )
     max_unscored_share: float = option(
         0.5,
@@ -68,6 +75,7 @@ class QuarkOptions:
         at_most=1,
         resume="free",
         group="reward",
+        rare=True,
     )
 
     # Exploring
@@ -167,7 +175,7 @@ class QuarkOptions:
     warmup_steps: float = option(
         0.02, "Warm-up steps; below 1, a share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
     )
-    adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning")
+    adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning", rare=True)
     max_grad_norm: float = option(0.0, "Clip gradients at this norm; 0 does not clip.", at_least=0, group="learning")
     on_bad_numbers: Literal["stop", "skip"] = option(
         "stop",
