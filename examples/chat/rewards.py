@@ -7,7 +7,7 @@ A completion of a chat is a list of one message, as in TRL.
 
 import re
 
-MOST_WORDS = 60
+MOST_WORDS = 80
 _END = re.compile(r"[.!?)\"”😊]\s*$")
 _FRIENDLY = re.compile(
     r"\b(thanks|thank you|happy|glad|great|wonderful|lovely|enjoy|welcome|congratulations|congrats|good luck|hope|"
@@ -17,9 +17,9 @@ _FRIENDLY = re.compile(
 
 
 def short(completions, **_):
-    """1 for an answer without words, 0 for 60 words or more. An answer that does not end counts as 60 words."""
+    """1 for no words, 0 for 80. An answer without an end, as if it were cut off, counts 20 words more."""
     texts = [message["content"] for (message,) in completions]
-    words = [len(text.split()) if text.strip() and _END.search(text) else MOST_WORDS for text in texts]
+    words = [len(text.split()) + (0 if _END.search(text) else 20) for text in texts]
     return [1 - min(count, MOST_WORDS) / MOST_WORDS for count in words]
 
 

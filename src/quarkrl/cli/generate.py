@@ -18,7 +18,7 @@ HELP = "completions of a trained model, for any quantile"
 class GenerateOptions:
     """What is generated, and how it is printed."""
 
-    prompts: str | None = option(None, "Prompts: a file, a data set, or builtin.", metavar="FILE")
+    prompts: str | None = option(None, "Prompts: a file, a data set, builtin or builtin-chats.", metavar="FILE")
     prompt_column: str = option("prompt", "Column of the prompt.", metavar="COLUMN")
     prompt_split: str = option("train", "Split of a data set.", metavar="SPLIT")
     skip_bad_prompts: bool = option(False, "Skip invalid prompts, and count them.")

@@ -108,7 +108,7 @@ class Prompts:
 
         Args:
             rule: "refuse" raises; "continue" keeps them, so that the completion continues the message; "drop" drops
-                the message, so that the completion answers anew.
+                the message, so that the completion answers again.
             skip_bad: skip the chats that the rule refuses, instead of raising.
 
         Raises:
@@ -176,7 +176,7 @@ class Prompts:
 _ENDS_WITH_ASSISTANT = BadRow(
     "ends with the assistant",
     "the chat ends with a message of the assistant",
-    "Set --last_assistant_turn drop to have it answered anew, or continue",
+    "Set --last_assistant_turn drop to have it answered again, or continue",
 )
 
 
