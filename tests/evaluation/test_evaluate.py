@@ -333,6 +333,6 @@ def test_an_evaluation_adds_a_system_prompt_and_drops_the_last_turn(tmp_path):
     prompts = load_prompts([{"messages": CHATS["one question"]}, {"messages": CHATS["an unfinished answer"]}])
     error_message(lambda: evaluate(tmp_path, prompts, Scorer(few_b), short()), "ends with a message of the assistant")
     options = short(system_prompt="Be brief.", last_assistant_turn="drop")
-    evaluation = evaluate(tmp_path, prompts, Scorer(few_b), options)
+    evaluation = evaluate(tmp_path, prompts, Scorer("brevity"), options)
     first, second = evaluation.prompt_sets["prompts"].ids
     assert first == second and "system\nBe brief.<" in tokenizer.decode(first)

@@ -22,7 +22,8 @@ BUILTIN = "builtin"  # names the embedded model, and its prompts
 BUILTIN_CHATS = "builtin-chats"  # names embedded chats
 REWARD_HELP = (
     "Rewards: profanity, vader, brevity, repetition, perspective, judge, a classifier (directory or hub name), "
-    "module:function or file.py:function. Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
+    "module:function or file.py:function. "
+    "Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
 )
 REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
 

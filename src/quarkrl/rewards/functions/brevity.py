@@ -11,8 +11,8 @@ _END = re.compile(r"""[.!?…。！？]["'”’»)\]*]*\s*\Z""")
 class Brevity:
     """The share of `max_words` that a completion leaves unused, in [0, 1].
 
-    A completion that does not end with a full stop, an exclamation mark or a question mark counts a quarter of
-    `max_words` more, because it is probably cut off. One without words scores 0, the minimum.
+    A completion that does not end with a full stop, `!` or `?` is probably cut off. It counts a quarter of `max_words`
+    more. One without words scores 0, the minimum.
 
     Args:
         max_words: completions of this number of words score 0.
