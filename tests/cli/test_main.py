@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
 from quarkrl.builtin import prompts_path
-from quarkrl.cli.demo import free_directory
+from quarkrl.cli.demo import free_directory, rudest_texts
 from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train import held_out_prompts, train_prompts
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
@@ -427,6 +428,13 @@ def test_a_second_demo_takes_the_next_free_directory(tmp_path):
     (tmp_path / "demo-2" / "final").mkdir(parents=True)
     (tmp_path / "demo-3").mkdir()  # Empty: it holds no run.
     assert free_directory(wanted) == f"{wanted}-3"
+
+
+def test_a_demo_begins_with_rude_texts_of_the_model():
+    prompts = load_prompts(prompts_path("eval"))
+    texts = rudest_texts(prompts, Scorer("profanity"), 2)
+    assert [text.startswith(tuple(prompts.prompts)) for text in texts] == [True, True]
+    assert all(float(text.rpartition("(reward ")[2][:-1]) < 0.2 for text in texts)
 
 
 def test_prompts_are_streamed_on_demand(tmp_path):

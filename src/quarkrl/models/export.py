@@ -169,14 +169,14 @@ def _problem_of(config: Any) -> str | None:
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """Identify a model: its name, its commit on the hub (None for a directory), its size, a digest of its weights."""
+    """Identify a model: its name, its commit on the hub (None for a path), its size, a digest of its weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     name = getattr(model.config, "_name_or_path", "") or None
     return {
-        "name": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "name": os.path.abspath(name) if name and os.path.exists(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": digest.hexdigest(),
