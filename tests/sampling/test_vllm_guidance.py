@@ -31,8 +31,8 @@ LONG = {"min_new_tokens": LENGTH}  # No EOS, so that all requests need memory at
 GREEDY = {"max_tokens": LENGTH, "min_tokens": LENGTH, "temperature": 0.0}
 SCHEDULER = "quarkrl.sampling.vllm_scheduler.GuidedScheduler"
 PROCESSOR = "quarkrl.sampling.vllm_guidance:GuidanceLogitsProcessor"
-# Room for one long request and its contrast, and 32 tokens a step.
-SCARCE = {"block_size": 16, "num_gpu_blocks_override": 18, "max_num_batched_tokens": 32, "max_num_seqs": 16}
+# Memory for one pair of the greatest length, and two blocks of tokens per step.
+SCARCE = {"block_size": 32, "num_gpu_blocks_override": 10, "max_num_batched_tokens": 64, "max_num_seqs": 16}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_request_without_contrast_fails_alone(engine, expected):
 def test_wrong_arguments_are_refused(engine):
     with pytest.raises(ValueError, match="guidance_scale -1: must be finite and at least 0"):
         complete(engine, [(PROMPTS[0], -1)])
-    with pytest.raises(ValueError, match="presence_penalty 1.0: must be 0.0 with guidance_scale"):
+    with pytest.raises(ValueError, match=r"presence_penalty 1\.0: must be 0\.0 with guidance_scale"):
         complete(engine, REQUESTS[:1], presence_penalty=1.0)
 
 

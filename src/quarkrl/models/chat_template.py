@@ -76,13 +76,15 @@ def _tokens(
     def text(ids: Sequence[int]) -> str:
         return _quote("".join(tokenizer.convert_ids_to_tokens(list(ids))))
 
-    names = ", ".join(choices)
+    refusal = _quote(f"quantile: must be one of {', '.join(choices)}.")
     table = "{" + ", ".join(f"{_quote(name)}: {text(ids)}" for name, ids in choices.items()) + "}"
     return (
         "{% set quark_tokens = " + text(reward_token_ids) + " %}"
         "{% if quantile is defined and quantile is not none %}"
         "{% set quark_tokens = (" + table + ")[quantile | string] %}"
-        "{% if not quark_tokens %}{{ raise_exception(" + _quote(f"quantile: must be one of {names}.") + ") }}{% endif %}"
+        "{% if not quark_tokens %}{{ raise_exception("
+        + _quote(f"quantile: must be one of {names}.")
+        + ") }}{% endif %}"
         "{% endif %}"
     )
 

@@ -6,9 +6,9 @@ A request names its γ in `vllm_xargs`: `{"guidance_scale": 2}`. `GuidedSchedule
 contrast, and keeps the two in step. This processor combines their logits (`engine_guidance`). It leaves requests
 without guidance alone.
 
-vLLM has two model runners with an interface each. The class serves both, because an entry point names one class, and
-the second runner refuses a class that it does not know. vLLM loads this module in the API server too, which validates
-requests. Without vLLM the module imports, and the class has no base.
+vLLM has two model runners with an interface each. The class implements both: an entry point names one class, and the
+second runner refuses one without its interface. The API server loads this module too, to validate requests. Without
+vLLM the module can be imported, and the class has no base.
 """
 
 import logging

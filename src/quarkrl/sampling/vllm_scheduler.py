@@ -1,14 +1,14 @@
 """Guidance in vLLM: the scheduler, which makes a pair of each guided request and keeps the two requests in step.
 
-Both requests of a pair must sample in the same step of the engine, because the token is sampled from both. vLLM's
+Both requests of a pair must sample in the same step of the engine, because their token depends on both. vLLM's
 scheduler knows no pairs. It can run out of token budget or memory between the two, and it preempts single requests.
-Then one of them samples alone. `GuidedScheduler` preempts that one, and has vLLM drop the token. The two meet again
-when both are scheduled: the prefix cache holds what they have computed.
+Then one of them samples alone. `GuidedScheduler` preempts that one, and has vLLM drop the token. It is scheduled again
+beside its partner, and the prefix cache holds what both have computed.
 
     vllm serve runs/x/final --scheduler-cls quarkrl.sampling.vllm_scheduler.GuidedScheduler
 
-This module needs vLLM. Its scheduler has no public interface for subclasses: tests/sampling/test_vllm_guidance.py checks
-each name that is used here.
+This module needs vLLM. Its scheduler has no public interface for subclasses. tests/sampling/test_vllm_guidance.py
+checks the names that are used here.
 """
 
 import logging
@@ -146,7 +146,7 @@ class GuidedScheduler(Scheduler):
         """Undo the step that was just scheduled for a request; it waits, before all others."""
         self.running.remove(request)
         self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-        # As `reset_prefix_cache` does: the request may be resumed in the next step, and its worker must start it anew.
+        # As `reset_prefix_cache` does: the request may be resumed in the next step, so its worker must add it again.
         self.prev_step_scheduled_req_ids.discard(request.request_id)
 
     def _check_engine(self) -> None:
