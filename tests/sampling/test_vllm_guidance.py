@@ -12,6 +12,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ from quarkrl.models.conditioning import Conditioning
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 PROMPTS = ["You are", "The new neighbour is", "She said that the man in the red coat", "I think the"]
-SCALES = [2.0, 0.5, 1.0, 4.0]
+SCALES = [2.0, 0.5, 1.5, 4.0]
 REQUESTS = [(prompt, scale) for prompt in PROMPTS for scale in SCALES]
 LENGTH = 40
 LONG = {"min_new_tokens": LENGTH}  # No EOS, so that all requests need memory at once.
 GREEDY = {"max_tokens": LENGTH, "min_tokens": LENGTH, "temperature": 0.0}
+PLAIN = {"logit_bias": dict.fromkeys(["2048", "2049", "2050"], -100)}  # vLLM samples untrained reward tokens, too.
 SCHEDULER = "quarkrl.sampling.vllm_scheduler.GuidedScheduler"
 PROCESSOR = "quarkrl.sampling.vllm_guidance:GuidanceLogitsProcessor"
 # Memory for one pair of the greatest length, and two blocks of tokens per step.
@@ -45,6 +47,7 @@ def served(tmp_path_factory) -> Path:
     noise = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(1))
     rows[conditioning.all_token_ids] += 3 * rows[: conditioning.vocab_size].std(0) * noise
     model.save_pretrained(directory)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     conditioning.steer_tokenizer(tokenizer).save_pretrained(directory)
     conditioning.save(directory)
     return directory
@@ -106,7 +109,7 @@ def count_dropped_steps(engine, patch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_completions_with_several_scales_differ(expected):
-    assert len(set(expected)) == len(REQUESTS)
+    assert len(set(expected)) >= 14
 
 
 def test_one_pair_at_a_time(engine, expected):
@@ -172,25 +175,30 @@ def test_names_of_vllm_that_the_scheduler_uses(engine):
     assert "_block_hasher" in inspect.getsource(Request.__init__)
 
 
-def test_two_requests_at_once_over_http(served, expected, tmp_path):
+@pytest.fixture(scope="module")
+def server(served, tmp_path_factory):
+    """The URL of `vllm serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served), "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--scheduler-cls", SCHEDULER]
-    command += [text for name in processors() for text in ("--logits-processors", name)]
+    command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    command += [
+        "--scheduler-cls",
+        SCHEDULER,
+        *(text for name in processors() for text in ("--logits-processors", name)),
+    ]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    url = f"http://127.0.0.1:{port}"
-    with (tmp_path / "log").open("w", encoding="utf-8") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:
-            wait_for(url, server, tmp_path / "log")
-            with ThreadPoolExecutor(4) as pool:
-                texts = list(pool.map(lambda request: post(url, served, *request), REQUESTS[:4]))
+            url = f"http://127.0.0.1:{port}"
+            wait_for(url, process, log)
+            yield url
         finally:
-            server.terminate()
-            server.wait(60)
-    assert texts == expected[:4]
+            process.terminate()
+            process.wait(60)
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -203,9 +211,45 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
             time.sleep(1)
 
 
-def post(url: str, served: Path, prompt: str, scale: float) -> str:
-    body = {"model": str(served), "prompt": prompt, **GREEDY, "vllm_xargs": {"guidance_scale": scale}}
+def post(url: str, path: str, **body) -> dict:
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
+    body = {"model": "model", **GREEDY, **body}
+    request = urllib.request.Request(f"{url}/v1/{path}", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as response:
-        return json.load(response)["choices"][0]["text"]
+        return json.load(response)["choices"][0]
+
+
+def test_requests_at_once_over_http(server, expected):
+    def text(request: tuple[str, float]) -> str:
+        prompt, scale = request
+        return post(server, "completions", prompt=prompt, vllm_xargs={"guidance_scale": scale})["text"]
+
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        assert list(pool.map(text, REQUESTS)) == expected
+
+
+def test_chats_over_http(server, generator):
+    chat = [{"role": "user", "content": "You are"}]
+    options = {"do_sample": False, "max_new_tokens": LENGTH, **LONG}
+
+    def text(**body) -> str:
+        return post(server, "chat/completions", messages=chat, **body)["message"]["content"]
+
+    assert text(**PLAIN) == generator.generate(chat, **options)[0][0]
+    worst = text(chat_template_kwargs={"quantile": "worst"}, **PLAIN)
+    assert worst == generator.generate(chat, "worst", **options)[0][0]
+    guided = text(vllm_xargs={"guidance_scale": 2, "guidance_from": 1})
+    assert guided == generator.generate(chat, guidance_scale=2, guidance_from=1, **options)[0][0]
+
+
+def test_another_quantile_of_a_text_over_http(server, generator):
+    body = {"prompt": "<|reward_0|>You are", "add_special_tokens": False, **PLAIN}
+    expected = generator.generate("You are", "worst", do_sample=False, max_new_tokens=LENGTH, **LONG)[0][0]
+    assert post(server, "completions", **body)["text"] == expected
+
+
+def test_a_wrong_argument_over_http(server):
+    with pytest.raises(HTTPError) as error:
+        post(server, "completions", prompt="You are", vllm_xargs={"guidance_scale": -1})
+    assert error.value.code == 400
+    assert b"guidance_scale -1: must be finite and at least 0" in error.value.read()

@@ -82,9 +82,7 @@ def _tokens(
         "{% set quark_tokens = " + text(reward_token_ids) + " %}"
         "{% if quantile is defined and quantile is not none %}"
         "{% set quark_tokens = (" + table + ")[quantile | string] %}"
-        "{% if not quark_tokens %}{{ raise_exception("
-        + _quote(f"quantile: must be one of {names}.")
-        + ") }}{% endif %}"
+        "{% if not quark_tokens %}{{ raise_exception(" + refusal + ") }}{% endif %}"
         "{% endif %}"
     )
 

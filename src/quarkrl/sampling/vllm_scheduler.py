@@ -122,8 +122,11 @@ class GuidedScheduler(Scheduler):
             min_p=params.min_p,
         )
         # The client's own parameters stay as they are: in one process the engine shares them.
-        request.sampling_params = params.clone()
-        request.sampling_params.extra_args = {**(params.extra_args or {}), PAIR: main}
+        params = params.clone()
+        params.extra_args = {**(params.extra_args or {}), PAIR: main}
+        # The processor has the seed. vLLM 0.32 on a CPU stops at a seeded request whose prompt it reads in chunks.
+        params.seed = None
+        request.sampling_params = params
         contrast_params = params.clone()
         contrast_params.extra_args = {PAIR: replace(main, is_main=False)}
         # A grammar rules out tokens in the main request, which is enough.
