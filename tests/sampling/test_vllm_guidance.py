@@ -24,7 +24,8 @@ from quarkrl.models.conditioning import Conditioning
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
-PROMPTS = ["You are", "The new neighbour is", "She said that the man in the red coat", "I think the"]
+# The last one is longer than two blocks.
+PROMPTS = ["You are", "The new neighbour is", "I think the", "She said that the man in the red coat is my friend. " * 6]
 SCALES = [2.0, 0.5, 1.5, 4.0]
 REQUESTS = [(prompt, scale) for prompt in PROMPTS for scale in SCALES]
 LENGTH = 40
@@ -119,8 +120,7 @@ def test_one_pair_at_a_time(engine, expected):
 def test_pairs_that_memory_and_the_token_budget_separate(engine, expected, monkeypatch):
     dropped = count_dropped_steps(engine, monkeypatch)
     assert complete(engine, REQUESTS) == expected
-    assert any(request_id.endswith("-contrast") for request_id in dropped)
-    assert any(not request_id.endswith("-contrast") for request_id in dropped)
+    assert len(set(dropped)) >= 4
     assert not scheduler_of(engine)._contrasts
 
 
@@ -146,9 +146,11 @@ def test_a_request_without_contrast_fails_alone(engine, expected):
 
 
 def test_wrong_arguments_are_refused(engine):
-    with pytest.raises(ValueError, match="guidance_scale -1: must be finite and at least 0"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="guidance_scale -1: must be finite and at least 0"):
         complete(engine, [(PROMPTS[0], -1)])
-    with pytest.raises(ValueError, match=r"presence_penalty 1\.0: must be 0\.0 with guidance_scale"):
+    with pytest.raises(VLLMValidationError, match=r"presence_penalty 1\.0: must be 0\.0 with guidance_scale"):
         complete(engine, REQUESTS[:1], presence_penalty=1.0)
 
 
