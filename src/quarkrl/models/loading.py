@@ -30,7 +30,7 @@ from quarkrl.models.adapters import (
     saved_rows,
 )
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.gguf_reading import is_gguf, load_gguf_tokenizer, locate
+from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
 
 
@@ -43,8 +43,8 @@ def load_model(
     """Load a causal language model from a directory, a GGUF file or the hub.
 
     A saved adapter is merged into its base model. The weights of a GGUF file are dequantized. No code is run unless
-    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an attention
-    kernel that its config names, are not imported.
+    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an
+    attention kernel that its config names, are not imported.
 
     Args:
         path: a directory, a file that ends in .gguf, or a name on the hub.
@@ -70,9 +70,8 @@ def load_model(
 
 def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     """The model in a GGUF file, dequantized."""
-    source = locate(path)
     options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _load_weights(path, AutoConfig.from_pretrained(**source), options, **source)
+    model = _load_weights(path, load_gguf_config(path), options, **locate(path))
     vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
     rename(model, str(path))
     return with_fused_gelu(model)
