@@ -52,7 +52,7 @@ def test_a_run_prints_and_records_its_defaults_and_resumes_with_them(tmp_path, c
     home = make_home(tmp_path, TOKENIZER, PROMPTS, "def length(completions, **_):\n    return [*map(len, completions)]")
     reward = f"{home}/rewards.py:length"
     command = ["train", "--config", f"{home}/run.yaml", "--reward", reward, "--output_dir", f"{home}/run"]
-    assert main([*command, "--num_quantiles", "2"]) == 0
+    assert main([*command, "--num_quantiles", "2", "--disable_tqdm", "false"]) == 0
     assert " parameters: lora_rank 0, learning_rate 0.002, kl_coef 0.4" in capsys.readouterr().err
     recorded = yaml.safe_load((home / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert {*NAMES} <= {*recorded} and recorded["learning_rate"] == 2e-3 and recorded["num_iterations"] == 2

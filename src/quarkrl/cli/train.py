@@ -59,8 +59,6 @@ def run(command: TrainCommand) -> Path:
             model = load_model(path, run.trust_remote_code, **loading)
             command, choice = command.with_size_defaults(model.num_parameters())
             run, config = command.run, command.config
-            if choice:
-                note(choice)
             tokenizer = load_tokenizer(path, run.trust_remote_code)
             ref_path = model_path(run.ref_model) if run.ref_model else None
             trainer = QuarkTrainer(
@@ -77,6 +75,7 @@ def run(command: TrainCommand) -> Path:
                     *([EarlyStoppingCallback(patience)] if patience else []),
                 ],
             )
+        trainer.progress.start_notes += [choice] if choice else []
         note_skipped(trainer.prompts)
         trainer.interrupts.exit_on_second_sigint = True
         trainer.train(resume_from_checkpoint=resume)

@@ -149,7 +149,9 @@ class TrainCommand(NamedTuple):
             return self, None
         options = size_defaults(parameters, None if "lora_rank" in parsed.unset else self.run.lora_rank or 0)
         chosen = {name: value for name, value in options.items() if name in parsed.unset}
-        command = _make_command(parsed._replace(values={**parsed.values, **chosen}, unset=frozenset()))
+        command = _make_command(
+            parsed._replace(values={**parsed.values, **chosen}, unset=frozenset(), recorded=frozenset(sizing.NAMES))
+        )
         return command, describe_defaults(parameters, chosen)
 
     def ignored_options_note(self) -> str | None:
@@ -213,13 +215,12 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     _check_selection(values)
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
-    if values["defaults"] is None:
-        # A preset is complete. So is config.yaml of a run that is resumed: it has what was chosen when the run started.
-        is_complete = values["config"] in preset_names() or (values["resume"] and values["config"] is None)
-        values["defaults"] = "paper" if is_complete else "size"
-    sized = values["defaults"] == "size"
-    recorded = frozenset(sizing.NAMES) if sized else frozenset(sizing.NAMES) - unset
-    return _make_command(ParsedValues(values, defaults, unset if sized else frozenset(), recorded))
+    # A preset is complete. So is config.yaml of a run that is resumed: it has what was chosen when the run started.
+    if values["defaults"] is None and values["config"] in preset_names():
+        values["defaults"] = "paper"
+    is_complete = values["defaults"] == "paper" or (values["resume"] and values["config"] is None)
+    by_size = frozenset() if is_complete else unset
+    return _make_command(ParsedValues(values, defaults, by_size, recorded=frozenset(sizing.NAMES) - unset))
 
 
 def _make_command(parsed: ParsedValues) -> TrainCommand:
