@@ -75,7 +75,11 @@ def test_every_own_option_is_read_somewhere(name):
     for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling):
         if re.search(rf"self\.{name}\b", inspect.getsource(method)):
             used.append(method.__name__)
-    if name in ("num_iterations", "steps_per_iteration"):  # config.py itself makes them epochs and draws.
+    if name in (
+        "num_iterations",
+        "steps_per_iteration",
+        "distill_iterations",
+    ):  # config.py itself makes them epochs and draws.
         used.append("config.py")
     assert used, f"nothing reads {name}"
 

@@ -30,7 +30,7 @@ def test_a_small_model_trains_all_weights_and_a_large_one_an_adapter():
     assert (small["lora_rank"], small["learning_rate"], small["kl_coef"]) == (0, 2e-3, 0.4)
     assert line.startswith("defaults for a model of 1.0M parameters: lora_rank 0, learning_rate 0.002, kl_coef 0.4")
     large, line = chosen_for(134.5e6)
-    assert (large["lora_rank"], large["learning_rate"], large["kl_coef"]) == (16, 1e-3, 0.05)
+    assert (large["lora_rank"], large["learning_rate"], large["kl_coef"]) == (16, 3e-4, 0.05)
     assert "134.5M" in line and "7.0B" in chosen_for(7e9)[1]
 
 

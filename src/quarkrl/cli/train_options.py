@@ -233,7 +233,8 @@ def _make_command(parsed: ParsedValues) -> TrainCommand:
 
     values = dict(parsed.values)
     try:
-        run, config = (options_from(argparse.Namespace(**values), options) for options in (RunOptions, QuarkConfig))
+        run = options_from(argparse.Namespace(**values), RunOptions)
+        config = options_from(argparse.Namespace(**values), QuarkConfig)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:

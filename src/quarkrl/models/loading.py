@@ -43,8 +43,8 @@ def load_model(
     """Load a causal language model from a directory, a GGUF file or the hub.
 
     A saved adapter is merged into its base model. The weights of a GGUF file are dequantized. No code is run unless
-    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an attention
-    kernel that its config names, are not imported.
+    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an
+    attention kernel that its config names, are not imported.
 
     Args:
         path: a directory, a file that ends in .gguf, or a name on the hub.

@@ -4,12 +4,12 @@ The teacher p_T is the policy as it was before these iterations; its weights sta
 
     g(v)  ∝  p_T(v | best) (p_T(v | best) / p_T(v | contrast))^(γ - 1)         (sampling/guidance.py)
 
-Each iteration samples completions y ~ g for its prompts. No reward is called. At each of their tokens the policy, on its
-best token and without guidance, learns the teacher's whole distribution (`algorithm.loss.distillation_loss`):
+Each iteration samples completions y ~ g for its prompts. No reward is called. At each of their tokens the policy, on
+its best token and without guidance, learns the teacher's whole distribution (`algorithm.loss.distillation_loss`):
 
     minimise  KL(g || p_θ( . | x, best))
 
-The NLL of the sampled tokens alone has the same minimum, but overfits few samples.
+The NLL of the sampled tokens has the same minimum, but overfits few samples.
 
 Source: our own combination of guidance and distillation (Hinton et al. 2015, arXiv 1503.02531). Context distillation
 (Askell et al. 2021, arXiv 2112.00861) bakes in a prompt in the same way.

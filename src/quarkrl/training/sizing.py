@@ -39,7 +39,7 @@ def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_
 SIZES = (
     ModelSize(3e6, 0, 4e-3, 2e-3, {"kl_coef": 0.4, **_amounts(26, 50, 128, 5000)}),
     ModelSize(50e6, 4, 4e-3, 1e-4, {"kl_coef": 0.1, **_amounts(20, 35, 128, 3000)}),
-    ModelSize(1e9, 16, 1e-3, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
+    ModelSize(1e9, 16, 3e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
     ModelSize(float("inf"), 16, 2e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
 )
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
