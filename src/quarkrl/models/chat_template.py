@@ -41,16 +41,16 @@ def steer_chat_template(
 def _steer(template: str, head: str) -> str:
     """A template that renders the same text behind `quark_head`, which `head` sets and which may replace the start."""
     # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the
-    # template. So the old template starts on its own line, and its final newline is removed. The + of the closing tag
-    # keeps the blanks before that tag.
+    # template. So the old template starts on its own line, and its final newline is removed. The empty expression keeps
+    # the blanks before the closing tag; llama.cpp does not know {%+, which does that too.
     body = re.sub(r"(\r\n|\r|\n)\Z", "", template)
     marked = _mark_generation(body)
     if marked is None:
-        return "{% set quark_text %}\n" + body + "{%+ endset %}" + head + "{{ quark_head + quark_rest }}"
+        return "{% set quark_text %}\n" + body + "{{ '' }}{% endset %}" + head + "{{ quark_head + quark_rest }}"
     return (
         "{% set quark_mark = " + _quote(_MARK) + " %}"
         "{% macro quark_generation() %}{{ quark_mark + caller() + quark_mark }}{% endmacro %}"
-        "{% set quark_text %}\n" + marked + "{%+ endset %}"
+        "{% set quark_text %}\n" + marked + "{{ '' }}{% endset %}"
         "{% set quark_parts = quark_text.split(quark_mark) %}{% set quark_text = quark_parts | join %}" + head +
         # transformers takes the position of `{% generation %}` from what is written so far, and a block that is
         # assigned to a variable writes nothing. So each part is written by itself, without what the head replaces.

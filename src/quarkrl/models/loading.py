@@ -30,7 +30,7 @@ from quarkrl.models.adapters import (
     saved_rows,
 )
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.gguf_reading import is_gguf, load_gguf_tokenizer, locate
+from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
 
 
@@ -70,9 +70,8 @@ def load_model(
 
 def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     """The model in a GGUF file, dequantized."""
-    source = locate(path)
     options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _load_weights(path, AutoConfig.from_pretrained(**source), options, **source)
+    model = _load_weights(path, load_gguf_config(path), options, **locate(path))
     vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
     rename(model, str(path))
     return with_fused_gelu(model)
