@@ -104,7 +104,7 @@ def test_python_and_yaml_blocks_run(page, home, monkeypatch):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda page: page.name)
 def test_an_example_names_models_and_data_that_a_user_can_have(page):
-    run, _, typed = parse_train(["--config", str(page)])
+    run, _, typed, _ = parse_train(["--config", str(page)])
     assert run.model and run.prompts and run.reward
     assert typed["output_dir"].startswith("runs/")
     assert not any(".." in str(name) for name in (run.model, run.prompts, *run.reward))

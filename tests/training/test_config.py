@@ -75,7 +75,11 @@ def test_every_own_option_is_read_somewhere(name):
     for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling):
         if re.search(rf"self\.{name}\b", inspect.getsource(method)):
             used.append(method.__name__)
-    if name in ("num_iterations", "steps_per_iteration"):  # config.py itself makes them epochs and draws.
+    if name in (
+        "num_iterations",
+        "steps_per_iteration",
+        "distill_iterations",
+    ):  # config.py itself makes them epochs and draws.
         used.append("config.py")
     assert used, f"nothing reads {name}"
 
@@ -303,10 +307,10 @@ def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):
 
     assert QuarkConfig(output_dir=str(tmp_path)).explore_guidance_scale == [1.0]
     assert scales(2) == [2.0] and scales([1, 1.5, 2]) == [1, 1.5, 2]
-    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
+    _, config, *_ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
     assert config.explore_guidance_scale == [1.0, 1.0, 2.5]
     (tmp_path / "run.yaml").write_text("explore_guidance_scale: 3\nguidance_from: 1\ndo_sample: false\n")
-    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
+    _, config, *_ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
     assert (config.explore_guidance_scale, config.guidance_from, config.do_sample) == ([3.0], "1", False)
 
 

@@ -162,6 +162,17 @@ class QuarkOptions:
         group="learning",
     )
 
+    # Learning: guidance baked in
+    distill_guidance_scale: float = option(
+        1.0,
+        "End the run by distilling guidance γ into the best token; 1 is off. No reward is called (docs/guide.md).",
+        at_least=0,
+        group="learning",
+    )
+    distill_iterations: int = option(
+        2, "Iterations of distillation, after num_iterations.", at_least=1, group="learning"
+    )
+
     # Learning: the optimizer
     bf16: bool | str = option(
         False,
