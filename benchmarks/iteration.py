@@ -50,11 +50,12 @@ def default_sides() -> list[str]:
 class TimedTrainer(QuarkTrainer):
     """A `QuarkTrainer` that records a clock per iteration and the lengths of the samples that it learns from."""
 
-    def __init__(self, model: str, config: QuarkConfig, prompts: list[str], device: str):
+    def __init__(self, model: str, config: QuarkConfig, prompts: list[str], device: str, lora_rank: int = 0):
         self.clocks: list[Clock] = []
         self.learned: list[tuple[list[int], list[int]]] = []
         self.device = device
-        super().__init__(model, measure.reward, config, prompts, callbacks=[_Learning(self)])
+        adapter = measure.lora_config(lora_rank) if lora_rank else None
+        super().__init__(model, measure.reward, config, prompts, peft_config=adapter, callbacks=[_Learning(self)])
 
     def explore(self, iteration: int) -> None:
         self.clocks.append(Clock(self.device))
@@ -106,7 +107,7 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
         disable_tqdm=True,
         seed=0,
     )
-    return TimedTrainer(str(directory), config, prompts, task["device"])
+    return TimedTrainer(str(directory), config, prompts, task["device"], task.get("lora_rank", 0))
 
 
 def run_quarkrl(directory: Path, prompts: list[str], task: dict[str, Any]) -> tuple[list[Clock], Any, int]:
@@ -169,7 +170,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     # The policy and the reference, which is in bfloat16 for quarkrl-bf16.
     models = 1.5 if task["bf16"] and task["side"].startswith("quarkrl") else 2.0
     figures: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
-    figures["beyond_bytes"] = measure.peak_bytes(device) - before - figures["models_bytes"]
+    peak = max(peak for clock in clocks for peak in clock.peak_bytes.values())
+    figures["beyond_bytes"] = peak - before - figures["models_bytes"]
     counted = [clock.seconds for clock in clocks[1:]]
     figures |= {name: statistics.mean(seconds[name] for seconds in counted) for name in counted[0]}
     figures["iteration"] = sum(figures[name] for name in counted[0])

@@ -127,6 +127,8 @@ def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequenc
     """
     from peft import get_peft_model
 
+    from quarkrl.models.token_rows import use_token_rows
+
     try:
         changes_inputs, changes_outputs = _changes_of(model, config)
         if token_ids:
@@ -135,7 +137,9 @@ def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequenc
         splits = changes_inputs or changes_outputs or (isinstance(indices, dict) and len(indices) > 1)
         if splits and not getattr(config, "ensure_weight_tying", False):
             untie(model)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        use_token_rows(adapted)
+        return adapted
     except Exception as error:
         # peft raises exceptions of many types for a configuration that does not fit a model.
         raise UserError(f"{subject}: does not fit the model ({one_line(error)}). Correct the configuration.") from error

@@ -111,8 +111,7 @@ def size_of_run(
     checkpointed = activations // layers + length * number_bytes * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
-    # An adapter that trains some rows of the embedding also merges them into a copy.
-    tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
+    tables = 2 * head.requires_grad
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     passes = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
     other = weights // 2 if number_bytes < head.element_size() else 0
