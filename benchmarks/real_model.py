@@ -184,9 +184,7 @@ def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> 
         trainer.explore(0)
         trainer.quantize(0)
         samples = [trainer.pool[int(i)] for i in trainer.draws[: task["batch_size"]]]
-        batch = loop.collate(
-            [(int(s.quantiles[0]), s.prompt_ids.tolist(), s.completion_ids.tolist()) for s in samples]
-        )
+        batch = loop.collate([(int(s.quantiles[0]), s.prompt_ids.tolist(), s.completion_ids.tolist()) for s in samples])
         trainer.args.min_completion_length = 0  # The loop keeps EOS in the loss.
         expected = loop.loss(batch)
         expected.backward()

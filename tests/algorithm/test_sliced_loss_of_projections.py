@@ -44,7 +44,9 @@ def test_rows_that_are_trained_beside_a_frozen_weight_get_their_gradient():
 
 
 def test_rows_beyond_a_limited_vocabulary_are_dropped():
-    projection = Projection(torch.ones(1, 2), torch.zeros(4, 2), row_ids=torch.tensor([3, 1]), row_values=torch.ones(2, 2))
+    projection = Projection(
+        torch.ones(1, 2), torch.zeros(4, 2), row_ids=torch.tensor([3, 1]), row_values=torch.ones(2, 2)
+    )
     assert projection.logits().tolist() == [[0, 2, 0, 2]]
     assert projection.limit_vocab(3).logits().tolist() == [[0, 2, 0]]
 

@@ -61,7 +61,7 @@ def test_a_batch_is_split_into_parts_of_similar_length_without_their_padding():
         [[2, 2, 2, 9, 9]],
     ]
     assert [part["ref_input_ids"].tolist() for part in parts] == [[[9], [9]], [[4, 9]], [[2, 2, 9]]]
-    assert [part["labels"].tolist() for part in parts][0] == [[-100, 9, -100], [-100, 9, 9]]
+    assert parts[0]["labels"].tolist() == [[-100, 9, -100], [-100, 9, 9]]
 
 
 def test_a_small_batch_is_not_split_and_a_long_row_is_a_part():

@@ -295,12 +295,14 @@ class _Gradients(NamedTuple):
         if dz.dtype != policy.weight.dtype:
             dz = buffers.empty("narrow", dz.shape, policy.weight.dtype).copy_(dz)
         dz_rows = None
-        if policy.row_ids is not None:  # The weight's own rows for these tokens are not in use.
+        if (
+            policy.row_ids is not None and policy.row_values is not None
+        ):  # The weight's own rows for these tokens are not in use.
             dz_rows = dz[:, policy.row_ids]
             dz.index_fill_(1, policy.row_ids, 0)
         if self.hidden is not None:
             self.hidden[rows] = dz @ policy.weight
-            if dz_rows is not None:
+            if dz_rows is not None and policy.row_values is not None:
                 self.hidden[rows] += dz_rows @ policy.row_values
         if self.row_values is not None and dz_rows is not None:
             self.row_values.add_(dz_rows.T @ policy.hidden[rows])

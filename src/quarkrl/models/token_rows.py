@@ -5,7 +5,7 @@ peft replaces the rows in a copy of the table in each forward pass, and the grad
 up and multiplies the few rows beside the frozen table; values and gradients are the same.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Rows(NamedTuple):
-    """An output layer whose rows for some tokens are trained: the frozen layer, the ids `(R,)`, the rows `(R, width)`."""
+    """An output layer that trains the rows of some tokens: the frozen layer, ids `(R,)` and rows `(R, width)`."""
 
     layer: nn.Linear
     ids: Tensor
@@ -44,7 +44,7 @@ class TokenRows(TrainableTokensLayer):
 
     def rows_of(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the ids, `(R,)`, and the rows, `(R, width)`, that an adapter trains."""
-        weight = self.base_layer.weight
+        weight = cast(Tensor, self.base_layer.weight)
         ids = torch.tensor(self.token_indices[adapter], dtype=torch.long, device=weight.device)
         return ids, self.trainable_tokens_delta[adapter].to(weight)
 

@@ -328,7 +328,9 @@ class QuarkTrainer(DurableTrainer):
         """Yield what completes plain prompts with the policy on its best token, with guidance."""
         policy = self.accelerator.unwrap_model(self.model)
         guidance = GuidanceOptions(guidance_scale, self.args.guidance_from, self.reference)
-        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
+        # Guidance away from the reference switches the adapter off and on within each token.
+        merges = self.memory_plan.merges_adapters and (guidance_scale == 1 or self.args.guidance_from != "reference")
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model, merge_adapters=merges):
             yield partial(sample_best, policy, self.conditioning, guidance, end_ids=self.end_ids)
 
     @contextmanager
