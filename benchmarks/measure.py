@@ -308,6 +308,13 @@ def peak_rate(device: str, bf16: bool) -> float:
     return 2.0 * size**3 / _median_seconds(partial(torch.mm, a, b), device)
 
 
+def data_sheet_tflops(device: str) -> float | None:
+    """Return the dense bf16 rate of a GPU in its data sheet, in TFLOP/s; None for a GPU that is not listed."""
+    rates = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    return next((float(rate) for part, rate in rates.items() if part in name), None)
+
+
 def _median_seconds(call: Callable[[], Any], device: str, times: int = 3) -> float:
     call()
     seconds = []
@@ -403,6 +410,7 @@ def report(
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of every benchmark. `--child` is for `child` only."""
     result = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    result.add_argument("--name", help="of the two files of --output; by default that of the script and its model")
     result.add_argument("--output", type=Path, help="directory for NAME.md and NAME.json; default: write nothing")
     result.add_argument(
         "--quick", action="store_true", help="a small and short run that checks the results, not the speed"

@@ -1,7 +1,7 @@
 """Compare an iteration of LoRA training with a straightforward loop: seconds and memory, for SmolLM2 by default.
 
     make real-model && python benchmarks/real_model.py --output benchmarks/results
-    python benchmarks/real_model.py --shape smollm2 --device cuda --bf16 --output benchmarks/results
+    python benchmarks/real_model.py --shape smollm2 --device cuda --output benchmarks/results
 
 Both sides train the same adapter on the same prompts, with the same arithmetic. Sides:
 
@@ -173,6 +173,23 @@ def bounds(shape: Shape, task: dict[str, Any], lengths: Sequence[Sequence[int]],
     ]
 
 
+def shares(
+    runs: dict[str, dict[str, float]], limits: Sequence[dict[str, Any]], device: str, bf16: bool
+) -> list[dict[str, Any]]:
+    """Return the shares of the bounds that the sides reach, and on a GPU the share of its peak rate while learning."""
+    learning, *sampling = limits
+    least = sum(max(row["s by FLOP"], row["s by bandwidth"] or 0) for row in sampling)
+    peak = 1e12 * (measure.data_sheet_tflops(device) or 0) or measure.peak_rate(device, bf16)
+    rows = []
+    for side, run in runs.items():
+        row: dict[str, Any] = {"side": side, "sampling": least / run["sampling, s"]}
+        row["learning"] = learning["s by FLOP"] / run["learning, s"]
+        row["learning, GFLOP/s"] = learning["TFLOP"] * 1e3 / run["learning, s"]
+        row["of the peak"] = row["learning, GFLOP/s"] * 1e9 / peak
+        rows.append(row)
+    return rows
+
+
 def disagreements(directory: Path, prompts: list[str], task: dict[str, Any]) -> list[str]:
     """Describe where loss and gradients of the two sides differ, with the same weights and samples."""
     differences = []
@@ -251,7 +268,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--repeats", type=int, default=1, help="runs per side")
     parser.add_argument("--iterations", type=int, default=2, help="iterations per run; the first is not counted")
-    parser.add_argument("--batches", type=int, default=2, help="batches that an iteration samples, and learns from")
+    parser.add_argument("--batches", type=int, default=4, help="batches that an iteration samples, and learns from")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--length", type=int, default=20, help="tokens per completion")
     parser.add_argument("--lora_rank", type=int, default=16)
@@ -294,8 +311,9 @@ def main() -> None:
     figures = {side: measure.medians([_scalars(run) for run in several]) for side, several in runs.items()}
     tables = make_tables(figures, task)
     tables["bounds of an iteration"] = bounds(shape, task, lengths, prompt_lengths)
+    tables["share of the bounds"] = shares(figures, tables["bounds of an iteration"], options.device, task["bf16"])
     name += "-cuda" if options.device == "cuda" else ""
-    measure.report(name, options.device, tables, options.output, task=task, runs=runs)
+    measure.report(options.name or name, options.device, tables, options.output, task=task, runs=runs)
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, float]:

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 import signal
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,6 +27,15 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The directory of SmolLM2-135M-Instruct, for tests marked `real_model`."""
+    directory = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
+    if not directory.is_dir():
+        pytest.skip(f"{directory} is missing: make real-model")
+    return directory
 
 
 @pytest.fixture

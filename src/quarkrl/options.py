@@ -45,6 +45,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
     group: str = "",
     metavar: str | None = None,
     resume: Resume = "branch",
+    rare: bool = False,
 ) -> Any:
     """Declare an option as a dataclass field.
 
@@ -57,6 +58,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
         group: the heading in `--help`.
         metavar: the placeholder in `--help`.
         resume: whether a resumed run may change the option.
+        rare: whether `--help` leaves the option out, so that the list stays short; `--help_all` has it.
     """
     metadata = _Metadata(
         help=help,
@@ -68,6 +70,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
         group=group,
         metavar=metavar,
         resume=resume,
+        rare=rare,
     )
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 

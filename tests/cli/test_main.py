@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quarkrl
 from quarkrl.builtin import prompts_path
-from quarkrl.cli.demo import free_directory
+from quarkrl.cli.demo import free_directory, rudest_texts
 from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train import held_out_prompts, train_prompts
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
@@ -256,7 +257,15 @@ MISTAKES = {
     "impossible value": ((*TRAIN, "--num_quantiles", "1"), "num_quantiles 1: must be at least 2"),
     "impossible top_p": ((*TRAIN, "--top_p", "1.5"), "top_p 1.5: must be greater than 0 and at most 1"),
     "impossible learning rate": ((*TRAIN, "--learning_rate", "-1"), "learning_rate -1.0: must be at least 0"),
-    "impossible lora_rank": ((*TRAIN, "--lora_rank", "0"), "lora_rank 0: must be at least 1"),
+    "impossible lora_rank": ((*TRAIN, "--lora_rank", "-1"), "lora_rank -1: must be at least 0"),
+    "an adapter's option without adapter": (
+        (*TRAIN, "--use_dora"),
+        "use_dora True: must come with a LoRA adapter. Set --lora_rank",
+    ),
+    "an adapter on no layer": (
+        (*TRAIN, "--lora_rank", "2", "--lora_target_modules", "nowhere"),
+        "nowhere",
+    ),
     "impossible dtype": ((*TRAIN, "--dtype", "float33"), "float33"),
     "impossible attention": ((*TRAIN, "--attn_implementation", "fast"), "fast"),
     "impossible scheduler": ((*TRAIN, "--lr_scheduler_type", "zigzag"), "zigzag"),
@@ -373,14 +382,15 @@ def test_help_and_version_do_not_load_torch():
         assert "quarkrl" in done.stdout
 
 
-def test_train_help_fits_in_100_lines_and_lists_every_own_option(capsys):
+def test_train_help_fits_in_100_lines_and_lists_every_own_option_that_is_not_rare(capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 100
     flags = re.findall(r"^  --(\w+)", out, re.M)
-    assert {field.name for options in (QuarkOptions, RunOptions) for field in fields(options)} <= {*flags}
+    own = {field for options in (QuarkOptions, RunOptions) for field in fields(options)}
+    assert {field.name for field in own} - {*flags} == {field.name for field in own if field.metadata["rare"]}
     assert {"config", "help_all", "output_dir", "seed", "bf16"} <= {*flags}
     assert "(default 0.05)" in out and out.count("\n  quarkrl train ") == 2
 
@@ -427,6 +437,13 @@ def test_a_second_demo_takes_the_next_free_directory(tmp_path):
     (tmp_path / "demo-2" / "final").mkdir(parents=True)
     (tmp_path / "demo-3").mkdir()  # Empty: it holds no run.
     assert free_directory(wanted) == f"{wanted}-3"
+
+
+def test_a_demo_begins_with_rude_texts_of_the_model():
+    prompts = load_prompts(prompts_path("eval"))
+    texts = rudest_texts(prompts, Scorer("profanity"), 2)
+    assert [text.startswith(tuple(prompts.prompts)) for text in texts] == [True, True]
+    assert all(float(text.rpartition("(reward ")[2][:-1]) < 0.2 for text in texts)
 
 
 def test_prompts_are_streamed_on_demand(tmp_path):

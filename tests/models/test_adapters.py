@@ -22,10 +22,11 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from quarkrl.errors import UserError
-from quarkrl.models.adapters import merge, merge_start
+from quarkrl.models.adapters import lora_config, merge, merge_start
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.loading import load_model, load_tokenizer
+from quarkrl.models.options import AdapterOptions
 from quarkrl.sampling.generator import QuarkGenerator
 
 TOKENIZER = tiny_tokenizer()  # The reward tokens are 257, 258 and 259.
@@ -41,6 +42,8 @@ NAMES = {
 }
 LORAS = {
     "linear maps": {"target_modules": ["maps"]},
+    "rsLoRA": {"target_modules": ["maps"], "use_rslora": True},
+    "DoRA": {"target_modules": ["maps"], "use_dora": True},
     "inputs and outputs": {"target_modules": ["maps", "inputs", "outputs"]},
     "inputs": {"target_modules": ["inputs"], "use_dora": True},
     "outputs": {"target_modules": ["outputs"]},
@@ -88,6 +91,10 @@ def save_checkpoint(adapted, conditioning, tokenizer, directory, base) -> None:
     conditioning.save(directory, start={"name": str(base)}, config={"seed": SEED})
 
 
+def saved_numbers(directory) -> int:
+    return sum(weight.numel() for weight in load_file(directory / "adapter_model.safetensors").values())
+
+
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
     return model.eval()(IDS).logits
@@ -115,6 +122,7 @@ def test_reward_tokens_train_and_final_and_checkpoint_give_the_trainers_logits(t
     save_steered(adapted, tokenizer, conditioning, tmp_path / "final", {})
     assert_same_logits(load_model(tmp_path / "final"), expected)
     save_checkpoint(adapted, conditioning, tokenizer, tmp_path / "checkpoint", tmp_path / "base")
+    assert saved_numbers(tmp_path / "checkpoint") == sum(w.numel() for w in adapted.parameters() if w.requires_grad)
     loaded = load_model(tmp_path / "checkpoint")
     assert_same_logits(loaded, expected)
     assert all(weight.requires_grad for weight in loaded.parameters())
@@ -168,6 +176,17 @@ def test_the_users_configuration_is_not_changed(tmp_path):
     before = config.to_dict()
     conditioning.add_adapter(model, config)
     assert config.to_dict() == before
+
+
+def test_each_option_is_that_of_the_same_name_in_peft():
+    options = AdapterOptions(4, lora_dropout=0.1, lora_target_modules=["q_proj", "v_proj"], use_rslora=True)
+    config = lora_config(options)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 8, 0.1)
+    assert (config.target_modules, config.use_rslora, config.use_dora) == ({"q_proj", "v_proj"}, True, False)
+    assert lora_config(AdapterOptions(4, lora_alpha=16, use_dora=True)).to_dict() == {
+        **LoraConfig(r=4, lora_alpha=16, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM").to_dict()
+    }
+    assert lora_config(AdapterOptions()) is None and lora_config(AdapterOptions(lora_rank=0)) is None
 
 
 # Saved adapters

@@ -78,9 +78,9 @@ def add_flags(
         groups: headings of `--help`, in order; a field's own heading is its metadata `group`.
         switches: whether an option that is False by default is a bare flag. Otherwise it takes an optional value, as
             the flags of transformers do. A subcommand with positional arguments needs bare flags.
-        describe: makes the text for `--help` from a field; `summary` by default.
+        describe: makes the text for `--help` from a field; `summarize` by default.
     """
-    describe = describe or summary
+    describe = describe or summarize
     declared = [(field, kind) for options in classes for field, kind in typed_fields(options)]
     titles = dict.fromkeys([*groups, *(field.metadata.get("group", "") for field, _ in declared)])
     for title in titles:
@@ -102,8 +102,10 @@ def options_from(arguments: argparse.Namespace, options: type[Options]) -> Optio
     return options(**{name: getattr(arguments, name) for name in names})
 
 
-def summary(field: dataclasses.Field) -> str:
-    """Return an option's text for `--help`: the first sentence of its help, and its default."""
+def summarize(field: dataclasses.Field) -> str:
+    """Return an option's text for `--help`: the first sentence of its help, and its default; a rare one is hidden."""
+    if field.metadata.get("rare"):
+        return argparse.SUPPRESS
     return re.split(r"\.(?= [A-Z])", field.metadata.get("help", ""))[0].rstrip(".") + _default_in_words(field)
 
 

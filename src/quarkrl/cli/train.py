@@ -37,6 +37,7 @@ def run(command: TrainCommand) -> Path:
     """Train; return the directory of the final model."""
     from transformers import EarlyStoppingCallback
 
+    from quarkrl.models.adapters import lora_config
     from quarkrl.models.loading import load_model, load_tokenizer
     from quarkrl.runs.directory import ConfigFile, check_no_run, locked
     from quarkrl.training.trainer import QuarkTrainer
@@ -66,7 +67,7 @@ def run(command: TrainCommand) -> Path:
                 eval_dataset=held_out_prompts(run, config.skip_bad_prompts, tokenizer) if run.eval_prompts else None,
                 processing_class=tokenizer,
                 ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
-                peft_config=_lora(run.lora_rank),
+                peft_config=lora_config(run),
                 callbacks=[
                     ConfigFile(command.non_default_options),
                     *([EarlyStoppingCallback(patience)] if patience else []),
@@ -112,11 +113,3 @@ def _scorer(run: RunOptions, config: "QuarkConfig") -> "Scorer":
     rewards = RewardOptions(run.reward or [], run.reward_label, config.score_cache)
     weights, condition_on = config.reward_weights, config.condition_on
     return rewards.scorer(weights=weights, condition_on=condition_on, timeout=config.reward_timeout)
-
-
-def _lora(rank: int | None) -> Any:
-    if rank is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -20,9 +20,10 @@ from quarkrl.cli.parser import (
     describe_fully,
     options_from,
     reader,
-    summary,
+    summarize,
 )
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
+from quarkrl.models.options import AdapterOptions
 from quarkrl.options import check_options, option, takes_list, typed_fields
 from quarkrl.training.options import GROUPS, QuarkOptions
 
@@ -38,7 +39,7 @@ examples:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(AdapterOptions):
     """Options of `quarkrl train` beside those of `QuarkConfig`."""
 
     model: str | None = option(None, "Model to train: a directory, a hub name, or builtin.", group="model")
@@ -52,9 +53,8 @@ class RunOptions:
         metavar="DTYPE",
     )
     attn_implementation: str | None = option(
-        None, "Attention implementation: sdpa, eager (default on a CPU), …", group="model", metavar="NAME"
+        None, "Attention implementation: sdpa, eager (default on a CPU), …", group="model", metavar="NAME", rare=True
     )
-    lora_rank: int | None = option(None, "Train a LoRA adapter of this rank.", at_least=1, group="model")
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model and the reference.", group="model"
     )
@@ -99,6 +99,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        self.check_adapter()
 
 
 # Options of TrainingArguments that `--help` shows, too: name, placeholder, text. They are read like all the others.
@@ -185,7 +186,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
 
 def _parser(
     inherited: argparse.ArgumentParser | None = None,
-    describe: Callable[[dataclasses.Field], str] = summary,
+    describe: Callable[[dataclasses.Field], str] = summarize,
 ) -> Parser:
     """Return the parser of the run's and Quark's own options.
 
@@ -202,7 +203,7 @@ def _parser(
         parents=[inherited] if inherited else [],
     )
     parser.add_argument(
-        "--help_all", action="store_true", help="list the options of transformers.TrainingArguments, too"
+        "--help_all", action="store_true", help="list rare options and those of transformers.TrainingArguments, too"
     )
     parser.add_argument("--config", metavar="FILE|PRESET", help=f"Presets: {', '.join(preset_names())}")
     add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=describe)

@@ -19,13 +19,15 @@ _PACKAGES = ("quarkrl", "torch", "transformers", "tokenizers", "numpy", "mauve-t
 
 
 def model_provenance(name: str | os.PathLike, model: PreTrainedModel) -> dict[str, Any]:
-    """Return the source of a model: the hub's revision, or the SHA-256 of the weight files in a directory.
+    """Return the source of a model: the hub's revision, or the SHA-256 of its weight files.
 
     The digest of one file equals that of `sha256sum`. Several files are hashed in the order of their names, as one.
     """
     provenance: dict[str, Any] = {"name": str(name)}
     if os.path.isdir(name):
         provenance["sha256"] = sha256(*sorted(Path(name).glob("*.safetensors")))
+    elif os.path.isfile(name):
+        provenance["sha256"] = sha256(name)
     else:
         provenance["revision"] = getattr(model.config, "_commit_hash", None)
     return {**provenance, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}

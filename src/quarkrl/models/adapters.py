@@ -7,6 +7,7 @@ of the input embedding. Where an adapter changes one of the two, the output laye
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,28 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from quarkrl.errors import UserError, one_line
+from quarkrl.models.options import AdapterOptions
 
 _WRAPPERS = ("token_adapter", "base_layer", "original_module")  # What peft calls a layer that it wraps.
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def lora_config(options: AdapterOptions) -> Any | None:
+    """Return the `peft` configuration of the adapter to train; None if all weights are trained."""
+    if not options.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    names = options.lora_target_modules
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        task_type="CAUSAL_LM",
+    )
 
 
 def find_adapter(path: Any, revision: str | None = None) -> Path | None:
@@ -91,7 +111,7 @@ def add_adapter(model: PreTrainedModel, config: Any, token_ids: Sequence[int]) -
     _refuse_prompt_learning(config, "peft_config")
     config = copy.deepcopy(config)
     config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", False, None
-    if getattr(config, "ensure_weight_tying", False) and _is_tied(model):
+    if getattr(config, "ensure_weight_tying", False) and is_tied(model):
         raise UserError(
             "peft_config ensure_weight_tying True: must be False, because such an adapter cannot be merged into a "
             "copy. Without it, the output layer gets weights of its own."
@@ -139,10 +159,12 @@ def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequenc
             untie(model)
         adapted = get_peft_model(model, config)
         use_token_rows(adapted)
-        return adapted
     except Exception as error:
         # peft raises exceptions of many types for a configuration that does not fit a model.
         raise UserError(f"{subject}: does not fit the model ({one_line(error)}). Correct the configuration.") from error
+    # By default peft writes the whole embedding and output layer if rows were added. Their rows are drawn again.
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
 
 
 def merge(adapted: Any) -> PreTrainedModel:
@@ -189,13 +211,19 @@ def rename(model: PreTrainedModel, name: str) -> None:
 
 def untie(model: PreTrainedModel) -> None:
     """Give the output layer weights of its own, with the values of the input embedding, if the two are tied."""
-    if not _is_tied(model):
+    if not is_tied(model):
         return
     layer = _innermost(model.get_output_embeddings())
     layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # What transformers would tie again, and leaves out of a checkpoint.
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether the output layer has the weights of the input embedding, under the wrappers of an adapter."""
+    inputs, outputs = _innermost(model.get_input_embeddings()), _innermost(model.get_output_embeddings())
+    return outputs is not None and inputs.weight is outputs.weight
 
 
 def _refuse_prompt_learning(config: Any, subject: str) -> None:
@@ -254,11 +282,6 @@ def _is_wrapped(layer: Any) -> bool:
     from peft.utils import AuxiliaryTrainingWrapper
 
     return isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
-
-
-def _is_tied(model: Any) -> bool:
-    inputs, outputs = _innermost(model.get_input_embeddings()), _innermost(model.get_output_embeddings())
-    return outputs is not None and inputs.weight is outputs.weight
 
 
 def _innermost(layer: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quarkrl.errors import UserError, one_line
-from quarkrl.models.adapters import merge
+from quarkrl.models.adapters import is_tied, merge
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
 from quarkrl.models.quark_json import read_quark_json
@@ -88,7 +88,10 @@ def export_merged(path: str | os.PathLike, directory: Path, **load_options: Any)
 
 
 def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
-    """Write the adapter of a checkpoint, with all embedding rows, so that `peft` alone can load it.
+    """Write the adapter of a checkpoint, so that `peft` alone can load it.
+
+    The reward tokens' embedding rows are a part of the adapter. An adapter has no place for single rows of an output
+    layer. So an output layer with weights of its own is saved as a whole, with the input embedding.
 
     Args:
         path, directory, load_options: as in `export_merged`.
@@ -102,7 +105,7 @@ def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any
         raise UserError(f"model {str(path)!r}: must be a checkpoint with an adapter. Use --merge for whole weights.")
     tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
     with atomic_directory(directory) as stage:
-        adapted.save_pretrained(stage, save_embedding_layers=True)
+        adapted.save_pretrained(stage, save_embedding_layers=not is_tied(adapted))
         tokenizer.save_pretrained(stage)
         conditioning.save(stage, **facts)
 
@@ -169,14 +172,14 @@ def _problem_of(config: Any) -> str | None:
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """Identify a model: its name, its commit on the hub (None for a directory), its size, a digest of its weights."""
+    """Identify a model: its name, its commit on the hub (None for a path), its size, a digest of its weights."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     name = getattr(model.config, "_name_or_path", "") or None
     return {
-        "name": os.path.abspath(name) if name and os.path.isdir(name) else name,
+        "name": os.path.abspath(name) if name and os.path.exists(name) else name,
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": digest.hexdigest(),

@@ -1,4 +1,4 @@
-"""Load models and tokenizers from a directory or the hub, without running code that comes with them."""
+"""Load models and tokenizers from a directory, a GGUF file or the hub, without running code that comes with them."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +30,7 @@ from quarkrl.models.adapters import (
     saved_rows,
 )
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.gguf_reading import is_gguf, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
 
 
@@ -37,13 +40,14 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model from a directory or the hub. A saved adapter is merged into its base model.
+    """Load a causal language model from a directory, a GGUF file or the hub.
 
-    No code is run unless `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own
-    classes, and an attention kernel that its config names, are not imported.
+    A saved adapter is merged into its base model. The weights of a GGUF file are dequantized. No code is run unless
+    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an attention
+    kernel that its config names, are not imported.
 
     Args:
-        path: a directory, or a name on the hub.
+        path: a directory, a file that ends in .gguf, or a name on the hub.
         trust_remote_code: run the Python code that comes with the model.
         dtype: of the weights, whatever the checkpoint was saved in; "auto" keeps the checkpoint's.
         kwargs: for `AutoModelForCausalLM.from_pretrained`.
@@ -54,22 +58,41 @@ def load_model(
     options = {**kwargs, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     with _report_failures(path):
         _refuse_pickles(Path(path))
+        if is_gguf(path):
+            return _load_gguf(path, options)
         if directory := find_adapter(path, kwargs.get("revision")):
             model = merge(_load_adapted(path, directory, trust_remote_code, {**kwargs, "dtype": dtype}))
             rename(model, str(path))
             return model
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
-        # A config can name an attention kernel of the hub, which transformers would fetch and import.
-        config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
-        options["config"] = config
-        model, loading_info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-        missing_keys = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
-        if missing_keys:  # transformers would initialise them at random.
-            raise UserError(
-                f"model {str(path)!r} cannot be loaded: it has no weights for {len(missing_keys)} tensors, among them "
-                f"{', '.join(sorted(missing_keys)[:3])}. Name a complete causal language model."
-            )
-        return with_fused_gelu(model)
+        return with_fused_gelu(_load_weights(path, config, options, pretrained_model_name_or_path=path))
+
+
+def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
+    """The model in a GGUF file, dequantized."""
+    source = locate(path)
+    options["quantization_config"] = GgufConfig(dequantize=True)
+    model = _load_weights(path, AutoConfig.from_pretrained(**source), options, **source)
+    vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
+    rename(model, str(path))
+    return with_fused_gelu(model)
+
+
+def _load_weights(
+    path: str | os.PathLike, config: PretrainedConfig, options: dict[str, Any], **source: Any
+) -> PreTrainedModel:
+    """A model with all of its weights. `source` says where transformers reads them, `path` names it in errors."""
+    # A config can name an attention kernel of the hub, which transformers would fetch and import.
+    config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
+    options["config"] = config
+    model, loading_info = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True, **options)
+    missing_keys = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
+    if missing_keys:  # transformers would initialise them at random.
+        raise UserError(
+            f"model {str(path)!r} cannot be loaded: it has no weights for {len(missing_keys)} tensors, among them "
+            f"{', '.join(sorted(missing_keys)[:3])}. Name a complete causal language model."
+        )
+    return model
 
 
 @contextmanager
@@ -129,15 +152,18 @@ def _base_name(path: Any, config: Any) -> str:
 
 
 def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model from a directory or the hub.
+    """Load the tokenizer of a model from a directory, a GGUF file or the hub.
 
     Args:
-        path: a directory, or a name on the hub.
+        path: a directory, a file that ends in .gguf, or a name on the hub.
         trust_remote_code: run the Python code that comes with the tokenizer.
 
     Raises:
         UserError: no tokenizer can be loaded from there.
     """
+    if is_gguf(path):
+        with _report_failures(path):
+            return load_gguf_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -24,6 +24,7 @@ class QuarkOptions:
         "Data type of the reference's weights. Only for a reference that is a separate model.",
         group="model",
         metavar="DTYPE",
+        rare=True,
     )
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid prompts. Otherwise the first one is an error.", group="prompts", resume="free"
@@ -60,6 +61,7 @@ class QuarkOptions:
         False,
         "Rewards read special tokens, such as answer tags, in completions. An EOS at the end is left out all the same.",
         group="reward",
+        rare=True,
     )
     max_unscored_share: float = option(
         0.5,
@@ -68,6 +70,7 @@ class QuarkOptions:
         at_most=1,
         resume="free",
         group="reward",
+        rare=True,
     )
 
     # Exploring
@@ -138,9 +141,13 @@ class QuarkOptions:
     )
     entropy_coef: float = option(0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning")
     entropy_target: float | None = option(
-        None, "Adapt α to this entropy per completion, in nats (official code: 40).", above=0, group="learning"
+        None,
+        "Adapt α to this entropy per completion, in nats (official code: 40).",
+        above=0,
+        group="learning",
+        rare=True,
     )
-    coef_horizon: int = option(2500, "Samples over which β and α adapt.", at_least=1, group="learning")
+    coef_horizon: int = option(2500, "Samples over which β and α adapt.", at_least=1, group="learning", rare=True)
     nll_temperature: float = option(
         1.0,
         "Divides the logits in the NLL term. The temperature of exploration, if it is below 1, learns the sampled "
@@ -167,7 +174,7 @@ class QuarkOptions:
     warmup_steps: float = option(
         0.02, "Warm-up steps; below 1, a share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
     )
-    adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning")
+    adam_epsilon: float = option(1e-5, "Epsilon of Adam.", group="learning", rare=True)
     max_grad_norm: float = option(0.0, "Clip gradients at this norm; 0 does not clip.", at_least=0, group="learning")
     on_bad_numbers: Literal["stop", "skip"] = option(
         "stop",
@@ -175,6 +182,7 @@ class QuarkOptions:
         f"{MAX_SKIPPED_STEPS} steps in a row are skipped; they are counted in metrics.jsonl.",
         resume="free",
         group="learning",
+        rare=True,
     )
     on_collapse: Literal["stop", "warn"] = option(
         "stop",
@@ -182,6 +190,7 @@ class QuarkOptions:
         "of the pool are equal, or the policy has no entropy.",
         resume="free",
         group="learning",
+        rare=True,
     )
 
     # Saving and evaluating
@@ -199,6 +208,7 @@ class QuarkOptions:
         metavar="NAME",
         resume="selection",
         group="saving and evaluating",
+        rare=True,
     )
     per_device_eval_batch_size: int = option(
         128, "Completions sampled at a time in evaluation.", at_least=1, resume="free", group="saving and evaluating"
@@ -213,7 +223,12 @@ class QuarkOptions:
         group="saving and evaluating",
     )
     eval_temperature: float = option(
-        1.0, "Sampling temperature of evaluation.", above=0, resume="selection", group="saving and evaluating"
+        1.0,
+        "Sampling temperature of evaluation.",
+        above=0,
+        resume="selection",
+        group="saving and evaluating",
+        rare=True,
     )
     eval_top_p: float = option(
         0.9,
@@ -227,9 +242,15 @@ class QuarkOptions:
         1.0, "Guidance γ of evaluation; 1 is off.", at_least=0, resume="selection", group="saving and evaluating"
     )
     logging_nan_inf_filter: bool = option(
-        False, "Leave non-finite losses out of the logged mean.", resume="free", group="saving and evaluating"
+        False,
+        "Leave non-finite losses out of the logged mean.",
+        resume="free",
+        group="saving and evaluating",
+        rare=True,
     )
-    disable_tqdm: bool | None = option(False, "Show no progress.", resume="free", group="saving and evaluating")
+    disable_tqdm: bool | None = option(
+        False, "Show no progress.", resume="free", group="saving and evaluating", rare=True
+    )
 
 
 # Limits and resume rules of fields of `TrainingArguments` that QuarkOptions does not declare, and of the property

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
+from quarkrl.training.time_left import TimeLeft, format_seconds
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,6 +53,8 @@ class Progress(TrainerCallback):
         self._explored_logs: dict[str, Any] = {}
         self._learned_logs: dict[str, Any] = {}
         self._rewards: list[float] = []
+        self._time_left = TimeLeft()
+        self._measured_steps = 0
 
     @contextmanager
     def sampling(self, title: str, total: int) -> Iterator[None]:
@@ -112,17 +116,26 @@ class Progress(TrainerCallback):
             number = state.global_step // args.steps_per_iteration
             self._learn = bars.add_task(f"iteration {number}  learn", total=args.steps_per_iteration, figures="")
             bars.advance(self._learn, state.global_step % args.steps_per_iteration)
+        self._time_left.begin_step()
 
     def on_step_end(self, args, state, control, **_):
-        """Advance the bar of learning."""
+        """Advance the bar of learning, and say once how long the run will take."""
+        self._time_left.end_step()
         if self._bars:
             self._bars.advance(self._learn)
+        self._measured_steps += 1
+        seconds = self._time_left.seconds(args, state.global_step)
+        shown = self.enabled and state.is_world_process_zero and self._measured_steps == _STEPS_OF_FIRST_ESTIMATE
+        if shown and seconds is not None:
+            self.note(f"time: about {format_seconds(seconds)} left, without evaluations")
 
     def on_log(self, args, state, control, logs=None, **_):
         """Show the latest metrics, and keep them for the line of the iteration."""
         logs = logs or {}
         if "unscored" in logs:
             self._explored_logs = logs
+            if "seconds_sample" in logs:  # Not if the iteration was recalled from disk.
+                self._time_left.explored(args, logs)
         elif "nll" in logs:
             self._learned_logs = logs
             if self._bars:
@@ -137,6 +150,8 @@ class Progress(TrainerCallback):
             return
         shown = {n: v for n, v in self._explored_logs.items() if n not in _HIDDEN_FIGURES}
         shown |= {n: self._learned_logs[n] for n in ("nll", "kl") if n in self._learned_logs}
+        if seconds := self._time_left.seconds(args, state.global_step):
+            shown["left"] = format_seconds(seconds)
         number, last = (state.global_step - 1) // args.steps_per_iteration, args.num_iterations - 1
         self._print(f"iteration {number}/{last}", shown)
 
@@ -145,8 +160,12 @@ class Progress(TrainerCallback):
         self.note(f"{title}  {text}")
 
 
+# The first steps are slower than later ones. A few give an estimate early.
+_STEPS_OF_FIRST_ESTIMATE = 5
 _HIDDEN_FIGURES = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,49 @@
+"""GGUF files, the format of llama.cpp, read as ordinary models: transformers dequantizes the weights."""
+
+import os
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_gguf_available
+
+from quarkrl.errors import UserError
+
+# Values of `tokenizer.ggml.pre` for tokenizers that split numbers into digits, which transformers does not know.
+_DIGIT_SPLITTERS = frozenset({"smollm"})
+
+
+def is_gguf(path: str | os.PathLike) -> bool:
+    """Return whether a path names a GGUF file."""
+    return str(path).lower().endswith(".gguf")
+
+
+def locate(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the arguments with which the classes of transformers find a GGUF file.
+
+    Raises:
+        UserError: there is no such file, or the package `gguf` is missing.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"model {str(path)!r}: must be a file. Name a GGUF file that exists.")
+    if not is_gguf_available():
+        raise UserError(f'model {str(path)!r}: a GGUF file needs the extra. Run pip install "quarkrl[gguf]".')
+    directory, name = os.path.split(os.path.abspath(path))
+    return {"pretrained_model_name_or_path": directory, "gguf_file": name}
+
+
+def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a GGUF file.
+
+    Raises:
+        UserError: there is no such file, or the package `gguf` is missing.
+    """
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    tokenizer = AutoTokenizer.from_pretrained(**locate(path))
+    metadata, _ = read_gguf_metadata(str(path))
+    if metadata.get("tokenizer.ggml.pre") in _DIGIT_SPLITTERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer

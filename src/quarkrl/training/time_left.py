@@ -1,0 +1,62 @@
+"""What a run will do, and how long that takes: the plan before it starts, and the remaining time while it goes on."""
+
+import time
+from typing import Any
+
+from quarkrl.training.config import QuarkConfig
+
+
+def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
+    """Say how many completions a run samples and how often it learns from each."""
+    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
+    return (
+        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions, and learns in "
+        f"{args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
+        f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}"
+    )
+
+
+class TimeLeft:
+    """Estimates the remaining time of a run from its latest exploration and its latest steps."""
+
+    def __init__(self) -> None:
+        self._seconds_per_pass: float | None = None
+        self._steps, self._seconds_of_steps, self._step_start = 0, 0.0, 0.0
+
+    def explored(self, args: QuarkConfig, logs: dict[str, Any]) -> None:
+        """Take over the seconds of an exploration from its metrics. Sampling and scoring go on at the same time."""
+        seconds = max(logs["seconds_sample"], logs["seconds_score"]) / args.world_size
+        self._seconds_per_pass = seconds / _passes(args, logs["iteration"])
+        self._steps, self._seconds_of_steps = 0, 0.0
+
+    def begin_step(self) -> None:
+        """Start to measure a step."""
+        self._step_start = time.perf_counter()
+
+    def end_step(self) -> None:
+        """End the measurement of a step."""
+        self._seconds_of_steps += time.perf_counter() - self._step_start
+        self._steps += 1
+
+    def seconds(self, args: QuarkConfig, step: int) -> float | None:
+        """Return the seconds from the end of a step to the end of the run; None before there are measurements."""
+        if self._seconds_per_pass is None or not self._steps:
+            return None
+        next_iteration = -(-step // args.steps_per_iteration)
+        passes = sum(_passes(args, iteration) for iteration in range(next_iteration, args.num_iterations))
+        steps = args.num_iterations * args.steps_per_iteration - step
+        return passes * self._seconds_per_pass + steps * self._seconds_of_steps / self._steps
+
+
+def _passes(args: QuarkConfig, iteration: int) -> int:
+    """Return the forward passes per token of an exploration: guidance takes a second one."""
+    scales = args.explore_guidance_scale
+    return 2 if iteration and scales[min(iteration, len(scales) - 1)] != 1 else 1
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in the largest unit that suits it, such as `45 s`, `8 min` or `2 h 10 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes <= 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,98 @@
+"""The plan of a run, and the estimate of its remaining time."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from quarkrl import QuarkConfig
+from quarkrl.training import time_left
+from quarkrl.training.progress import Progress
+from quarkrl.training.time_left import TimeLeft, describe_plan, format_seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time_left.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def options(**changes):
+    values = {"steps_per_iteration": 10, "num_iterations": 3, "explore_guidance_scale": [1.0, 1.3], "world_size": 1}
+    return SimpleNamespace(**values | changes)
+
+
+def measured(clock, args, iteration=0, steps=5, seconds_sample=4.0):
+    estimate = TimeLeft()
+    estimate.explored(args, {"iteration": iteration, "seconds_sample": seconds_sample, "seconds_score": 2.0})
+    for _ in range(steps):
+        estimate.begin_step()
+        clock.now += 0.5
+        estimate.end_step()
+        clock.now += 100.0  # Between steps there may be an evaluation, which does not count.
+    return estimate
+
+
+def test_later_explorations_are_guided_and_take_two_passes(clock):
+    # Two more explorations of 2 x 4 s, and 25 steps of 0.5 s.
+    assert measured(clock, options()).seconds(options(), step=5) == 16 + 12.5
+
+
+def test_a_guided_exploration_is_not_counted_twice(clock):
+    args = options()
+    estimate = measured(clock, args, iteration=1, steps=10, seconds_sample=8.0)
+    assert estimate.seconds(args, step=20) == 8 + 5
+
+
+def test_processes_explore_at_the_same_time(clock):
+    args = options(world_size=2, explore_guidance_scale=[1.0])
+    assert measured(clock, args).seconds(args, step=10) == 2 * 2 + 20 * 0.5
+
+
+def test_without_measurements_there_is_no_estimate(clock):
+    assert TimeLeft().seconds(options(), step=0) is None
+    assert measured(clock, options(), steps=0).seconds(options(), step=0) is None
+
+
+def test_progress_says_once_how_long_a_run_takes_and_then_after_each_iteration(clock):
+    console = Console(file=io.StringIO(), width=200)
+    progress, args = Progress(console=console), options(num_iterations=2)
+    for step in range(10):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        if step == 0:
+            logs = {"iteration": 0, "reward": 0.5, "unscored": 0, "seconds_sample": 60.0, "seconds_score": 1.0}
+            progress.on_log(args, state, None, logs=logs)
+        progress.on_step_begin(args, state, None)
+        clock.now += 1.0
+        state.global_step += 1
+        progress.on_step_end(args, state, None)
+    progress.on_epoch_end(args, state, None)
+    # After 5 steps: one exploration of 120 s and 15 steps of 1 s. After 10: the exploration and 10 steps.
+    lines = ["time: about 2 min left, without evaluations", "iteration 0/1  reward 0.500  unscored 0  left 2 min"]
+    assert console.file.getvalue().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5_399, "90 min"), (7_800, "2 h 10 min")]
+)
+def test_durations_have_the_unit_that_suits_them(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_the_plan_counts_completions_and_draws(tmp_path):
+    args = QuarkConfig(
+        output_dir=str(tmp_path),
+        num_iterations=26,
+        prompts_per_iteration=1500,
+        samples_per_prompt=2,
+        steps_per_iteration=50,
+        per_device_train_batch_size=72,
+    )
+    assert describe_plan(args, num_prompts=20_000) == (
+        "plan: 26 iterations. Each samples and scores 3,000 completions, and learns in 50 steps of 72. In all 78,000 "
+        f"completions, each drawn 1.2 times, into {tmp_path}"
+    )
