@@ -5,6 +5,7 @@ Python and its libraries (about 0.5 GB), a reward model and the merged copy of a
 """
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
 from quarkrl.models.head_access import is_one_product
+from quarkrl.models.token_rows import trained_rows
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.runtime_tuning import positions_of_parts
 
@@ -47,6 +49,7 @@ class RunSize:
     reference: int = 0  # a separate reference model
     optimizer: float = 2.0  # the optimizer's states, per byte that is trained
     accumulates: bool = False  # whether gradients are kept over several micro-batches
+    micro_batch: int = 0  # samples of a micro-batch, which may be learned in parts; 0 if it is `batch`
     merged: int = 0  # the copy of weights with an adapter merged, while sampling
     other: int = 0  # autocast's copies of weights, the buffers in which processes exchange gradients, the pool
 
@@ -113,7 +116,8 @@ def size_of_run(
     checkpointed = activations // layers + length * number_bytes * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
-    tables = 2 * head.requires_grad
+    # Rows that an adapter trains beside the embedding need none.
+    tables = 2 * (head.requires_grad and trained_rows(output) is None)
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     passes = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
     other = weights // 2 if number_bytes < head.element_size() else 0
@@ -135,6 +139,7 @@ def size_of_run(
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
         sampling=passes * max(prompt_length * linear // layers, 6 * 4 * vocab),
         batch=batch,
+        micro_batch=options.per_device_train_batch_size,
         sampled=num_completions,
         reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
         optimizer=optimizer_ratio(options.optim, head.element_size()),
@@ -186,7 +191,8 @@ def choose_sampling_batch(run: RunSize, memory: int, largest: int, count: int) -
 def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
     """Return the options that lower a run's memory use, the most effective first, with the estimate for each."""
     batch, sampled = max(run.batch // 4, 1), max(run.sampled // 4, 1)
-    smaller = f"per_device_train_batch_size {batch} with 4 times the gradient_accumulation_steps"
+    times = math.ceil((run.micro_batch or run.batch) / batch)
+    smaller = f"per_device_train_batch_size {batch} with {times} times the gradient_accumulation_steps"
     changes: dict[str, dict[str, Any]] = {
         smaller: {"batch": batch, "accumulates": True},
         "gradient_checkpointing": {"activations": run.checkpointed},
