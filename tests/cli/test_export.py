@@ -109,9 +109,12 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     (tmp_path / "empty" / "pool").mkdir(parents=True)
     checkpoint, new = tmp_path / "run" / "checkpoint-3", tmp_path / "new"
     mistakes = {
-        ("export", final, "--output", new): "merge, adapter: exactly one must be set",
-        ("export", final, "--merge", "--adapter", "--output", new): "merge, adapter: exactly one must be set",
-        ("export", final, "--merge"): "--output",
+        ("export", final, "--output", new): "merge, adapter, gguf: exactly one must be set",
+        ("export", final, "--merge", "--adapter", "--output", new): "merge, adapter, gguf: exactly one must be set",
+        ("export", final, "--merge"): "Correct --output",
+        ("export", final, "--gguf", new, "--output", new): "Correct --output",
+        ("export", final, "--gguf", tmp_path / "full" / "file"): "must be a new file",
+        ("export", final, "--gguf", new): "must be byte-level BPE",
         ("export", final, "--merge", "--output", tmp_path / "full"): "must be a new or an empty directory",
         ("export", checkpoint, "--adapter", "--output", new): "must be a checkpoint with an adapter. Use --merge",
         ("export", tmp_path / "base", "--merge", "--output", new): "must be a model that Quark trained",

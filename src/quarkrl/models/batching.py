@@ -59,15 +59,17 @@ def split_by_length(batch: Mapping[str, Tensor], max_positions: int) -> Iterator
     """Split a right-padded batch into parts of similar length, and remove the padding that a part does not need.
 
     Args:
-        batch: tensors of shape `(batch, length)`, among them `attention_mask`. Names with the prefix `ref_` have a mask
-            of their own, and may have another length.
+        batch: tensors of shape `(batch, length)`, among them `attention_mask`. Names with a prefix, such as `ref_`,
+            have a mask of their own, and may have another length.
         max_positions: most positions of a part, padding included; a part has at least one row. A batch of no more
             positions stays as it is.
     """
-    mask = batch["attention_mask"]
+    mask, suffix = batch["attention_mask"], "attention_mask"
     if mask.numel() <= max_positions:
         yield dict(batch)
         return
+    prefixes = sorted((name.removesuffix(suffix) for name in batch if name.endswith(suffix)), key=len)
+    masks = {name: batch[[p for p in prefixes if name.startswith(p)][-1] + suffix] for name in batch}
     lengths, start = mask.sum(1), 0
     order = lengths.argsort(stable=True)
     while start < len(order):
@@ -76,8 +78,7 @@ def split_by_length(batch: Mapping[str, Tensor], max_positions: int) -> Iterator
             count += 1
         rows, part = order[start : start + count], {}
         for name, tensor in batch.items():
-            own_mask = batch["ref_attention_mask" if name.startswith("ref_") else "attention_mask"]
-            part[name] = tensor[rows, : int(own_mask[rows].sum(1).max())]
+            part[name] = tensor[rows, : int(masks[name][rows].sum(1).max())]
         yield part
         start += count
 

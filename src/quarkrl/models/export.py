@@ -17,6 +17,7 @@ from transformers.utils import logging
 from quarkrl.errors import UserError, one_line
 from quarkrl.models.adapters import is_tied, merge
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.gguf_writing import write_gguf
 from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
 from quarkrl.models.quark_json import read_quark_json
 from quarkrl.storage.atomic import atomic_directory
@@ -108,6 +109,25 @@ def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any
         adapted.save_pretrained(stage, save_embedding_layers=not is_tied(adapted))
         tokenizer.save_pretrained(stage)
         conditioning.save(stage, **facts)
+
+
+def export_gguf(path: str | os.PathLike, file: Path, weight_type: str, **load_options: Any) -> str:
+    """Write a trained model as a GGUF file for llama.cpp (`gguf_writing.write_gguf`); an adapter is merged.
+
+    Args:
+        path, load_options: as in `export_merged`.
+        file: the file to write.
+        weight_type: f32, f16 or q8_0.
+
+    Returns:
+        What users must put in front of a text; "" if llama.cpp does it.
+
+    Raises:
+        UserError: Quark did not train the model, it cannot be loaded, or GGUF cannot express it.
+    """
+    conditioning, _ = _conditioning_and_facts(path)
+    tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    return write_gguf(load_model(path, **load_options), tokenizer, conditioning, file, weight_type)
 
 
 def _conditioning_and_facts(path: str | os.PathLike) -> tuple[Conditioning, dict[str, Any]]:

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
 from quarkrl.errors import UserError
@@ -30,6 +30,18 @@ def locate(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f'model {str(path)!r}: a GGUF file needs the extra. Run pip install "quarkrl[gguf]".')
     directory, name = os.path.split(os.path.abspath(path))
     return {"pretrained_model_name_or_path": directory, "gguf_file": name}
+
+
+def load_gguf_config(path: str | os.PathLike) -> PretrainedConfig:
+    """Load the config in a GGUF file.
+
+    Raises:
+        UserError: there is no such file, or the package `gguf` is missing.
+    """
+    config = AutoConfig.from_pretrained(**locate(path))
+    if config.model_type == "gpt2":  # transformers reads these two under names that its model does not use.
+        config.n_positions, config.n_inner = config.n_ctx, config.feed_forward_length
+    return config
 
 
 def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:

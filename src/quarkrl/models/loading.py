@@ -29,8 +29,9 @@ from quarkrl.models.adapters import (
     rename,
     saved_rows,
 )
+from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.models.gguf_reading import is_gguf, load_gguf_tokenizer, locate
+from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
 
 
@@ -43,8 +44,8 @@ def load_model(
     """Load a causal language model from a directory, a GGUF file or the hub.
 
     A saved adapter is merged into its base model. The weights of a GGUF file are dequantized. No code is run unless
-    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an attention
-    kernel that its config names, are not imported.
+    `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an
+    attention kernel that its config names, are not imported.
 
     Args:
         path: a directory, a file that ends in .gguf, or a name on the hub.
@@ -70,9 +71,8 @@ def load_model(
 
 def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     """The model in a GGUF file, dequantized."""
-    source = locate(path)
     options["quantization_config"] = GgufConfig(dequantize=True)
-    model = _load_weights(path, AutoConfig.from_pretrained(**source), options, **source)
+    model = _load_weights(path, load_gguf_config(path), options, **locate(path))
     vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
     rename(model, str(path))
     return with_fused_gelu(model)
@@ -188,7 +188,7 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[int]:
-    """The ids that end a completion: those of the model's generation config, and the tokenizer's EOS.
+    """The ids that end a completion: those of the generation config, the tokenizer's EOS, and the end of a turn.
 
     transformers' Trainer writes the tokenizer's EOS into the generation config, and vLLM stops at both.
 
@@ -199,7 +199,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_si
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list | tuple) else [configured]
-    ids = dict.fromkeys(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
+    ids = dict.fromkeys(i for i in (*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if i is not None)
     return [i for i in ids if vocab_size is None or i < vocab_size]
 
 

@@ -33,6 +33,8 @@ def read_quark_json(model: str | os.PathLike) -> dict[str, Any] | None:
     Raises:
         UserError: the file is not a JSON object.
     """
+    if os.path.isfile(model):
+        return None  # A GGUF file.
     path = cached_file(
         str(model),
         FILE_NAME,

@@ -1,0 +1,64 @@
+"""Short runs on SmolLM2-135M-Instruct with an adapter and a reward that is computed, on texts and on chats."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peft import LoraConfig
+
+from quarkrl import QuarkConfig, QuarkTrainer
+
+TEXTS = [
+    "The weather today is",
+    "My favourite food is",
+    "Last summer we",
+    "The best way to learn is",
+    "She opened the door and",
+    "In the middle of the city",
+    "When I was young,",
+    "The old man said that",
+]
+QUESTIONS = [
+    "How are you?",
+    "What is a river?",
+    "Tell me about the sea.",
+    "Why do birds sing?",
+    "Give me a tip for cooking.",
+    "What is your name?",
+    "How does rain form?",
+    "Say something nice.",
+]
+CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
+
+
+def share_of_short_words(prompts, completions, **_):
+    """The share of words of at most three letters."""
+    words = [re.findall(r"[A-Za-z]+", text if isinstance(text, str) else text[0]["content"]) for text in completions]
+    return [sum(len(word) <= 3 for word in found) / len(found) if found else 0.0 for found in words]
+
+
+def train(model: Path, directory: Path, prompts: list, **options) -> Path:
+    """Train for four iterations of 64 completions of 12 tokens; return `final/`."""
+    config = QuarkConfig(
+        output_dir=str(directory),
+        **{
+            "num_quantiles": 3,
+            "num_iterations": 4,
+            "samples_per_prompt": 8,
+            "steps_per_iteration": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 2e-3,
+            "max_completion_length": 12,
+            "min_completion_length": 4,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "report_to": [],
+            **options,
+        },
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = QuarkTrainer(str(model), share_of_short_words, config, prompts, peft_config=lora)
+    trainer.train()
+    return trainer.save_final()
