@@ -30,13 +30,17 @@ class AdapterOptions:
         False, "DoRA: the adapter also trains the norm of each weight. Slower than LoRA.", group="model"
     )
 
+    load_in_4bit: bool = option(
+        False, "QLoRA: load the model in 4 bits (NF4) and train an adapter on it. Needs bitsandbytes.", group="model"
+    )
+
     def check_adapter(self) -> None:
         """Check that there is an adapter if one of its options is set.
 
         Raises:
             UserError: there is none.
         """
-        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit")
         defaults = AdapterOptions()
         name = next((name for name in names if getattr(self, name) != getattr(defaults, name)), None)
         if name and not self.lora_rank:
