@@ -93,7 +93,16 @@ def test_a_parser_of_transformers_reads_the_config(tmp_path):
 # Resuming
 
 BRANCH = {"kl_coef", "learning_rate", "temperature", "draw", "top_p", "seed", "bf16", "optim", "lr_scheduler_type"}
-FIXED = {"num_quantiles", "condition_on", "reward_weights", "steps_per_iteration", "draws_per_step"}
+FIXED = {
+    "chat_template_kwargs",
+    "last_assistant_turn",
+    "system_prompt",
+    "num_quantiles",
+    "condition_on",
+    "reward_weights",
+    "steps_per_iteration",
+    "draws_per_step",
+}
 FREE = {"num_iterations", "per_device_train_batch_size", "generation_batch_size", "save_strategy", "score_cache"}
 FREE |= {"reward_timeout", "on_bad_numbers", "disable_tqdm", "skip_bad_prompts", "max_unscored_share"}
 SELECTION = {"metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay", "eval_top_p"}

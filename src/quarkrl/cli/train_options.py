@@ -68,7 +68,7 @@ class RunOptions(AdapterOptions):
     )
 
     prompts: str | None = option(
-        None, "Prompts to explore: a file, a data set, or builtin.", group="prompts", metavar="SOURCE"
+        None, "Prompts to explore: a file, a data set, builtin or builtin-chats.", group="prompts", metavar="SOURCE"
     )
     prompt_column: str = option("prompt", "Column of the prompt.", group="prompts", metavar="NAME")
     prompt_split: str = option("train", "Split of a data set, such as train[:5000].", group="prompts", metavar="SPLIT")

@@ -43,6 +43,23 @@ def steer_chat_template(
     return {name: _steer(template, head) for name, template in templates.items()}
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token with which the chat template ends a message of the assistant; None if it has none.
+
+    It can be another token than EOS: `<|im_end|>` in a model whose EOS is `<|endoftext|>`.
+    """
+    probe = "quark"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # noqa: BLE001 - there is no template, or it raises what its author wrote
+        return None
+    rest = text.rpartition(probe)[2].lstrip()
+    specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [name for name in specials if rest.startswith(name)]
+    return specials[max(ends, key=len)] if ends else None
+
+
 def _steer(template: str, head: str) -> str:
     """A template that renders the same text behind `quark_head`, which `head` sets and which may replace the start."""
     # transformers' Jinja environment drops the newline behind a tag, blanks before a tag, and the newline that ends the

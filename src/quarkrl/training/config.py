@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.algorithm.coefficients import MAX_CHANGE
+from quarkrl.data.chat_defaults import read_template_kwargs
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options, join_words
@@ -42,6 +43,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             setattr(self, name, list(value) if isinstance(value, Sequence) else [float(value)])
             if not getattr(self, name):
                 raise UserError(f"{name} []: must be a number, or several that apply to iterations. The default is 1.")
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         check_options(self, INHERITED)
         self._check_lengths()
         self._check_guidance()

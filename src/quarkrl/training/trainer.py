@@ -43,6 +43,7 @@ from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import distillation_loss, quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length
+from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
@@ -136,6 +137,7 @@ class QuarkTrainer(DurableTrainer):
         self.args = args = args or QuarkConfig()
         self._recorded_options = args.recorded_options()  # DurableTrainer clears save_total_limit while it saves.
         model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        tokenizer = with_chat_defaults(tokenizer, args.system_prompt, args.chat_template_kwargs)
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
@@ -145,13 +147,15 @@ class QuarkTrainer(DurableTrainer):
         self.scorer = reward_funcs
         check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
+        bos_id = bos_of_chats(self.plain_tokenizer)
         self._encode = partial(
             Prompts.encode,
             tokenizer=self.plain_tokenizer,
             max_length=self.max_prompt_length,
             skip_bad=args.skip_bad_prompts,
             reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
-            reserved_start=bos_of_chats(self.plain_tokenizer),
+            is_bad_start=lambda ids: ids[0] == bos_id,
+            last_assistant_turn=args.last_assistant_turn,
         )
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
