@@ -55,6 +55,7 @@ class BuiltinEngine:
         end_ids: EOS ids.
         guidance_from: what guidance moves away from.
         autocast: a context for forward passes.
+        merges_adapters: whether the policy's adapters are merged while it samples.
     """
 
     policy_model: Callable[[], Any]
@@ -64,6 +65,7 @@ class BuiltinEngine:
     end_ids: Sequence[int]
     guidance_from: str
     autocast: Callable[[], AbstractContextManager[Any]]
+    merges_adapters: bool
 
     def synchronize(self) -> None:
         """Do nothing: the policy itself samples."""
@@ -78,10 +80,13 @@ class BuiltinEngine:
     def policy(self, guidance_scale: float) -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens."""
         guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model)
-        with self._ready_to_sample():
+        # Guidance away from the reference switches the adapter off and on within each token.
+        merges = self.merges_adapters and (guidance_scale == 1 or self.guidance_from != "reference")
+        with self._ready_to_sample(merges):
             yield partial(sample_best, self.policy_model(), self.conditioning, guidance, end_ids=self.end_ids)
 
     @contextmanager
-    def _ready_to_sample(self) -> Iterator[None]:
-        with self.autocast(), prepare_weights_once(self.policy_model(), self.ref_model):
+    def _ready_to_sample(self, merge_adapters: bool = False) -> Iterator[None]:
+        models = self.policy_model(), self.ref_model
+        with self.autocast(), prepare_weights_once(*models, merge_adapters=merge_adapters):
             yield

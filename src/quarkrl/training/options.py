@@ -264,6 +264,7 @@ class QuarkOptions:
         above=0,
         at_most=1,
         resume="selection",
+        rare=True,
         group="saving and evaluating",
     )
     eval_guidance_scale: float = option(
