@@ -11,23 +11,17 @@ from quarkrl import QuarkConfig, QuarkTrainer
 
 TEXTS = [
     "The weather today is",
-    "My favourite food is",
     "Last summer we",
-    "The best way to learn is",
     "She opened the door and",
-    "In the middle of the city",
     "When I was young,",
     "The old man said that",
 ]
 QUESTIONS = [
     "How are you?",
     "What is a river?",
-    "Tell me about the sea.",
     "Why do birds sing?",
-    "Give me a tip for cooking.",
-    "What is your name?",
-    "How does rain form?",
     "Say something nice.",
+    "Give me a tip for cooking.",
 ]
 CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
@@ -39,17 +33,19 @@ def share_of_short_words(prompts, completions, **_):
 
 
 def train(model: Path, directory: Path, prompts: list, **options) -> Path:
-    """Train for four iterations of 64 completions of 12 tokens; return `final/`."""
+    """Train for three iterations of 50 completions of 10 tokens; return the directory of the run."""
     config = QuarkConfig(
         output_dir=str(directory),
         **{
             "num_quantiles": 3,
-            "num_iterations": 4,
-            "samples_per_prompt": 8,
-            "steps_per_iteration": 8,
+            "num_iterations": 3,
+            "samples_per_prompt": 10,
+            "steps_per_iteration": 12,
             "per_device_train_batch_size": 8,
             "learning_rate": 2e-3,
-            "max_completion_length": 12,
+            "warmup_steps": 0,
+            "entropy_coef": 0.0,
+            "max_completion_length": 10,
             "min_completion_length": 4,
             "save_strategy": "no",
             "use_cpu": True,
@@ -61,4 +57,5 @@ def train(model: Path, directory: Path, prompts: list, **options) -> Path:
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = QuarkTrainer(str(model), share_of_short_words, config, prompts, peft_config=lora)
     trainer.train()
-    return trainer.save_final()
+    trainer.save_final()
+    return directory
