@@ -10,6 +10,7 @@ from helpers.llama_cpp import LlamaServer
 from helpers.tiny_models import CHAT_TEMPLATE, SMALL_RUN, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from tokenizers import pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 from quarkrl.builtin import model_path
@@ -17,7 +18,7 @@ from quarkrl.cli.main import main
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
-from quarkrl.models.gguf_writing import check_gguf
+from quarkrl.models.gguf_writing import check_gguf, write_gguf
 from quarkrl.models.loading import load_model, load_tokenizer
 from quarkrl.storage.atomic import sha256
 
@@ -144,6 +145,24 @@ def test_the_results_of_an_evaluation_name_the_file_and_its_digest(tmp_path):
     options = ["--reward", "vader", "--samples", "2", "--max_new_tokens", "4", "--output", str(tmp_path / "out.json")]
     assert main(["evaluate", str(file), "--prompts", str(tmp_path / "prompts.txt"), *options]) == 0
     assert sha256(file) in (tmp_path / "out.json").read_text(encoding="utf-8")
+
+
+def test_llama_cpp_adds_a_bos_that_precedes_the_reward_token(tmp_path):
+    tokenizer = load_tokenizer(model_path())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[tokenizer.bos_token, "$A"], special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    model = tiny_model("llama", tokenizer)
+    conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 3)
+    steered = conditioning.steer_tokenizer(tokenizer)
+    assert write_gguf(model, steered, conditioning, tmp_path / "model.gguf") == "<|reward_2|>"
+    server = LlamaServer(tmp_path / "model.gguf", ())
+    for text in TEXTS:
+        assert server.ids_of(f"<|reward_2|>{text}") == steered(text)["input_ids"]
+        chat = [{"role": "user", "content": text}]
+        ids = steered.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert server.ids_of(server.render(text)) == ids and ids[1] == 2050
 
 
 def test_what_precedes_a_text_is_printed_where_llama_cpp_does_not_put_it(tmp_path, capsys):

@@ -18,7 +18,7 @@ def test_llama_cpp_gives_the_greedy_tokens_of_transformers_for_texts_and_chats(r
     directory = request.getfixturevalue(run)
     file = tmp_path / "model.gguf"
     assert main(["export", str(directory), "--gguf", str(file), "--gguf_type", "f32"]) == 0
-    assert "start each text with <|reward_2|>" in capsys.readouterr().err
+    assert "start each text with <|reward_1|>" in capsys.readouterr().err
     model, tokenizer = load_model(directory / "final"), load_tokenizer(directory / "final")
     server = LlamaServer(file, model.generation_config.suppress_tokens)
 
@@ -27,8 +27,8 @@ def test_llama_cpp_gives_the_greedy_tokens_of_transformers_for_texts_and_chats(r
 
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
-        assert server.ids_of(f"<|reward_2|>{text}") == ids
-        assert server.complete(f"<|reward_2|>{text}", 12) == greedy(ids)
+        assert server.ids_of(f"<|reward_1|>{text}") == ids
+        assert server.complete(f"<|reward_1|>{text}", 12) == greedy(ids)
     for question, chat in zip(QUESTIONS, CHATS, strict=True):
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert server.ids_of(server.render(question)) == ids

@@ -24,14 +24,14 @@ def test_the_best_quantile_has_a_higher_reward_than_the_worst_and_than_before(ru
         return statistics.mean(share_of_short_words(None, [text for texts in completions for text in texts]))
 
     before = logs_of(directory, "reward")[0]["reward"]
-    assert mean_reward("best") > before + 0.1
-    assert mean_reward("best") > mean_reward("worst") + 0.2
+    assert mean_reward("best") > before + 0.05
+    assert mean_reward("best") > mean_reward("worst") + 0.1
 
 
 def test_the_tokenizer_of_the_final_model_puts_the_best_token_where_training_had_it(text_run):
     """SmolLM2's chat template starts with its BOS, which its tokenizer does not add to a text."""
     tokenizer = AutoTokenizer.from_pretrained(text_run / "final")
-    best = tokenizer.convert_tokens_to_ids("<|reward_2|>")
+    best = tokenizer.convert_tokens_to_ids("<|reward_1|>")
     assert tokenizer("The weather")["input_ids"][0] == best
     ids = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids[:2] == [tokenizer.bos_token_id, best]
