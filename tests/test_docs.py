@@ -29,7 +29,7 @@ BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 def flags() -> dict[str, set[str]]:
     """The options of each command, as its help lists them."""
     options = {}
-    for command in ("train", "generate", "evaluate", "score", "export", "demo"):
+    for command in ("train", "generate", "chat", "evaluate", "score", "export", "demo"):
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             main([command, "--help_all" if command == "train" else "--help"])
         options[command] = set(re.findall(r"--\w+", output.getvalue()))
@@ -104,7 +104,7 @@ def test_python_and_yaml_blocks_run(page, home, monkeypatch):
 
 @pytest.mark.parametrize("page", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda page: page.name)
 def test_an_example_names_models_and_data_that_a_user_can_have(page):
-    run, _, typed = parse_train(["--config", str(page)])
+    run, _, typed, _ = parse_train(["--config", str(page)])
     assert run.model and run.prompts and run.reward
     assert typed["output_dir"].startswith("runs/")
     assert not any(".." in str(name) for name in (run.model, run.prompts, *run.reward))

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from quarkrl.cli.chat import ChatOptions
 from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
@@ -50,6 +51,7 @@ def page() -> str:
     lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
     for command, classes in {
         "generate": (GenerateOptions, SamplingOptions),
+        "chat": (ChatOptions,),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
         "export": (ExportOptions,),

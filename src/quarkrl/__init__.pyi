@@ -12,6 +12,7 @@ from .runs.interrupts import Stopped as Stopped
 from .sampling.generator import QuarkGenerator as QuarkGenerator
 from .sampling.guidance import Guidance as Guidance
 from .training.config import QuarkConfig as QuarkConfig
+from .training.sizing import size_defaults as size_defaults
 from .training.trainer import QuarkTrainer as QuarkTrainer
 
 __version__: str

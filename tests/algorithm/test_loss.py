@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
+from quarkrl.algorithm.loss import distillation_loss, quark_loss, quark_loss_plain
 
 BOTH_FORMS = pytest.mark.parametrize("loss", [quark_loss, quark_loss_plain])
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
@@ -206,3 +206,21 @@ def test_an_error_names_an_unknown_kl_direction_and_the_known_ones(loss):
 def test_an_error_names_a_slice_length_below_one(length):
     with pytest.raises(ValueError, match=f"slice_length {length}: must be at least 1"):
         quark_loss(torch.zeros(1, 2), None, torch.tensor([0]), kl_coef=1, entropy_coef=1, slice_length=length)
+
+
+# Distillation
+
+
+def test_distillation_is_the_divergence_from_the_teacher_and_unlearns_reward_tokens():
+    """The teacher has (1/2, 1/2), the policy 1/3 for each of two tokens and a reward token."""
+    policy = logits_of([1, 1, 1]).requires_grad_()
+    loss = distillation_loss(policy, logits_of([1, 1]), torch.tensor([1]))
+    assert [float(term) for term in loss] == pytest.approx([log(1.5), log(3), log(1.5), log(3)])
+    loss.total.backward()
+    torch.testing.assert_close(policy.grad, torch.tensor([[-1 / 6, -1 / 6, 1 / 3]], dtype=torch.float64))  # p - g
+    assert float(distillation_loss(logits_of([1, 3, 0]), logits_of([1, 3]), torch.tensor([0])).total) == 0
+
+
+def test_a_token_that_is_ruled_out_on_both_sides_adds_nothing():
+    policy, teacher = torch.tensor([[0.0, -1e4, 0.0]]), torch.tensor([[0.0, -1e4]])
+    assert float(distillation_loss(policy, teacher, torch.tensor([0])).total) == pytest.approx(log(2))

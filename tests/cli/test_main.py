@@ -192,7 +192,9 @@ def test_generate_can_leave_bad_prompts_out(home, capsys):
 @pytest.mark.parametrize("spelt", [["--do_sample", "false"], ["--no_do_sample"], ["--config", "{file}"]])
 def test_what_is_switched_off_is_among_the_options_given(tmp_path, spelt):
     (tmp_path / "own.yaml").write_text("do_sample: false\n", encoding="utf-8")
-    _, config, given = parse_train([*(flag.format(file=tmp_path / "own.yaml") for flag in spelt), "--output_dir", "o"])
+    _, config, given, _ = parse_train(
+        [*(flag.format(file=tmp_path / "own.yaml") for flag in spelt), "--output_dir", "o"]
+    )
     assert given == {"do_sample": False, "output_dir": "o"} and config.do_sample is False
     # As a run writes it, and reads it when it is resumed.
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
@@ -209,7 +211,7 @@ def test_a_data_set_s_test_split_is_held_out_of_itself(tmp_path, named, split, w
     for directory in ("same", "other"):
         datasets.DatasetDict(rows).save_to_disk(tmp_path / directory)
     command = ["--model", "m", "--prompts", str(tmp_path / "same"), "--reward", "vader", "--output_dir", "o"]
-    parsed, _, _ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
+    parsed, *_ = parse_train([*command, "--eval_prompts", str(tmp_path / named), *split])
     assert held_out_prompts(parsed, False).prompts == [wanted]
 
 

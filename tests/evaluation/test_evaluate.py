@@ -7,9 +7,12 @@ import json
 
 import numpy as np
 import pytest
+from helpers.chat_templates import CHATS, chat_tokenizer
 from helpers.eight_letters import EOS_ID
+from helpers.errors import error_message
 from helpers.evaluation_helpers import PROMPTS, WORDS, NoA, few_b, nll_by_hand, short
-from helpers.tiny_models import tiny_model, tiny_tokenizer
+from helpers.reward_token_models import add_reward_tokens
+from helpers.tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 from quarkrl import metrics
 from quarkrl.data.prompts import load_prompts
@@ -303,3 +306,33 @@ def test_mauve_compares_completions_with_a_column_of_the_prompts(plain):
     assert row.left_out["MAUVE_no_text"] == 1 and evaluation.protocol["versions"]["mauve-text"]
     with pytest.raises(UserError, match=r"human_column 'people'.*human"):
         evaluate(plain, load_prompts(rows), Scorer(few_b), short(human_column="people"))
+
+
+def test_a_text_that_starts_with_a_bos_of_chats_is_a_bad_prompt(tmp_path):
+    """The tokenizer of a trained model puts the reward tokens before it, and training after it."""
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    conditioning, extended, model = add_reward_tokens(tokenizer, 2)
+    model.save_pretrained(tmp_path)
+    conditioning.steer_tokenizer(extended).save_pretrained(tmp_path)
+    conditioning.save(tmp_path)
+    prompts = load_prompts(["a <s>", "<s> b", "c"])
+    options = short(skip_bad_prompts=True, reference=NO_REFERENCE)
+    evaluation = evaluate(tmp_path, prompts, Scorer(few_b), options)
+    assert evaluation.prompt_sets["prompts"].skipped == {"starts with BOS": 1}
+    error_message(
+        lambda: evaluate(tmp_path, prompts, Scorer(few_b), short(reference=NO_REFERENCE)),
+        "row 2 of the list: the text starts with BOS",
+    )
+
+
+def test_an_evaluation_adds_a_system_prompt_and_drops_the_last_turn(tmp_path):
+    tokenizer = chat_tokenizer("SmolLM 2")
+    tiny_model("gpt2", tokenizer, max_position_embeddings=300).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = load_prompts([{"messages": CHATS["one question"]}, {"messages": CHATS["an unfinished answer"]}])
+    error_message(lambda: evaluate(tmp_path, prompts, Scorer(few_b), short()), "ends with a message of the assistant")
+    options = short(system_prompt="Be brief.", last_assistant_turn="drop")
+    evaluation = evaluate(tmp_path, prompts, Scorer("brevity"), options)
+    first, second = evaluation.prompt_sets["prompts"].ids
+    assert first == second and "system\nBe brief.<" in tokenizer.decode(first)

@@ -345,8 +345,8 @@ CASES |= {
 
 LOCAL = "http://127.0.0.1:9/v1"
 SPECS: list[tuple[str, str]] = [
-    ("", "reward '': must be one of judge, perspective, "),
-    (" ", "reward ' ': must be one of judge, perspective, "),
+    ("", "reward '': must be one of brevity, judge, perspective, "),
+    (" ", "reward ' ': must be one of brevity, judge, perspective, "),
     ("rewards.py", "must name a function"),
     ("rewards.py:", "must name a function"),
     (":good", "must name a function"),

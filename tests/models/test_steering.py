@@ -80,7 +80,7 @@ def test_a_steered_tokenizer_pads_and_truncates():
 def test_a_slow_tokenizer_is_refused():
     tokenizer = ByT5Tokenizer()
     with pytest.raises(UserError, match="tokenizer ByT5Tokenizer: must be a fast tokenizer"):
-        steer_tokenizer(tokenizer, [90], [])
+        steer_tokenizer(tokenizer, [90], [], {})
 
 
 @needs_shared
@@ -148,6 +148,22 @@ def test_a_template_by_hand():
         CHAT[:2], tokenize=False, add_generation_prompt=True
     )
     assert rendered == f"{BOS}<|reward_2|>[sys]be kind[/sys][user] hello\nthere{EOS}[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("quantile", "token"), [("worst", 0), ("best", 2), (1, 1), ("1", 1), (0, 0), (None, 2)], ids=repr
+)
+def test_an_argument_of_the_template_selects_another_quantile(quantile, token):
+    conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(bos=True, chat_template=True), attributes=("a", "b"))
+    steered = conditioning.steer_tokenizer(extended)
+    rendered = steered.apply_chat_template(CHAT, tokenize=False, quantile=quantile)
+    assert rendered.startswith(f"{BOS}<|a_{token}|><|b_{token}|>[sys]be kind")
+
+
+def test_an_unknown_quantile_in_the_argument_of_the_template():
+    conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(chat_template=True))
+    with pytest.raises(Exception, match="quantile: must be one of best, worst, 0, 1, 2"):
+        conditioning.steer_tokenizer(extended).apply_chat_template(CHAT, tokenize=False, quantile=3)
 
 
 def test_a_template_survives_saving(tmp_path):

@@ -21,11 +21,11 @@ def test_a_callable_is_returned_unchanged():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("profnity", "reward 'profnity': must be a known name. Did you mean 'profanity'? (known: judge, "),
+        ("profnity", "reward 'profnity': must be a known name. Did you mean 'profanity'? (known: brevity, judge, "),
         ("Vader", "Did you mean 'vader'?"),
         ("vader_negative", "Did you mean 'vader-negative'?"),
         ("./no/such/model", "reward './no/such/model': must be an existing directory"),
-        ("", "reward '': must be one of judge, perspective, "),
+        ("", "reward '': must be one of brevity, judge, perspective, "),
         (3, "reward 3: must be a function, a name or a path, not of type int"),
         (Profanity, "must be a function or an object, not a class. Use Profanity(…)"),
     ],

@@ -75,7 +75,11 @@ def test_every_own_option_is_read_somewhere(name):
     for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling):
         if re.search(rf"self\.{name}\b", inspect.getsource(method)):
             used.append(method.__name__)
-    if name in ("num_iterations", "steps_per_iteration"):  # config.py itself makes them epochs and draws.
+    if name in (
+        "num_iterations",
+        "steps_per_iteration",
+        "distill_iterations",
+    ):  # config.py itself makes them epochs and draws.
         used.append("config.py")
     assert used, f"nothing reads {name}"
 
@@ -89,7 +93,16 @@ def test_a_parser_of_transformers_reads_the_config(tmp_path):
 # Resuming
 
 BRANCH = {"kl_coef", "learning_rate", "temperature", "draw", "top_p", "seed", "bf16", "optim", "lr_scheduler_type"}
-FIXED = {"num_quantiles", "condition_on", "reward_weights", "steps_per_iteration", "draws_per_step"}
+FIXED = {
+    "chat_template_kwargs",
+    "last_assistant_turn",
+    "system_prompt",
+    "num_quantiles",
+    "condition_on",
+    "reward_weights",
+    "steps_per_iteration",
+    "draws_per_step",
+}
 FREE = {"num_iterations", "per_device_train_batch_size", "generation_batch_size", "save_strategy", "score_cache"}
 FREE |= {"reward_timeout", "on_bad_numbers", "disable_tqdm", "skip_bad_prompts", "max_unscored_share"}
 SELECTION = {"metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay", "eval_top_p"}
@@ -294,10 +307,10 @@ def test_a_scale_of_guidance_is_one_for_each_iteration(tmp_path):
 
     assert QuarkConfig(output_dir=str(tmp_path)).explore_guidance_scale == [1.0]
     assert scales(2) == [2.0] and scales([1, 1.5, 2]) == [1, 1.5, 2]
-    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
+    _, config, *_ = parse_train(["--output_dir", str(tmp_path), "--explore_guidance_scale", "1", "1", "2.5"])
     assert config.explore_guidance_scale == [1.0, 1.0, 2.5]
     (tmp_path / "run.yaml").write_text("explore_guidance_scale: 3\nguidance_from: 1\ndo_sample: false\n")
-    _, config, _ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
+    _, config, *_ = parse_train(["--output_dir", str(tmp_path), "--config", str(tmp_path / "run.yaml")])
     assert (config.explore_guidance_scale, config.guidance_from, config.do_sample) == ([3.0], "1", False)
 
 

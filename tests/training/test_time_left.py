@@ -23,7 +23,8 @@ def clock(monkeypatch):
 
 def options(**changes):
     values = {"steps_per_iteration": 10, "num_iterations": 3, "explore_guidance_scale": [1.0, 1.3], "world_size": 1}
-    return SimpleNamespace(**values | changes)
+    values |= changes
+    return SimpleNamespace(**values, total_iterations=values["num_iterations"])
 
 
 def measured(clock, args, iteration=0, steps=5, seconds_sample=4.0):

@@ -107,6 +107,27 @@ def quark_loss_plain(
     return QuarkLoss(nll + kl_coef * kl - entropy_coef * entropy, nll, kl, entropy)
 
 
+def distillation_loss(policy_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> QuarkLoss:
+    """Compute KL(g || p), the divergence of a policy p over V + K tokens from a teacher g over V tokens.
+
+    The teacher gives the reward tokens no probability. So the loss teaches the policy not to produce them.
+
+    Args:
+        policy_logits: `(T, V + K)`, the policy's logits at the positions that predict the completion tokens.
+        teacher_logits: `(T, V)`, the teacher's logits at the same positions; they get no gradient.
+        targets: `(T,)`, the completion token ids, for the reported NLL only.
+
+    Returns:
+        The means over T of the loss (total and KL are equal), of the NLL, and of the policy's entropy.
+    """
+    log_p = F.log_softmax(_widen(policy_logits), dim=-1)  # (T, V + K)
+    log_g = F.log_softmax(_widen(teacher_logits.detach()), dim=-1)  # (T, V)
+    kl = (log_g.exp() * (log_g - log_p[:, : log_g.shape[-1]])).sum(-1).mean()
+    with torch.no_grad():
+        nll, entropy = F.nll_loss(log_p, targets), -(log_p.exp() * log_p).sum(-1).mean()
+    return QuarkLoss(kl, nll, kl.detach(), entropy)
+
+
 def _widen(logits: Tensor) -> Tensor:
     """Cast to float32 unless wider: exponentials and sums lose too much in bf16."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

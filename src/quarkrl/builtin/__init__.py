@@ -30,3 +30,12 @@ def prompts_path(split: Literal["train", "eval"]) -> Path:
     if split not in ("train", "eval"):
         raise ValueError(f'split is {split!r}; the built-in prompts have the splits "train" and "eval".')
     return _HERE / f"prompts.{split}.jsonl"
+
+
+def chats_path(split: Literal["train", "eval"]) -> Path:
+    """Return the JSONL file of chats, one `{"messages": [...]}` with an everyday question or remark per line.
+
+    Args:
+        split: "train" (128 chats) or "eval" (32, about other things).
+    """
+    return _HERE / f"chats.{split}.jsonl"

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from quarkrl.rewards.scorer import Scorer
 
 BUILTIN = "builtin"  # names the embedded model, and its prompts
+BUILTIN_CHATS = "builtin-chats"  # names embedded chats
 REWARD_HELP = (
-    "Rewards: profanity, vader, repetition, perspective, judge, a classifier (directory or hub name), module:function "
-    "or file.py:function. Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
+    "Rewards: profanity, vader, brevity, repetition, perspective, judge, a classifier (directory or hub name), "
+    "module:function or file.py:function. "
+    "Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
 )
 REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
 
@@ -90,9 +92,11 @@ def model_path(name: str) -> str:
 
 
 def prompts_path(name: str, split: Literal["train", "eval"]) -> str:
-    """Return the file of the embedded prompts for `builtin`, and any other name unchanged."""
-    from quarkrl.builtin import prompts_path
+    """Return the file of the embedded prompts for `builtin` or `builtin-chats`, and any other name unchanged."""
+    from quarkrl.builtin import chats_path, prompts_path
 
+    if name == BUILTIN_CHATS:
+        return str(chats_path(split))
     return str(prompts_path(split)) if name == BUILTIN else name
 
 

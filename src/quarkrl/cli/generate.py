@@ -18,10 +18,11 @@ HELP = "completions of a trained model, for any quantile"
 class GenerateOptions:
     """What is generated, and how it is printed."""
 
-    prompts: str | None = option(None, "Prompts: a file, a data set, or builtin.", metavar="FILE")
+    prompts: str | None = option(None, "Prompts: a file, a data set, builtin or builtin-chats.", metavar="FILE")
     prompt_column: str = option("prompt", "Column of the prompt.", metavar="COLUMN")
     prompt_split: str = option("train", "Split of a data set.", metavar="SPLIT")
     skip_bad_prompts: bool = option(False, "Skip invalid prompts, and count them.")
+    chat: bool = option(False, "Make each text a message of the user, in the chat template.")
     quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
     json: bool = option(False, "Print one JSON object per line: prompt, completions.")
@@ -41,6 +42,7 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate and print."""
+    from quarkrl.data.chats import as_question
     from quarkrl.data.prompts import load_prompts
     from quarkrl.sampling.generator import QuarkGenerator
 
@@ -54,12 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         source = PromptSource(options.prompts, options.prompt_column, options.prompt_split)
         prompts = source.load(options.skip_bad_prompts)
+    prompts = prompts.with_last_turns(sampling.last_assistant_turn, options.skip_bad_prompts)
     note_skipped(prompts)
     generator = QuarkGenerator.from_pretrained(
-        model_path(arguments.model), trust_remote_code=sampling.trust_remote_code
+        model_path(arguments.model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
     )
     completions = generator.generate(
-        prompts.prompts,
+        [as_question(prompt) for prompt in prompts.prompts] if options.chat else prompts.prompts,
         quantile=options.quantile,
         num_return_sequences=options.num_return_sequences,
         seed=sampling.seed,
@@ -73,4 +76,4 @@ def run(arguments: argparse.Namespace) -> None:
             print_json({"prompt": prompt, "completions": texts})
         else:
             for text in texts:
-                print(f"{prompt}{text}" if isinstance(prompt, str) else text)
+                print(f"{prompt}{text}" if isinstance(prompt, str) and not options.chat else text)

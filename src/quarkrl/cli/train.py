@@ -57,6 +57,8 @@ def run(command: TrainCommand) -> Path:
         loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
             model = load_model(path, run.trust_remote_code, **loading)
+            command, choice = command.with_size_defaults(model.num_parameters())
+            run, config = command.run, command.config
             tokenizer = load_tokenizer(path, run.trust_remote_code)
             ref_path = model_path(run.ref_model) if run.ref_model else None
             trainer = QuarkTrainer(
@@ -73,6 +75,7 @@ def run(command: TrainCommand) -> Path:
                     *([EarlyStoppingCallback(patience)] if patience else []),
                 ],
             )
+        trainer.progress.start_notes += [choice] if choice else []
         note_skipped(trainer.prompts)
         trainer.interrupts.exit_on_second_sigint = True
         trainer.train(resume_from_checkpoint=resume)

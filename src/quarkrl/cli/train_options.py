@@ -25,11 +25,14 @@ from quarkrl.cli.parser import (
 from quarkrl.errors import UserError, did_you_mean, one_line, shorten
 from quarkrl.models.options import AdapterOptions
 from quarkrl.options import check_options, option, takes_list, typed_fields
+from quarkrl.training import sizing
 from quarkrl.training.options import GROUPS, QuarkOptions
+from quarkrl.training.sizing import describe_defaults, size_defaults
 
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
 
+_UNSET = object()  # In the place of a default that depends on the model's size.
 PRESETS = Path(__file__).parents[1] / "presets"
 USAGE = "quarkrl train --config PRESET|FILE [--OPTION VALUE …]"
 EXAMPLES = """\
@@ -58,9 +61,14 @@ class RunOptions(AdapterOptions):
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model and the reference.", group="model"
     )
+    defaults: Literal["size", "paper"] | None = option(
+        None,
+        "Defaults by the model's size (docs/guide.md), or the paper's. The default is size, or paper with a preset.",
+        group="model",
+    )
 
     prompts: str | None = option(
-        None, "Prompts to explore: a file, a data set, or builtin.", group="prompts", metavar="SOURCE"
+        None, "Prompts to explore: a file, a data set, builtin or builtin-chats.", group="prompts", metavar="SOURCE"
     )
     prompt_column: str = option("prompt", "Column of the prompt.", group="prompts", metavar="NAME")
     prompt_split: str = option("train", "Split of a data set, such as train[:5000].", group="prompts", metavar="SPLIT")
@@ -99,7 +107,6 @@ class RunOptions(AdapterOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
-        self.check_adapter()
 
 
 # Options of TrainingArguments that `--help` shows, too: name, placeholder, text. They are read like all the others.
@@ -120,11 +127,32 @@ class TrainCommand(NamedTuple):
         run: options of the command itself.
         config: options of the trainer.
         non_default_options: the options that differ from their defaults, for `config.yaml`.
+        parsed: the values from which the others were made.
     """
 
     run: RunOptions
     config: "QuarkConfig"
     non_default_options: dict[str, Any]
+    parsed: "ParsedValues"
+
+    def with_size_defaults(self, parameters: int) -> tuple["TrainCommand", str | None]:
+        """Set the options that depend on the model's size, except those that a flag or the file sets.
+
+        Args:
+            parameters: the number of the model's parameters.
+
+        Returns:
+            The command, and a line for the user about what was chosen, or None.
+        """
+        parsed = self.parsed
+        if not parsed.unset:
+            return self, None
+        options = size_defaults(parameters, None if "lora_rank" in parsed.unset else self.run.lora_rank or 0)
+        chosen = {name: value for name, value in options.items() if name in parsed.unset}
+        command = _make_command(
+            parsed._replace(values={**parsed.values, **chosen}, unset=frozenset(), recorded=frozenset(sizing.NAMES))
+        )
+        return command, describe_defaults(parameters, chosen)
 
     def ignored_options_note(self) -> str | None:
         """Return a message about options that `QuarkConfig` ignores in a single process, or None."""
@@ -137,6 +165,22 @@ class TrainCommand(NamedTuple):
             return None
         launch = "torchrun --nproc_per_node N -m quarkrl.cli train …"
         return f"{' and '.join(names)} ignored: there is one process. To start several: {launch}"
+
+
+class ParsedValues(NamedTuple):
+    """Options as they were parsed.
+
+    Attributes:
+        values: the value of each option, by name.
+        defaults: the values without any flag or file.
+        unset: the options whose defaults depend on the model's size, and that are to be chosen yet.
+        recorded: the options that `config.yaml` holds even if they have their defaults.
+    """
+
+    values: dict[str, Any]
+    defaults: dict[str, Any]
+    unset: frozenset[str]
+    recorded: frozenset[str]
 
 
 def parse_train(argv: Sequence[str]) -> TrainCommand:
@@ -155,10 +199,12 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     defaults = vars(parser.parse([]))
     entries, source = _file_entries(argv, [field.name for field in declared])
     _check_entries(source, entries, _list_options(QuarkConfig))
+    parser.set_defaults(**dict.fromkeys(sizing.NAMES, _UNSET))
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
     parser.set_defaults(eval_strategy=None)  # Its default depends on another option.
-    arguments = parser.parse([*_as_flags(entries), *argv])
-    values = vars(arguments)
+    values = vars(parser.parse([*_as_flags(entries), *argv]))
+    unset = frozenset(name for name in sizing.NAMES if values[name] is _UNSET)
+    values |= {name: defaults[name] for name in unset}
     for name in ("hub_token", "push_to_hub_token"):
         if values.get(name):
             raise UserError(
@@ -167,18 +213,40 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if values["eval_strategy"] is None:  # Held-out prompts are evaluated after each iteration by default.
         values["eval_strategy"] = "epoch" if values["eval_prompts"] else defaults["eval_strategy"]
     _check_selection(values)
-    run = options_from(arguments, RunOptions)
+    if values["eval_strategy"] != "no" and not values["eval_prompts"]:
+        raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
+    # A preset is complete. So is config.yaml of a run that is resumed: it has what was chosen when the run started.
+    if values["defaults"] is None and values["config"] in preset_names():
+        values["defaults"] = "paper"
+    is_complete = values["defaults"] == "paper" or (values["resume"] and values["config"] is None)
+    by_size = frozenset() if is_complete else unset
+    return _make_command(ParsedValues(values, defaults, by_size, recorded=frozenset(sizing.NAMES) - unset))
+
+
+def _make_command(parsed: ParsedValues) -> TrainCommand:
+    """Make the options of the command and of the trainer.
+
+    Raises:
+        UserError: a value is invalid.
+    """
+    from quarkrl.training.config import QuarkConfig
+
+    values = dict(parsed.values)
     try:
-        config = options_from(arguments, QuarkConfig)
+        run = options_from(argparse.Namespace(**values), RunOptions)
+        config = options_from(argparse.Namespace(**values), QuarkConfig)
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error)) from error
-    if values["eval_strategy"] != "no" and not values["eval_prompts"]:
-        raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
     values["bf16"] = config.bf16  # What "auto" has chosen: a resumed run keeps it on any machine.
-    non_default = {field.name: values[field.name] for field in declared if values[field.name] != defaults[field.name]}
-    return TrainCommand(run, config, non_default)
+    declared = [
+        field.name for options in (RunOptions, QuarkConfig) for field in dataclasses.fields(options) if field.init
+    ]
+    non_default = {
+        name: values[name] for name in declared if values[name] != parsed.defaults[name] or name in parsed.recorded
+    }
+    return TrainCommand(run, config, non_default, parsed)
 
 
 # The parser

@@ -75,6 +75,19 @@ def with_completion(chat: Chat, completion: str) -> list[dict[str, Any]]:
     return [*messages, {"role": "assistant", "content": completion}]
 
 
+def as_question(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a text as a chat with one message of the user, and a chat as it is."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_messages(prompts: Sequence[Any], completions: Sequence[str]) -> list[Any]:
+    """Return the completions of chats as lists of one message, as TRL does, and those of texts as they are."""
+    return [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+
+
 def _is_text_part(part: object) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 

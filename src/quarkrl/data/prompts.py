@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 from typing import Any
 
-from quarkrl.data.chats import RefusedChat, find_fault, message_text
+from quarkrl.data.chat_defaults import LastTurn
+from quarkrl.data.chats import RefusedChat, find_fault, is_continued, message_text
 from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import read_rows
 from quarkrl.data.rows import SURROGATE, BadRow, Row, quote_names
@@ -102,6 +103,30 @@ class Prompts:
             skipped_rows=skipped_rows,
         )
 
+    def with_last_turns(self, rule: LastTurn, skip_bad: bool = False) -> Prompts:
+        """Return the prompts, not encoded, with a rule applied to chats that end with a message of the assistant.
+
+        Args:
+            rule: "refuse" raises; "continue" keeps them, so that the completion continues the message; "drop" drops
+                the message, so that the completion answers again.
+            skip_bad: skip the chats that the rule refuses, instead of raising.
+
+        Raises:
+            UserError: the rule refuses a chat.
+        """
+        if rule == "continue":
+            return self
+        prompts = list(self.prompts)
+        results: list[BadRow | None] = [None] * len(self)
+        for i, prompt in enumerate(self.prompts):
+            if isinstance(prompt, str) or find_fault(prompt) or not is_continued(prompt):
+                continue
+            if rule == "drop" and len(prompt) > 1:
+                prompts[i] = prompt[:-1]
+            else:
+                results[i] = _ENDS_WITH_ASSISTANT
+        return replace(self, prompts=prompts, ids=[]).skip(_reasons_to_skip(self.locations, results, skip_bad))
+
     def encode(
         self,
         tokenizer: Any,
@@ -109,8 +134,9 @@ class Prompts:
         max_length: int,
         skip_bad: bool = False,
         reserved: Sequence[str] = (),
-        reserved_start: int | None = None,
+        is_bad_start: Callable[[Sequence[int]], bool] = lambda ids: False,
         allow_none: bool = False,
+        last_assistant_turn: LastTurn = "continue",
     ) -> Prompts:
         """Encode the prompts as token ids (`data.encoding`) and check their lengths.
 
@@ -119,8 +145,9 @@ class Prompts:
             max_length: maximum prompt length in tokens, BOS and chat template included.
             skip_bad: skip prompts that are too long, have no tokens or contain reserved text, instead of raising.
             reserved: texts that a prompt must not contain, such as reward tokens.
-            reserved_start: a BOS that a text must not start with, because reward tokens follow it in chats only.
+            is_bad_start: whether the ids of a text start with a BOS that reward tokens follow in chats only.
             allow_none: return no prompts if all are skipped, instead of raising.
+            last_assistant_turn: what happens to chats that end with a message of the assistant (`with_last_turns`).
 
         Returns:
             The prompts with their `ids`, without those that are skipped.
@@ -130,18 +157,27 @@ class Prompts:
         """
         if max_length < 1:
             raise UserError(f"prompt length limit {max_length}: must be at least 1 token. Lower the completion length.")
+        ended = self.with_last_turns(last_assistant_turn, skip_bad)
+        prompts = ended.prompts
         # A BadRow or None, later the ids.
-        results: list[Any] = [_check_prompt(prompt) or _check_reserved(prompt, reserved) for prompt in self.prompts]
+        results: list[Any] = [_check_prompt(prompt) or _check_reserved(prompt, reserved) for prompt in prompts]
         good = [i for i, bad in enumerate(results) if bad is None]
-        for i, ids in zip(good, try_encode_prompts(tokenizer, [self.prompts[i] for i in good]), strict=True):
-            results[i] = _check_ids(self.prompts[i], ids, max_length, reserved_start) or ids
-        reasons = _reasons_to_skip(self.locations, results, skip_bad)
-        encoded = self.skip(reasons)
+        for i, ids in zip(good, try_encode_prompts(tokenizer, [prompts[i] for i in good]), strict=True):
+            results[i] = _check_ids(prompts[i], ids, max_length, is_bad_start) or ids
+        reasons = _reasons_to_skip(ended.locations, results, skip_bad)
+        encoded = ended.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
         warn_of_second_bos(tokenizer, encoded.prompts, encoded.ids)
         if not allow_none:
             _check_any_left("the prompts", encoded)
         return encoded
+
+
+_ENDS_WITH_ASSISTANT = BadRow(
+    "ends with the assistant",
+    "the chat ends with a message of the assistant",
+    "Set --last_assistant_turn drop to have it answered again, or continue",
+)
 
 
 def load_prompts(
@@ -272,7 +308,10 @@ def _check_reserved(prompt: str | list[dict], reserved: Sequence[str]) -> BadRow
 
 
 def _check_ids(
-    prompt: object, ids: list[int] | RefusedChat | RefusedText, max_length: int, reserved_start: int | None
+    prompt: object,
+    ids: list[int] | RefusedChat | RefusedText,
+    max_length: int,
+    is_bad_start: Callable[[Sequence[int]], bool],
 ) -> BadRow | None:
     if isinstance(ids, RefusedChat):
         problem = f"the chat template refuses {shorten(prompt)} ({ids.reason})"
@@ -282,7 +321,7 @@ def _check_ids(
         return BadRow("refused by the tokenizer", problem, "Change the text")
     if not ids:
         return BadRow("no tokens", "the prompt has no tokens", "Use text that the tokenizer knows")
-    if isinstance(prompt, str) and ids[0] == reserved_start:
+    if isinstance(prompt, str) and is_bad_start(ids):
         problem = "the text starts with BOS, which this tokenizer adds to chats only"
         return BadRow("starts with BOS", problem, "Remove it, use chat messages")
     if len(ids) > max_length:

@@ -99,9 +99,8 @@ def evaluate(
         raise no_curve()
     sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
     prompt_limit = models.policy.context_length - sampling.max_new_tokens
-    skip = options.skip_bad_prompts
-    sets = {name: _encode(texts, models.policy, prompt_limit, skip) for name, texts in sets.items()}
-    corpus = _encode(corpus, models.policy, _NO_LIMIT, skip) if corpus else None
+    sets = {name: _encode(texts, models.policy, prompt_limit, options) for name, texts in sets.items()}
+    corpus = _encode(corpus, models.policy, _NO_LIMIT, options) if corpus else None
     if options.human_column is not None:  # Fail before sampling.
         load_mauve()
         for encoded in sets.values():
@@ -135,7 +134,7 @@ def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Model
     """Load the policy, its reference and the perplexity model; no model is loaded twice."""
     load_options: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     load_options |= {"dtype": "bfloat16"} if options.bf16 else {}
-    policy = QuarkGenerator.from_pretrained(model, **load_options)
+    policy = QuarkGenerator.from_pretrained(model, **load_options, **options.chat_defaults())
     ref_name = reference_name(model) if options.reference is None else str(options.reference)
     ref_name = None if options.reference == NO_REFERENCE else ref_name
     reference = _load_reference(ref_name, model, policy, load_options) if ref_name else None
@@ -213,11 +212,17 @@ def _contrast(
     return policy.contrast(plain_ids, guidance_scale, guidance_from)
 
 
-def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, skip_bad: bool) -> Prompts:
+def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, options: EvaluationOptions) -> Prompts:
     """The prompts with their token ids, without reward tokens."""
-    reserved = policy.conditioning.token_names if policy.conditioning else []
     # The tokenizer of a trained model adds the best reward tokens. They count towards `max_length`.
-    encoded = prompts.encode(policy.tokenizer, max_length=max_length, skip_bad=skip_bad, reserved=reserved)
+    encoded = prompts.encode(
+        policy.tokenizer,
+        max_length=max_length,
+        skip_bad=options.skip_bad_prompts,
+        reserved=policy.conditioning.token_names if policy.conditioning else [],
+        is_bad_start=policy.has_misplaced_reward_tokens,
+        last_assistant_turn=options.last_assistant_turn,
+    )
     return replace(encoded, ids=policy.strip(encoded.prompts, encoded.ids))
 
 

@@ -24,7 +24,12 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def lora_config(options: AdapterOptions) -> Any | None:
-    """Return the `peft` configuration of the adapter to train; None if all weights are trained."""
+    """Return the `peft` configuration of the adapter to train; None if all weights are trained.
+
+    Raises:
+        UserError: all weights are trained, and an option of the adapter is set.
+    """
+    options.check_adapter()
     if not options.lora_rank:
         return None
     from peft import LoraConfig

@@ -1,12 +1,13 @@
 """Chat templates that put reward tokens first by themselves.
 
 A steered template renders the same text as before, with the reward tokens in front, or behind the BOS with which the
-text starts. It is plain Jinja, so each program that reads chat templates can render it.
+text starts. Its argument `quantile` (best, worst or a number) selects other reward tokens. It is plain Jinja, so each
+program that reads chat templates can render it.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
@@ -17,13 +18,17 @@ _MARK = "\ufdd0quark\ufdd1"
 
 
 def steer_chat_template(
-    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], start_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    reward_token_ids: Sequence[int],
+    start_ids: Sequence[int],
+    choices: Mapping[str, Sequence[int]],
 ) -> Any:
     """Return the chat template of a tokenizer, or all of them by name, with reward tokens first.
 
     Args:
         tokenizer: knows the reward tokens.
-        reward_token_ids: one per attribute.
+        reward_token_ids: one per attribute; the default.
+        choices: other reward tokens, by the value of the template's argument `quantile`.
         start_ids: the special tokens that the reward tokens follow where a chat starts with them, such as BOS.
 
     Returns:
@@ -32,10 +37,27 @@ def steer_chat_template(
     templates = tokenizer.chat_template
     if not templates:
         return templates
-    head = _head(tokenizer, reward_token_ids, start_ids)
+    head = _tokens(tokenizer, reward_token_ids, choices) + _head(tokenizer, start_ids)
     if isinstance(templates, str):
         return _steer(templates, head)
     return {name: _steer(template, head) for name, template in templates.items()}
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token with which the chat template ends a message of the assistant; None if it has none.
+
+    It can be another token than EOS: `<|im_end|>` in a model whose EOS is `<|endoftext|>`.
+    """
+    probe = "quark"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": probe}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # noqa: BLE001 - there is no template, or it raises what its author wrote
+        return None
+    rest = text.rpartition(probe)[2].lstrip()
+    specials = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [name for name in specials if rest.startswith(name)]
+    return specials[max(ends, key=len)] if ends else None
 
 
 def _steer(template: str, head: str) -> str:
@@ -63,9 +85,27 @@ def _steer(template: str, head: str) -> str:
     )
 
 
-def _head(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], start_ids: Sequence[int]) -> str:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], choices: Mapping[str, Sequence[int]]
+) -> str:
+    """Jinja that sets `quark_tokens`, the reward tokens; it fails at an unknown quantile."""
+
+    def text(ids: Sequence[int]) -> str:
+        return _quote("".join(tokenizer.convert_ids_to_tokens(list(ids))))
+
+    refusal = _quote(f"quantile: must be one of {', '.join(choices)}.")
+    table = "{" + ", ".join(f"{_quote(name)}: {text(ids)}" for name, ids in choices.items()) + "}"
+    return (
+        "{% set quark_tokens = " + text(reward_token_ids) + " %}"
+        "{% if quantile is defined and quantile is not none %}"
+        "{% set quark_tokens = (" + table + ")[quantile | string] %}"
+        "{% if not quark_tokens %}{{ raise_exception(" + refusal + ") }}{% endif %}"
+        "{% endif %}"
+    )
+
+
+def _head(tokenizer: PreTrainedTokenizerBase, start_ids: Sequence[int]) -> str:
     """Jinja that sets `quark_head`, with the reward tokens, and `quark_rest`, which follows it."""
-    reward_tokens = "".join(tokenizer.convert_ids_to_tokens(list(reward_token_ids)))
     added = tokenizer.added_tokens_decoder
     tokens = [added[i] for i in start_ids if i in added]
     is_known = 0 < len(tokens) == len(start_ids)
@@ -76,7 +116,7 @@ def _head(tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], s
     return (
         "{% set quark_start = " + start + " if " + bare + ".startswith(" + start + ") else '' %}"
         "{% set quark_rest = " + rest + " if quark_start else quark_text %}"
-        "{% set quark_head = quark_start + " + _quote(reward_tokens) + _blank(tokenizer) + " %}"
+        "{% set quark_head = quark_start + quark_tokens" + _blank(tokenizer) + " %}"
     )
 
 

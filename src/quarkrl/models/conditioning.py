@@ -173,6 +173,8 @@ class Conditioning:
     ) -> PreTrainedTokenizerBase:
         """Return a copy of the tokenizer that puts the reward tokens of `quantiles` first by itself.
 
+        Its chat template has an argument `quantile`, which selects others.
+
         Args:
             tokenizer: the one with reward tokens that `add_to` returned.
             quantiles: one per attribute; the best by default.
@@ -180,7 +182,9 @@ class Conditioning:
         Raises:
             UserError: the tokenizer is not a fast one.
         """
-        return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best), self.prefix_ids)
+        names = ["best", "worst", *map(str, range(self.num_quantiles))]
+        choices = {name: self._tokens_of(self.quantiles_of(name)) for name in names}
+        return steer_tokenizer(tokenizer, self._tokens_of(quantiles or self.best), self.prefix_ids, choices)
 
     def add_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
         """Return the model with an adapter of `peft` that also trains the embedding rows of the reward tokens.

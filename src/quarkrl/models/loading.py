@@ -29,6 +29,7 @@ from quarkrl.models.adapters import (
     rename,
     saved_rows,
 )
+from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
@@ -187,7 +188,7 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[int]:
-    """The ids that end a completion: those of the model's generation config, and the tokenizer's EOS.
+    """The ids that end a completion: those of the generation config, the tokenizer's EOS, and the end of a turn.
 
     transformers' Trainer writes the tokenizer's EOS into the generation config, and vLLM stops at both.
 
@@ -198,7 +199,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_si
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list | tuple) else [configured]
-    ids = dict.fromkeys(i for i in (*configured, tokenizer.eos_token_id) if i is not None)
+    ids = dict.fromkeys(i for i in (*configured, tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if i is not None)
     return [i for i in ids if vocab_size is None or i < vocab_size]
 
 

@@ -5,7 +5,7 @@ trained on, without knowing about Quark.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -15,7 +15,10 @@ from quarkrl.models.special_tokens import post_processor, surrounding_ids
 
 
 def steer_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], prefix_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    reward_token_ids: Sequence[int],
+    prefix_ids: Sequence[int],
+    choices: Mapping[str, Sequence[int]],
 ) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer that puts reward tokens before each text, after special tokens such as BOS.
 
@@ -25,6 +28,7 @@ def steer_tokenizer(
         tokenizer: knows the reward tokens; it is not changed.
         reward_token_ids: one per attribute.
         prefix_ids: the ids that precede the reward tokens in a chat that starts with them.
+        choices: other reward tokens, by the value of the chat template's argument `quantile`.
 
     Raises:
         UserError: the tokenizer is not a fast one. Only those have a post-processor that can be set.
@@ -41,7 +45,7 @@ def steer_tokenizer(
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False
-    steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids)
+    steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids, choices)
     return steered
 
 

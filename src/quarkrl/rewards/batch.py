@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quarkrl.data.chats import as_messages
 from quarkrl.errors import UserError, did_you_mean
-from quarkrl.rewards.copying import as_messages, copy_state, copy_value
+from quarkrl.rewards.copying import copy_state, copy_value
 from quarkrl.rewards.reward import (
     BATCH_PARAMETERS,
     END_IDS,

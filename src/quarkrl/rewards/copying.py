@@ -1,7 +1,6 @@
 """Copies of a reward's arguments, so that a reward that changes them changes nothing of the run."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 _IMMUTABLE = frozenset({str, bytes, int, float, complex, bool, type(None)})
@@ -35,11 +34,3 @@ def copy_state(state: Any) -> Any:
     state.log_history = [dict(row) for row in state.log_history]
     state.stateful_callbacks = copy_value(state.stateful_callbacks)
     return state
-
-
-def as_messages(prompts: Sequence[Any], completions: Sequence[str]) -> list[Any]:
-    """Return the completions of chats as lists of one message, as TRL does, and those of texts as they are."""
-    return [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]

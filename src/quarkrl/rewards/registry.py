@@ -8,6 +8,7 @@ from typing import Any
 
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.rewards.custom import load_function
+from quarkrl.rewards.functions.brevity import Brevity
 from quarkrl.rewards.functions.classifier import Classifier, sentiment, toxicity
 from quarkrl.rewards.functions.judge import Judge
 from quarkrl.rewards.functions.perspective import Perspective
@@ -19,6 +20,7 @@ from quarkrl.rewards.spec import missing_options, options_of, read_options, spli
 
 # The factory of each named reward. Its keyword arguments are the options of a spec.
 REWARDS: dict[str, Callable[..., Reward]] = {
+    "brevity": Brevity,
     "judge": Judge,
     "perspective": Perspective,
     "profanity": Profanity,

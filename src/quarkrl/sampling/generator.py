@@ -1,7 +1,7 @@
 """`QuarkGenerator`: completions as text, from any quantile of a model that Quark trained."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import Any, cast
@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, warn_of_second_bos
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
@@ -19,6 +20,7 @@ from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
+from quarkrl.sampling.streaming import stream_tokens
 
 
 class QuarkGenerator:
@@ -73,6 +75,8 @@ class QuarkGenerator:
         *,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        system_prompt: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> "QuarkGenerator":
         """Load a run's `final/`, a checkpoint, or any causal language model.
@@ -81,6 +85,8 @@ class QuarkGenerator:
             path: a directory, or a name on the hub.
             device: the device of the model; by default a GPU if there is one.
             trust_remote_code: run the Python code in the model's repository; by default no such code runs.
+            system_prompt: the system message of chats without one; by default that of training.
+            chat_template_kwargs: arguments of the chat template; by default those of training.
             model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
 
         Raises:
@@ -89,6 +95,7 @@ class QuarkGenerator:
         model = load_model(path, trust_remote_code, **model_kwargs)
         reference = reference_name(path)
         tokenizer = load_tokenizer(path, trust_remote_code)
+        tokenizer = with_chat_defaults(tokenizer, system_prompt, chat_template_kwargs)
         return cls(
             model.to(device or default_device()).eval(),
             tokenizer,
@@ -157,13 +164,7 @@ class QuarkGenerator:
         contrast = None
         if check_guidance_scale(guidance_scale) != 1:
             contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile)
-        longest = max(map(len, prompt_ids), default=0)
-        if longest + sampling.max_new_tokens > self.context_length:
-            raise UserError(
-                f"max_new_tokens {sampling.max_new_tokens}: must be at most {max(0, self.context_length - longest)}, "
-                f"because a prompt has {longest} tokens and the context length is {self.context_length}. "
-                "Lower it, or shorten the prompt."
-            )
+        self._check_length(max(map(len, prompt_ids), default=0), sampling)
         completion_ids = complete(
             self.model,
             prompt_ids,
@@ -176,6 +177,64 @@ class QuarkGenerator:
         )
         texts = self.decode(plain_ids, completion_ids)
         return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        quantile: str | int = "best",
+        seed: Sequence[int] = (),
+        guidance_scale: float = 1.0,
+        guidance_from: str | int = "worst",
+        sampling: Sampling | None = None,
+    ) -> Iterator[str]:
+        """Yield one completion in pieces of text, as they are sampled.
+
+        Args:
+            prompt: a text or a chat.
+            quantile, guidance_scale, guidance_from: as in `generate`.
+            seed: integers that make the completion repeatable.
+            sampling: the sampling options; by default those of `generate`.
+
+        Raises:
+            UserError: as in `generate`.
+        """
+        sampling = sampling or Sampling()
+        (plain_ids,) = self._encode_plain([prompt])
+        prompt_ids = self.condition(plain_ids, quantile)
+        self._check_length(len(prompt_ids), sampling)
+        contrast = None
+        if check_guidance_scale(guidance_scale) != 1:
+            contrast = self.contrast([plain_ids], guidance_scale, guidance_from, quantile)
+        tokens = stream_tokens(
+            self.model,
+            prompt_ids,
+            sampling,
+            seed,
+            end_ids=self.end_ids,
+            vocab_size=self.vocab_size,
+            contrast=contrast,
+        )
+        ids: list[int] = []
+        written = ""
+        for token in tokens:
+            ids.append(token)
+            (text,) = self.decode([plain_ids], [ids])
+            # A token can end within a character, which the next token completes.
+            if text.startswith(written) and not text.endswith("\ufffd"):
+                yield text[len(written) :]
+                written = text
+        (text,) = self.decode([plain_ids], [ids])
+        if text.startswith(written) and text != written:
+            yield text[len(written) :]
+
+    def _check_length(self, longest: int, sampling: Sampling) -> None:
+        """Check that a prompt of this number of tokens and its completion fit into the context."""
+        if longest + sampling.max_new_tokens > self.context_length:
+            raise UserError(
+                f"max_new_tokens {sampling.max_new_tokens}: must be at most {max(0, self.context_length - longest)}, "
+                f"because a prompt has {longest} tokens and the context length is {self.context_length}. "
+                "Lower it, or shorten the prompt."
+            )
 
     def encode(self, prompts: Sequence[Prompt], quantile: str | int = "best") -> list[list[int]]:
         """Encode prompts as token ids that start with the reward tokens of `quantile`, after BOS.
@@ -207,13 +266,22 @@ class QuarkGenerator:
         """
         if self.conditioning is None:
             return [list(ids) for ids in prompt_ids]
-        stripped = [self.conditioning.strip(ids) for ids in prompt_ids]
-        for prompt, ids, plain_ids in zip(prompts, prompt_ids, stripped, strict=True):
-            if len(ids) > len(plain_ids) and not self.conditioning.is_prefixed(ids):
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            if self.has_misplaced_reward_tokens(ids):
                 raise UserError(
                     f"prompt {shorten(prompt)}: must not contain reward tokens or start with BOS. Remove them."
                 )
-        return stripped
+        return [self.conditioning.strip(ids) for ids in prompt_ids]
+
+    def has_misplaced_reward_tokens(self, ids: Sequence[int]) -> bool:
+        """Return whether the ids of a prompt have reward tokens elsewhere than in training.
+
+        That is the case for a prompt with reward tokens of its own, and for a text that starts with a BOS of chats.
+        """
+        conditioning = self.conditioning
+        if conditioning is None or len(ids) == len(conditioning.strip(ids)):
+            return False
+        return not conditioning.is_prefixed(ids)
 
     def condition(self, plain_ids: Sequence[int], quantile: str | int = "best") -> list[int]:
         """Add the reward tokens of `quantile` to the token ids of a prompt, after BOS.

@@ -107,13 +107,13 @@ def make_contrast(
     return Contrast(options.guidance_scale, [conditioning.prefix(ids, quantiles) for ids in plain_ids])
 
 
-def guided_logits(wanted: Tensor, contrast: Tensor, guidance_scale: float) -> Tensor:
+def guided_logits(wanted: Tensor, contrast: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Combine the logits of two distributions by the formula of this module.
 
     Args:
         wanted: `(batch, vocab)` logits; -inf for a token that is ruled out.
         contrast: `(batch, vocab)` logits of the same tokens.
-        guidance_scale: γ.
+        guidance_scale: γ, one for all or `(batch, 1)`.
 
     Returns:
         `(batch, vocab)` logits, -inf where `wanted` is.

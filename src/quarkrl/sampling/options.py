@@ -1,17 +1,26 @@
 """Options of commands that sample from a finished model. This module imports no torch, so `--help` is fast."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from quarkrl.data.chat_defaults import (
+    LAST_TURN_HELP,
+    SYSTEM_PROMPT_HELP,
+    TEMPLATE_KWARGS_HELP,
+    LastTurn,
+    read_template_kwargs,
+)
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
     from quarkrl.sampling.strategy import Sampling
 
+_AS_TRAINED = "The default is that of training."
+
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How a command samples completions.
+class DecodingOptions:
+    """How a command chooses tokens, and what it adds to chats.
 
     Raises:
         UserError: a value is out of its limits.
@@ -25,11 +34,20 @@ class SamplingOptions:
     )
     greedy: bool = option(False, "Choose the most likely token at each step.", group="sampling")
     seed: int = option(0, "Seed of the completions.", at_least=0, group="sampling")
-    batch_size: int = option(128, "Completions per batch.", at_least=1, group="sampling")
     trust_remote_code: bool = option(False, "Run the Python code in a model's repository.", group="sampling")
 
+    system_prompt: str | None = option(None, f"{SYSTEM_PROMPT_HELP} {_AS_TRAINED}", group="chats")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, f"{TEMPLATE_KWARGS_HELP} {_AS_TRAINED}", metavar="JSON", group="chats"
+    )
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chat_template_kwargs", read_template_kwargs(self.chat_template_kwargs))
         check_options(self)
+
+    def chat_defaults(self) -> dict[str, Any]:
+        """Return the options of chats as arguments of `QuarkGenerator.from_pretrained`."""
+        return {"system_prompt": self.system_prompt, "chat_template_kwargs": self.chat_template_kwargs}
 
     def strategy(self) -> "Sampling":
         """Return the rule that chooses the next token.
@@ -46,3 +64,11 @@ class SamplingOptions:
             top_p=self.top_p,
             do_sample=not self.greedy,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(DecodingOptions):
+    """How a command samples completions of many prompts."""
+
+    batch_size: int = option(128, "Completions per batch.", at_least=1, group="sampling")
+    last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, metavar="RULE", group="chats")

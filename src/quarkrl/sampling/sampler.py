@@ -62,7 +62,7 @@ def sample(
         logits = decoder.prefill()
         for position in range(length):
             ruled_out = eos if position < sampling.min_new_tokens else None
-            scores = _check_and_mask(logits[:, :vocab_size].float(), ruled_out)
+            scores = check_and_mask(logits[:, :vocab_size].float(), ruled_out)
             tokens = sampling.next_tokens(scores, None if numbers is None else numbers[active, position])
             completions[active, position] = tokens
             ended |= torch.isin(tokens, eos)
@@ -77,7 +77,7 @@ def sample(
     return [_truncate_after_eos(ids, set(end_ids)) for ids in completions.tolist()]
 
 
-def _check_and_mask(logits: Tensor, ruled_out: Tensor | None) -> Tensor:
+def check_and_mask(logits: Tensor, ruled_out: Tensor | None) -> Tensor:
     """Return the logits with -inf for the tokens that are ruled out.
 
     Raises:

@@ -82,7 +82,7 @@ class Sampling:
         return sample_by_inverse_transform(probabilities, uniforms)
 
 
-def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+def keep_nucleus(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
     """Keep the most likely tokens that together have at least `top_p`; set the other probabilities to 0.
 
     This is transformers' `TopPLogitsWarper`, except that equally likely tokens are kept or dropped together. That
@@ -91,7 +91,7 @@ def keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
     Args:
         probabilities: `(batch, vocab)`.
-        top_p: below 1.
+        top_p: one for all, or `(batch, 1)`.
     """
     if probabilities.device.type == "cpu":
         ascending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))

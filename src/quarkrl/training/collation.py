@@ -24,19 +24,21 @@ class Collator:
     Attributes:
         samples: the pool, quantized.
         draws: `(n,)`, indices into `samples`; an iteration learns from them.
+        contrast: quantiles behind which a batch has the same samples again, for distillation; None for no such inputs.
     """
 
     def __init__(self, conditioning: Conditioning, with_reference: bool):
         self.conditioning, self.with_reference = conditioning, with_reference
         self.samples: DataPool | Sequence[Sample] = ()
         self.draws: np.ndarray = np.zeros(0, dtype=np.int64)
+        self.contrast: tuple[int, ...] | None = None
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Make a batch of the draws of the given numbers.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
-            completion. With `ref_` before the name: the same for the reference.
+            completion. With `ref_` before the name: the same for the reference; with `contrast_`: for the contrast.
         """
         samples = [self.samples[int(self.draws[number])] for number in numbers]
         prompts = [sample.prompt_ids.tolist() for sample in samples]
@@ -46,6 +48,9 @@ class Collator:
         batch = build_batch(conditioned, completions)
         if self.with_reference:
             batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
+        if self.contrast is not None:
+            conditioned = [self.conditioning.prefix(prompt, self.contrast) for prompt in prompts]
+            batch |= {f"contrast_{name}": tensor for name, tensor in build_batch(conditioned, completions).items()}
         return batch
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from quarkrl.algorithm.coefficients import MAX_CHANGE
+from quarkrl.data.chat_defaults import read_template_kwargs
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options, join_words
@@ -42,6 +43,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             setattr(self, name, list(value) if isinstance(value, Sequence) else [float(value)])
             if not getattr(self, name):
                 raise UserError(f"{name} []: must be a number, or several that apply to iterations. The default is 1.")
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         check_options(self, INHERITED)
         self._check_lengths()
         self._check_guidance()
@@ -62,9 +64,9 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         remedy = "Set --num_iterations and --steps_per_iteration."
         if self.max_steps > 0:
             raise UserError(f"max_steps {self.max_steps}: must be left out. {remedy}")
-        if self.num_train_epochs not in (3.0, self.num_iterations):  # 3.0 is the default of TrainingArguments
+        if self.num_train_epochs not in (3.0, self.total_iterations):  # 3.0 is the default of TrainingArguments
             raise UserError(f"num_train_epochs {self.num_train_epochs}: must be left out. {remedy}")
-        self.num_train_epochs = self.num_iterations
+        self.num_train_epochs = self.total_iterations
 
     def _check_lengths(self) -> None:
         if self.min_completion_length > self.max_completion_length:
@@ -87,10 +89,10 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 f"guidance_from {self.guidance_from!r}: must be worst, reference or a quantile from 0 to "
                 f"{quantiles[-1]}."
             )
-        if self.guidance_from != "worst" and {self.eval_guidance_scale, *self.explore_guidance_scale} == {1}:
+        if self.guidance_from != "worst" and set(self.guidance_scales) == {1}:
             raise UserError(
                 f"guidance_from {self.guidance_from!r}: must be left out if guidance is off. Set "
-                "--explore_guidance_scale or --eval_guidance_scale."
+                "--explore_guidance_scale, --eval_guidance_scale or --distill_guidance_scale."
             )
 
     def _check_combinations(self) -> None:
@@ -172,10 +174,23 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 "--coef_horizon 2500."
             )
 
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """Every γ of the run; 1 is without guidance."""
+        return (*self.explore_guidance_scale, self.eval_guidance_scale, self.distill_guidance_scale)
+
+    @property
+    def total_iterations(self) -> int:
+        """The iterations of the run, those of distillation included."""
+        return self.num_iterations + (self.distill_iterations if self.distill_guidance_scale != 1 else 0)
+
     def run_identity(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, by name. `resume_rules` says which of them may change."""
         rules = {"branch", "fixed"} | ({"selection"} if self.load_best_model_at_end else set())
-        return {name: getattr(self, name, None) for name, rule in sorted(resume_rules().items()) if rule in rules}
+        names = [name for name, rule in sorted(resume_rules().items()) if rule in rules]
+        if self.distill_guidance_scale != 1:
+            names.append("num_iterations")  # Distillation begins after them.
+        return {name: getattr(self, name, None) for name in names}
 
     def recorded_options(self) -> dict[str, Any]:
         """Return the options that `quark.json` records beside the weights: Quark's own, and all that have an effect."""

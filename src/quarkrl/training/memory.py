@@ -114,7 +114,9 @@ def size_of_run(
     # An adapter that trains some rows of the embedding also merges them into a copy.
     tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
-    passes = 2 if any(scale != 1 for scale in (*options.explore_guidance_scale, options.eval_guidance_scale)) else 1
+    passes = 2 if any(scale != 1 for scale in options.guidance_scales) else 1
+    # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation.
+    whole = (0 if is_one_product(output) else 3) + (8 if options.distill_guidance_scale != 1 else 0)
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += num_completions * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
@@ -124,8 +126,7 @@ def size_of_run(
         loss=5 * 4 * slice_rows * vocab + tables * head.nbytes,
         activations=checkpointed if is_checkpointed else activations,
         checkpointed=checkpointed,
-        # The logits of policy and reference, and their gradient.
-        logits=0 if is_one_product(output) else 3 * 4 * options.max_completion_length * vocab,
+        logits=4 * options.max_completion_length * vocab * whole,
         # Autocast does not narrow keys that are rotated by their positions.
         cache=passes * 2 * layers * kv_heads * head_width * head.element_size() * length,
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.

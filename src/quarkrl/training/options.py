@@ -5,8 +5,9 @@ recorded in the identity of a run.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from quarkrl.data.chat_defaults import LAST_TURN_HELP, SYSTEM_PROMPT_HELP, TEMPLATE_KWARGS_HELP, LastTurn
 from quarkrl.options import option
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
@@ -29,6 +30,11 @@ class QuarkOptions:
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid prompts. Otherwise the first one is an error.", group="prompts", resume="free"
     )
+    system_prompt: str | None = option(None, SYSTEM_PROMPT_HELP, group="prompts", resume="fixed")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, TEMPLATE_KWARGS_HELP, group="prompts", metavar="JSON", resume="fixed"
+    )
+    last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed")
 
     # Rewards
     reward_weights: list[float] | None = option(
@@ -154,6 +160,17 @@ class QuarkOptions:
         "distribution and keeps the policy from sharpening. KL and entropy stay at 1.",
         above=0,
         group="learning",
+    )
+
+    # Learning: guidance baked in
+    distill_guidance_scale: float = option(
+        1.0,
+        "End the run by distilling guidance γ into the best token; 1 is off. No reward is called (docs/guide.md).",
+        at_least=0,
+        group="learning",
+    )
+    distill_iterations: int = option(
+        2, "Iterations of distillation, after num_iterations.", at_least=1, group="learning"
     )
 
     # Learning: the optimizer

@@ -152,7 +152,7 @@ class Progress(TrainerCallback):
         shown |= {n: self._learned_logs[n] for n in ("nll", "kl") if n in self._learned_logs}
         if seconds := self._time_left.seconds(args, state.global_step):
             shown["left"] = format_seconds(seconds)
-        number, last = (state.global_step - 1) // args.steps_per_iteration, args.num_iterations - 1
+        number, last = (state.global_step - 1) // args.steps_per_iteration, args.total_iterations - 1
         self._print(f"iteration {number}/{last}", shown)
 
     def _print(self, title: str, figures: dict[str, Any]) -> None:

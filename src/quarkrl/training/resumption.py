@@ -63,10 +63,10 @@ def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory:
         directory: the run's `pool/`.
         cached: the number of scores in the cache; None if there is no cache.
     """
-    iteration, last = step // args.steps_per_iteration, args.num_iterations - 1
+    iteration, last = step // args.steps_per_iteration, args.total_iterations - 1
     where = "the beginning (no checkpoint yet)"
     if step:
-        max_steps = args.num_iterations * args.steps_per_iteration
+        max_steps = args.total_iterations * args.steps_per_iteration
         where = f"iteration {min(iteration, last)}/{last}, step {step}/{max_steps}"
     facts = [f"resumed {args.output_dir} from {where}", f"pool {len(pool):,} samples"]
     if later := len(list(directory.glob("iteration-*"))) - len(set(pool.iterations.tolist())):

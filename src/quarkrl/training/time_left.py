@@ -12,8 +12,13 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
     return (
         f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions, and learns in "
         f"{args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
-        f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}"
+        f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}" + _describe_distillation(args)
     )
+
+
+def _describe_distillation(args: QuarkConfig) -> str:
+    count = args.total_iterations - args.num_iterations
+    return f". Then {count} more distil guidance γ = {args.distill_guidance_scale:g}, without rewards" if count else ""
 
 
 class TimeLeft:
@@ -43,8 +48,8 @@ class TimeLeft:
         if self._seconds_per_pass is None or not self._steps:
             return None
         next_iteration = -(-step // args.steps_per_iteration)
-        passes = sum(_passes(args, iteration) for iteration in range(next_iteration, args.num_iterations))
-        steps = args.num_iterations * args.steps_per_iteration - step
+        passes = sum(_passes(args, iteration) for iteration in range(next_iteration, args.total_iterations))
+        steps = args.total_iterations * args.steps_per_iteration - step
         return passes * self._seconds_per_pass + steps * self._seconds_of_steps / self._steps
 
 

@@ -24,6 +24,7 @@ From the official code:
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,12 +40,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.algorithm.coefficients import Coefficients
-from quarkrl.algorithm.loss import quark_loss
+from quarkrl.algorithm.loss import distillation_loss, quark_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length
+from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
+from quarkrl.models.completion_logits import Projection, completion_logits
 from quarkrl.models.conditioning import bos_of_chats, reward_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
@@ -54,12 +57,18 @@ from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
-from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.guidance import GuidanceOptions, guided_logits
 from quarkrl.sampling.prepared_weights import prepare_weights_once
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig
+from quarkrl.training.distillation import (
+    Teacher,
+    draw_completions,
+    find_teacher,
+    teacher_sampling,
+)
 from quarkrl.training.exploration import Complete, CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
@@ -128,6 +137,7 @@ class QuarkTrainer(DurableTrainer):
         self.args = args = args or QuarkConfig()
         self._recorded_options = args.recorded_options()  # DurableTrainer clears save_total_limit while it saves.
         model, tokenizer, peft_config = load_start(model, processing_class, peft_config)
+        tokenizer = with_chat_defaults(tokenizer, args.system_prompt, args.chat_template_kwargs)
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
@@ -137,13 +147,15 @@ class QuarkTrainer(DurableTrainer):
         self.scorer = reward_funcs
         check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
         self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
+        bos_id = bos_of_chats(self.plain_tokenizer)
         self._encode = partial(
             Prompts.encode,
             tokenizer=self.plain_tokenizer,
             max_length=self.max_prompt_length,
             skip_bad=args.skip_bad_prompts,
             reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
-            reserved_start=bos_of_chats(self.plain_tokenizer),
+            is_bad_start=lambda ids: ids[0] == bos_id,
+            last_assistant_turn=args.last_assistant_turn,
         )
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
@@ -173,6 +185,7 @@ class QuarkTrainer(DurableTrainer):
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
         self.loss_means = LossMeans()
+        self.teacher: Teacher | None = None
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file = MetricsFile(args.output_dir)
@@ -255,6 +268,9 @@ class QuarkTrainer(DurableTrainer):
 
     def begin_epoch(self, iteration: int) -> None:
         """Explore and quantize. The steps of the epoch then learn."""
+        if iteration >= self.args.num_iterations:
+            self.distil(iteration)
+            return
         if not (self.pool.iterations == iteration).any():
             self.explore(iteration)
         self.quantize(iteration)
@@ -346,6 +362,70 @@ class QuarkTrainer(DurableTrainer):
         else:
             yield policy
 
+    # Distil: after the last iteration of Quark, if `distill_guidance_scale` is set (distillation.py).
+
+    def distil(self, iteration: int) -> None:
+        """Sample with the teacher's guidance; the steps of the epoch then learn it on the best token."""
+        args, policy = self.args, self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError("distill_guidance_scale: must be 1 in a run with sharded weights. Leave it out.")
+        if self.teacher is None:
+            first_step = args.num_iterations * args.steps_per_iteration
+            is_first = self.is_world_process_zero()
+            self.teacher = find_teacher(policy, Path(args.output_dir), self.state.global_step, first_step, is_first)
+        prompts, rows = self.supply.schedule(iteration)
+        sampling, start = teacher_sampling(args, iteration), time.perf_counter()
+        prompt_ids, uniforms = [prompts.ids[row] for row in rows], sampling.uniforms(len(rows), args.seed, iteration)
+        completions: list[list[int]] = []
+        with self.progress.sampling(f"iteration {iteration}", len(rows)), self.teacher.within(policy):
+            for begin in range(0, len(rows), self.memory_plan.generation_batch_size):
+                self.stop_if_requested()
+                batch = slice(begin, begin + self.memory_plan.generation_batch_size)
+                with self.policy_sampler(args.distill_guidance_scale) as complete:
+                    numbers = None if uniforms is None else uniforms[batch]
+                    completions += complete(prompt_ids[batch], sampling, numbers)
+                self.progress.advance_sampling(len(prompt_ids[batch]))
+        self._learn_from_teacher(iteration, prompt_ids, completions)
+        metrics = {
+            "iteration": iteration,
+            "distill_guidance_scale": args.distill_guidance_scale,
+            "completion_length": float(np.mean([len(ids) for ids in completions])),
+            "eos_share": float(np.mean([ids[-1] in self.end_ids for ids in completions])),
+            "seconds_sample": time.perf_counter() - start,
+        }
+        self.log(metrics)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the current iteration distils guidance."""
+        return self.teacher is not None
+
+    def _learn_from_teacher(self, iteration: int, prompts: list[list[int]], completions: list[list[int]]) -> None:
+        """Draw what the iteration learns from, and have batches made for it."""
+        args, rng = self.args, np.random.default_rng((self.args.seed, iteration, 1))
+        best = self.conditioning.best
+        samples, draws = draw_completions(prompts, completions, best, args.draws_per_iteration, rng)
+        lengths = np.array([len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples])
+        self.collate.samples = samples
+        self.collate.draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
+        self.collate.with_reference = args.guidance_from == "reference"
+        if not self.collate.with_reference:
+            self.collate.contrast = self.conditioning.quantiles_of(args.guidance_from)
+
+    def _guided_logits(self, inputs: dict[str, Tensor]) -> Projection:
+        """Return the logits that distillation learns: those of the teacher with guidance."""
+        args, policy, teacher = self.args, self.accelerator.unwrap_model(self.model), cast(Teacher, self.teacher)
+        names = "input_ids", "attention_mask", "labels"
+        from_reference = self.collate.contrast is None
+        with torch.no_grad(), self.accelerator.autocast():
+            with teacher.within(policy):
+                wanted = completion_logits(policy, *(inputs[name] for name in names))
+            with self.reference() if from_reference else teacher.within(policy) as other:
+                prefix = "ref" if from_reference else "contrast"
+                contrast = completion_logits(other, *(inputs[f"{prefix}_{name}"] for name in names))
+        wanted, contrast = (side[:, : self.conditioning.vocab_size].float() for side in (wanted, contrast))
+        return Projection(guided_logits(wanted, contrast, args.distill_guidance_scale))
+
     # Quantize.
 
     def quantize(self, iteration: int) -> None:
@@ -376,7 +456,9 @@ class QuarkTrainer(DurableTrainer):
         policy_head, ref_head = self.decide_heads()
         policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = None
-        if args.kl_coef:
+        if self.distils:
+            ref = self._guided_logits(inputs)
+        elif args.kl_coef:
             with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
                 ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
                 ref = completion_projection(reference, *ref_inputs, ref_head)
@@ -389,7 +471,10 @@ class QuarkTrainer(DurableTrainer):
         ends = labels, args.min_completion_length, self.end_ids
         with self.accelerator.autocast():
             policy_logits, ref_logits = policy.suppress_early_eos(*ends), ref and ref.suppress_early_eos(*ends)
-            loss = quark_loss(policy_logits, ref_logits, labels[labels != -100], **settings)
+            if self.distils and ref_logits:
+                loss = distillation_loss(policy_logits.logits(), ref_logits.logits(), labels[labels != -100])
+            else:
+                loss = quark_loss(policy_logits, ref_logits, labels[labels != -100], **settings)
         tokens = policy.shape[0]
         if self.model.training:
             self.loss_means.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
@@ -418,7 +503,7 @@ class QuarkTrainer(DurableTrainer):
 
     def adapt(self) -> None:
         """Move β and α towards their targets, if they have any, by what the last step measured."""
-        if self.coefs.adaptive and self.loss_means.step["tokens"]:
+        if not self.distils and self.coefs.adaptive and self.loss_means.step["tokens"]:
             kl, entropy = self.loss_means.last_per_completion(self.accelerator)
             self.coefs.adapt(kl, entropy, samples=self.args.draws_per_step)
 
@@ -455,7 +540,7 @@ class QuarkTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log` does. With the loss go the means of its parts since the last time, and β and α."""
         if "loss" in logs:
-            logs = {**logs, **self.loss_means.drain(self.accelerator), **self.coefs.current}
+            logs = {**logs, **self.loss_means.drain(self.accelerator), **({} if self.distils else self.coefs.current)}
         super().log(logs, start_time)
 
     # Save and resume.
@@ -475,10 +560,12 @@ class QuarkTrainer(DurableTrainer):
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, steps_per_iteration = self.state.global_step, self.args.steps_per_iteration
         self.loss_means.drop_step()  # An error may have ended this trainer's last run within a step.
+        self.teacher, self.collate.contrast, self.collate.with_reference = None, None, bool(self.args.kl_coef)
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
-        self.pool = load_pool(self.pool, self.pool_directory, step, steps_per_iteration)
-        if iteration_count := count_begun_iterations(step, steps_per_iteration):
+        explored_until = min(step, self.args.num_iterations * steps_per_iteration)  # Distillation explores nothing.
+        self.pool = load_pool(self.pool, self.pool_directory, explored_until, steps_per_iteration)
+        if iteration_count := count_begun_iterations(explored_until, steps_per_iteration):
             self.quantize(iteration_count - 1)
         if self.is_world_process_zero():
             line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cache_size)

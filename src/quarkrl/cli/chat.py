@@ -1,0 +1,194 @@
+"""`quarkrl chat`: talk to a model, and change its quantile or guidance while you talk.
+
+Lines come from a terminal or a pipe. Answers go to standard output, everything else to standard error.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quarkrl.cli.common import model_path, note, quiet_libraries
+from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.errors import UserError, did_you_mean
+from quarkrl.options import option
+from quarkrl.sampling.options import DecodingOptions
+
+if TYPE_CHECKING:
+    from quarkrl.sampling.generator import QuarkGenerator
+
+NAME = "chat"
+HELP = "talk to a model, at any quantile"
+
+_COMMANDS = """\
+/quantile best|worst|N   answer from another quantile
+/guidance X              steer further: guidance γ, 1 is off
+/system TEXT             set the system message; without TEXT remove it
+/reset                   forget the conversation
+/quit                    end, as Ctrl-D does; Ctrl-C stops an answer"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(DecodingOptions):
+    """How the model answers."""
+
+    quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
+    guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)
+    guidance_from: str = option("worst", "Guidance steers away from a quantile, or from the reference.", metavar="FROM")
+    max_new_tokens: int = option(256, "Maximum length of an answer in tokens.", at_least=1, group="sampling")
+
+
+def add_options(parser: Parser) -> None:
+    """Add the arguments of `quarkrl chat`."""
+    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, or a plain model")
+    add_flags(parser, ChatOptions)
+
+
+@dataclass
+class Conversation:
+    """Messages so far, and how the next one is answered.
+
+    Attributes:
+        generator: the model.
+        options: the sampling options.
+        quantile, guidance_scale: of the next answers.
+        system: the system message; None for the default of the chat template.
+        messages: of the user and the assistant.
+    """
+
+    generator: "QuarkGenerator"
+    options: ChatOptions
+    quantile: str
+    guidance_scale: float
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Add a message of the user, and yield the answer in pieces. An answer that is stopped is kept as it is.
+
+        Raises:
+            UserError: the model cannot answer; the message is then forgotten.
+        """
+        question = {"role": "user", "content": text}
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        pieces: list[str] = []
+        try:
+            for piece in self.generator.stream(
+                [*system, *self.messages, question],
+                quantile=self.quantile,
+                seed=(self.options.seed, len(self.messages)),
+                guidance_scale=self.guidance_scale,
+                guidance_from=self.options.guidance_from,
+                sampling=self.options.strategy(),
+            ):
+                pieces.append(piece)
+                yield piece
+        except UserError:
+            raise
+        except BaseException:
+            self._keep(question, pieces)
+            raise
+        self._keep(question, pieces)
+
+    def _keep(self, question: dict[str, Any], pieces: list[str]) -> None:
+        self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+
+    def command(self, line: str) -> str | None:
+        """Run a command such as "/quantile worst"; return what to tell the user, or None to end.
+
+        Raises:
+            UserError: there is no such command, or its value is invalid.
+        """
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        if name == "/quit":
+            return None
+        if name == "/help":
+            return _COMMANDS
+        if name == "/reset":
+            self.messages.clear()
+            return "the conversation starts again"
+        if name == "/system":
+            self.system = value or None
+            return f"system message: {self.system or 'default'}"
+        if name == "/quantile":
+            self.generator.condition([], value)
+            self.quantile = value
+            return f"quantile: {value}"
+        if name == "/guidance":
+            self.guidance_scale = self._read_guidance(value)
+            return f"guidance: {self.guidance_scale:g}"
+        names = ("/quantile", "/guidance", "/system", "/reset", "/quit", "/help")
+        raise UserError(f"command {name}: must be one of {', '.join(names)}.{did_you_mean(name, names)}")
+
+    def _read_guidance(self, value: str) -> float:
+        try:
+            scale = float(value)
+        except ValueError:
+            raise UserError(f"guidance {value!r}: must be a number. 1 is off.") from None
+        if scale != 1:  # Fails for a model or a quantile without contrast.
+            self.generator.contrast([[]], scale, self.options.guidance_from, self.quantile)
+        return scale
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model, and answer one line after another."""
+    from quarkrl.data.chats import reads_chats
+    from quarkrl.sampling.generator import QuarkGenerator
+
+    options = options_from(arguments, ChatOptions)
+    options.strategy()
+    if sys.stdin is None:
+        raise UserError("standard input is closed. Use a terminal, or pipe text into the command.")
+    quiet_libraries()
+    generator = QuarkGenerator.from_pretrained(
+        model_path(arguments.model), trust_remote_code=options.trust_remote_code, **options.chat_defaults()
+    )
+    if not reads_chats(generator.tokenizer):
+        raise UserError(f"model {arguments.model!r}: must have a chat template. Use quarkrl generate for texts.")
+    conversation = Conversation(generator, options, options.quantile, options.guidance_scale)
+    conversation.command(f"/quantile {options.quantile}")
+    conversation.command(f"/guidance {options.guidance_scale}")
+    conditioning = generator.conditioning
+    levels = f"quantiles 0 (worst) to {conditioning.num_quantiles - 1} (best)" if conditioning else "no quantiles"
+    note(f"{arguments.model}: {levels}. /help lists the commands.")
+    _talk(conversation)
+
+
+def _talk(conversation: Conversation) -> None:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401 - input() then has line editing and history
+    else:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            note("\nCtrl-D or /quit ends.")
+            continue
+        try:
+            if line.startswith("/"):
+                reply = conversation.command(line)
+                if reply is None:
+                    return
+                note(reply)
+            elif line:
+                _print_answer(conversation, line)
+        except UserError as error:
+            note(f"error: {error}")
+    if is_terminal:
+        print()
+
+
+def _print_answer(conversation: Conversation, line: str) -> None:
+    try:
+        for piece in conversation.answer(line):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        note("\nstopped")
+        return
+    print(flush=True)
