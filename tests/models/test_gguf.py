@@ -163,6 +163,7 @@ def test_llama_cpp_adds_a_bos_that_precedes_the_reward_token(tmp_path):
         chat = [{"role": "user", "content": text}]
         ids = steered.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert server.ids_of(server.render(text)) == ids and ids[1] == 2050
+        assert server.ids_of(server.render(text, quantile="worst")) == [ids[0], 2048, *ids[2:]]
 
 
 def test_what_precedes_a_text_is_printed_where_llama_cpp_does_not_put_it(tmp_path, capsys):
