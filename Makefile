@@ -65,9 +65,11 @@ benchmarks: install  ## speed and memory, against the textbook, on an idle machi
 	for name in iteration pool overlap scaling; do \
 		$(BIN)/python benchmarks/$$name.py --output benchmarks/results || exit 1; \
 	done
+	test ! -d models/smollm2-135m-instruct || $(BIN)/python benchmarks/real_model.py --output benchmarks/results
 
 benchmarks-quick: install  ## the same, small: fails where results are wrong, never where they are slow
-	for name in iteration pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in iteration real_model pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	benchmarks/gpu.sh --device cpu --quick --python $(BIN)/python
 
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit

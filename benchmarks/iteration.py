@@ -50,11 +50,12 @@ def default_sides() -> list[str]:
 class TimedTrainer(QuarkTrainer):
     """A `QuarkTrainer` that records a clock per iteration and the lengths of the samples that it learns from."""
 
-    def __init__(self, model: str, config: QuarkConfig, prompts: list[str], device: str):
+    def __init__(self, model: str, config: QuarkConfig, prompts: list[str], device: str, lora_rank: int = 0):
         self.clocks: list[Clock] = []
         self.learned: list[tuple[list[int], list[int]]] = []
         self.device = device
-        super().__init__(model, measure.reward, config, prompts, callbacks=[_Learning(self)])
+        adapter = measure.lora_config(lora_rank) if lora_rank else None
+        super().__init__(model, measure.reward, config, prompts, peft_config=adapter, callbacks=[_Learning(self)])
 
     def explore(self, iteration: int) -> None:
         self.clocks.append(Clock(self.device))
@@ -98,7 +99,7 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
         min_completion_length=task["length"],
         top_p=0.9,
         bf16=task["bf16"],
-        ref_dtype="bfloat16" if task["bf16"] else "same",
+        ref_dtype="bfloat16" if task["bf16"] and not task.get("lora_rank") else "same",
         use_cpu=task["device"] == "cpu",
         on_collapse="warn",
         save_strategy="no",
@@ -106,7 +107,7 @@ def quarkrl_trainer(directory: Path, prompts: list[str], work: Path, task: dict[
         disable_tqdm=True,
         seed=0,
     )
-    return TimedTrainer(str(directory), config, prompts, task["device"])
+    return TimedTrainer(str(directory), config, prompts, task["device"], task.get("lora_rank", 0))
 
 
 def run_quarkrl(directory: Path, prompts: list[str], task: dict[str, Any]) -> tuple[list[Clock], Any, int]:
@@ -169,7 +170,8 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     # The policy and the reference, which is in bfloat16 for quarkrl-bf16.
     models = 1.5 if task["bf16"] and task["side"].startswith("quarkrl") else 2.0
     figures: dict[str, Any] = {"tokens": tokens, "models_bytes": models * weights, "optimizer_bytes": 3 * weights}
-    figures["beyond_bytes"] = measure.peak_bytes(device) - before - figures["models_bytes"]
+    peak = max(peak for clock in clocks for peak in clock.peak_bytes.values())
+    figures["beyond_bytes"] = peak - before - figures["models_bytes"]
     counted = [clock.seconds for clock in clocks[1:]]
     figures |= {name: statistics.mean(seconds[name] for seconds in counted) for name in counted[0]}
     figures["iteration"] = sum(figures[name] for name in counted[0])
@@ -271,7 +273,7 @@ def main() -> None:
     parser.add_argument("--num_quantiles", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--peak_tflops", type=float, help="peak rate in the device's data sheet, for MFU; measured by default"
+        "--peak_tflops", type=float, help="peak rate for MFU; by default of the data sheet, or measured for other GPUs"
     )
     parser.add_argument("--prompts", type=Path, help="RealToxicityPrompts as JSONL; random tokens by default")
     parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer for --prompts")
@@ -280,6 +282,7 @@ def main() -> None:
         with redirect_stdout(sys.stderr):
             figures = run(options.child)
         return measure.answer(figures)
+    options.peak_tflops = options.peak_tflops or measure.data_sheet_tflops(options.device)
     name = options.shape or ("quick" if options.quick else "gpt2")
     counts = ("iterations", "batches", "batch_size", "length", "num_quantiles", "device", "peak_tflops")
     task: dict[str, Any] = {name: getattr(options, name) for name in counts}
@@ -301,7 +304,7 @@ def main() -> None:
                 runs[side].append(measure.child(__file__, {**task, **which}))
     if len(counted := {run["tokens"] for side in runs.values() for run in side}) > 1:
         sys.exit(f"the sides sampled different numbers of tokens: {sorted(counted)}")
-    about = f"iteration-{name}" + ("-cuda" if options.device == "cuda" else "")
+    about = options.name or f"iteration-{name}" + ("-cuda" if options.device == "cuda" else "")
     tables = make_tables({side: measure.medians(figures) for side, figures in runs.items()}, task)
     measure.report(about, options.device, tables, options.output, task=task, runs=runs)
 

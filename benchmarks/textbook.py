@@ -19,6 +19,7 @@ import copy
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,10 @@ class Textbook:
         self.pool: list[tuple[float, str, str]] = []  # reward, prompt, completion
         self.quantiles: list[int] = []
         self.explorations = 0
+
+    def reference_model(self) -> AbstractContextManager[torch.nn.Module]:
+        """Provide the reference within a context."""
+        return nullcontext(self.reference)
 
     # Explore.
 
@@ -157,10 +162,11 @@ class Textbook:
         """Return NLL + β KL(policy || reference) - α entropy, averaged over completion tokens."""
         conditioned = self._prepend_reward_tokens(batch.quantiles, batch.prompt_ids, batch.prompt_mask)
         logits = self._completion_logits(self.policy, *conditioned, batch)  # (batch, length, V + K)
-        with torch.no_grad():
-            ref_logits = self._completion_logits(self.reference, batch.prompt_ids, batch.prompt_mask, batch)
+        with torch.no_grad(), self.reference_model() as reference:
+            ref_logits = self._completion_logits(reference, batch.prompt_ids, batch.prompt_mask, batch)
         nll = -F.log_softmax(logits, dim=-1).gather(-1, batch.completion_ids[..., None])[..., 0]
         original = logits[..., : self.vocab_size]
+        ref_logits = ref_logits[..., : self.vocab_size]
         entropy = torch.distributions.Categorical(logits=original).entropy()
         kl = F.kl_div(F.log_softmax(ref_logits, dim=-1), F.softmax(original, dim=-1), reduction="none").sum(-1)
         losses = nll + self.kl_coef * kl - self.entropy_coef * entropy

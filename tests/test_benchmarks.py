@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import iteration
 import measure
+import real_model
 from measure import SHAPES, Shape
 from textbook import Textbook
 
@@ -72,6 +73,25 @@ def test_the_operations_of_learning_by_hand():
     # at 3 positions: (3 + 1) * 2 * 2 * 10 * 3.
     shape = Shape(layers=1, width=2, heads=1, vocab=10, positions=8)
     assert measure.learning_flops(shape, [2], [3]) == 23 * 96 + (504 + 120) + 480
+
+
+def test_the_operations_of_learning_an_adapter_by_hand():
+    # As above, but frozen weights need no gradient: (2 * 6 + 5) * 96 and (2 + 1) * 2 * 2 * 10 * 3. The adapter, of rank
+    # 1, has 8 + 4 + 10 + 10 parameters, each with 3 times 2 operations for 6 tokens.
+    shape = Shape(layers=1, width=2, heads=1, vocab=10, positions=8)
+    assert measure.learning_flops(shape, [2], [3], lora_rank=1) == 17 * 96 + 624 + 360 + 3 * 2 * 32 * 6
+
+
+def test_the_operations_of_sampling_by_hand():
+    # A prompt of 2 tokens, then 2 of 3 tokens are read, at 3 and 4 positions. The output layer: 2 * 2 * 10 each time.
+    shape = Shape(layers=1, width=2, heads=1, vocab=10, positions=8)
+    assert measure.sampling_flops(shape, [2], 3) == (2 * 96 + 2 * 2 * 2 * 3 + 40, 2 * (96 + 40) + 4 * 2 * (3 + 4))
+
+
+def test_the_lora_loop_and_quarkrl_agree_on_loss_and_gradients(tmp_path):
+    measure.make_model(tmp_path, SHAPES["micro-llama"])
+    task = {**TASK, "lora_rank": 4}
+    assert real_model.disagreements(tmp_path, measure.make_prompts(8, SHAPES["micro-llama"]), task) == []
 
 
 def test_prompts_are_as_long_as_realtoxicityprompts():

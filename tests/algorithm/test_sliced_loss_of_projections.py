@@ -28,6 +28,29 @@ def test_the_gradient_is_that_of_the_value_behind_scale_and_soft_cap():
     assert torch.autograd.gradcheck(total, inputs)
 
 
+def test_rows_that_are_trained_beside_a_frozen_weight_get_their_gradient():
+    torch.manual_seed(0)
+    hidden, values = torch.randn(5, 3).double().requires_grad_(), torch.randn(2, 3).double().requires_grad_()
+    weight, ids, ref = torch.randn(8, 3).double(), torch.tensor([7, 2]), torch.randn(5, 6).double()
+
+    def total(hidden, values):
+        projection = Projection(hidden, weight, scale=1.7, cap=2.0, row_ids=ids, row_values=values)
+        return quark_loss(projection, ref, TARGETS, **COEFS, slice_length=2).total
+
+    assert torch.autograd.gradcheck(total, (hidden, values))
+    replaced = weight.index_copy(0, ids, values)
+    logits = Projection(hidden, replaced, scale=1.7, cap=2.0).logits()
+    torch.testing.assert_close(total(hidden, values), quark_loss_plain(logits, ref, TARGETS, **COEFS).total)
+
+
+def test_rows_beyond_a_limited_vocabulary_are_dropped():
+    projection = Projection(
+        torch.ones(1, 2), torch.zeros(4, 2), row_ids=torch.tensor([3, 1]), row_values=torch.ones(2, 2)
+    )
+    assert projection.logits().tolist() == [[0, 2, 0, 2]]
+    assert projection.limit_vocab(3).logits().tolist() == [[0, 2, 0]]
+
+
 @pytest.mark.parametrize("has_weight", [True, False])
 def test_a_suppressed_eos_is_as_if_there_were_none(has_weight):
     """A completion of at least one token: words 0 and 1, then EOS, which is token 2 of three."""

@@ -147,6 +147,13 @@ def test_peft_merges_and_unmerges_trained_token_rows():
     assert isinstance(TrainableTokensLayer.merged, property)
 
 
+def test_peft_computes_trained_token_rows_in_one_method():
+    """`models/token_rows.py` overrides `forward_adapters` and calls the other two."""
+    assert parameters_of(TrainableTokensLayer.forward_adapters) == "(x, active_adapters, *args, **kwargs)"
+    assert parameters_of(TrainableTokensLayer._check_overlapping_tokens) == "(adapter_names)"
+    assert parameters_of(TrainableTokensLayer._get_embed_scale) == "()"
+
+
 def test_accelerate_has_the_state_and_the_function_that_fsdp_needs():
     """`runs/fsdp.py` uses them."""
     assert isinstance(PartialState._shared_state, dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quarkrl.models.batching import batches_by_length, build_batch, left_pad, right_pad
+from quarkrl.models.batching import batches_by_length, build_batch, left_pad, right_pad, split_by_length
 
 
 def test_padding_on_the_left_by_hand():
@@ -48,3 +48,23 @@ def test_a_batch_has_at_most_4096_padded_positions_or_one_item():
     assert [len(batch) for batch in batches_by_length(range(5), [2000] * 5, 128)] == [2, 2, 1]
     assert [len(batch) for batch in batches_by_length(range(3), [2048] * 3, 128)] == [2, 1]
     assert [len(batch) for batch in batches_by_length([0, 1], [9000, 9000], 128)] == [1, 1]
+
+
+def test_a_batch_is_split_into_parts_of_similar_length_without_their_padding():
+    batch = build_batch([[1], [2, 2, 2], [3], [4, 4]], [[9], [9, 9], [9, 9], [9]])
+    batch |= {f"ref_{name}": tensor for name, tensor in build_batch([[], [2, 2], [], [4]], [[9]] * 4).items()}
+    parts = list(split_by_length(batch, 6))
+    # Rows of 2 and 3 tokens fit into 6 positions. A row of 3 tokens and one of 5 do not.
+    assert [part["input_ids"].tolist() for part in parts] == [
+        [[1, 9, 0], [3, 9, 9]],
+        [[4, 4, 9]],
+        [[2, 2, 2, 9, 9]],
+    ]
+    assert [part["ref_input_ids"].tolist() for part in parts] == [[[9], [9]], [[4, 9]], [[2, 2, 9]]]
+    assert parts[0]["labels"].tolist() == [[-100, 9, -100], [-100, 9, 9]]
+
+
+def test_a_small_batch_is_not_split_and_a_long_row_is_a_part():
+    batch = build_batch([[1], [2, 2, 2]], [[9], [9, 9]])
+    assert [part["input_ids"].tolist() for part in split_by_length(batch, 10)] == [batch["input_ids"].tolist()]
+    assert [part["input_ids"].shape for part in split_by_length(batch, 1)] == [(1, 2), (1, 5)]

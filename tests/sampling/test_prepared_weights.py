@@ -84,6 +84,24 @@ def test_rows_that_peft_unmerges_within_the_block_are_no_violation():
     assert_same_state(state_of(model), before)
 
 
+def test_adapters_are_merged_within_the_block_and_restored_to_the_bit():
+    model = adapted()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    before, ids = state_of(model), torch.tensor([[257, 5]])
+    with torch.no_grad():
+        expected = model(ids).logits
+    with pytest.raises(ZeroDivisionError), prepare_weights_once(model, merge_adapters=True):
+        assert all(layer.merged for layer in model.modules() if hasattr(layer, "lora_A"))
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        raise ZeroDivisionError
+    assert_same_state(state_of(model), before)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+
+
 def freeze_a_trained_weight(model):
     next(weight for name, weight in model.named_parameters() if "lora_A" in name).requires_grad_(False)
 

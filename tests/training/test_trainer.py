@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -444,6 +445,27 @@ def test_sampling_makes_each_weight_once_whether_it_is_learned_or_not(tmp_path, 
     for name, weight in sampled.named_parameters():
         learned, value = before[name]
         assert weight.requires_grad == learned and torch.equal(weight, value), name
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "adapter"])
+def test_learning_in_parts_gives_the_gradient_and_the_means_of_the_whole_batch(tmp_path, adapted):
+    trainer = small_trainer(tmp_path, peft_config=replace(LORA, lora_dropout=0.0) if adapted else None)
+    trainer.begin_epoch(0)
+    trainer.create_optimizer()
+    batch, results = trainer.collate(range(8)), []
+    tokens = (batch["labels"] != -100).sum()
+    for positions in (0, 3 * batch["input_ids"].shape[1]):
+        trainer.part_positions = positions
+        loss = trainer.training_step(trainer.model, dict(batch), tokens)
+        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        results.append((loss, gradients, trainer.loss_means.step))
+        trainer.loss_means.drop_step()
+        trainer.model.zero_grad()
+    (whole_loss, whole, whole_means), (loss, parts, means) = results
+    torch.testing.assert_close(loss, whole_loss)
+    assert means == pytest.approx(whole_means, rel=1e-5) and whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path):

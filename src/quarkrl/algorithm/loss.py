@@ -80,7 +80,7 @@ def quark_loss(
     settings = LossSettings(kl_coef, entropy_coef, kl_direction, nll_temperature)
     inputs = LossInputs(policy, ref, targets, settings, slice_length)
     # Autograd sees only tensors that are direct arguments, so those with a gradient are passed on their own.
-    return QuarkLoss(*SlicedQuarkLoss.apply(policy.hidden, policy.weight, policy.bias, inputs))
+    return QuarkLoss(*SlicedQuarkLoss.apply(policy.hidden, policy.weight, policy.bias, policy.row_values, inputs))
 
 
 def quark_loss_plain(

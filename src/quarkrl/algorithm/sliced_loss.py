@@ -60,10 +60,10 @@ class LossInputs(NamedTuple):
 
 
 class SlicedQuarkLoss(torch.autograd.Function):
-    """Autograd function of the policy's hidden states, output weight and bias; returns total, NLL, KL and entropy."""
+    """Autograd function of the policy's hidden states and output layer; returns total, NLL, KL and entropy."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, inputs):
+    def forward(ctx, hidden, weight, bias, row_values, inputs):
         """Compute total, NLL, KL and entropy, and the gradient that `backward` scales."""
         tokens, vocab_size = inputs.policy.shape
         kl_coef, entropy_coef, _, _ = inputs.settings
@@ -72,7 +72,8 @@ class SlicedQuarkLoss(torch.autograd.Function):
         ref = None if inputs.ref is None else _cast_as_autocast(inputs.ref)
         dtypes = [projection.hidden.dtype for projection in (policy, ref) if projection is not None]
         dtype = reduce(torch.promote_types, dtypes, torch.float32)  # That of the loss: at least float32.
-        gradients = _Gradients.zeros((hidden, weight, bias), ctx.needs_input_grad[:3])
+        tensors = hidden, weight, bias, row_values
+        gradients = _Gradients.zeros(tensors, ctx.needs_input_grad[:4])
         sums = torch.zeros(3, dtype=dtype, device=hidden.device)
         step = inputs.slice_length or default_slice_length(vocab_size)
         buffers = _Buffers(hidden.device)
@@ -90,7 +91,7 @@ class SlicedQuarkLoss(torch.autograd.Function):
                     dz = z if reusable else buffers.empty_like(z, "dz")
                     _compute_gradient(terms, target, inputs.settings, dz)
                     gradients.add(policy, rows, policy.product_grad(dz, z), buffers)
-        ctx.gradients = gradients.cast_as((hidden, weight, bias))
+        ctx.gradients = gradients.cast_as(tensors)
         ctx.tokens = tokens
         nll, kl, entropy = sums / max(tokens, 1)
         total = nll + kl_coef * kl - entropy_coef * entropy
@@ -110,8 +111,9 @@ def _cast_as_autocast(projection: Projection) -> Projection:
     if projection.weight is None or not torch.is_autocast_enabled(device):
         return projection
     dtype = torch.get_autocast_dtype(device)
-    bias = None if projection.bias is None else projection.bias.to(dtype)
-    return projection._replace(hidden=projection.hidden.to(dtype), weight=projection.weight.to(dtype), bias=bias)
+    names = "hidden", "weight", "bias", "row_values"
+    tensors = {name: getattr(projection, name) for name in names}
+    return projection._replace(**{name: tensor.to(dtype) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass
@@ -266,6 +268,7 @@ class _Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    row_values: Tensor | None
 
     @classmethod
     def zeros(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> "_Gradients":
@@ -279,7 +282,10 @@ class _Gradients(NamedTuple):
         )
 
     def add(self, policy: Projection, rows: slice, dz: Tensor, buffers: _Buffers) -> None:
-        """Add the contribution of one slice, from the gradient `(R, V + K)` in its logits before scale and cap."""
+        """Add the contribution of one slice, from the gradient `(R, V + K)` in its logits; overwrites the gradient.
+
+        The gradient is that in the logits before scale and cap.
+        """
         if self.bias is not None:
             self.bias.add_(dz.sum(0))
         if policy.weight is None:
@@ -288,8 +294,18 @@ class _Gradients(NamedTuple):
             return
         if dz.dtype != policy.weight.dtype:
             dz = buffers.empty("narrow", dz.shape, policy.weight.dtype).copy_(dz)
+        dz_rows = None
+        if (
+            policy.row_ids is not None and policy.row_values is not None
+        ):  # The weight's own rows for these tokens are not in use.
+            dz_rows = dz[:, policy.row_ids]
+            dz.index_fill_(1, policy.row_ids, 0)
         if self.hidden is not None:
             self.hidden[rows] = dz @ policy.weight
+            if dz_rows is not None and policy.row_values is not None:
+                self.hidden[rows] += dz_rows @ policy.row_values
+        if self.row_values is not None and dz_rows is not None:
+            self.row_values.add_(dz_rows.T @ policy.hidden[rows])
         if self.weight is not None and self.weight.dtype == dz.dtype:
             self.weight.addmm_(dz.T, policy.hidden[rows])
         elif self.weight is not None:  # In chunks, because the product is widened in a copy before it is added.

@@ -152,6 +152,8 @@ def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequenc
     """
     from peft import get_peft_model
 
+    from quarkrl.models.token_rows import use_token_rows
+
     try:
         changes_inputs, changes_outputs = _changes_of(model, config)
         if token_ids:
@@ -161,6 +163,7 @@ def attach(model: PreTrainedModel, config: Any, subject: str, token_ids: Sequenc
         if splits and not getattr(config, "ensure_weight_tying", False):
             untie(model)
         adapted = get_peft_model(model, config)
+        use_token_rows(adapted)
     except Exception as error:
         # peft raises exceptions of many types for a configuration that does not fit a model.
         raise UserError(f"{subject}: does not fit the model ({one_line(error)}). Correct the configuration.") from error

@@ -3,7 +3,7 @@
 The padding id is 0: the mask marks padding, the id never does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,34 @@ def build_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         labels[i, len(prompt) : len(row)] = input_ids[i, len(prompt) : len(row)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def split_by_length(batch: Mapping[str, Tensor], max_positions: int) -> Iterator[dict[str, Tensor]]:
+    """Split a right-padded batch into parts of similar length, and remove the padding that a part does not need.
+
+    Args:
+        batch: tensors of shape `(batch, length)`, among them `attention_mask`. Names with a prefix, such as `ref_`,
+            have a mask of their own, and may have another length.
+        max_positions: most positions of a part, padding included; a part has at least one row. A batch of no more
+            positions stays as it is.
+    """
+    mask, suffix = batch["attention_mask"], "attention_mask"
+    if mask.numel() <= max_positions:
+        yield dict(batch)
+        return
+    prefixes = sorted((name.removesuffix(suffix) for name in batch if name.endswith(suffix)), key=len)
+    masks = {name: batch[[p for p in prefixes if name.startswith(p)][-1] + suffix] for name in batch}
+    lengths, start = mask.sum(1), 0
+    order = lengths.argsort(stable=True)
+    while start < len(order):
+        count = 1
+        while start + count < len(order) and lengths[order[start + count]] * (count + 1) <= max_positions:
+            count += 1
+        rows, part = order[start : start + count], {}
+        for name, tensor in batch.items():
+            part[name] = tensor[rows, : int(masks[name][rows].sum(1).max())]
+        yield part
+        start += count
 
 
 def batches_by_length(items: Sequence[Any], lengths: Sequence[int], batch_size: int) -> Iterator[list[Any]]:

@@ -26,6 +26,8 @@ class Projection(NamedTuple):
         scale: a factor on the logits.
         cap: soft cap of the logits, `cap * tanh(logits / cap)`, as in Gemma 2.
         suppressed: positions, `(T,)` bool, and token ids, `(E,)`, that have no probability at these positions.
+        row_ids: `(R,)`, tokens whose rows of the weight are replaced by `row_values`.
+        row_values: `(R, width)`, rows that are trained beside a frozen weight; without bias.
     """
 
     hidden: Tensor
@@ -34,6 +36,8 @@ class Projection(NamedTuple):
     scale: float = 1.0
     cap: float | None = None
     suppressed: tuple[Tensor, Tensor] | None = None
+    row_ids: Tensor | None = None
+    row_values: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,9 +48,13 @@ class Projection(NamedTuple):
         """Return the projection on the first `vocab_size` token ids."""
         if self.weight is None:
             return self._replace(hidden=self.hidden[:, :vocab_size])
-        return self._replace(
+        limited = self._replace(
             weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size]
         )
+        if self.row_ids is None or self.row_values is None:
+            return limited
+        kept = self.row_ids < vocab_size
+        return limited._replace(row_ids=self.row_ids[kept], row_values=self.row_values[kept])
 
     def suppress_early_eos(self, labels: Tensor, min_length: int, eos_ids: Sequence[int]) -> "Projection":
         """Return the projection without EOS in the first `min_length` tokens of each completion, as in sampling.
@@ -75,6 +83,8 @@ class Projection(NamedTuple):
             logits = torch.mm(self.hidden[rows], self.weight.T, out=out)
         else:
             logits = torch.addmm(self.bias, self.hidden[rows], self.weight.T, out=out)
+        if self.row_ids is not None and self.row_values is not None:
+            logits[:, self.row_ids] = self.hidden[rows] @ self.row_values.T
         logits = logits if self.scale == 1 else logits * self.scale
         logits = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         if self.suppressed is not None:

@@ -26,6 +26,7 @@ from quarkrl.models.completion_logits import (
 )
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.sharding import is_sharded
+from quarkrl.models.token_rows import Rows, trained_rows
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class HeadAccess:
     Attributes:
         sliced: the loss computes the logits from hidden states and weights; if False, the model computes them whole.
         own_weights: the output layer multiplies by its attributes `weight` and `bias`. If False, it builds its matrix
-            again in each call, as an adapter does that trains the rows of some tokens.
+            again in each call.
         scale: a factor on the logits, from the model's config.
         cap: the soft cap of the logits, from the model's config; None for no cap.
     """
@@ -86,7 +87,7 @@ def decide_head_access(model: nn.Module, token_ids: Sequence[int]) -> HeadAccess
     if product is not None:
         access = HeadAccess(True, _is_own(product, layer), *_scale_and_cap(config.get_text_config()))
         with torch.no_grad():
-            sliced = Projection(hidden, product.weight, product.bias, access.scale, access.cap).logits()
+            sliced = product.project(hidden, access).logits()
             difference = (sliced.to(logits) - logits).abs().amax(-1)
             agrees = (difference <= _TOLERANCE * logits.abs().amax(-1)).all()
     if _in_all_processes(agrees):
@@ -113,13 +114,11 @@ def completion_projection(
     # The model has to compute some logits: those of one position.
     hidden, _ = forward_at_completions(model, input_ids, attention_mask, labels, logits_at=slice(0, 1))
     if head.own_weights:
-        weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
-    else:
-        product = _only_product(layer, hidden[:1])
-        if product is None:
-            raise RuntimeError("the output layer is no longer the single matrix product that training started with")
-        weight, bias = product.weight, product.bias
-    return Projection(hidden, weight, bias, head.scale, head.cap)
+        return Projection(hidden, cast(Tensor, layer.weight), getattr(layer, "bias", None), head.scale, head.cap)
+    product = _only_product(layer, hidden[:1])
+    if product is None:
+        raise RuntimeError("the output layer is no longer the single matrix product that training started with")
+    return product.project(hidden, head)
 
 
 def is_one_product(layer: nn.Module | None) -> bool:
@@ -141,13 +140,24 @@ def _scale_and_cap(config: Any) -> tuple[float, float | None]:
 
 
 class _Product(NamedTuple):
-    """One call of `F.linear`: its arguments, its result, and the result's `grad_fn` at that moment."""
+    """One call of `F.linear`: its arguments, its result, and the result's `grad_fn` at that moment.
+
+    `rows`: trained rows that take the place of rows of the weight.
+    """
 
     input: Tensor
     weight: Tensor
     bias: Tensor | None
     result: Tensor
     grad_fn: Any
+    rows: Rows | None = None
+
+    def project(self, hidden: Tensor, access: HeadAccess) -> Projection:
+        """Return the logits of hidden states, not computed yet."""
+        projection = Projection(hidden, self.weight, self.bias, access.scale, access.cap)
+        if self.rows is None:
+            return projection
+        return projection._replace(row_ids=self.rows.ids, row_values=self.rows.values)
 
 
 def _only_product(layer: nn.Module, hidden: Tensor) -> _Product | None:
@@ -159,6 +169,11 @@ def _only_product(layer: nn.Module, hidden: Tensor) -> _Product | None:
     hidden = hidden.detach().requires_grad_()  # An operation in place shows in `grad_fn` alone.
     with _ProductRecorder() as recorder:
         logits = layer(hidden)
+    if (rows := trained_rows(layer)) is not None and len(recorder.products) == 2:
+        product, other = recorder.products
+        replaced = logits.grad_fn is not None and logits.grad_fn.name() == "IndexCopyBackward0"
+        known = product.weight is rows.layer.weight and product.input is other.input is hidden
+        return product._replace(rows=rows) if replaced and known else None
     if len(recorder.products) != 1:
         return None
     (product,) = recorder.products

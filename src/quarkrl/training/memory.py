@@ -5,6 +5,7 @@ Python and its libraries (about 0.5 GB), a reward model and the merged copy of a
 """
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from accelerate.utils import gather_object
 from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
 from quarkrl.models.head_access import is_one_product
+from quarkrl.models.token_rows import trained_rows
 from quarkrl.training.config import QuarkConfig
+from quarkrl.training.runtime_tuning import positions_of_parts
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +44,13 @@ class RunSize:
     logits: int  # per sample, if the loss cannot compute them in slices; else 0
     cache: int  # keys and values, per completion
     sampling: int  # other arrays while sampling, per completion
-    batch: int  # samples of a micro-batch
+    batch: int  # samples that are learned at a time
     sampled: int  # completions sampled at a time
     reference: int = 0  # a separate reference model
     optimizer: float = 2.0  # the optimizer's states, per byte that is trained
     accumulates: bool = False  # whether gradients are kept over several micro-batches
+    micro_batch: int = 0  # samples of a micro-batch, which may be learned in parts; 0 if it is `batch`
+    merged: int = 0  # the copy of weights with an adapter merged, while sampling
     other: int = 0  # autocast's copies of weights, the buffers in which processes exchange gradients, the pool
 
 
@@ -77,7 +82,7 @@ def estimate(run: RunSize) -> Estimate:
     fixed = run.weights + run.reference + parts["optimizer"] + run.other
     # Gradients take the place of the activations, layer by layer, unless an earlier micro-batch has made them.
     backward = SAFETY_FACTOR * parts["activations"] + parts["loss"] + (run.trained if run.accumulates else 0)
-    exploring = fixed + SAFETY_FACTOR * (parts["cache"] + parts["sampling"])
+    exploring = fixed + run.merged + SAFETY_FACTOR * (parts["cache"] + parts["sampling"])
     return Estimate(parts, int(exploring), learning=int(fixed + max(backward, run.trained + run.loss)))
 
 
@@ -111,8 +116,8 @@ def size_of_run(
     checkpointed = activations // layers + length * number_bytes * layers * width  # One layer, and the input of each.
     is_checkpointed = options.gradient_checkpointing or getattr(options, "activation_checkpointing", False)
     # A slice has five arrays of (rows, vocab). The gradient of the output embedding is there twice while it is scaled.
-    # An adapter that trains some rows of the embedding also merges them into a copy.
-    tables = 3 if any("trainable_tokens" in name for name in parameters) else 2 * head.requires_grad
+    # Rows that an adapter trains beside the embedding need none.
+    tables = 2 * (head.requires_grad and trained_rows(output) is None)
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     passes = 2 if any(scale != 1 for scale in options.guidance_scales) else 1
     # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation.
@@ -120,6 +125,9 @@ def size_of_run(
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += num_completions * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
+    batch = options.per_device_train_batch_size
+    if positions := positions_of_parts(options):
+        batch = min(batch, max(positions // length, 1))
     return RunSize(
         weights=weights,
         trained=trained,
@@ -131,11 +139,12 @@ def size_of_run(
         cache=passes * 2 * layers * kv_heads * head_width * head.element_size() * length,
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
         sampling=passes * max(prompt_length * linear // layers, 6 * 4 * vocab),
-        batch=options.per_device_train_batch_size,
+        batch=batch,
+        micro_batch=options.per_device_train_batch_size,
         sampled=num_completions,
         reference=0 if reference is None else sum(weight.nbytes for weight in reference.parameters()),
         optimizer=optimizer_ratio(options.optim, head.element_size()),
-        accumulates=options.gradient_accumulation_steps > 1,
+        accumulates=options.gradient_accumulation_steps > 1 or batch < options.per_device_train_batch_size,
         other=other,
     )
 
@@ -183,7 +192,8 @@ def choose_sampling_batch(run: RunSize, memory: int, largest: int, count: int) -
 def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
     """Return the options that lower a run's memory use, the most effective first, with the estimate for each."""
     batch, sampled = max(run.batch // 4, 1), max(run.sampled // 4, 1)
-    smaller = f"per_device_train_batch_size {batch} with 4 times the gradient_accumulation_steps"
+    times = math.ceil((run.micro_batch or run.batch) / batch)
+    smaller = f"per_device_train_batch_size {batch} with {times} times the gradient_accumulation_steps"
     changes: dict[str, dict[str, Any]] = {
         smaller: {"batch": batch, "accumulates": True},
         "gradient_checkpointing": {"activations": run.checkpointed},
@@ -196,10 +206,17 @@ def remedies(run: RunSize, sampling_batches: dict[str, int]) -> list[str]:
 
 
 class MemoryPlan(NamedTuple):
-    """How many completions to sample at a time, and the line about the memory of a run, if it can be estimated."""
+    """How a run samples, and the line about its memory, if it can be estimated.
+
+    Attributes:
+        generation_batch_size: completions at a time.
+        message: the estimate in words.
+        merges_adapters: whether there is memory to merge an adapter into a copy of the weights.
+    """
 
     generation_batch_size: int
     message: str | None = None
+    merges_adapters: bool = False
 
 
 def plan_memory(
@@ -236,6 +253,10 @@ def plan_memory(
         limits = (memory[1], LARGEST_BATCH_CPU) if device.type == "cpu" else (free, LARGEST_BATCH_ACCELERATOR)
         batch_size = choose_sampling_batch(run, *limits, count)
     batch_size = batch_size or LARGEST_BATCH_CPU
+    # On a CPU the total counts here too, for the same reason.
+    room = 0 if memory is None else memory[1] if device.type == "cpu" else free
+    merges = hasattr(model, "peft_config") and 2 * run.weights < SAMPLING_SHARE * room
+    run = replace(run, merged=run.weights if merges else 0)
     batches = {"generation_batch_size": min(batch_size, count)}
     if eval_prompt_lengths:
         evaluated = len(eval_prompt_lengths) * options.eval_samples_per_prompt
@@ -254,4 +275,5 @@ def plan_memory(
         batch_size, refusal = min(size for size, _ in plans), next((text for _, text in plans if text), None)
     if refusal is not None:
         raise UserError(refusal)
-    return MemoryPlan(batch_size, f"memory: {estimate(run)}" + (f", of {free / 1e9:.2f} GB" if memory else ""))
+    message = f"memory: {estimate(run)}" + (f", of {free / 1e9:.2f} GB" if memory else "")
+    return MemoryPlan(batch_size, message, merges)

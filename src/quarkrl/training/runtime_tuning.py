@@ -6,6 +6,8 @@ import platform
 
 from transformers import TrainerCallback
 
+from quarkrl.training.config import QuarkConfig
+
 # oneDNN keeps a compiled primitive for each shape of a matrix product, and PyTorch's bridge to oneDNN keeps it again.
 # Each cache holds 1024 shapes by default. In bf16 on a CPU they took 0.65 GB of a run of the built-in model, whose
 # varying lengths have as many shapes. With 64 the run is as fast. See pytorch/pytorch#29893 and
@@ -13,6 +15,19 @@ from transformers import TrainerCallback
 _CACHE_CAPACITIES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 # Steps between two calls of `malloc_trim`. After every 10 steps it cost a tenth of the time of a 6M-parameter model.
 _STEPS_BETWEEN_TRIMS = 100
+# Positions of a part of a batch. Smaller parts are no faster (docs/notebook/2026-11-26-smollm2-speed.md). In bf16 each
+# part casts the weights again, which four times as many positions outweigh.
+_PART_POSITIONS, _PART_POSITIONS_BF16 = 512, 2048
+
+
+def positions_of_parts(options: QuarkConfig) -> int:
+    """Return the most positions that learning computes at a time; 0 for whole batches, as on a GPU.
+
+    Processes that exchange gradients would exchange those of each part.
+    """
+    if options.device.type != "cpu" or options.world_size > 1 or options.deepspeed or options.fsdp:
+        return 0
+    return _PART_POSITIONS_BF16 if options.bf16 or options.fp16 else _PART_POSITIONS
 
 
 def limit_onednn_caches() -> None:

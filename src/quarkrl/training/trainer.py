@@ -47,6 +47,7 @@ from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
+from quarkrl.models.batching import split_by_length
 from quarkrl.models.completion_logits import Projection, completion_logits
 from quarkrl.models.conditioning import bos_of_chats, reward_token_names
 from quarkrl.models.eval_mode import eval_mode
@@ -86,7 +87,7 @@ from quarkrl.training.resumption import (
     set_aside_later_files,
 )
 from quarkrl.training.rollout import FinishedBatches
-from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches
+from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches, positions_of_parts
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
 from quarkrl.training.time_left import describe_plan
@@ -188,7 +189,7 @@ class QuarkTrainer(DurableTrainer):
         self.teacher: Teacher | None = None
         self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
-        self.metrics_file = MetricsFile(args.output_dir)
+        self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
         lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
@@ -344,7 +345,9 @@ class QuarkTrainer(DurableTrainer):
         """Yield what completes plain prompts with the policy on its best token, with guidance."""
         policy = self.accelerator.unwrap_model(self.model)
         guidance = GuidanceOptions(guidance_scale, self.args.guidance_from, self.reference)
-        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model):
+        # Guidance away from the reference switches the adapter off and on within each token.
+        merges = self.memory_plan.merges_adapters and (guidance_scale == 1 or self.args.guidance_from != "reference")
+        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model, merge_adapters=merges):
             yield partial(sample_best, policy, self.conditioning, guidance, end_ids=self.end_ids)
 
     @contextmanager
@@ -443,6 +446,16 @@ class QuarkTrainer(DurableTrainer):
     def draws(self) -> np.ndarray:
         """`(n,)`, indices into the pool: the samples that the current iteration learns from, in order."""
         return self.collate.draws
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradient of a batch. On a CPU, parts of similar length follow each other: less padding and memory."""
+        step = super().training_step
+        if not self.part_positions or num_items_in_batch is None:  # Only their common divisor makes parts exact.
+            return step(model, inputs, num_items_in_batch)
+        parts = split_by_length(inputs, self.part_positions)
+        return torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
 
     def compute_loss(
         self,
