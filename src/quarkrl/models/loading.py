@@ -76,6 +76,8 @@ def load_model(
 
 def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     """The model in a GGUF file, dequantized."""
+    if "quantization_config" in options:
+        raise UserError("load_in_4bit True: must be False for a GGUF file. Remove --load_in_4bit.")
     options["quantization_config"] = GgufConfig(dequantize=True)
     model = _load_weights(path, load_gguf_config(path), options, **locate(path))
     vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
