@@ -45,9 +45,15 @@ class LlamaServer:
         """The ids of a text as a prompt."""
         return self.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
-    def render(self, question: str) -> str:
-        """A question as the chat template writes it, without the BOS that precedes a prompt."""
-        return self.post("/apply-template", messages=[{"role": "user", "content": question}])["prompt"]
+    def render(self, question: str, **arguments: str) -> str:
+        """A question as the chat template writes it, without the BOS that precedes a prompt.
+
+        Args:
+            question: a message of the user.
+            arguments: of the template.
+        """
+        messages = [{"role": "user", "content": question}]
+        return self.post("/apply-template", messages=messages, chat_template_kwargs=arguments)["prompt"]
 
     def complete(self, prompt: str | list, count: int) -> list[int]:
         """The ids of a greedy completion of a text, or of a list of ids and texts."""

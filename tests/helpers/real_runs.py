@@ -11,45 +11,43 @@ from quarkrl import QuarkConfig, QuarkTrainer
 
 TEXTS = [
     "The weather today is",
-    "My favourite food is",
     "Last summer we",
-    "The best way to learn is",
     "She opened the door and",
-    "In the middle of the city",
     "When I was young,",
     "The old man said that",
 ]
 QUESTIONS = [
     "How are you?",
     "What is a river?",
-    "Tell me about the sea.",
     "Why do birds sing?",
-    "Give me a tip for cooking.",
-    "What is your name?",
-    "How does rain form?",
     "Say something nice.",
+    "Give me a tip for cooking.",
 ]
+FUNCTION_WORDS = {"the", "a", "of", "to", "in", "and"}
 CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
-def share_of_short_words(prompts, completions, **_):
-    """The share of words of at most three letters."""
-    words = [re.findall(r"[A-Za-z]+", text if isinstance(text, str) else text[0]["content"]) for text in completions]
-    return [sum(len(word) <= 3 for word in found) / len(found) if found else 0.0 for found in words]
+def share_of_function_words(prompts, completions, **_):
+    """The share of words that are "the", "a", "of", "to", "in" or "and"."""
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    words = [re.findall(r"[a-z]+", text.lower()) for text in texts]
+    return [sum(word in FUNCTION_WORDS for word in found) / max(len(found), 1) for found in words]
 
 
 def train(model: Path, directory: Path, prompts: list, **options) -> Path:
-    """Train for four iterations of 64 completions of 12 tokens; return `final/`."""
+    """Train for three iterations of 60 completions of 6 tokens; return the directory of the run."""
     config = QuarkConfig(
         output_dir=str(directory),
         **{
-            "num_quantiles": 3,
-            "num_iterations": 4,
-            "samples_per_prompt": 8,
-            "steps_per_iteration": 8,
+            "num_quantiles": 2,
+            "num_iterations": 3,
+            "samples_per_prompt": 12,
+            "steps_per_iteration": 14,
             "per_device_train_batch_size": 8,
-            "learning_rate": 2e-3,
-            "max_completion_length": 12,
+            "learning_rate": 3e-3,
+            "warmup_steps": 0,
+            "entropy_coef": 0.0,
+            "max_completion_length": 6,
             "min_completion_length": 4,
             "save_strategy": "no",
             "use_cpu": True,
@@ -59,6 +57,7 @@ def train(model: Path, directory: Path, prompts: list, **options) -> Path:
         },
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = QuarkTrainer(str(model), share_of_short_words, config, prompts, peft_config=lora)
+    trainer = QuarkTrainer(str(model), share_of_function_words, config, prompts, peft_config=lora)
     trainer.train()
-    return trainer.save_final()
+    trainer.save_final()
+    return directory

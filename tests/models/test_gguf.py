@@ -7,23 +7,27 @@ import json
 import pytest
 import torch
 from helpers.llama_cpp import LlamaServer
-from helpers.tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from helpers.tiny_models import CHAT_TEMPLATE, SMALL_RUN, tiny_model, tiny_tokenizer
+from peft import LoraConfig
 from tokenizers import pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
+from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer
 from quarkrl.builtin import model_path
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
-from quarkrl.models.gguf_writing import check_gguf
+from quarkrl.models.gguf_writing import check_gguf, write_gguf
 from quarkrl.models.loading import load_model, load_tokenizer
+from quarkrl.storage.atomic import sha256
 
 pytest.importorskip("gguf")
 TEXTS = ["The king", "It was 1984, and", "“Don't!” she said.", "  two  spaces", "Nobody knew why the"]
 IDS = torch.tensor([[2050, 3, 40, 41], [2048, 1, 5, 9]])
 
 
-def save_final(directory, architecture="gpt2", chat=False, rows=None, **options):
+def save_final(directory, architecture="gpt2", chat=False, rows=None, attribute="reward", **options):
     """A steered model with the built-in tokenizer: the built-in model, or a tiny Llama."""
     tokenizer = load_tokenizer(model_path())
     if chat:
@@ -33,10 +37,14 @@ def save_final(directory, architecture="gpt2", chat=False, rows=None, **options)
         model = load_model(model_path())
     else:
         model = tiny_model(architecture, tokenizer, rows=rows, hidden_size=32, **options)
-    conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 3)
+    conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 3, (attribute,))
     directory.mkdir()
     save_steered(model, conditioning.steer_tokenizer(tokenizer), conditioning, directory, {})
     return directory
+
+
+def share_of_e(completions, **_):
+    return [text.count("e") / (len(text) + 1) for text in completions]
 
 
 def export(final, file, *options):
@@ -113,6 +121,49 @@ def test_smaller_types_keep_the_logits_nearly(tmp_path, kind, tolerance, size):
 def test_the_command_reads_a_file(exported, capsys):
     assert main(["generate", str(exported[1]), "--prompt", "The king", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("The king")
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_a_file_leaves_an_ordinary_model(tmp_path):
+    file = export(save_final(tmp_path / "kind", "llama", attribute="kind"), tmp_path / "kind.gguf")
+    config = QuarkConfig(
+        output_dir=str(tmp_path / "run"), **{**SMALL_RUN, "num_iterations": 1, "save_strategy": "epoch"}
+    )
+    trainer = QuarkTrainer(str(file), share_of_e, config, TEXTS, peft_config=LoraConfig(target_modules="all-linear"))
+    trainer.train()
+    final = trainer.save_final()
+    assert "quantization" not in (final / "config.json").read_text(encoding="utf-8")
+    start = json.loads((final / "quark.json").read_text(encoding="utf-8"))["start"]
+    assert start["name"] == str(file) and start["sha256"] == model_identity(load_model(file))["sha256"]
+    for model in (final, tmp_path / "run" / "checkpoint-3"):  # The checkpoint has an adapter, and the file as its base.
+        assert QuarkGenerator.from_pretrained(model).conditioning.token_names[-1] == "<|reward_1|>"
+
+
+def test_the_results_of_an_evaluation_name_the_file_and_its_digest(tmp_path):
+    file = export(save_final(tmp_path / "final", "llama"), tmp_path / "model.gguf")
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    options = ["--reward", "vader", "--samples", "2", "--max_new_tokens", "4", "--output", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(file), "--prompts", str(tmp_path / "prompts.txt"), *options]) == 0
+    assert sha256(file) in (tmp_path / "out.json").read_text(encoding="utf-8")
+
+
+def test_llama_cpp_adds_a_bos_that_precedes_the_reward_token(tmp_path):
+    tokenizer = load_tokenizer(model_path())
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[tokenizer.bos_token, "$A"], special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    model = tiny_model("llama", tokenizer)
+    conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 3)
+    steered = conditioning.steer_tokenizer(tokenizer)
+    assert write_gguf(model, steered, conditioning, tmp_path / "model.gguf") == "<|reward_2|>"
+    server = LlamaServer(tmp_path / "model.gguf", ())
+    for text in TEXTS:
+        assert server.ids_of(f"<|reward_2|>{text}") == steered(text)["input_ids"]
+        chat = [{"role": "user", "content": text}]
+        ids = steered.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert server.ids_of(server.render(text)) == ids and ids[1] == 2050
+        assert server.ids_of(server.render(text, quantile="worst")) == [ids[0], 2048, *ids[2:]]
 
 
 def test_what_precedes_a_text_is_printed_where_llama_cpp_does_not_put_it(tmp_path, capsys):

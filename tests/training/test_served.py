@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from helpers.chat_templates import CHATML
 from helpers.errors import error_message
 from helpers.random_tokenizers import random_tokenizer
 from helpers.reward_token_models import add_reward_tokens
 from helpers.tiny_models import SMALL_RUN, tiny_model, tiny_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,7 +29,7 @@ from quarkrl.data.encoding import RefusedText, try_encode_prompts
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.special_tokens import surrounding_ids
-from quarkrl.training.served import check_served_ids
+from quarkrl.training.served import check_served_ids, find_ambiguity
 
 SEED = os.environ.get("QUARKRL_TOKENIZER_SEED", "0")
 
@@ -275,7 +276,48 @@ def difference(seed: str, directory) -> str | None:
         trained = conditioning.prefix(plain_ids, conditioning.best)
         if (found := served(text)["input_ids"]) != trained:
             return f"{text!r}: trained {trained}, served {found}"
+    return chat_difference(tokenizer, texts, rows)
+
+
+# With and without BOS, blanks and EOS. A tokenizer without BOS or EOS leaves them out.
+SHORT_TEMPLATES = (
+    CHATML,
+    "{{ bos_token or '' }}" + CHATML,
+    " {{ bos_token or '' }} {% for m in messages %}{{ m.content }} {% endfor %}",
+    "{% for m in messages %}{{ m.content }}{{ eos_token or '' }}{% endfor %}",
+)
+
+
+def chat_difference(tokenizer, texts: list[str], rows: int) -> str | None:
+    """Steer the chat template of a random tokenizer; describe the first chat whose ids are not those of training."""
+    tokenizer.chat_template = SHORT_TEMPLATES[rows % len(SHORT_TEMPLATES)]
+    conditioning, extended, _ = add_reward_tokens(tokenizer, rows=rows)
+    if problem := find_ambiguity(tokenizer, conditioning):
+        assert "\n" not in problem
+        return None
+    served = conditioning.steer_tokenizer(extended)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    trained = try_encode_prompts(tokenizer, chats)
+    for chat, plain_ids, found in zip(chats, trained, try_encode_prompts(served, chats), strict=True):
+        if isinstance(plain_ids, list) and found != conditioning.prefix(plain_ids, conditioning.best):
+            return f"{chat}: plain {plain_ids}, served {found}"
     return None
+
+
+@pytest.mark.parametrize(
+    ("named", "single_word", "words"),
+    [({"unk_token": "<s>"}, False, "must not put UNK first"), ({}, True, "added tokens that match single words only")],
+)
+def test_a_run_on_chats_whose_start_is_ambiguous_is_refused(tmp_path, named, single_word, words):
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    tokenizer.add_tokens([AddedToken("<s>", special=True, single_word=single_word)])
+    if named:
+        tokenizer.unk_token = "<s>"
+        piece = {"id": "<s>", "ids": [257], "tokens": ["<s>"]}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[piece])
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "b")]
+    error_message(lambda: make_trainer(tmp_path, tokenizer, chats), words, "Train on text")
+    make_trainer(tmp_path, tokenizer, ["a", "b"])
 
 
 def check_random_tokenizers(count: int, directory) -> None:

@@ -72,7 +72,7 @@ class InputOptions:
 
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl evaluate`."""
-    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, or a model without quantiles")
+    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, a GGUF file, or a plain model")
     groups = ("models", "prompts", "reward", "sampling", "metrics", "output")
     add_flags(parser, InputOptions, RewardOptions, EvaluationOptions, groups=groups)
 

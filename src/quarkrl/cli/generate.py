@@ -35,7 +35,7 @@ class GenerateOptions:
 
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl generate`."""
-    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, or a plain model")
+    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, a GGUF file, or a plain model")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     add_flags(parser, GenerateOptions, SamplingOptions)
 

@@ -56,7 +56,7 @@ def run(command: TrainCommand) -> Path:
         path, patience = model_path(run.model or ""), run.early_stopping_patience
         loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
-            model = load_model(path, run.trust_remote_code, **loading)
+            model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
             command, choice = command.with_size_defaults(model.num_parameters())
             run, config = command.run, command.config
             tokenizer = load_tokenizer(path, run.trust_remote_code)

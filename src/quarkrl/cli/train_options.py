@@ -45,7 +45,7 @@ examples:
 class RunOptions(AdapterOptions):
     """Options of `quarkrl train` beside those of `QuarkConfig`."""
 
-    model: str | None = option(None, "Model to train: a directory, a hub name, or builtin.", group="model")
+    model: str | None = option(None, "Model to train: a directory, a GGUF file, a hub name, or builtin.", group="model")
     ref_model: str | None = option(
         None, "Reference model p_0. The default is the model before training.", group="model", metavar="MODEL"
     )

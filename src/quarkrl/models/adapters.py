@@ -180,6 +180,8 @@ def merge(adapted: Any) -> PreTrainedModel:
     """
     for config in adapted.peft_config.values():
         _refuse_prompt_learning(config, "model")
+    if getattr(adapted.get_base_model(), "is_quantized", False):
+        adapted = _dequantize(adapted)
     inputs, outputs = adapted.get_input_embeddings(), adapted.get_output_embeddings()
     follows = getattr(getattr(outputs, "token_adapter", outputs), "tied_adapter", None)  # peft trains both as one.
     splits = (_is_wrapped(inputs) or _is_wrapped(outputs)) and not follows
@@ -189,6 +191,21 @@ def merge(adapted: Any) -> PreTrainedModel:
     if splits:
         untie(model)  # The adapter's own weights of the two layers may be tied.
     return model
+
+
+def _dequantize(adapted: Any) -> Any:
+    """Return a quantized model with its adapter as a model of whole numbers of 32 bits; `adapted` loses its adapter.
+
+    Merged into quantized weights, an adapter would be rounded as they are.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = copy.deepcopy(adapted.peft_config[adapted.active_adapters[0]])
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    model = adapted.unload().dequantize().float()
+    whole = attach(model, config, "model")
+    set_peft_model_state_dict(whole, weights)
+    return whole
 
 
 def merge_start(adapted: Any) -> tuple[PreTrainedModel, Any]:

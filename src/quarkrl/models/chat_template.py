@@ -109,15 +109,26 @@ def _head(tokenizer: PreTrainedTokenizerBase, start_ids: Sequence[int]) -> str:
     added = tokenizer.added_tokens_decoder
     tokens = [added[i] for i in start_ids if i in added]
     is_known = 0 < len(tokens) == len(start_ids)
-    start = _quote("".join(token.content for token in tokens) if is_known else "")
+    text = "".join(token.content for token in tokens) if is_known else ""
+    start = _quote(text)
     # A token with lstrip or rstrip takes the blanks around it from the text, so they must not follow a reward token.
-    bare = "quark_text.lstrip()" if is_known and tokens[0].lstrip else "quark_text"
+    # Other tokenizers drop blanks before any token, so that a chat starts with `start_ids` in spite of them.
+    drops_blanks = is_known and (tokens[0].lstrip or _drops_blanks(tokenizer, text, list(start_ids)))
+    bare = "quark_text.lstrip()" if drops_blanks else "quark_text"
     rest = f"{bare}[quark_start | length:]" + (".lstrip()" if is_known and tokens[-1].rstrip else "")
     return (
         "{% set quark_start = " + start + " if " + bare + ".startswith(" + start + ") else '' %}"
         "{% set quark_rest = " + rest + " if quark_start else quark_text %}"
         "{% set quark_head = quark_start + quark_tokens" + _blank(tokenizer) + " %}"
     )
+
+
+def _drops_blanks(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:
+    """Return whether the tokenizer gives a text these ids with blanks before it, too."""
+    try:
+        return all(tokenizer.encode(blank + text, add_special_tokens=False) == ids for blank in (" ", "\n"))
+    except Exception:  # noqa: BLE001 - the tokenizers library raises no other type where it has no UNK
+        return False
 
 
 def _blank(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -158,7 +158,11 @@ def try_saving(
                 for config in model.peft_config.values():
                     config.save_pretrained(directory)
                 model = model.get_base_model()
-            _save_model(model, tokenizer, conditioning, Path(directory), state_dict={})
+            if getattr(model, "is_quantized", False):  # Its weights are dequantized before they are saved.
+                for part in (model.config, model.generation_config, tokenizer):
+                    part.save_pretrained(directory)
+            else:
+                _save_model(model, tokenizer, conditioning, Path(directory), state_dict={})
             json.dumps(nan_to_null(facts))
     except Exception as error:
         # Whatever fails here would fail at the first checkpoint. Libraries raise many types of exception.
@@ -203,4 +207,5 @@ def model_identity(model: PreTrainedModel) -> dict[str, Any]:
         "revision": getattr(model.config, "_commit_hash", None),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": digest.hexdigest(),
+        **({"load_in_4bit": True} if getattr(model, "is_quantized", False) else {}),
     }

@@ -12,12 +12,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.utils import is_bitsandbytes_available
 
 from quarkrl.errors import UserError, one_line
 from quarkrl.models.adapters import (
@@ -51,12 +53,15 @@ def load_model(
         path: a directory, a file that ends in .gguf, or a name on the hub.
         trust_remote_code: run the Python code that comes with the model.
         dtype: of the weights, whatever the checkpoint was saved in; "auto" keeps the checkpoint's.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        kwargs: for `AutoModelForCausalLM.from_pretrained`; `load_in_4bit` loads it in 4 bits, as QLoRA does.
 
     Raises:
         UserError: no causal language model can be loaded from there.
     """
     options = {**kwargs, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    if kwargs.pop("load_in_4bit", False):
+        kwargs["quantization_config"] = options["quantization_config"] = quantization_of_4_bits()
+    options.pop("load_in_4bit", None)
     with _report_failures(path):
         _refuse_pickles(Path(path))
         if is_gguf(path):
@@ -71,6 +76,8 @@ def load_model(
 
 def _load_gguf(path: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     """The model in a GGUF file, dequantized."""
+    if "quantization_config" in options:
+        raise UserError("load_in_4bit True: must be False for a GGUF file. Remove --load_in_4bit.")
     options["quantization_config"] = GgufConfig(dequantize=True)
     model = _load_weights(path, load_gguf_config(path), options, **locate(path))
     vars(model.config).pop("_model_name_or_path", None)  # The title that the file gives its model.
@@ -110,6 +117,23 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def quantization_of_4_bits() -> Any:
+    """Return the configuration of 4-bit weights: NF4 with double quantization (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if not is_bitsandbytes_available():
+        raise UserError('load_in_4bit True: needs bitsandbytes. Run `pip install "quarkrl[qlora]"`.')
+    compute_dtype = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
 def load_adapted(path: str | os.PathLike, trust_remote_code: bool = False, **kwargs: Any) -> Any | None:
     """Load a saved adapter on its base model, not merged; None if `path` is no adapter.
 
@@ -128,6 +152,9 @@ def _load_adapted(path: Any, directory: Path, trust_remote_code: bool, kwargs: d
     """The base model of a saved adapter, with the adapter on it and the rows of reward tokens."""
     config = read_adapter(directory)
     base = _base_name(path, config)
+    start = (read_quark_json(path) or {}).get("start")
+    if isinstance(start, dict) and start.get("load_in_4bit"):
+        kwargs = {**kwargs, "load_in_4bit": True}  # Weights of other precision would give other logits.
     try:
         model = load_model(base, trust_remote_code, **{name: kwargs[name] for name in kwargs if name != "revision"})
     except UserError as error:

@@ -16,7 +16,9 @@ class AdapterOptions:
     lora_alpha: int | None = option(
         None, "Scale of the adapter, divided by the rank. The default is twice the rank.", at_least=1, group="model"
     )
-    lora_dropout: float = option(0.0, "Dropout of the adapter's input.", at_least=0, at_most=1, group="model")
+    lora_dropout: float = option(
+        0.0, "Dropout of the adapter's input.", at_least=0, at_most=1, group="model", rare=True
+    )
     lora_target_modules: list[str] = option(
         default_factory=lambda: ["all-linear"],
         help="Names of the layers to adapt, or all-linear. A name matches the end of a layer's full name.",
@@ -24,10 +26,14 @@ class AdapterOptions:
         group="model",
     )
     use_rslora: bool = option(
-        False, "Rank-stabilised LoRA. It divides lora_alpha by the square root of the rank.", group="model"
+        False, "Rank-stabilised LoRA. It divides lora_alpha by the square root of the rank.", group="model", rare=True
     )
     use_dora: bool = option(
         False, "DoRA: the adapter also trains the norm of each weight. Slower than LoRA.", group="model"
+    )
+
+    load_in_4bit: bool = option(
+        False, "QLoRA: load the model in 4 bits (NF4) and train an adapter on it. Needs bitsandbytes.", group="model"
     )
 
     def check_adapter(self) -> None:
@@ -36,7 +42,7 @@ class AdapterOptions:
         Raises:
             UserError: there is none.
         """
-        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+        names = ("lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit")
         defaults = AdapterOptions()
         name = next((name for name in names if getattr(self, name) != getattr(defaults, name)), None)
         if name and not self.lora_rank:

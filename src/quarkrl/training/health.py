@@ -34,7 +34,9 @@ def find_non_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     Args:
         tensors: pairs of a name and a tensor; None and empty tensors are ignored.
     """
-    named = {name: _local_shard(tensor) for name, tensor in tensors if tensor is not None and tensor.numel()}
+    # Integers are weights in 4 bits, which do not change.
+    floats = [(name, t) for name, t in tensors if t is not None and t.numel() and t.is_floating_point()]
+    named = {name: _local_shard(tensor) for name, tensor in floats}
     if not named:
         return []
     # One norm over all tensors synchronises with the device once. Its squares can overflow for finite tensors, so an

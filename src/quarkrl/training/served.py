@@ -85,6 +85,8 @@ def check_served_ids(
     texts, chats = _probes(tokenizer, conditioning, prompts)
     has_chats = not all(isinstance(prompt, str) for prompt in prompts.prompts)
     problems: list[str] = []
+    if has_chats and (ambiguity := find_ambiguity(tokenizer, conditioning)):
+        raise UserError(f"tokenizer {type(tokenizer).__name__}: must not {ambiguity} in a run on chats. Train on text.")
     for candidate in (steered_tokenizer, as_generic(steered_tokenizer)):
         try:
             served = _save_and_load(with_fixed_date(candidate, chat_date) if chat_date else candidate, config)
@@ -98,6 +100,18 @@ def check_served_ids(
             logger.warning(problem)
         return candidate
     raise UserError(problems[0])
+
+
+def find_ambiguity(tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning) -> str | None:
+    """Return what makes the start of a chat depend on its text, so that no template can put reward tokens there.
+
+    The position of the reward tokens follows from token ids in training, and from characters in a chat template.
+    """
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in conditioning.prefix_ids:
+        return "put UNK first, which is also the id of an unknown text,"
+    if any(token.single_word for token in tokenizer.added_tokens_decoder.values()):
+        return "have added tokens that match single words only"
+    return None
 
 
 _Pairs: TypeAlias = list[tuple[Prompt, list[int]]]
