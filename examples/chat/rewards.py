@@ -1,4 +1,4 @@
-"""Rewards of the chat example: short answers, friendly answers, and answers that name a fact.
+"""Rewards of the chat example: friendly answers, and answers that name a fact.
 
     quarkrl score answers.txt --reward examples/chat/rewards.py:friendly
 
@@ -7,20 +7,11 @@ A completion of a chat is a list of one message, as in TRL.
 
 import re
 
-MOST_WORDS = 80
-_END = re.compile(r"[.!?)\"”😊]\s*$")
 _FRIENDLY = re.compile(
     r"\b(thanks|thank you|happy|glad|great|wonderful|lovely|enjoy|welcome|congratulations|congrats|good luck|hope|"
     r"of course|sure|sorry to hear|feel free|let me know|take care|well done|fun|love)\b|!",
     re.IGNORECASE,
 )
-
-
-def short(completions, **_):
-    """1 for no words, 0 for 80. An answer without an end, as if it were cut off, counts 20 words more."""
-    texts = [message["content"] for (message,) in completions]
-    words = [len(text.split()) + (0 if _END.search(text) else 20) for text in texts]
-    return [1 - min(count, MOST_WORDS) / MOST_WORDS for count in words]
 
 
 def friendly(completions, **_):
