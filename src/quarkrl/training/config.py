@@ -128,8 +128,10 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             lowest = min(values) if isinstance(values, list) else values
             if lowest < LEAST_VLLM_TEMPERATURE:
                 raise UserError(f"{name} {lowest}: must be at least {LEAST_VLLM_TEMPERATURE} with vLLM. {remedy}")
-        if self.guidance_from == "reference":
-            raise UserError(f"guidance_from 'reference': must be a quantile with vLLM. {remedy}")
+        for name in ("explore_guidance_scale", "eval_guidance_scale", "distill_guidance_scale"):
+            value = getattr(self, name)
+            if {*(value if isinstance(value, list) else [value])} != {1}:
+                raise UserError(f"{name} {value}: must be 1 with vLLM. {remedy}")
 
     def _check_workers(self) -> None:
         """Check the options of the data loader, which torch checks after the first exploration or not at all."""
