@@ -76,6 +76,7 @@ class ColocatedVllm:
         require_vllm()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        self._architecture = type(model).__name__
         self._allowed = list(range(conditioning.vocab_size))
         self._directory = tempfile.TemporaryDirectory(prefix="quarkrl-vllm-")
         directory = Path(self._directory.name)
@@ -102,10 +103,7 @@ class ColocatedVllm:
             )
         except Exception as error:
             # vLLM raises exceptions of many types for a model or a machine that it does not support.
-            name = type(model).__name__
-            raise UserError(
-                f"engine vllm: must support {name} on this machine ({one_line(error)}). Set --engine builtin."
-            ) from error
+            raise self._unsupported(error) from error
         finally:
             torch.set_num_threads = set_num_threads
 
@@ -138,7 +136,14 @@ class ColocatedVllm:
 
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         params = [SamplingParams(**values, detokenize=False) for values in fields]
-        return self._llm.generate(prompts, params, use_tqdm=False)
+        try:
+            return self._llm.generate(prompts, params, use_tqdm=False)
+        except RuntimeError as error:  # Of attention, for example: some shapes are refused when they are computed.
+            raise self._unsupported(error) from error
+
+    def _unsupported(self, error: Exception) -> UserError:
+        subject = f"engine vllm: must support {self._architecture} on this machine"
+        return UserError(f"{subject} ({one_line(error)}). Set --engine builtin.")
 
 
 class VllmServer:
