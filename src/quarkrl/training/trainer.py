@@ -26,7 +26,7 @@ From the official code:
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,9 +58,8 @@ from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
-from quarkrl.sampling.guidance import GuidanceOptions, guided_logits
-from quarkrl.sampling.prepared_weights import prepare_weights_once
-from quarkrl.sampling.sampler import sample, sample_best
+from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
+from quarkrl.sampling.guidance import guided_logits
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig
@@ -70,7 +69,8 @@ from quarkrl.training.distillation import (
     find_teacher,
     teacher_sampling,
 )
-from quarkrl.training.exploration import Complete, CompletionScorer, Explorer, Processes, Task
+from quarkrl.training.engine import make_engine
+from quarkrl.training.exploration import CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
@@ -235,7 +235,7 @@ class QuarkTrainer(DurableTrainer):
             self.remove_callback(callback)
         if self.ref_model is not None:
             self.ref_model.requires_grad_(False).eval().to("cpu" if self.is_fsdp_enabled else self.args.device)
-        self.explorer = self._make_explorer()
+        self.engine, self.explorer = self._make_engine(lengths), self._make_explorer()
         if self.is_world_process_zero():
             try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
@@ -249,6 +249,31 @@ class QuarkTrainer(DurableTrainer):
             on_bad_numbers=args.on_bad_numbers,
             on_collapse=args.on_collapse,
             reward_ceiling=args.reward_ceiling,
+        )
+
+    def _make_engine(self, prompt_lengths: Sequence[Sequence[int]]) -> SamplingEngine:
+        args, identities = self.args, self.identities
+        builtin = BuiltinEngine(
+            policy_model=lambda: self.accelerator.unwrap_model(self.model),
+            ref_model=self.ref_model,
+            reference_model=self.reference,
+            conditioning=self.conditioning,
+            end_ids=self.end_ids,
+            guidance_from=args.guidance_from,
+            autocast=self.accelerator.autocast,
+            merges_adapters=self.memory_plan.merges_adapters,
+        )
+        longest = max(self.max_prompt_length if self.supply.streamed else 0, *map(max, filter(None, prompt_lengths)))
+        return make_engine(
+            args,
+            builtin,
+            shares_start=identities["start"]["sha256"] == identities["reference"]["sha256"],
+            prompts=self.prompts.ids,
+            longest=longest + args.max_completion_length,
+            batch_size=max(self.memory_plan.generation_batch_size, args.per_device_eval_batch_size),
+            tokenizer=cast(Any, self.processing_class),
+            note=self.progress.note,
+            stop_if_requested=self.stop_if_requested,
         )
 
     def _make_explorer(self) -> Explorer:
@@ -309,6 +334,7 @@ class QuarkTrainer(DurableTrainer):
                 seed=(args.seed, iteration),
                 batch_size=self.memory_plan.generation_batch_size,
             )
+            self.engine.synchronize()
             with self.progress.sampling(f"iteration {iteration}", len(task.rows)):
                 rollout = self.explorer.roll_out(task, finished)
             scored = rollout.scored_indices(args.max_unscored_share, iteration)
@@ -328,27 +354,10 @@ class QuarkTrainer(DurableTrainer):
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
 
-    @contextmanager
-    def exploring_sampler(self, iteration: int) -> Iterator[Complete]:
-        """Yield what completes plain prompts: p_0 in iteration 0, then the policy on its best token."""
-        if iteration:
-            scales = self.args.explore_guidance_scale
-            with self.policy_sampler(scales[min(iteration, len(scales) - 1)]) as complete:
-                yield complete
-            return
-        policy = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model), self.reference() as reference:
-            yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
-
-    @contextmanager
-    def policy_sampler(self, guidance_scale: float) -> Iterator[Complete]:
-        """Yield what completes plain prompts with the policy on its best token, with guidance."""
-        policy = self.accelerator.unwrap_model(self.model)
-        guidance = GuidanceOptions(guidance_scale, self.args.guidance_from, self.reference)
-        # Guidance away from the reference switches the adapter off and on within each token.
-        merges = self.memory_plan.merges_adapters and (guidance_scale == 1 or self.args.guidance_from != "reference")
-        with self.accelerator.autocast(), prepare_weights_once(policy, self.ref_model, merge_adapters=merges):
-            yield partial(sample_best, policy, self.conditioning, guidance, end_ids=self.end_ids)
+    def exploring_sampler(self, iteration: int) -> AbstractContextManager[Complete]:
+        """Return the context of what completes plain prompts: p_0 in iteration 0, then the policy on its best token."""
+        scales = self.args.explore_guidance_scale
+        return self.engine.policy(scales[min(iteration, len(scales) - 1)]) if iteration else self.engine.reference()
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -381,10 +390,11 @@ class QuarkTrainer(DurableTrainer):
         prompt_ids, uniforms = [prompts.ids[row] for row in rows], sampling.uniforms(len(rows), args.seed, iteration)
         completions: list[list[int]] = []
         with self.progress.sampling(f"iteration {iteration}", len(rows)), self.teacher.within(policy):
+            self.engine.synchronize()
             for begin in range(0, len(rows), self.memory_plan.generation_batch_size):
                 self.stop_if_requested()
                 batch = slice(begin, begin + self.memory_plan.generation_batch_size)
-                with self.policy_sampler(args.distill_guidance_scale) as complete:
+                with self.engine.policy(args.distill_guidance_scale) as complete:
                     numbers = None if uniforms is None else uniforms[batch]
                     completions += complete(prompt_ids[batch], sampling, numbers)
                 self.progress.advance_sampling(len(prompt_ids[batch]))
@@ -538,10 +548,11 @@ class QuarkTrainer(DurableTrainer):
             prompts=prompts,
             rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
             sampling=args.eval_sampling(),
-            sampler=partial(self.policy_sampler, args.eval_guidance_scale),
+            sampler=partial(self.engine.policy, args.eval_guidance_scale),
             seed=(args.seed, _EVALUATION_SEED),
             batch_size=args.per_device_eval_batch_size,
         )
+        self.engine.synchronize()
         with self.progress.sampling("held out", len(task.rows)):
             rollout = self.explorer.roll_out(task)
         attributes = self.scorer.attributes
