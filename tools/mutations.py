@@ -59,8 +59,8 @@ MUTATIONS = [
     Mutation(
         "reward-token suppression",
         "sampling/sampler.py",
-        "_check_and_mask(logits[:, :vocab_size].float(), ruled_out)",
-        "_check_and_mask(logits.float(), ruled_out)",
+        "check_and_mask(logits[:, :vocab_size].float(), ruled_out)",
+        "check_and_mask(logits.float(), ruled_out)",
         ("tests/sampling/test_sampler.py", "tests/sampling/test_generator.py"),
     ),
     Mutation(

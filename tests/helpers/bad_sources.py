@@ -246,7 +246,7 @@ CONFIGS: dict[str, tuple[bytes | str, str]] = {
     "an infinite weight": ("reward_weights: [.inf]\n", "reward_weights inf: must be finite"),
     "two precisions": ("fp16: true\nbf16: true\n", "At most one of fp16 and bf16"),
     "saving nothing to choose from": ("load_best_model_at_end: true\n", "load_best_model_at_end True"),
-    "a rank of nothing": ("lora_rank: 0\n", "lora_rank 0: must be"),
+    "a rank below nothing": ("lora_rank: -1\n", "lora_rank -1: must be"),
     "patience of nothing": ("early_stopping_patience: 0\n", "early_stopping_patience 0"),
     "an unknown metric": ("metric_for_best_model: joy\n", "metric_for_best_model 'joy': must be one of"),
 }

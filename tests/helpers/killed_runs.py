@@ -92,7 +92,7 @@ class Trap:
 
     # One or two functions for each phase of a run.
     places = (
-        *("quarkrl.training.trainer:sample", "quarkrl.training.trainer:sample_best"),
+        *("quarkrl.sampling.engine:sample", "quarkrl.sampling.engine:sample_best"),
         "quarkrl.training.exploration:CompletionScorer.score",
         *("quarkrl.training.rollout:FinishedBatches.keep", "quarkrl.training.rollout:FinishedBatches.clear"),
         *(
