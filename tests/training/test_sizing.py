@@ -41,6 +41,12 @@ def test_what_is_set_stays_and_the_learning_rate_suits_what_is_trained():
     assert chosen_for(1e6, "--lora_rank", "8")[0]["learning_rate"] == size_defaults(1e6, lora_rank=8)["learning_rate"]
 
 
+def test_an_entropy_target_keeps_the_coefficient_that_it_adapts():
+    values, line = chosen_for(1e6, "--entropy_target", "40")
+    assert values["entropy_coef"] == QuarkOptions().entropy_coef and "entropy_coef" not in line
+    assert chosen_for(1e6, "--entropy_target", "40", "--entropy_coef", "0.2")[0]["entropy_coef"] == 0.2
+
+
 def test_the_papers_defaults_hold_with_a_preset_and_on_demand():
     paper = {name: getattr(QuarkOptions(), name, None) for name in NAMES}
     assert chosen_for(1e6, "--defaults", "paper") == (paper, None)

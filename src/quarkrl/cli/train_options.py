@@ -205,6 +205,8 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     values = vars(parser.parse([*_as_flags(entries), *argv]))
     unset = frozenset(name for name in sizing.NAMES if values[name] is _UNSET)
     values |= {name: defaults[name] for name in unset}
+    if values["entropy_target"] is not None:  # It adapts α, which the defaults by size turn off.
+        unset -= {"entropy_coef"}
     for name in ("hub_token", "push_to_hub_token"):
         if values.get(name):
             raise UserError(
