@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 REMEDY = "Convert final/ with convert_hf_to_gguf.py of llama.cpp"
 
 _NFC = {"type": "NFC"}  # Qwen normalises texts so; llama.cpp expects that they are.
+# How the tokenizers of Llama 3 and Qwen 2 split a text, as in their tokenizer.json.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # What llama.cpp computes for these architectures; it has no field for another value.
 _FIXED: dict[str, dict[str, tuple]] = {
     "llama": {"attention_bias": (False,), "mlp_bias": (False,), "hidden_act": ("silu",)},
@@ -181,12 +185,10 @@ def _pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _splitters() -> dict[str, Any]:
     """The pre-tokenizers that have a name in llama.cpp."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
     words, encode = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
     by_regex = {
-        name: Sequence([Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), "isolated"), encode])
-        for name in ("llama-bpe", "qwen2")
+        name: Sequence([Split(Regex(_WORDS.replace("DIGITS", digits)), "isolated"), encode])
+        for name, digits in (("llama-bpe", r"\p{N}{1,3}"), ("qwen2", r"\p{N}"))
     }
     return {"gpt-2": words, "smollm": Sequence([Digits(individual_digits=True), words]), **by_regex}
 
