@@ -42,7 +42,7 @@ test-vllm:  ## the tests with vLLM, in an environment of its own (x86, CPU): 2 G
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
-	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -m vllm tests/sampling
 
 mutations: install  ## break ten central lines, one at a time; a test must notice each
 	$(BIN)/python -m tools.mutations
