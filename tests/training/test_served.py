@@ -320,6 +320,15 @@ def test_a_run_on_chats_whose_start_is_ambiguous_is_refused(tmp_path, named, sin
     make_trainer(tmp_path, tokenizer, ["a", "b"])
 
 
+def test_a_tokenizer_that_drops_unknown_characters_is_refused_for_chats():
+    """BOS after a dropped text would count as the start of the chat in training, and not in the template."""
+    model = models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), bos_token="<s>", chat_template=CHATML)
+    conditioning, _, _ = add_reward_tokens(tokenizer, rows=3)
+    assert conditioning.prefix_ids == (0,)
+    assert find_ambiguity(tokenizer, conditioning) == "drop characters that it does not know"
+
+
 def check_random_tokenizers(count: int, directory) -> None:
     problems = {f"{SEED}-{i}": difference(f"{SEED}-{i}", directory / str(i)) for i in range(count)}
     problems = {seed: problem for seed, problem in problems.items() if problem}

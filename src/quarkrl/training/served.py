@@ -111,9 +111,13 @@ def find_ambiguity(tokenizer: PreTrainedTokenizerBase, conditioning: Conditionin
         return "put UNK first, which is also the id of an unknown text,"
     if any(token.single_word for token in tokenizer.added_tokens_decoder.values()):
         return "have added tokens that match single words only"
+    before, _ = surrounding_ids(tokenizer)
+    if conditioning.prefix_ids and try_encode_prompts(tokenizer, [_UNKNOWN], empty_ids=before) == [before]:
+        return "drop characters that it does not know"
     return None
 
 
+_UNKNOWN = "\U0010fffd"  # For private use: in no vocabulary but those of bytes.
 _Pairs: TypeAlias = list[tuple[Prompt, list[int]]]
 
 
