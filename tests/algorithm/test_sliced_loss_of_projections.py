@@ -6,8 +6,7 @@ from math import log
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers.new_arrays import NewArrays
 
 from quarkrl.algorithm.loss import quark_loss, quark_loss_plain
 from quarkrl.models.completion_logits import Projection
@@ -85,22 +84,6 @@ def test_a_reference_may_have_another_dtype():
     loss = quark_loss(policy, ref, TARGETS, **COEFS)
     plain = quark_loss_plain(policy.logits(), ref.logits(), TARGETS, **COEFS)
     torch.testing.assert_close(loss.kl, plain.kl, check_dtype=False, rtol=1e-4, atol=0)
-
-
-class NewArrays(TorchDispatchMode):
-    """Counts the new arrays of at least so many elements while this is active."""
-
-    def __init__(self, elements: int):
-        super().__init__()
-        self.elements, self.count = elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
-        for leaf in tree_leaves(result):
-            if torch.is_tensor(leaf) and leaf.numel() >= self.elements:
-                self.count += leaf.untyped_storage().data_ptr() not in known
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

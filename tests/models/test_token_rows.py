@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
+from helpers.new_arrays import NewArrays
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from quarkrl.models.token_rows import TokenRows, use_token_rows
 
@@ -54,27 +53,12 @@ def test_without_the_adapter_and_with_merged_rows_the_logits_are_pefts():
     torch.testing.assert_close(ours.merge_and_unload()(IDS).logits, expected)
 
 
-class LargeResults(TorchDispatchMode):
-    """Counts results with at least so many elements, views of known memory left out."""
-
-    def __init__(self, elements: int):
-        super().__init__()
-        self.elements, self.count = elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
-        new = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
-        self.count += sum(x.numel() >= self.elements and x.untyped_storage().data_ptr() not in known for x in new)
-        return result
-
-
 def test_neither_forward_nor_backward_makes_a_table():
     theirs, ours = with_rows(True)
     table = ours.get_base_model().get_input_embeddings().token_adapter.base_layer.weight.numel()
     counts = []
     for model in (theirs, ours):
-        with LargeResults(table) as large:
+        with NewArrays(table) as large:
             gradients_of(model)
         counts.append(large.count)
     assert counts[0] > 0 and counts[1] == 0

@@ -233,7 +233,7 @@ class VllmServer:
 
     def _wait(self) -> str:
         """Return the name of the server's model, as soon as the server answers."""
-        start, told = time.monotonic(), False
+        start, shows_command = time.monotonic(), True
         while True:
             try:
                 answer = self._client.get(f"{self._url}/v1/models", timeout=10)
@@ -244,9 +244,9 @@ class VllmServer:
                     raise UserError(
                         f"engine_url {self._url}: must answer ({one_line(error)}). Start it: {self._command}"
                     ) from error
-            if not told:
+            if shows_command:
                 self._note(f"waiting for {self._url}. Start it, in another shell: {self._command}")
-                told = True
+                shows_command = False
             self._stop_if_requested()
             time.sleep(1)
 
