@@ -29,10 +29,6 @@ _ENVIRONMENT = {
 }
 _BLOCK = 128  # Tokens of a block of vLLM's cache on a CPU, the largest of its block sizes.
 _LARGEST_CACHE = 4 * 2**30
-_GUIDANCE = {
-    "logits_processors": ["quarkrl.sampling.vllm_guidance:GuidanceLogitsProcessor"],
-    "scheduler_cls": "quarkrl.sampling.vllm_scheduler.GuidedScheduler",
-}
 _SERVER_REQUESTS = 128  # At a time.
 _SERVER_START = 900.0  # Seconds to wait for a server.
 
@@ -64,15 +60,12 @@ class ColocatedVllm:
         dtype: the data type of the weights, by name.
         longest: tokens of the longest prompt and its completion.
         batch_size: completions sampled at a time.
-        guided: whether any sampling is guided.
 
     Raises:
         UserError: vLLM is not installed, or does not support the model.
     """
 
-    def __init__(
-        self, model: Any, conditioning: Conditioning, *, dtype: str, longest: int, batch_size: int, guided: bool
-    ):
+    def __init__(self, model: Any, conditioning: Conditioning, *, dtype: str, longest: int, batch_size: int):
         require_vllm()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -81,7 +74,6 @@ class ColocatedVllm:
         self._directory = tempfile.TemporaryDirectory(prefix="quarkrl-vllm-")
         directory = Path(self._directory.name)
         write_shape(model, conditioning, directory)
-        rows = 2 * batch_size if guided else batch_size
         set_num_threads = torch.set_num_threads  # vLLM replaces it by a function without effect.
         try:
             from vllm import LLM
@@ -92,14 +84,13 @@ class ColocatedVllm:
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 max_model_len=longest + 1,
-                max_num_seqs=rows,
-                kv_cache_memory_bytes=_cache_bytes(model.config, getattr(torch, dtype).itemsize, rows, longest),
+                max_num_seqs=batch_size,
+                kv_cache_memory_bytes=_cache_bytes(model.config, getattr(torch, dtype).itemsize, batch_size, longest),
                 # On a CPU, compiling takes minutes, and vLLM 0.32 ends at a request with a seed whose prompt is read in
                 # chunks.
                 enforce_eager=model.device.type == "cpu",
                 enable_chunked_prefill=model.device.type != "cpu",
                 max_num_batched_tokens=max(8192, longest + 1),
-                **(_GUIDANCE if guided else {}),
             )
         except Exception as error:
             # vLLM raises exceptions of many types for a model or a machine that it does not support.
@@ -114,13 +105,7 @@ class ColocatedVllm:
 
     def generate(self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[int]]:
         """Complete prompts; tokens beyond the original vocabulary are masked."""
-        fields = [
-            {**request, "allowed_token_ids": self._allowed, "extra_args": request.get("vllm_xargs")}
-            for request in requests
-        ]
-        for request in fields:
-            request.pop("vllm_xargs", None)
-        outputs = self._run(prompt_ids, fields)
+        outputs = self._run(prompt_ids, [{**request, "allowed_token_ids": self._allowed} for request in requests])
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:

@@ -82,19 +82,18 @@ class VllmEngine:
     def reference(self) -> Iterator[Complete]:
         """Yield what completes prompts with p_0: the policy without reward tokens, which has not learned yet."""
         if self.shares_start:
-            yield partial(self._complete, 1.0, False)
+            yield partial(self._complete, False)
         else:
             with self.builtin.reference() as complete:
                 yield complete
 
     @contextmanager
     def policy(self, guidance_scale: float) -> Iterator[Complete]:
-        """Yield what completes prompts with the policy on its best reward tokens."""
-        yield partial(self._complete, guidance_scale, True)
+        """Yield what completes prompts with the policy on its best reward tokens; the run refuses another γ than 1."""
+        yield partial(self._complete, True)
 
     def _complete(
         self,
-        guidance_scale: float,
         conditioned: bool,
         prompt_ids: list[list[int]],
         sampling: Sampling,
@@ -110,8 +109,6 @@ class VllmEngine:
             "stop_token_ids": list(self.builtin.end_ids),
             "ignore_eos": True,  # The EOS ids of the run are in stop_token_ids.
         }
-        if guidance_scale != 1:
-            common["vllm_xargs"] = {"guidance_scale": guidance_scale, "guidance_from": str(self.builtin.guidance_from)}
         seeds = [0] * len(prompts) if uniforms is None else map(seed_of, uniforms)
         completions = self.backend.generate(prompts, [{**common, "seed": seed} for seed in seeds])
         highest = max((token for ids in completions for token in ids), default=0)

@@ -45,11 +45,8 @@ def make_engine(  # noqa: PLR0913 - two callbacks
     policy, dtype = builtin.policy_model(), _dtype_name(args, builtin.policy_model())
     backend: Backend
     if args.engine_url is None:
-        guided = {*args.explore_guidance_scale, args.eval_guidance_scale, args.distill_guidance_scale} != {1}
         model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        backend = ColocatedVllm(
-            model, builtin.conditioning, dtype=dtype, longest=longest, batch_size=batch_size, guided=guided
-        )
+        backend = ColocatedVllm(model, builtin.conditioning, dtype=dtype, longest=longest, batch_size=batch_size)
     else:
         directory = Path(args.output_dir) / "engine"
         backend = VllmServer(
