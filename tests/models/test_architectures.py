@@ -56,7 +56,7 @@ def test_a_run_trains_the_row_of_each_reward_token_and_samples_none(tmp_path, ar
     trainer = trainer_of(model, tokenizer, tmp_path)
     conditioning = trainer.conditioning
     assert conditioning.vocab_size == len(tokenizer)
-    rows = list(conditioning.token_ids[0])
+    rows = conditioning.new_token_ids
     weights = {"input": model.get_input_embeddings().weight, "output": model.get_output_embeddings().weight}
     assert (weights["input"] is weights["output"]) is tied
     before = {name: weight[rows].detach().clone() for name, weight in weights.items()}

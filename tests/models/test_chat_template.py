@@ -128,7 +128,7 @@ def test_the_assistant_masks_are_those_of_the_plain_template_behind_the_reward_t
         )
         ids, mask = plain["input_ids"], plain["assistant_masks"]
         assert steered["input_ids"] == conditioning.prefix(ids, conditioning.best)
-        start = steered["input_ids"].index(conditioning.token_ids[0][2])
+        start = steered["input_ids"].index(conditioning.prefixes[0][2][0])
         assert steered["assistant_masks"] == [*mask[:start], 0, 0, *mask[start:]]
         marked += sum(mask)
     assert marked

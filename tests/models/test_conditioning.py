@@ -53,7 +53,7 @@ def test_the_given_tokenizer_is_not_changed():
 def test_a_reward_token_in_a_text_is_one_token_and_is_left_out_of_decoded_text():
     conditioning, extended, _ = add_reward_tokens()
     ids = extended("a<|reward_1|>b")["input_ids"]
-    assert ids == [64, conditioning.token_ids[0][1], 65]
+    assert ids == [64, conditioning.prefixes[0][1][0], 65]
     assert extended.decode(ids, skip_special_tokens=True) == "ab"
 
 

@@ -31,7 +31,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize(("make", "expected"), TOKENIZERS.values(), ids=TOKENIZERS)
 def test_a_steered_tokenizer_puts_the_best_token_first_also_when_loaded(make, expected, tmp_path):
     conditioning, extended, _ = add_reward_tokens(make())
-    named = {"bos": extended.bos_token_id, "eos": extended.eos_token_id, 2: conditioning.token_ids[0][2]}
+    named = {"bos": extended.bos_token_id, "eos": extended.eos_token_id, 2: conditioning.prefixes[0][2][0]}
     expected = [named.get(piece, piece) for piece in expected]
     steered = conditioning.steer_tokenizer(extended)
     steered.save_pretrained(tmp_path)
@@ -54,7 +54,7 @@ def test_a_tokenizer_whose_config_adds_bos_is_steered_when_loaded_too(tmp_path):
     conditioning, extended, _ = add_reward_tokens(AutoTokenizer.from_pretrained(tmp_path))
     conditioning.steer_tokenizer(extended).save_pretrained(tmp_path / "steered")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "steered")
-    assert loaded("ab")["input_ids"] == [extended.bos_token_id, conditioning.token_ids[0][2], 64, 65]
+    assert loaded("ab")["input_ids"] == [extended.bos_token_id, conditioning.prefixes[0][2][0], 64, 65]
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -69,7 +69,7 @@ def test_a_steered_tokenizer_gives_the_ids_of_prefix(bos):
 def test_a_steered_tokenizer_pads_and_truncates():
     conditioning, extended, _ = add_reward_tokens(tiny_tokenizer(bos=True, pad="own"))
     steered = conditioning.steer_tokenizer(extended)
-    bos, best, pad = extended.bos_token_id, conditioning.token_ids[0][2], extended.pad_token_id
+    bos, best, pad = extended.bos_token_id, conditioning.prefixes[0][2][0], extended.pad_token_id
     batch = steered(["ab", "a"], padding=True, padding_side="left")
     assert batch["input_ids"] == [[bos, best, 64, 65], [pad, bos, best, 64]]
     assert batch["attention_mask"] == [[1, 1, 1, 1], [0, 1, 1, 1]]

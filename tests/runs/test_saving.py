@@ -91,7 +91,7 @@ def test_final_is_an_ordinary_checkpoint_steered_to_the_best(tmp_path):
     assert final == tmp_path / "final"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     assert_same_weights(weights_of(model), weights_of(trainer.model))
-    best = trainer.conditioning.token_ids[0][-1]
+    best = trainer.conditioning.prefixes[0][-1][0]
     assert tokenizer("a b")["input_ids"] == [best, 0, 1]
     assert sorted(model.generation_config.suppress_tokens) == [10, 11, 12]
     assert model.config.use_cache
@@ -118,7 +118,7 @@ def test_quark_json_says_what_a_run_was(tmp_path):
 
 def test_an_adapter_is_merged_into_final(tmp_path):
     trainer = small_trainer(tmp_path, peft_config=LORA, learning_rate=1e-2, save_strategy="epoch")
-    before = trainer.conditioning.token_ids[0]
+    before = trainer.conditioning.new_token_ids
     rows = trainer.model.get_input_embeddings().weight[list(before)].detach().clone()
     trainer.train()
     final = trainer.save_final()

@@ -158,8 +158,8 @@ def test_wrong_arguments_of_a_request(arguments, message):
 def test_the_contrast_of_a_prompt(trained):
     conditioning = trained[1]
     best = conditioning.prefix([10, 20], conditioning.best)
-    assert contrast_prompt(conditioning, best, "worst") == [conditioning.token_ids[0][0], 10, 20]
-    assert contrast_prompt(conditioning, best, 1) == [conditioning.token_ids[0][1], 10, 20]
+    assert contrast_prompt(conditioning, best, "worst") == [conditioning.prefixes[0][0][0], 10, 20]
+    assert contrast_prompt(conditioning, best, 1) == [conditioning.prefixes[0][1][0], 10, 20]
 
 
 def test_a_prompt_that_has_no_contrast(trained):

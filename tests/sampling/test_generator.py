@@ -29,7 +29,7 @@ def final(request, tmp_path):
 
 
 def test_a_prompt_gets_the_token_of_the_quantile_once(final):
-    ids = final.conditioning.token_ids[0]
+    ids = final.conditioning.new_token_ids
     bos = [final.tokenizer.bos_token_id] if final.tokenizer.bos_token_id is not None else []
     for quantile, token in {"best": ids[2], "worst": ids[0], 1: ids[1], "1": ids[1]}.items():
         assert final.encode(["ab"], quantile) == [[*bos, token, 64, 65]]

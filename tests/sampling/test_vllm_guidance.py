@@ -46,7 +46,7 @@ def served(tmp_path_factory) -> Path:
     conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 3)
     rows = model.get_input_embeddings().weight.data
     noise = torch.randn(3, rows.shape[1], generator=torch.Generator().manual_seed(1))
-    rows[conditioning.all_token_ids] += 3 * rows[: conditioning.vocab_size].std(0) * noise
+    rows[conditioning.new_token_ids] += 3 * rows[: conditioning.vocab_size].std(0) * noise
     model.save_pretrained(directory)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     conditioning.steer_tokenizer(tokenizer).save_pretrained(directory)

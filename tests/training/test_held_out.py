@@ -96,7 +96,7 @@ def test_a_run_stops_when_the_held_out_reward_no_longer_rises_and_final_is_the_b
             assert_same_weights(weights_of(trainer.model), recorder.weights[other])
     final = trainer.save_final()
     model = AutoModelForCausalLM.from_pretrained(final).eval()
-    ids = torch.tensor([[token, *row] for token in trainer.conditioning.token_ids[0] for row in ([0, 1], [7, 3])])
+    ids = torch.tensor([[token, *row] for (token,) in trainer.conditioning.prefixes[0] for row in ([0, 1], [7, 3])])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     # The facts in final/ are those of the best checkpoint.
@@ -285,7 +285,7 @@ def test_exploring_follows_the_schedule_of_guidance_and_evaluation_has_its_own_s
     trainer.train()
     # Iteration 0 samples the reference without guidance; 1 has scale 1; later batches have best and worst tokens.
     assert rows_sampled(calls) == [count, 3, count, 3, 2 * count, 3, 2 * count, 3, 2 * count, 3]
-    best, worst = trainer.conditioning.token_ids[0][-1], trainer.conditioning.token_ids[0][0]
+    best, worst = trainer.conditioning.prefixes[0][-1][0], trainer.conditioning.prefixes[0][0][0]
     last = next(ids for _, what, _, ids in reversed(calls) if what == "sample" and len(ids) == 2 * count)
     ids = next(ids for _, what, _, ids in calls if what == "sample" and len(ids) == 2 * count and ids.shape[1] > 1)
     assert (ids[:count] == best).sum(1).tolist() == [1] * count

@@ -325,7 +325,7 @@ def test_a_tokenizer_that_drops_unknown_characters_is_refused_for_chats():
     model = models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), bos_token="<s>", chat_template=CHATML)
     conditioning, _, _ = add_reward_tokens(tokenizer, rows=3)
-    assert conditioning.prefix_ids == (0,)
+    assert conditioning.start_ids == (0,)
     assert find_ambiguity(tokenizer, conditioning) == "drop characters that it does not know"
 
 

@@ -50,7 +50,7 @@ def test_the_reference_samples_first_and_then_the_policy_on_the_best_token(tmp_p
     order = [phase for i, phase in enumerate(phases) if i == 0 or phases[i - 1] != phase]
     learn = ("policy", "learn")
     assert order == [("reference", "sample"), learn, ("policy", "sample"), learn, ("policy", "sample"), learn]
-    best = trainer.conditioning.token_ids[0][-1]
+    best = trainer.conditioning.prefixes[0][-1][0]
     for who, what, _, ids in calls:
         if what == "sample" and ids.shape[1] > 1:  # Reading the prompts; what follows comes token by token.
             rewards = [[i for i in row.tolist() if i >= VOCAB] for row in ids]
@@ -66,7 +66,7 @@ def test_what_is_learned_from_has_its_quantiles_token_and_the_reference_sees_non
     for row, plain, number in zip(batch["input_ids"], batch["ref_input_ids"], numbers, strict=True):
         sample = trainer.pool[int(trainer.draws[number])]
         ids = [*sample.prompt_ids.tolist(), *sample.completion_ids.tolist()]
-        token = trainer.conditioning.token_ids[0][sample.quantiles[0]]
+        token = trainer.conditioning.prefixes[0][sample.quantiles[0]][0]
         assert row.tolist()[: len(ids) + 1] == [token, *ids]
         assert plain.tolist()[: len(ids)] == ids
     targets = batch["labels"][batch["labels"] != -100]

@@ -100,12 +100,17 @@ def _predict(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each chunk of n tokens, `(n - 1,)` NLL and `(n - 1,)` argmax prediction of its second to last token."""
     conditioned = [generator.condition(ids, quantile) for ids in chunks]
-    reward_tokens = set(generator.conditioning.all_token_ids) if generator.conditioning else set()
-    starts = [1 + next(i for i, token in enumerate(ids) if token not in reward_tokens) for ids in conditioned]
-    pairs = list(zip(conditioned, starts, strict=True))
-    batch = build_batch([ids[:start] for ids, start in pairs], [ids[start:] for ids, start in pairs])
-    # Reward tokens follow the special tokens that come first. They are not predicted.
-    batch["labels"][torch.isin(batch["labels"], torch.tensor(sorted(reward_tokens)))] = -100
+    conditioning = generator.conditioning
+    prefixes = [
+        (conditioning.position(ids) if conditioning else 0, len(whole) - len(ids))
+        for ids, whole in zip(chunks, conditioned, strict=True)
+    ]
+    starts = [1 if position else 1 + length for position, length in prefixes]
+    split = [(ids[:start], ids[start:]) for ids, start in zip(conditioned, starts, strict=True)]
+    batch = build_batch([prompt for prompt, _ in split], [text for _, text in split])
+    for row, (position, length) in enumerate(prefixes):
+        # A prefix that follows the special tokens is not predicted.
+        batch["labels"][row, position : position + length] = -100
     nll, predicted = predict(generator.model, batch, generator.vocab_size)
     ends = np.cumsum([len(ids) - 1 for ids in chunks])[:-1]
     return list(zip(np.split(nll, ends), np.split(predicted, ends), strict=True))

@@ -129,7 +129,7 @@ def add_adapter(model: PreTrainedModel, config: Any, token_ids: Sequence[int]) -
             f"peft_config init_lora_weights {getattr(config, 'init_lora_weights', None)!r}: must keep the weights of "
             "the model, because the reference is the model without the adapter. Set init_lora_weights=True."
         )
-    if not _trains_rows(adapted.get_input_embeddings(), token_ids):
+    if token_ids and not _trains_rows(adapted.get_input_embeddings(), token_ids):
         raise UserError(
             f"peft_config {config.peft_type.value}: must train the embedding rows of the reward tokens. Use "
             "LoraConfig, or add the input embedding to modules_to_save."

@@ -19,17 +19,17 @@ _MARK = "\ufdd0quark\ufdd1"
 
 def steer_chat_template(
     tokenizer: PreTrainedTokenizerBase,
-    reward_token_ids: Sequence[int],
+    prefix: str,
     start_ids: Sequence[int],
-    choices: Mapping[str, Sequence[int]],
+    choices: Mapping[str, str],
 ) -> Any:
     """Return the chat template of a tokenizer, or all of them by name, with reward tokens first.
 
     Args:
-        tokenizer: knows the reward tokens.
-        reward_token_ids: one per attribute; the default.
-        choices: other reward tokens, by the value of the template's argument `quantile`.
-        start_ids: the special tokens that the reward tokens follow where a chat starts with them, such as BOS.
+        tokenizer: knows the tokens of the prefixes.
+        prefix: the text of the prefix, such as reward tokens; the default.
+        start_ids: the special tokens that the prefix follows where a chat starts with them, such as BOS.
+        choices: the texts of all prefixes, by the value of the template's argument `quantile`.
 
     Returns:
         A template, a dict of named templates, or what the tokenizer has instead of them.
@@ -37,7 +37,7 @@ def steer_chat_template(
     templates = tokenizer.chat_template
     if not templates:
         return templates
-    head = _tokens(tokenizer, reward_token_ids, choices) + _head(tokenizer, start_ids)
+    head = _prefix(prefix, choices) + _head(tokenizer, start_ids)
     if isinstance(templates, str):
         return _steer(templates, head)
     return {name: _steer(template, head) for name, template in templates.items()}
@@ -85,27 +85,22 @@ def _steer(template: str, head: str) -> str:
     )
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, reward_token_ids: Sequence[int], choices: Mapping[str, Sequence[int]]
-) -> str:
-    """Jinja that sets `quark_tokens`, the reward tokens; it fails at an unknown quantile."""
-
-    def text(ids: Sequence[int]) -> str:
-        return _quote("".join(tokenizer.convert_ids_to_tokens(list(ids))))
-
+def _prefix(prefix: str, choices: Mapping[str, str]) -> str:
+    """Jinja that sets `quark_prefix`; it fails at an unknown quantile."""
     refusal = _quote(f"quantile: must be one of {', '.join(choices)}.")
-    table = "{" + ", ".join(f"{_quote(name)}: {text(ids)}" for name, ids in choices.items()) + "}"
+    names = "[" + ", ".join(map(_quote, choices)) + "]"
+    table = "{" + ", ".join(f"{_quote(name)}: {_quote(text)}" for name, text in choices.items()) + "}"
     return (
-        "{% set quark_tokens = " + text(reward_token_ids) + " %}"
+        "{% set quark_prefix = " + _quote(prefix) + " %}"
         "{% if quantile is defined and quantile is not none %}"
-        "{% set quark_tokens = (" + table + ")[quantile | string] %}"
-        "{% if not quark_tokens %}{{ raise_exception(" + refusal + ") }}{% endif %}"
+        "{% if (quantile | string) not in " + names + " %}{{ raise_exception(" + refusal + ") }}{% endif %}"
+        "{% set quark_prefix = (" + table + ")[quantile | string] %}"
         "{% endif %}"
     )
 
 
 def _head(tokenizer: PreTrainedTokenizerBase, start_ids: Sequence[int]) -> str:
-    """Jinja that sets `quark_head`, with the reward tokens, and `quark_rest`, which follows it."""
+    """Jinja that sets `quark_head`, with the prefix, and `quark_rest`, which follows it."""
     added = tokenizer.added_tokens_decoder
     tokens = [added[i] for i in start_ids if i in added]
     is_known = 0 < len(tokens) == len(start_ids)
@@ -119,7 +114,7 @@ def _head(tokenizer: PreTrainedTokenizerBase, start_ids: Sequence[int]) -> str:
     return (
         "{% set quark_start = " + start + " if " + bare + ".startswith(" + start + ") else '' %}"
         "{% set quark_rest = " + rest + " if quark_start else quark_text %}"
-        "{% set quark_head = quark_start + quark_tokens" + _blank(tokenizer) + " %}"
+        "{% set quark_head = quark_start + quark_prefix" + _blank(tokenizer) + " %}"
     )
 
 
@@ -132,7 +127,7 @@ def _drops_blanks(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int])
 
 
 def _blank(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Jinja that adds a blank behind the reward tokens if the tokenizer adds one at the start of a text only."""
+    """Jinja that adds a blank behind a prefix if the tokenizer adds one at the start of a text only."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     step = state["pre_tokenizer"] or {}
     while step.get("type") == "Sequence":
@@ -145,7 +140,7 @@ def _blank(tokenizer: PreTrainedTokenizerBase) -> str:
     # No blank is added before another one or before a special token.
     exceptions = [" ", blank, *(token.content for token in tokenizer.added_tokens_decoder.values())]
     starts = ", ".join(map(_quote, exceptions))
-    needs_blank = f"quark_rest and not quark_start and not quark_rest.startswith(({starts}))"
+    needs_blank = f"quark_rest and quark_prefix and not quark_start and not quark_rest.startswith(({starts}))"
     return f" + ({_quote(blank)} if {needs_blank} else '')"
 
 

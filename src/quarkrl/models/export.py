@@ -59,7 +59,7 @@ def _save_model(
     """Write what transformers reads of a checkpoint."""
     saved_config = copy.deepcopy(model.generation_config)
     saved_cache = model.config.use_cache
-    model.generation_config.suppress_tokens = conditioning.all_token_ids
+    model.generation_config.suppress_tokens = conditioning.new_token_ids or None
     model.generation_config.eos_token_id = eos_ids(model, tokenizer, conditioning.vocab_size) or None
     model.config.use_cache = True  # Trainer switches it off.
     try:

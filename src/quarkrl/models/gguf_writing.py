@@ -99,7 +99,7 @@ def write_gguf(
     writer.add_name(path.stem)
     writer.add_quantization_version(2)
     writer.add_file_type(LlamaFileType[file_type])
-    writer.add_string("quarkrl.conditioning", json.dumps({"token_ids": conditioning.token_ids}))
+    writer.add_string("quarkrl.conditioning", json.dumps({"kind": conditioning.kind, "prefixes": conditioning.prefixes}))
     tokens = _add_tokenizer(writer, tokenizer, model)
     _add_shape(writer, model, len(tokens))
     text_prefix = _add_bos(writer, tokenizer, conditioning)
@@ -114,11 +114,12 @@ def write_gguf(
 def _add_bos(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning) -> str:
     """Set the one token that llama.cpp puts before a text; return what else precedes a text."""
     start, _ = surrounding_ids(tokenizer)
-    is_best_token_alone = len(start) == len(conditioning.attributes) == 1
+    prefix_length = len(conditioning.ids_of(conditioning.best))
+    is_best_token_alone = len(start) == prefix_length == 1
     # llama.cpp removes the BOS with which a chat template starts, because it puts BOS before chats too. A chat that
     # starts with something else than the reward token would get two.
-    starts_chats = not tokenizer.chat_template or not conditioning.prefix_ids
-    adds_bos = len(start) > len(conditioning.attributes) or (is_best_token_alone and starts_chats)
+    starts_chats = not tokenizer.chat_template or not conditioning.start_ids
+    adds_bos = len(start) > prefix_length or (is_best_token_alone and starts_chats)
     bos_id = start[0] if adds_bos else tokenizer.bos_token_id
     if bos_id is not None:
         writer.add_bos_token_id(bos_id)

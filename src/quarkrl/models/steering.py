@@ -1,4 +1,4 @@
-"""A tokenizer that puts reward tokens before each prompt by itself, also in its chat template.
+"""A tokenizer that puts a prefix (reward tokens or words) before each prompt by itself, also in its chat template.
 
 It is saved with the final model. So plain transformers, vLLM and others give the model the same token ids that it was
 trained on, without knowing about Quark.
@@ -16,19 +16,21 @@ from quarkrl.models.special_tokens import post_processor, surrounding_ids
 
 def steer_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
-    reward_token_ids: Sequence[int],
-    prefix_ids: Sequence[int],
-    choices: Mapping[str, Sequence[int]],
+    prefix: Sequence[int],
+    prefix_text: str,
+    start_ids: Sequence[int],
+    choices: Mapping[str, str],
 ) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer that puts reward tokens before each text, after special tokens such as BOS.
+    """Return a copy of a tokenizer that puts a prefix before each text, after special tokens such as BOS.
 
     It adds nothing behind a text, such as EOS: a prompt is continued.
 
     Args:
-        tokenizer: knows the reward tokens; it is not changed.
-        reward_token_ids: one per attribute.
-        prefix_ids: the ids that precede the reward tokens in a chat that starts with them.
-        choices: other reward tokens, by the value of the chat template's argument `quantile`.
+        tokenizer: knows the tokens of the prefix; it is not changed.
+        prefix: the ids of the prefix.
+        prefix_text: its text, for the chat template.
+        start_ids: the ids that precede the prefix in a chat that starts with them.
+        choices: the texts of all prefixes, by the value of the chat template's argument `quantile`.
 
     Raises:
         UserError: the tokenizer is not a fast one. Only those have a post-processor that can be set.
@@ -41,11 +43,11 @@ def steer_tokenizer(
     before, after = surrounding_ids(tokenizer)
     steered = copy.deepcopy(tokenizer)
     steered.backend_tokenizer.post_processor = post_processor(
-        tokenizer, before=[*before, *reward_token_ids], between=[*after, *before]
+        tokenizer, before=[*before, *prefix], between=[*after, *before]
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False
-    steered.chat_template = steer_chat_template(steered, reward_token_ids, prefix_ids, choices)
+    steered.chat_template = steer_chat_template(steered, prefix_text, start_ids, choices)
     return steered
 
 

@@ -54,7 +54,7 @@ class QuarkGenerator:
         self.reference_name = reference
         self.trust_remote_code = trust_remote_code
         rows = model.get_input_embeddings().weight.shape[0]
-        if conditioning and (highest := max(conditioning.all_token_ids)) >= rows:
+        if conditioning and (highest := max(conditioning.new_token_ids, default=-1)) >= rows:
             raise UserError(
                 f"quark.json is damaged or belongs to another model: reward token id {highest} must be below {rows}, "
                 "the number of embedding rows. Restore the file."

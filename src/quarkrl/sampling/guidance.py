@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from quarkrl.errors import UserError
+from quarkrl.models.batching import left_pad
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource
 
@@ -228,19 +229,20 @@ class Guidance(LogitsProcessor):
         Raises:
             UserError: there is no such quantile, a prompt has no reward tokens, or all prompts request that quantile.
         """
-        contrast_ids = input_ids.clone()
-        for tokens, quantile in zip(conditioning.token_ids, conditioning.quantiles_of(guidance_from), strict=True):
-            is_reward_token = torch.isin(input_ids, torch.tensor(tokens, device=input_ids.device))
-            if not is_reward_token.any(dim=1).all():
-                raise UserError(
-                    "input_ids: each prompt must have its reward tokens. Encode prompts with the model's own tokenizer."
-                )
-            contrast_ids[is_reward_token] = tokens[quantile]
-        if torch.equal(contrast_ids, input_ids):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        quantiles = conditioning.quantiles_of(guidance_from)
+        prompts = [ids[counts.bool()].tolist() for ids, counts in zip(input_ids, mask, strict=True)]
+        if not all(map(conditioning.is_prefixed, prompts)):
+            raise UserError(
+                "input_ids: each prompt must have its reward tokens. Encode prompts with the model's own tokenizer."
+            )
+        contrasts = [conditioning.prefix(conditioning.strip(ids), quantiles) for ids in prompts]
+        if contrasts == prompts:
             raise UserError(
                 f"guidance_from {guidance_from!r}: must differ from the quantile of the prompts. The default is worst."
             )
-        return cls(guidance_scale, model, contrast_ids, attention_mask, conditioning.vocab_size)
+        contrast_ids, contrast_mask = left_pad(contrasts, input_ids.device)
+        return cls(guidance_scale, model, contrast_ids, contrast_mask, conditioning.vocab_size)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the guided scores, `(batch, vocab)`, of the next token."""

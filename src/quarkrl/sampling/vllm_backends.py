@@ -178,7 +178,7 @@ class VllmServer:
         if self._name is None:
             self._name = self._wait()
             rows = next(iter(model.get_input_embeddings().parameters())).shape[0]
-            padding = set(range(self._conditioning.vocab_size, rows)) - set(self._conditioning.all_token_ids)
+            padding = set(range(self._conditioning.vocab_size, rows)) - set(self._conditioning.new_token_ids)
             # vLLM masks "bad words". Rows without a token have no word; a bias of -100 is the strongest there is.
             self._banned = {"bad_words": self._conditioning.token_names}
             if padding:

@@ -1,9 +1,10 @@
 """`Collator`: from the numbers of draws to batches, in this process or in a worker of the data loader."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from quarkrl.algorithm.pool import DataPool, Sample
@@ -24,21 +25,22 @@ class Collator:
     Attributes:
         samples: the pool, quantized.
         draws: `(n,)`, indices into `samples`; an iteration learns from them.
-        contrast: quantiles behind which a batch has the same samples again, for distillation; None for no such inputs.
+        contrast: makes the prompts of the same samples once more, for the contrast of guidance; None for no such inputs.
     """
 
     def __init__(self, conditioning: Conditioning, with_reference: bool):
         self.conditioning, self.with_reference = conditioning, with_reference
         self.samples: DataPool | Sequence[Sample] = ()
         self.draws: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.contrast: tuple[int, ...] | None = None
+        self.contrast: Callable[[list[int]], list[int]] | None = None
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Make a batch of the draws of the given numbers.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, each `(batch, length)`, right-padded, labels -100 outside the
-            completion. With `ref_` before the name: the same for the reference; with `contrast_`: for the contrast.
+            completion. With `ref_` before the name: the same for the reference; with `contrast_`: for the contrast, and
+            then `is_best`, `(batch, 1)`, whether the sample is in the best quantile.
         """
         samples = [self.samples[int(self.draws[number])] for number in numbers]
         prompts = [sample.prompt_ids.tolist() for sample in samples]
@@ -49,8 +51,9 @@ class Collator:
         if self.with_reference:
             batch |= {f"ref_{name}": tensor for name, tensor in build_batch(prompts, completions).items()}
         if self.contrast is not None:
-            conditioned = [self.conditioning.prefix(prompt, self.contrast) for prompt in prompts]
-            batch |= {f"contrast_{name}": tensor for name, tensor in build_batch(conditioned, completions).items()}
+            batch["is_best"] = torch.tensor([[row == list(self.conditioning.best)] for row in quantiles])
+            others = list(map(self.contrast, prompts))
+            batch |= {f"contrast_{name}": tensor for name, tensor in build_batch(others, completions).items()}
         return batch
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._set_epochs()
-        for name in ("temperature", "explore_guidance_scale"):
+        for name in ("temperature", "explore_guidance_scale", "kl_guidance_scale"):
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, Sequence) else [float(value)])
             if not getattr(self, name):
@@ -107,6 +107,7 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 )
         self._check_workers()
         self._check_engine()
+        self._check_words()
         checkpoint = self.resume_from_checkpoint
         if isinstance(checkpoint, str) and not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
             raise UserError(
@@ -132,6 +133,18 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             value = getattr(self, name)
             if {*(value if isinstance(value, list) else [value])} != {1}:
                 raise UserError(f"{name} {value}: must be 1 with vLLM. {remedy}")
+
+    def _check_words(self) -> None:
+        """Check the options that need words."""
+        if self.conditioning != "tokens":
+            return
+        if self.words is not None:
+            raise UserError("words: must be left out with new tokens. Set --conditioning text or soft.")
+        if set(self.kl_guidance_scale) != {1}:
+            raise UserError(
+                f"kl_guidance_scale {self.kl_guidance_scale}: must be 1 with new tokens, which have no meaning to the "
+                "reference. Set --conditioning text or soft."
+            )
 
     def _check_workers(self) -> None:
         """Check the options of the data loader, which torch checks after the first exploration or not at all."""
@@ -202,6 +215,14 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def guidance_scales(self) -> tuple[float, ...]:
         """Every γ of the run; 1 is without guidance."""
         return (*self.explore_guidance_scale, self.eval_guidance_scale, self.distill_guidance_scale)
+
+    def kl_guidance(self, iteration: int) -> float:
+        """Return γ of the reference in the KL term in an iteration."""
+        return self.kl_guidance_scale[min(iteration, len(self.kl_guidance_scale) - 1)]
+
+    def explore_guidance(self, iteration: int) -> float:
+        """Return γ of exploration in an iteration."""
+        return self.explore_guidance_scale[min(iteration, len(self.explore_guidance_scale) - 1)]
 
     @property
     def total_iterations(self) -> int:

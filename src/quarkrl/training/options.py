@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quarkrl.data.chat_defaults import LAST_TURN_HELP, SYSTEM_PROMPT_HELP, TEMPLATE_KWARGS_HELP, LastTurn
+from quarkrl.models.words import ConditioningKind
 from quarkrl.options import option
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
@@ -108,7 +109,7 @@ class QuarkOptions:
     explore_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
         help="Guidance γ of exploration; 1 is off. Several scales are for one iteration each, the last for all that "
-        "follow. Iteration 0 samples the reference without guidance (docs/guide.md).",
+        "follow. With new tokens, iteration 0 samples the reference without guidance (docs/guide.md).",
         at_least=0,
         group="exploring",
     )
@@ -141,6 +142,19 @@ class QuarkOptions:
     num_quantiles: int = option(
         5, "Quantiles K, and reward tokens, per attribute.", at_least=2, resume="fixed", group="learning"
     )
+    conditioning: ConditioningKind = option(
+        "tokens",
+        "What asks for a quantile: a new token, words (text), or new tokens that start as words (soft; docs/words.md).",
+        resume="fixed",
+        group="learning",
+        metavar="KIND",
+    )
+    words: list[str] | None = option(
+        None,
+        "The words of each quantile, worst first; '' for none. Common rewards have default words.",
+        resume="fixed",
+        group="learning",
+    )
     draw: Literal["uniform", "balanced"] = option(
         "uniform", "Draw uniformly over samples, or over quantiles first (balanced).", group="learning"
     )
@@ -152,6 +166,13 @@ class QuarkOptions:
         "KL direction: policy_ref (official) or ref_policy (paper).",
         group="learning",
         metavar="NAME",
+    )
+    kl_guidance_scale: list[float] = option(
+        default_factory=lambda: [1.0],
+        help="γ of the reference in the KL term of best samples: away from the words of the worst quantile. 1 is off. "
+        "Several scales are for one iteration each, the last for all that follow.",
+        at_least=0,
+        group="learning",
     )
     kl_target: float | None = option(
         None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning"
@@ -199,6 +220,13 @@ class QuarkOptions:
         128, "Samples per device and micro-batch.", at_least=1, resume="free", group="learning"
     )
     learning_rate: float = option(1e-5, "Peak learning rate, which decays linearly to 0.", at_least=0, group="learning")
+    prefix_lr_scale: float = option(
+        1.0,
+        "The learning rate of the rows of new tokens, as a multiple of learning_rate.",
+        at_least=0,
+        group="learning",
+        rare=True,
+    )
     warmup_steps: float = option(
         0.02, "Warm-up steps; below 1, a share of all steps (paper: 500 of 23,437).", at_least=0, group="learning"
     )

@@ -107,12 +107,12 @@ def find_ambiguity(tokenizer: PreTrainedTokenizerBase, conditioning: Conditionin
 
     The position of the reward tokens follows from token ids in training, and from characters in a chat template.
     """
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in conditioning.prefix_ids:
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in conditioning.start_ids:
         return "put UNK first, which is also the id of an unknown text,"
     if any(token.single_word for token in tokenizer.added_tokens_decoder.values()):
         return "have added tokens that match single words only"
     before, _ = surrounding_ids(tokenizer)
-    if conditioning.prefix_ids and try_encode_prompts(tokenizer, [_UNKNOWN], empty_ids=before) == [before]:
+    if conditioning.start_ids and try_encode_prompts(tokenizer, [_UNKNOWN], empty_ids=before) == [before]:
         return "drop characters that it does not know"
     return None
 

@@ -13,6 +13,7 @@ from quarkrl.models.adapters import merge, merge_start
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import make_saveable, model_identity
 from quarkrl.models.loading import load_model, load_tokenizer
+from quarkrl.models.words import Words
 from quarkrl.training.config import QuarkConfig
 
 
@@ -95,6 +96,7 @@ def prepare_models(
     peft_config: Any | None,
     args: QuarkConfig,
     attributes: tuple[str, ...],
+    words: Words,
 ) -> Models:
     """Make the policy and the reference of a run. `model` is changed in place: it becomes the policy.
 
@@ -105,6 +107,7 @@ def prepare_models(
         peft_config: an adapter to train instead of all weights.
         args: the run's options.
         attributes: the names of the rewards that condition.
+        words: what stands for the quantiles.
 
     Raises:
         UserError: the model already has reward tokens, or the reference does not fit the model or the options.
@@ -123,7 +126,7 @@ def prepare_models(
             )
         reference.to(getattr(torch, args.ref_dtype))
     conditioning, extended_tokenizer = Conditioning.add_to(
-        tokenizer, model, args.num_quantiles, attributes, seed=args.seed
+        tokenizer, model, args.num_quantiles, attributes, seed=args.seed, words=words
     )
     rows = None if ref_model is None else ref_model.get_input_embeddings().weight.shape[0]
     if rows is not None and rows < conditioning.vocab_size:

@@ -55,8 +55,7 @@ class TimeLeft:
 
 def _passes(args: QuarkConfig, iteration: int) -> int:
     """Return the forward passes per token of an exploration: guidance takes a second one."""
-    scales = args.explore_guidance_scale
-    return 2 if iteration and scales[min(iteration, len(scales) - 1)] != 1 else 1
+    return 2 if (iteration or args.conditioning != "tokens") and args.explore_guidance(iteration) != 1 else 1
 
 
 def format_seconds(seconds: float) -> str:

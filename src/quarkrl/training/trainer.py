@@ -49,12 +49,13 @@ from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import split_by_length
 from quarkrl.models.completion_logits import Projection, completion_logits
-from quarkrl.models.conditioning import bos_of_chats, reward_token_names
+from quarkrl.models.conditioning import bos_of_chats, new_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
+from quarkrl.models.words import Words
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
@@ -77,6 +78,7 @@ from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.prefix_rate import scale_rate_of_rows
 from quarkrl.training.progress import Progress
 from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
 from quarkrl.training.resumption import (
@@ -147,14 +149,17 @@ class QuarkTrainer(DurableTrainer):
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
         check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
-        self.max_prompt_length = context_length(model) - args.max_completion_length - len(self.scorer.attributes)
+        rewards = self.scorer.names if self.scorer.condition_on == "each" else self.scorer.names[:1]
+        words = Words.choose(args.conditioning, args.words, rewards, args.num_quantiles)
+        self._prefix_length = words.max_length(self.plain_tokenizer)
+        self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
         bos_id = bos_of_chats(self.plain_tokenizer)
         self._encode = partial(
             Prompts.encode,
             tokenizer=self.plain_tokenizer,
             max_length=self.max_prompt_length,
             skip_bad=args.skip_bad_prompts,
-            reserved=reward_token_names(self.scorer.attributes, args.num_quantiles),
+            reserved=new_token_names(self.plain_tokenizer, self.scorer.attributes, words),
             is_bad_start=lambda ids: ids[0] == bos_id,
             last_assistant_turn=args.last_assistant_turn,
         )
@@ -166,7 +171,7 @@ class QuarkTrainer(DurableTrainer):
                 f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
                 "Explore more prompts, or lower --num_quantiles."
             )
-        models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes)
+        models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes, words)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
@@ -355,9 +360,13 @@ class QuarkTrainer(DurableTrainer):
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
 
     def exploring_sampler(self, iteration: int) -> AbstractContextManager[Complete]:
-        """Return the context of what completes plain prompts: p_0 in iteration 0, then the policy on its best token."""
-        scales = self.args.explore_guidance_scale
-        return self.engine.policy(scales[min(iteration, len(scales) - 1)]) if iteration else self.engine.reference()
+        """Return the context of what completes plain prompts: the policy asked for the best quantile.
+
+        In iteration 0 it is p_0, because new tokens have no meaning yet.
+        """
+        if not iteration and self.args.conditioning == "tokens":
+            return self.engine.reference()
+        return self.engine.policy(self.args.explore_guidance(iteration))
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -423,7 +432,8 @@ class QuarkTrainer(DurableTrainer):
         self.collate.draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
         self.collate.with_reference = args.guidance_from == "reference"
         if not self.collate.with_reference:
-            self.collate.contrast = self.conditioning.quantiles_of(args.guidance_from)
+            contrast = self.conditioning.quantiles_of(args.guidance_from)
+            self.collate.contrast = partial(self.conditioning.prefix, quantiles=contrast)
 
     def _guided_logits(self, inputs: dict[str, Tensor]) -> Projection:
         """Return the logits that distillation learns: those of the teacher with guidance."""
@@ -439,6 +449,20 @@ class QuarkTrainer(DurableTrainer):
         wanted, contrast = (side[:, : self.conditioning.vocab_size].float() for side in (wanted, contrast))
         return Projection(guided_logits(wanted, contrast, args.distill_guidance_scale))
 
+    def _guided_reference(self, ref: Projection, inputs: dict[str, Tensor]) -> Projection:
+        """Return p_0 guided away from the words of the worst quantile, for the samples of the best one.
+
+            log p_0(v | x)  +  (γ - 1) (log p_0(v | x)  -  log p_0(v | worst words, x))
+        """
+        with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
+            names = "contrast_input_ids", "contrast_attention_mask", "contrast_labels"
+            contrast = completion_logits(reference, *(inputs[name] for name in names))
+        labels = inputs["labels"]
+        scale = 1 + (self.args.kl_guidance(self._iteration) - 1) * inputs["is_best"].float()
+        scale_of_token = scale.expand_as(labels)[labels != -100][:, None]
+        logits = guided_logits(ref.logits().float(), contrast[:, : ref.shape[1]].float(), scale_of_token)
+        return Projection(logits)
+
     # Quantize.
 
     def quantize(self, iteration: int) -> None:
@@ -448,6 +472,11 @@ class QuarkTrainer(DurableTrainer):
         rng = np.random.default_rng((args.seed, iteration, 1))
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
         self.collate.samples = self.pool
+        self._iteration = iteration
+        self.collate.contrast = None
+        if args.kl_coef and args.kl_guidance(iteration) != 1:
+            worst = self.conditioning.quantiles_of("worst")
+            self.collate.contrast = partial(self.conditioning.in_words.prefix, quantiles=worst)
         self.collate.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
 
     # Learn.
@@ -486,6 +515,8 @@ class QuarkTrainer(DurableTrainer):
                 ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
                 ref = completion_projection(reference, *ref_inputs, ref_head)
             ref = ref.limit_vocab(self.conditioning.vocab_size)
+            if self.collate.contrast is not None:
+                ref = self._guided_reference(ref, inputs)
         settings: dict[str, Any] = {
             **self.coefs.current,
             "kl_direction": args.kl_direction,
@@ -529,6 +560,17 @@ class QuarkTrainer(DurableTrainer):
         if not self.distils and self.coefs.adaptive and self.loss_means.step["tokens"]:
             kl, entropy = self.loss_means.last_per_completion(self.accelerator)
             self.coefs.adapt(kl, entropy, samples=self.args.draws_per_step)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer; rows of new tokens get a learning rate of their own if `prefix_lr_scale` is set."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        ids, scale = self.conditioning.new_token_ids, self.args.prefix_lr_scale
+        if is_new and ids and scale != 1:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise UserError(f"prefix_lr_scale {scale}: must be 1 in a run with sharded weights. Leave it out.")
+            scale_rate_of_rows(optimizer, self.accelerator.unwrap_model(self.model), ids, scale)
+        return optimizer
 
     # Evaluate and log.
 
@@ -665,5 +707,5 @@ class QuarkTrainer(DurableTrainer):
         return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)
 
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
-        """Return the length in tokens of each prompt with its reward tokens."""
-        return [] if prompts is None else [len(ids) + len(self.scorer.attributes) for ids in prompts.ids]
+        """Return the length in tokens of each prompt with the longest prefix."""
+        return [] if prompts is None else [len(ids) + self._prefix_length for ids in prompts.ids]
