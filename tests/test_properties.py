@@ -207,29 +207,41 @@ def test_perplexities_are_one_or_more_or_counted(pairs):
 # Conditioning
 
 
+id_tables = values | st.lists(st.lists(st.lists(st.integers(-2, 20), max_size=2), max_size=4), max_size=3)
+
+
 @any_input(200)
 @given(
     attributes=values | st.lists(st.text(max_size=3), max_size=3),
-    token_ids=values | st.lists(st.lists(st.integers(-2, 20), max_size=4), max_size=3),
-    prefix_ids=values | st.lists(st.integers(-1, 20), max_size=2),
+    prefixes=id_tables,
+    start_ids=values | st.lists(st.integers(-1, 20), max_size=2),
     vocab_size=plain | st.integers(1, 20),
+    kind=plain | st.sampled_from(["tokens", "text", "soft"]),
+    words=values | st.lists(st.lists(st.text(max_size=3), max_size=4), max_size=3),
+    word_ids=id_tables,
 )
-@example(attributes=["x"], token_ids=[[5, 6]], prefix_ids=[0], vocab_size=5)
-@example(attributes=["x"], token_ids=[[5, True]], prefix_ids=[], vocab_size=1)
-def test_any_quark_json_is_a_conditioning_or_damaged(tmp_path, attributes, token_ids, prefix_ids, vocab_size):
-    given_values = {"attributes": attributes, "token_ids": token_ids, "prefix_ids": prefix_ids}
-    given_values["vocab_size"] = vocab_size
-    (tmp_path / "quark.json").write_text(json.dumps({"conditioning": given_values}))
+@example(["x"], [[[5], [6]]], [0], 5, "tokens", [], [])
+@example(["x"], [[[5], [True]]], [], 1, "tokens", [], [])
+@example(["x"], [[[5, 6], []]], [0], 5, "soft", [["a b", ""]], [[[1, 2], []]])
+@example(["x"], [[[1, 2], []]], [0], 5, "text", [["a b", ""]], [[[1, 2], []]])
+@example(["x", "y"], [[[1], [2]], [[3, 1], [2]]], [], 9, "text", [["a", "b"], ["c", "d"]], [[[1], [2]], [[3, 1], [2]]])
+def test_any_quark_json_is_a_conditioning_or_damaged(
+    tmp_path, attributes, prefixes, start_ids, vocab_size, kind, words, word_ids
+):
+    fields = {"attributes": attributes, "prefixes": prefixes, "start_ids": start_ids, "vocab_size": vocab_size}
+    fields |= {"kind": kind, "words": words, "word_ids": word_ids}
+    (tmp_path / "quark.json").write_text(json.dumps({"conditioning": fields}))
     try:
         found = Conditioning.load(tmp_path)
     except UserError as error:
         assert "quark.json is damaged" in str(error)
         return
-    every = [i for row in found.token_ids for i in row]
-    assert len(set(every)) == len(found.attributes) * found.num_quantiles and found.num_quantiles >= 2
-    assert 1 <= found.vocab_size <= min(every)
-    prompt = [*found.prefix_ids, found.vocab_size - 1, found.vocab_size - 1]
-    assert found.strip(found.prefix(prompt, found.best)) == prompt
+    assert len(found.prefixes) == len(found.attributes) and found.num_quantiles >= 2
+    assert all(len(set(row)) == found.num_quantiles for row in found.prefixes)
+    assert 1 <= found.vocab_size <= min(found.new_token_ids, default=found.vocab_size)
+    prompt = [*found.start_ids, found.vocab_size - 1, found.vocab_size - 1]
+    prefixed = found.prefix(prompt, found.best)
+    assert found.strip(prefixed) == prompt and found.is_prefixed(prefixed)
 
 
 @any_input()

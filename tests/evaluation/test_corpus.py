@@ -106,7 +106,7 @@ def test_a_trained_model_predicts_after_its_reward_token_over_the_original_vocab
 def test_reward_tokens_behind_several_special_tokens_are_read_and_not_predicted():
     model = tiny_model("gpt2", WORDS)
     conditioning, tokenizer = Conditioning.add_to(WORDS, model, 2)
-    conditioning = replace(conditioning, prefix_ids=(3, 4))
+    conditioning = replace(conditioning, start_ids=(3, 4))
     with torch.no_grad():
         log_p = model(torch.tensor([[3, 4, 11, 0, 1]])).logits[0, :, :10].log_softmax(-1)
     expected = -float(log_p[0, 4] + log_p[2, 0] + log_p[3, 1]) / 3

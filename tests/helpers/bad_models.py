@@ -138,19 +138,19 @@ def conditioning(**values: object) -> Callable[[Path], object]:
 CASES |= {
     f"reward tokens: {name}": model(conditioning(**values), "quark.json is damaged")
     for name, values in {
-        "none": {"token_ids": []},
-        "of no quantile": {"token_ids": [[]]},
-        "of one quantile": {"token_ids": [[10]]},
-        "no list": {"token_ids": 10},
-        "null": {"token_ids": None},
-        "words": {"token_ids": [["a", "b"]]},
-        "beyond the model": {"token_ids": [[10, 5000]]},
-        "below zero": {"token_ids": [[-1, 10]]},
-        "twice the same": {"token_ids": [[10, 10]]},
-        "a word of the vocabulary": {"token_ids": [[0, 1]]},
-        "more than attributes": {"token_ids": [[10, 11], [10, 11]]},
+        "none": {"prefixes": []},
+        "of no quantile": {"prefixes": [[]]},
+        "of one quantile": {"prefixes": [[[10]]]},
+        "no list": {"prefixes": 10},
+        "null": {"prefixes": None},
+        "words": {"prefixes": [[["a"], ["b"]]]},
+        "beyond the model": {"prefixes": [[[10], [5000]]]},
+        "below zero": {"prefixes": [[[-1], [10]]]},
+        "twice the same": {"prefixes": [[[10], [10]]]},
+        "a word of the vocabulary": {"prefixes": [[[0], [1]]]},
+        "more than attributes": {"prefixes": [[[10], [11]], [[10], [11]]]},
         "attributes without tokens": {"attributes": ["a", "b"]},
-        "no attributes": {"attributes": [], "token_ids": []},
+        "no attributes": {"attributes": [], "prefixes": []},
         "attributes that are numbers": {"attributes": [3]},
         "attributes that are a word": {"attributes": "a"},
         "a vocabulary of nothing": {"vocab_size": 0},
@@ -158,7 +158,7 @@ CASES |= {
         "a vocabulary beyond the model": {"vocab_size": 10**6},
         "a vocabulary that is a word": {"vocab_size": "ten"},
         "a vocabulary that is null": {"vocab_size": None},
-        "a beginning that is a word": {"prefix_ids": "<bos>"},
+        "a beginning that is a word": {"start_ids": "<bos>"},
     }.items()
 }
 

@@ -15,3 +15,9 @@ def add_reward_tokens(
     model = tiny_model(architecture, tokenizer, **model)
     conditioning, extended = Conditioning.add_to(tokenizer, model, num_quantiles, attributes, seed)
     return conditioning, extended, model
+
+
+def reward_tokens(attributes, token_ids, start_ids, vocab_size) -> Conditioning:
+    """A conditioning by reward tokens with these ids, `(A, K)`."""
+    prefixes = tuple(tuple((i,) for i in row) for row in token_ids)
+    return Conditioning(tuple(attributes), prefixes, tuple(start_ids), vocab_size)

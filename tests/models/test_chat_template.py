@@ -210,6 +210,6 @@ def test_reward_tokens_keep_their_ids_where_the_vocabulary_has_gaps(tmp_path):
     conditioning, extended, _ = add_reward_tokens(tokenizer, rows=10)
     conditioning.steer_tokenizer(extended).save_pretrained(tmp_path)
     served = AutoTokenizer.from_pretrained(tmp_path)
-    assert conditioning.token_ids == ((10, 11, 12),)
+    assert conditioning.new_token_ids == [10, 11, 12]
     assert serve(served, [{"role": "user", "content": "a b"}]) == [9, 12, 0, 3]
     assert served.decode([9, 12, 0, 3]) == "<s> <|reward_2|> a b"

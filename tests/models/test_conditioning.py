@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers.reward_token_models import add_reward_tokens
+from helpers.reward_token_models import add_reward_tokens, reward_tokens
 from helpers.tiny_models import ARCHITECTURES, CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_one_token_per_quantile_is_added():
     tokenizer = tiny_tokenizer()  # 256 bytes and EOS
     conditioning, extended, model = add_reward_tokens(tokenizer, num_quantiles=5)
-    assert conditioning == Conditioning(("reward",), ((257, 258, 259, 260, 261),), prefix_ids=(), vocab_size=257)
+    assert conditioning == reward_tokens(("reward",), ((257, 258, 259, 260, 261),), (), 257)
     assert len(extended) == len(tokenizer) + 5 == 262
     assert extended.convert_ids_to_tokens([257, 261]) == ["<|reward_0|>", "<|reward_4|>"]
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 262
@@ -34,7 +34,7 @@ def test_one_token_per_quantile_is_added():
 
 def test_one_token_per_quantile_and_attribute_is_added():
     conditioning, extended, _ = add_reward_tokens(num_quantiles=2, attributes=("kind", "brief"))
-    assert conditioning.token_ids == ((257, 258), (259, 260)) and conditioning.best == (1, 1)
+    assert conditioning.prefixes == (((257,), (258,)), ((259,), (260,))) and conditioning.best == (1, 1)
     names = ["<|kind_0|>", "<|kind_1|>", "<|brief_0|>", "<|brief_1|>"]
     assert extended.convert_ids_to_tokens([257, 258, 259, 260]) == names
     assert [reward_token("kind", 0), reward_token("brief", 1)] == [names[0], names[3]]
@@ -75,13 +75,13 @@ def _with_token(tokenizer, token: str):
     ("quantile", "expected"), [("best", 4), ("worst", 0), (0, 0), (4, 4), ("0", 0), ("3", 3)], ids=str
 )
 def test_a_quantile_by_name_or_number(quantile, expected):
-    conditioning = Conditioning(("a", "b"), (tuple(range(5)), tuple(range(5, 10))), (), 0)
+    conditioning = reward_tokens(("a", "b"), (tuple(range(5)), tuple(range(5, 10))), (), 0)
     assert conditioning.quantiles_of(quantile) == (expected, expected)
 
 
 @pytest.mark.parametrize("quantile", [5, -1, "5", "-1", "Best", "", "1.0", 1.0, None, True, "²"], ids=repr)
 def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
-    conditioning = Conditioning(("a",), (tuple(range(5)),), (), 0)
+    conditioning = reward_tokens(("a",), (tuple(range(5)),), (), 0)
     with pytest.raises(UserError, match=r"must be best, worst, or a number from 0 \(worst\) to 4") as caught:
         conditioning.quantiles_of(quantile)
     assert str(caught.value).startswith(f"quantile {quantile!r}:")
@@ -89,8 +89,8 @@ def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
 
 # Prefix and strip
 
-WITH_BOS = Conditioning(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), prefix_ids=(1,), vocab_size=90)
-WITHOUT_BOS = Conditioning(("kind",), ((90, 91, 92),), prefix_ids=(), vocab_size=90)
+WITH_BOS = reward_tokens(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), (1,), 90)
+WITHOUT_BOS = reward_tokens(("kind",), ((90, 91, 92),), (), 90)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_rows_that_pad_the_embedding_are_used_before_it_grows(tied):
     plain = tiny_model("qwen3", tokenizer, tied=tied, rows=320)
     conditioning, _, model = add_reward_tokens(tokenizer, 5, architecture="qwen3", tied=tied, rows=320)
     weight = model.get_input_embeddings().weight
-    assert conditioning.token_ids == ((257, 258, 259, 260, 261),) and conditioning.vocab_size == 257
+    assert conditioning.new_token_ids == [257, 258, 259, 260, 261] and conditioning.vocab_size == 257
     assert weight.shape[0] == 320 and torch.equal(weight[:257], plain.get_input_embeddings().weight[:257])
     assert not torch.isclose(weight[257:262], plain.get_input_embeddings().weight[257:262]).all(1).any()
     assert torch.equal(weight[262:], plain.get_input_embeddings().weight[262:])
@@ -224,7 +224,7 @@ def test_an_embedding_whose_padding_is_too_small_grows():
 def test_a_tokenizer_may_be_larger_than_the_embedding():
     """Tokens without an embedding row are never sampled, also when the embedding has grown."""
     conditioning, _, model = add_reward_tokens(num_quantiles=5, rows=200)
-    assert conditioning.token_ids == ((257, 258, 259, 260, 261),) and conditioning.vocab_size == 200
+    assert conditioning.new_token_ids == [257, 258, 259, 260, 261] and conditioning.vocab_size == 200
     assert model.get_input_embeddings().weight.shape[0] == 262
 
 
@@ -242,21 +242,21 @@ def test_a_model_that_quark_did_not_train_has_no_conditioning(tmp_path):
     assert Conditioning.load(tmp_path) is None
 
 
-GOOD = {"attributes": ["a", "b"], "token_ids": [[5, 6], [7, 8]], "prefix_ids": [1], "vocab_size": 5}
+GOOD = {"attributes": ["a", "b"], "prefixes": [[[5], [6]], [[7], [8]]], "start_ids": [1], "vocab_size": 5}
 INCONSISTENT = {
     "attributes is a word": ({"attributes": "ab"}, "attributes"),
     "attributes are numbers": ({"attributes": [1, 2]}, "attributes"),
-    "no attributes": ({"attributes": [], "token_ids": []}, "attributes"),
-    "ids of one attribute missing": ({"token_ids": [[5, 6]]}, "token_ids"),
-    "more quantiles for one attribute": ({"token_ids": [[5, 6], [7, 8, 9]]}, "token_ids"),
-    "one quantile": ({"token_ids": [[5], [7]]}, "token_ids"),
-    "ids that are not lists": ({"token_ids": [5, 6]}, "int"),
-    "words for ids": ({"token_ids": [["x", "y"], ["z", "w"]]}, "token_ids"),
-    "one id twice": ({"token_ids": [[5, 6], [6, 8]]}, "token_ids"),
+    "no attributes": ({"attributes": [], "prefixes": []}, "attributes"),
+    "ids of one attribute missing": ({"prefixes": [[[5], [6]]]}, "prefixes"),
+    "more quantiles for one attribute": ({"prefixes": [[[5], [6]], [[7], [8], [9]]]}, "prefixes"),
+    "one quantile": ({"prefixes": [[[5]], [[7]]]}, "prefixes"),
+    "ids that are not lists": ({"prefixes": [5, 6]}, "int"),
+    "words for ids": ({"prefixes": [[["x"], ["y"]], [["z"], ["w"]]]}, "prefixes"),
+    "one id twice": ({"prefixes": [[[5], [6]], [[6], [8]]]}, "prefixes"),
     "original ids above the reward tokens": ({"vocab_size": 6}, "vocab_size 6"),
     "no original ids": ({"vocab_size": 0}, "vocab_size 0"),
     "vocab_size is a word": ({"vocab_size": "5"}, "vocab_size '5'"),
-    "BOS is a reward token": ({"prefix_ids": [5]}, "prefix_ids [5]"),
+    "BOS is a reward token": ({"start_ids": [5]}, "start_ids [5]"),
 }
 
 
@@ -264,7 +264,7 @@ INCONSISTENT = {
 def test_an_inconsistent_conditioning_in_a_file_is_refused_in_one_line(tmp_path, change, problem):
     path = tmp_path / "quark.json"
     path.write_text(json.dumps({"conditioning": GOOD}), encoding="utf-8")
-    assert Conditioning.load(tmp_path) == Conditioning(("a", "b"), ((5, 6), (7, 8)), (1,), 5)
+    assert Conditioning.load(tmp_path) == reward_tokens(("a", "b"), ((5, 6), (7, 8)), (1,), 5)
     path.write_text(json.dumps({"conditioning": {**GOOD, **change}}), encoding="utf-8")
     with pytest.raises(UserError, match=r"quark\.json is damaged") as caught:
         Conditioning.load(tmp_path)

@@ -80,7 +80,7 @@ def test_a_steered_tokenizer_pads_and_truncates():
 def test_a_slow_tokenizer_is_refused():
     tokenizer = ByT5Tokenizer()
     with pytest.raises(UserError, match="tokenizer ByT5Tokenizer: must be a fast tokenizer"):
-        steer_tokenizer(tokenizer, [90], [], {})
+        steer_tokenizer(tokenizer, [90], "", [], {})
 
 
 @needs_shared

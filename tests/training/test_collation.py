@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
+from helpers.reward_token_models import reward_tokens
 from helpers.runs import small_trainer
 
 from quarkrl.algorithm.pool import DataPool
-from quarkrl.models.conditioning import Conditioning
 from quarkrl.training.collation import Collator
 
 
@@ -20,7 +20,7 @@ def collator() -> Collator:
     numbers = range(1_000)
     pool.add([[i] for i in numbers], [[i, i] for i in numbers], [float(i) for i in numbers], iteration=0)
     pool.quantize()
-    made = Collator(Conditioning(("reward",), ((5_000, 5_001),), prefix_ids=(), vocab_size=5_000), with_reference=True)
+    made = Collator(reward_tokens(("reward",), ((5_000, 5_001),), (), 5_000), with_reference=True)
     made.samples, made.draws = pool, torch.tensor([2, 0, 2]).numpy()
     return made
 

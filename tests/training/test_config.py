@@ -97,6 +97,8 @@ FIXED = {
     "chat_template_kwargs",
     "last_assistant_turn",
     "system_prompt",
+    "conditioning",
+    "words",
     "num_quantiles",
     "condition_on",
     "reward_weights",

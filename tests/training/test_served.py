@@ -135,7 +135,7 @@ def test_reward_tokens_get_no_id_that_is_in_use(tmp_path):
     model = models.WordLevel({"a": 0, "b": 3, "<unk>": 7}, unk_token="<unk>")
     tokenizer = tokenizer_of(model, pre_tokenizers.WhitespaceSplit(), None, [])
     trainer = make_trainer(tmp_path, tokenizer, ["a b", "b"])
-    assert trainer.conditioning.token_ids == ((8, 9),) and trainer.conditioning.vocab_size == 8
+    assert trainer.conditioning.new_token_ids == [8, 9] and trainer.conditioning.vocab_size == 8
     assert assert_served_as_trained(trainer, ["a b", "b"]) == [[9, 0, 3], [9, 3]]
 
 

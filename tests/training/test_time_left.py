@@ -22,7 +22,8 @@ def clock(monkeypatch):
 
 
 def options(**changes):
-    values = {"steps_per_iteration": 10, "num_iterations": 3, "explore_guidance_scale": [1.0, 1.3], "world_size": 1}
+    values = {"steps_per_iteration": 10, "num_iterations": 3, "world_size": 1, "conditioning": "tokens"}
+    values["explore_guidance_scale"] = [1.0, 1.3]
     values |= changes
     return SimpleNamespace(**values, total_iterations=values["num_iterations"])
 

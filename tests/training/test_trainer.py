@@ -563,8 +563,7 @@ def test_each_reward_may_condition_on_its_own(tmp_path):
     trainer = small_trainer(tmp_path, [few_a, long], condition_on="each", num_quantiles=2, prompts=PROMPTS * 4)
     calls = watch(trainer)
     trainer.train()
-    tokens = trainer.conditioning.token_ids
-    assert tokens == ((10, 11), (12, 13))
+    assert trainer.conditioning.prefixes == (((10,), (11,)), ((12,), (13,)))
     assert trainer.processing_class.convert_ids_to_tokens([10, 13]) == [
         reward_token("few_a", 0),
         reward_token("long", 1),

@@ -120,10 +120,12 @@ class Conditioning:
         flat_names = [name for row in names for quantile in row for name in quantile]
         _check_names_are_new(tokenizer, flat_names)
         rows = model.get_input_embeddings().weight.shape[0]
+        used_ids = 1 + max(tokenizer.get_vocab().values())
+        new_ids = add_special_tokens(tokenizer, flat_names)
         # An embedding can have more rows than the tokenizer has tokens (padding), or fewer: neither are outputs.
-        vocab_size = min(rows, 1 + max(tokenizer.get_vocab().values()))
-        new_ids = iter(add_special_tokens(tokenizer, flat_names))
-        prefixes = tuple(tuple(tuple(next(new_ids) for _ in quantile) for quantile in row) for row in names)
+        vocab_size = min(rows, *(new_ids or [used_ids]))
+        remaining = iter(new_ids)
+        prefixes = tuple(tuple(tuple(next(remaining) for _ in quantile) for quantile in row) for row in names)
         conditioning = cls(
             attributes=tuple(attributes),
             prefixes=word_ids if words.kind == "text" else prefixes,

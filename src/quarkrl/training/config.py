@@ -216,14 +216,6 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         """Every γ of the run; 1 is without guidance."""
         return (*self.explore_guidance_scale, self.eval_guidance_scale, self.distill_guidance_scale)
 
-    def kl_guidance(self, iteration: int) -> float:
-        """Return γ of the reference in the KL term in an iteration."""
-        return self.kl_guidance_scale[min(iteration, len(self.kl_guidance_scale) - 1)]
-
-    def explore_guidance(self, iteration: int) -> float:
-        """Return γ of exploration in an iteration."""
-        return self.explore_guidance_scale[min(iteration, len(self.explore_guidance_scale) - 1)]
-
     @property
     def total_iterations(self) -> int:
         """The iterations of the run, those of distillation included."""
@@ -274,6 +266,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def draws_per_iteration(self) -> int:
         """Samples learned from in an iteration."""
         return self.steps_per_iteration * self.draws_per_step
+
+
+def at_iteration(values: Sequence[float], iteration: int) -> float:
+    """Return the value of an option for an iteration: each value is for one, the last for all that follow."""
+    return values[min(iteration, len(values) - 1)]
 
 
 def resume_rules() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from quarkrl.training.config import QuarkConfig
+from quarkrl.training.config import QuarkConfig, at_iteration
 
 
 def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
@@ -55,7 +55,8 @@ class TimeLeft:
 
 def _passes(args: QuarkConfig, iteration: int) -> int:
     """Return the forward passes per token of an exploration: guidance takes a second one."""
-    return 2 if (iteration or args.conditioning != "tokens") and args.explore_guidance(iteration) != 1 else 1
+    samples_policy = iteration or args.conditioning != "tokens"
+    return 2 if samples_policy and at_iteration(args.explore_guidance_scale, iteration) != 1 else 1
 
 
 def format_seconds(seconds: float) -> str:

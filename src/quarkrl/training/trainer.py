@@ -63,7 +63,7 @@ from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
 from quarkrl.sampling.guidance import guided_logits
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
-from quarkrl.training.config import QuarkConfig
+from quarkrl.training.config import QuarkConfig, at_iteration
 from quarkrl.training.distillation import (
     Teacher,
     draw_completions,
@@ -366,7 +366,7 @@ class QuarkTrainer(DurableTrainer):
         """
         if not iteration and self.args.conditioning == "tokens":
             return self.engine.reference()
-        return self.engine.policy(self.args.explore_guidance(iteration))
+        return self.engine.policy(at_iteration(self.args.explore_guidance_scale, iteration))
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -458,7 +458,7 @@ class QuarkTrainer(DurableTrainer):
             names = "contrast_input_ids", "contrast_attention_mask", "contrast_labels"
             contrast = completion_logits(reference, *(inputs[name] for name in names))
         labels = inputs["labels"]
-        scale = 1 + (self.args.kl_guidance(self._iteration) - 1) * inputs["is_best"].float()
+        scale = 1 + (at_iteration(self.args.kl_guidance_scale, self._iteration) - 1) * inputs["is_best"].float()
         scale_of_token = scale.expand_as(labels)[labels != -100][:, None]
         logits = guided_logits(ref.logits().float(), contrast[:, : ref.shape[1]].float(), scale_of_token)
         return Projection(logits)
@@ -474,7 +474,7 @@ class QuarkTrainer(DurableTrainer):
         self.collate.samples = self.pool
         self._iteration = iteration
         self.collate.contrast = None
-        if args.kl_coef and args.kl_guidance(iteration) != 1:
+        if args.kl_coef and at_iteration(args.kl_guidance_scale, iteration) != 1:
             worst = self.conditioning.quantiles_of("worst")
             self.collate.contrast = partial(self.conditioning.in_words.prefix, quantiles=worst)
         self.collate.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
