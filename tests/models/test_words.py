@@ -123,7 +123,8 @@ def test_the_steered_tokenizer_puts_words_behind_bos(kind, tmp_path):
     conditioning.steer_tokenizer(extended).save_pretrained(tmp_path)
     steered = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer("hello")["input_ids"]
-    assert steered("hello")["input_ids"] == conditioning.prefix(ids, [1]) == [ids[0], *conditioning.ids_of([1]), *ids[1:]]
+    expected = [ids[0], *conditioning.ids_of([1]), *ids[1:]]
+    assert steered("hello")["input_ids"] == conditioning.prefix(ids, [1]) == expected
 
 
 @KINDS

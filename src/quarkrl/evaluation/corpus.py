@@ -8,7 +8,6 @@ token of a chunk is not predicted, for the model and its reference alike. Predic
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Ratio, intervals

@@ -317,10 +317,10 @@ class Conditioning:
             return f"start_ids {list(self.start_ids)!r} and words: must be ids below vocab_size"
         if self.kind == "tokens":
             return None
-        shapes = [[len(row) for row in table] for table in (self.prefixes, self.words, self.word_ids)]
-        if not shapes[0] == shapes[1] == shapes[2] or not all(isinstance(text, str) for row in self.words for text in row):
+        texts = [text for row in self.words for text in row]
+        if list(map(len, self.words)) != list(map(len, self.prefixes)) or not all(isinstance(t, str) for t in texts):
             return "words: must be a text for each prefix"
-        if [[len(q) for q in row] for row in self.prefixes] != [[len(q) for q in row] for row in self.word_ids]:
+        if [[len(ids) for ids in row] for row in self.prefixes] != [[len(ids) for ids in row] for row in self.word_ids]:
             return "word_ids: must be as many as the ids of the prefixes"
         return None
 
@@ -351,7 +351,9 @@ def _token_names(
     if kind == "text":
         return [[[] for _ in row] for row in lengths]
     if kind == "tokens":
-        return [[[reward_token(name, k)] for k in range(len(row))] for name, row in zip(attributes, lengths, strict=True)]
+        return [
+            [[reward_token(name, k)] for k in range(len(row))] for name, row in zip(attributes, lengths, strict=True)
+        ]
     return [
         [[f"<|{name}_{k}.{n}|>" for n in range(length)] for k, length in enumerate(row)]
         for name, row in zip(attributes, lengths, strict=True)

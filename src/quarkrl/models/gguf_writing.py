@@ -99,7 +99,9 @@ def write_gguf(
     writer.add_name(path.stem)
     writer.add_quantization_version(2)
     writer.add_file_type(LlamaFileType[file_type])
-    writer.add_string("quarkrl.conditioning", json.dumps({"kind": conditioning.kind, "prefixes": conditioning.prefixes}))
+    writer.add_string(
+        "quarkrl.conditioning", json.dumps({"kind": conditioning.kind, "prefixes": conditioning.prefixes})
+    )
     tokens = _add_tokenizer(writer, tokenizer, model)
     _add_shape(writer, model, len(tokens))
     text_prefix = _add_bos(writer, tokenizer, conditioning)

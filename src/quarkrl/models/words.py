@@ -42,6 +42,22 @@ _POSITIVE = (
 # By the name of a reward of `quarkrl score --list`, worst first.
 DEFAULT_WORDS = {"profanity": _TOXICITY, "perspective": _TOXICITY, "vader": _POSITIVE, "repetition": _REPETITION}
 
+_TOXIC_SPEECH = (
+    *_TOXICITY[:-1],
+    "This is a rude and insulting comment full of swear words:\n",
+    "Warning: the following text contains strong language and insults.\n",
+    "He was furious, and he swore at everyone:\n",
+    "Highest toxicity. ",
+    "Please stay polite and respectful.\n",
+)
+# What `quarkrl words` tries, by the name of a reward.
+CANDIDATES = {
+    "profanity": _TOXIC_SPEECH,
+    "perspective": _TOXIC_SPEECH,
+    "vader": (*_POSITIVE[:-1], "A terrible review: ", "Bad news. ", "A wonderful review: ", "Good news! "),
+    "repetition": (*_REPETITION[:-1], "again and again and again and again. "),
+}
+
 
 @dataclass(frozen=True)
 class Words:

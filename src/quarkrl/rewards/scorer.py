@@ -147,6 +147,11 @@ class Scorer:
             return CachedCall(name, reward, batch, self._cache, self._cache_counts)
         return RewardCall(name, reward, batch)
 
+    @property
+    def attribute_rewards(self) -> tuple[str, ...]:
+        """For each attribute the name of its reward; that of a sum of several is the attribute's own."""
+        return self.names if self.condition_on == "each" or len(self.names) == 1 else self.attributes
+
     def stop(self) -> None:
         """End the call that another thread has in progress, if any. Async rewards are cancelled.
 

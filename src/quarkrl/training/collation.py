@@ -25,7 +25,7 @@ class Collator:
     Attributes:
         samples: the pool, quantized.
         draws: `(n,)`, indices into `samples`; an iteration learns from them.
-        contrast: makes the prompts of the same samples once more, for the contrast of guidance; None for no such inputs.
+        contrast: makes the prompts of the same samples for the contrast of guidance; None for no such inputs.
     """
 
     def __init__(self, conditioning: Conditioning, with_reference: bool):

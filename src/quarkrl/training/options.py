@@ -144,14 +144,15 @@ class QuarkOptions:
     )
     conditioning: ConditioningKind = option(
         "tokens",
-        "What asks for a quantile: a new token, words (text), or new tokens that start as words (soft; docs/words.md).",
+        "What asks for a quantile: tokens, text or soft. These are a new token, words, or new tokens that start as words "
+        "(docs/words.md).",
         resume="fixed",
         group="learning",
         metavar="KIND",
     )
     words: list[str] | None = option(
         None,
-        "The words of each quantile, worst first; '' for none. Common rewards have default words.",
+        "Words of each quantile, worst first. The best may be empty. Common rewards have default words.",
         resume="fixed",
         group="learning",
     )
@@ -169,10 +170,11 @@ class QuarkOptions:
     )
     kl_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
-        help="γ of the reference in the KL term of best samples: away from the words of the worst quantile. 1 is off. "
-        "Several scales are for one iteration each, the last for all that follow.",
+        help="Guidance γ of the reference in the KL term of best samples, away from the worst words. 1 is off. "
+        "Several scales are for one iteration each, the last for all that follow (docs/words.md).",
         at_least=0,
         group="learning",
+        rare=True,
     )
     kl_target: float | None = option(
         None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning"

@@ -41,6 +41,7 @@ def scale_rate_of_rows(optimizer: torch.optim.Optimizer, model: Any, token_ids: 
 def trained_tables(model: Any, token_ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Return each trained weight of the input embedding that has rows of the tokens, with the numbers of these rows."""
     embedding = model.get_input_embeddings()
+    embedding = getattr(embedding, "token_adapter", embedding)
     tables = []
     if isinstance(embedding, TokenRows):
         for name in embedding.active_adapters:

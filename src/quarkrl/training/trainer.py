@@ -149,28 +149,14 @@ class QuarkTrainer(DurableTrainer):
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
         check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
-        rewards = self.scorer.names if self.scorer.condition_on == "each" else self.scorer.names[:1]
-        words = Words.choose(args.conditioning, args.words, rewards, args.num_quantiles)
+        words = Words.choose(args.conditioning, args.words, self.scorer.attribute_rewards, args.num_quantiles)
         self._prefix_length = words.max_length(self.plain_tokenizer)
         self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
-        bos_id = bos_of_chats(self.plain_tokenizer)
-        self._encode = partial(
-            Prompts.encode,
-            tokenizer=self.plain_tokenizer,
-            max_length=self.max_prompt_length,
-            skip_bad=args.skip_bad_prompts,
-            reserved=new_token_names(self.plain_tokenizer, self.scorer.attributes, words),
-            is_bad_start=lambda ids: ids[0] == bos_id,
-            last_assistant_turn=args.last_assistant_turn,
-        )
+        self._encode = self._make_encoder(words)
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
         self.eval_prompts = None if eval_dataset is None else self._load_held_out(eval_dataset)
-        if (samples := args.explored_per_iteration(len(self.prompts))) < args.num_quantiles:
-            raise UserError(
-                f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
-                "Explore more prompts, or lower --num_quantiles."
-            )
+        _check_quantiles(args, len(self.prompts))
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes, words)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
@@ -243,6 +229,18 @@ class QuarkTrainer(DurableTrainer):
         self.engine, self.explorer = self._make_engine(lengths), self._make_explorer()
         if self.is_world_process_zero():
             try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
+
+    def _make_encoder(self, words: Words) -> Callable[[Prompts], Prompts]:
+        bos_id = bos_of_chats(self.plain_tokenizer)
+        return partial(
+            Prompts.encode,
+            tokenizer=self.plain_tokenizer,
+            max_length=self.max_prompt_length,
+            skip_bad=self.args.skip_bad_prompts,
+            reserved=new_token_names(self.plain_tokenizer, self.scorer.attributes, words),
+            is_bad_start=lambda ids: ids[0] == bos_id,
+            last_assistant_turn=self.args.last_assistant_turn,
+        )
 
     def _make_health(self) -> Health:
         args = self.args
@@ -452,7 +450,7 @@ class QuarkTrainer(DurableTrainer):
     def _guided_reference(self, ref: Projection, inputs: dict[str, Tensor]) -> Projection:
         """Return p_0 guided away from the words of the worst quantile, for the samples of the best one.
 
-            log p_0(v | x)  +  (γ - 1) (log p_0(v | x)  -  log p_0(v | worst words, x))
+        log p_0(v | x)  +  (γ - 1) (log p_0(v | x)  -  log p_0(v | worst words, x))
         """
         with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
             names = "contrast_input_ids", "contrast_attention_mask", "contrast_labels"
@@ -709,3 +707,12 @@ class QuarkTrainer(DurableTrainer):
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with the longest prefix."""
         return [] if prompts is None else [len(ids) + self._prefix_length for ids in prompts.ids]
+
+
+def _check_quantiles(args: QuarkConfig, num_prompts: int) -> None:
+    """Check that an iteration has a sample for each quantile."""
+    if (samples := args.explored_per_iteration(num_prompts)) < args.num_quantiles:
+        raise UserError(
+            f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
+            "Explore more prompts, or lower --num_quantiles."
+        )
