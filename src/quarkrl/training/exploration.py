@@ -133,6 +133,19 @@ class Explorer:
         self._stop_if_requested()
         return Rollout.join(parts)
 
+    def sample(self, task: Task) -> list[list[int]]:
+        """Sample a completion for each row of a task, without scoring. Each process samples all of them.
+
+        Raises:
+            Stopped: a signal requested it.
+        """
+        uniforms = task.sampling.uniforms(len(task.rows), *task.seed)
+        completions: list[list[int]] = []
+        for start in range(0, len(task.rows), task.batch_size):
+            self._stop_if_requested()
+            completions += self._sample(task, uniforms, slice(start, start + task.batch_size))
+        return completions
+
     @property
     def _is_first(self) -> bool:
         return self._processes.rank == 0

@@ -144,8 +144,8 @@ class QuarkOptions:
     )
     conditioning: ConditioningKind = option(
         "tokens",
-        "What asks for a quantile: tokens, text or soft. These are a new token, words, or new tokens that start as words "
-        "(docs/words.md).",
+        "What asks for a quantile: tokens, text or soft. These are a new token, words, or new tokens that start as "
+        "words (docs/words.md).",
         resume="fixed",
         group="learning",
         metavar="KIND",
@@ -177,7 +177,7 @@ class QuarkOptions:
         rare=True,
     )
     kl_target: float | None = option(
-        None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning"
+        None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning", rare=True
     )
     entropy_coef: float = option(0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning")
     entropy_target: float | None = option(

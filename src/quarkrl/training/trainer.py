@@ -48,7 +48,7 @@ from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import split_by_length
-from quarkrl.models.completion_logits import Projection, completion_logits
+from quarkrl.models.completion_logits import Projection
 from quarkrl.models.conditioning import bos_of_chats, new_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
@@ -60,7 +60,6 @@ from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
-from quarkrl.sampling.guidance import guided_logits
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig, at_iteration
@@ -73,6 +72,7 @@ from quarkrl.training.distillation import (
 from quarkrl.training.engine import make_engine
 from quarkrl.training.exploration import CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
+from quarkrl.training.guided_targets import guided_reference_logits, teacher_logits
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
@@ -218,6 +218,8 @@ class QuarkTrainer(DurableTrainer):
             callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            _check_sharded(args)
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
         self.health = self._make_health()
@@ -386,42 +388,42 @@ class QuarkTrainer(DurableTrainer):
     def distil(self, iteration: int) -> None:
         """Sample with the teacher's guidance; the steps of the epoch then learn it on the best token."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError("distill_guidance_scale: must be 1 in a run with sharded weights. Leave it out.")
         if self.teacher is None:
             first_step = args.num_iterations * args.steps_per_iteration
             is_first = self.is_world_process_zero()
             self.teacher = find_teacher(policy, Path(args.output_dir), self.state.global_step, first_step, is_first)
         prompts, rows = self.supply.schedule(iteration)
-        sampling, start = teacher_sampling(args, iteration), time.perf_counter()
-        prompt_ids, uniforms = [prompts.ids[row] for row in rows], sampling.uniforms(len(rows), args.seed, iteration)
-        completions: list[list[int]] = []
+        task = Task(
+            prompts=prompts,
+            rows=rows,
+            sampling=teacher_sampling(args, iteration),
+            sampler=partial(self.engine.policy, args.distill_guidance_scale),
+            seed=(args.seed, iteration),
+            batch_size=self.memory_plan.generation_batch_size,
+        )
+        start = time.perf_counter()
         with self.progress.sampling(f"iteration {iteration}", len(rows)), self.teacher.within(policy):
             self.engine.synchronize()
-            for begin in range(0, len(rows), self.memory_plan.generation_batch_size):
-                self.stop_if_requested()
-                batch = slice(begin, begin + self.memory_plan.generation_batch_size)
-                with self.engine.policy(args.distill_guidance_scale) as complete:
-                    numbers = None if uniforms is None else uniforms[batch]
-                    completions += complete(prompt_ids[batch], sampling, numbers)
-                self.progress.advance_sampling(len(prompt_ids[batch]))
-        self._learn_from_teacher(iteration, prompt_ids, completions)
-        metrics = {
-            "iteration": iteration,
-            "distill_guidance_scale": args.distill_guidance_scale,
-            "completion_length": float(np.mean([len(ids) for ids in completions])),
-            "eos_share": float(np.mean([ids[-1] in self.end_ids for ids in completions])),
-            "seconds_sample": time.perf_counter() - start,
-        }
-        self.log(metrics)
+            completions = self.explorer.sample(task)
+        seconds = time.perf_counter() - start
+        self.learn_from_teacher(iteration, [prompts.ids[row] for row in rows], completions)
+        self.log(
+            {
+                "iteration": iteration,
+                "distill_guidance_scale": args.distill_guidance_scale,
+                "completion_length": float(np.mean([len(ids) for ids in completions])),
+                "eos_share": float(np.mean([ids[-1] in self.end_ids for ids in completions])),
+                "seconds_sample": seconds,
+            }
+        )
 
     @property
     def distils(self) -> bool:
         """Whether the current iteration distils guidance."""
         return self.teacher is not None
 
-    def _learn_from_teacher(self, iteration: int, prompts: list[list[int]], completions: list[list[int]]) -> None:
-        """Draw what the iteration learns from, and have batches made for it."""
+    def learn_from_teacher(self, iteration: int, prompts: list[list[int]], completions: list[list[int]]) -> None:
+        """Draw what an iteration of distillation learns from."""
         args, rng = self.args, np.random.default_rng((self.args.seed, iteration, 1))
         best = self.conditioning.best
         samples, draws = draw_completions(prompts, completions, best, args.draws_per_iteration, rng)
@@ -432,34 +434,6 @@ class QuarkTrainer(DurableTrainer):
         if not self.collate.with_reference:
             contrast = self.conditioning.quantiles_of(args.guidance_from)
             self.collate.contrast = partial(self.conditioning.prefix, quantiles=contrast)
-
-    def _guided_logits(self, inputs: dict[str, Tensor]) -> Projection:
-        """Return the logits that distillation learns: those of the teacher with guidance."""
-        args, policy, teacher = self.args, self.accelerator.unwrap_model(self.model), cast(Teacher, self.teacher)
-        names = "input_ids", "attention_mask", "labels"
-        from_reference = self.collate.contrast is None
-        with torch.no_grad(), self.accelerator.autocast():
-            with teacher.within(policy):
-                wanted = completion_logits(policy, *(inputs[name] for name in names))
-            with self.reference() if from_reference else teacher.within(policy) as other:
-                prefix = "ref" if from_reference else "contrast"
-                contrast = completion_logits(other, *(inputs[f"{prefix}_{name}"] for name in names))
-        wanted, contrast = (side[:, : self.conditioning.vocab_size].float() for side in (wanted, contrast))
-        return Projection(guided_logits(wanted, contrast, args.distill_guidance_scale))
-
-    def _guided_reference(self, ref: Projection, inputs: dict[str, Tensor]) -> Projection:
-        """Return p_0 guided away from the words of the worst quantile, for the samples of the best one.
-
-        log p_0(v | x)  +  (γ - 1) (log p_0(v | x)  -  log p_0(v | worst words, x))
-        """
-        with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
-            names = "contrast_input_ids", "contrast_attention_mask", "contrast_labels"
-            contrast = completion_logits(reference, *(inputs[name] for name in names))
-        labels = inputs["labels"]
-        scale = 1 + (at_iteration(self.args.kl_guidance_scale, self._iteration) - 1) * inputs["is_best"].float()
-        scale_of_token = scale.expand_as(labels)[labels != -100][:, None]
-        logits = guided_logits(ref.logits().float(), contrast[:, : ref.shape[1]].float(), scale_of_token)
-        return Projection(logits)
 
     # Quantize.
 
@@ -505,16 +479,7 @@ class QuarkTrainer(DurableTrainer):
         args, labels = self.args, inputs["labels"]
         policy_head, ref_head = self.decide_heads()
         policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
-        ref = None
-        if self.distils:
-            ref = self._guided_logits(inputs)
-        elif args.kl_coef:
-            with torch.no_grad(), self.reference() as reference, self.accelerator.autocast():
-                ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
-                ref = completion_projection(reference, *ref_inputs, ref_head)
-            ref = ref.limit_vocab(self.conditioning.vocab_size)
-            if self.collate.contrast is not None:
-                ref = self._guided_reference(ref, inputs)
+        ref = self.compared_with(inputs, ref_head)
         settings: dict[str, Any] = {
             **self.coefs.current,
             "kl_direction": args.kl_direction,
@@ -535,6 +500,24 @@ class QuarkTrainer(DurableTrainer):
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * args.world_size
         return (total, {}) if return_outputs else total
+
+    def compared_with(self, inputs: dict[str, Tensor], ref_head: HeadAccess) -> Projection | None:
+        """Return what the policy is compared with, p_0 or the teacher, at each token; None without a KL term."""
+        args, vocab_size, contrast = self.args, self.conditioning.vocab_size, self.collate.contrast
+        if self.teacher is not None:
+            policy, reference = self.accelerator.unwrap_model(self.model), None if contrast else self.reference
+            with self.accelerator.autocast():
+                scale = args.distill_guidance_scale
+                return Projection(teacher_logits(policy, self.teacher, reference, inputs, scale, vocab_size))
+        if not args.kl_coef:
+            return None
+        ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
+        with torch.no_grad(), self.reference() as p_0, self.accelerator.autocast():
+            plain = completion_projection(p_0, *ref_inputs, ref_head).limit_vocab(vocab_size)
+            if contrast is None:
+                return plain
+            scale = at_iteration(args.kl_guidance_scale, self._iteration)
+            return Projection(guided_reference_logits(p_0, plain.logits(), inputs, scale))
 
     def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
         """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
@@ -565,8 +548,6 @@ class QuarkTrainer(DurableTrainer):
         optimizer = super().create_optimizer(model)
         ids, scale = self.conditioning.new_token_ids, self.args.prefix_lr_scale
         if is_new and ids and scale != 1:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise UserError(f"prefix_lr_scale {scale}: must be 1 in a run with sharded weights. Leave it out.")
             scale_rate_of_rows(optimizer, self.accelerator.unwrap_model(self.model), ids, scale)
         return optimizer
 
@@ -716,3 +697,11 @@ def _check_quantiles(args: QuarkConfig, num_prompts: int) -> None:
             f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
             "Explore more prompts, or lower --num_quantiles."
         )
+
+
+def _check_sharded(args: QuarkConfig) -> None:
+    """Check the options that need whole weights on each process."""
+    for name in ("distill_guidance_scale", "kl_guidance_scale", "prefix_lr_scale"):
+        value = getattr(args, name)
+        if {*(value if isinstance(value, list) else [value])} != {1}:
+            raise UserError(f"{name} {value}: must be 1 in a run with sharded weights. Leave it out.")
