@@ -4,9 +4,9 @@ Completions are sampled from the plain model and scored. A phrase before the pro
 
     shift(y)  =  log p(y | phrase, x)  -  log p(y | x)
 
-If the phrase stands for the unwanted, bad completions are shifted upwards more than others. The AUC says how often:
-it is the share of pairs of a bad and another completion in which the bad one has the larger shift. At 0.5 a phrase says
-nothing; well above 0.5, it suits the worst quantile, and well below, the best one. Nothing is trained.
+If the phrase stands for the unwanted, bad completions are shifted upwards more than others. The AUC says how often: the
+share of pairs of a bad and another completion in which the bad one has the larger shift. At 0.5 a phrase says nothing.
+Well above, it suits the worst quantile, and well below, the best one. Nothing is trained.
 """
 
 import math

@@ -11,9 +11,8 @@ ids behind the best quantiles (`steering.py`), and `training/served.py` checks t
 """
 
 import copy
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -192,7 +191,12 @@ class Conditioning:
             return False
         if self.kind == "text":
             return head == self.ids_of(self.best)
-        return any(head == self.ids_of(quantiles) for quantiles in self._all_quantiles())
+        for row in self.prefixes:
+            matches = [prefix for prefix in row if head[: len(prefix)] == list(prefix)]
+            if not matches:
+                return False
+            head = head[max(map(len, matches)) :]
+        return not head
 
     def quantiles_of(self, quantile: str | int) -> tuple[int, ...]:
         """Return a quantile given by name or number as one number per attribute.
@@ -293,9 +297,6 @@ class Conditioning:
             return "".join(row[q] for row, q in zip(self.words, quantiles, strict=True))
         names = _token_names(self.kind, self.attributes, [[len(ids) for ids in row] for row in self.prefixes])
         return "".join(name for row, q in zip(names, quantiles, strict=True) for name in row[q])
-
-    def _all_quantiles(self) -> Iterator[tuple[int, ...]]:
-        return itertools.product(range(self.num_quantiles), repeat=len(self.attributes))
 
     def _inconsistency(self) -> str | None:
         """What is wrong with values that were read from a file; None if they are consistent."""

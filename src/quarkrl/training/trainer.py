@@ -123,6 +123,8 @@ class QuarkTrainer(DurableTrainer):
     """
 
     args: QuarkConfig
+    teacher: Teacher | None = None  # In iterations that distil guidance.
+    _heads: tuple[HeadAccess, HeadAccess] | None = None
 
     def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
@@ -177,8 +179,6 @@ class QuarkTrainer(DurableTrainer):
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
         self.loss_means = LossMeans()
-        self.teacher: Teacher | None = None
-        self._heads: tuple[HeadAccess, HeadAccess] | None = None
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
@@ -218,8 +218,7 @@ class QuarkTrainer(DurableTrainer):
             callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            _check_sharded(args)
+        _check_sharded(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
         self.health = self._make_health()
@@ -699,8 +698,10 @@ def _check_quantiles(args: QuarkConfig, num_prompts: int) -> None:
         )
 
 
-def _check_sharded(args: QuarkConfig) -> None:
+def _check_sharded(args: QuarkConfig, is_sharded: bool) -> None:
     """Check the options that need whole weights on each process."""
+    if not is_sharded:
+        return
     for name in ("distill_guidance_scale", "kl_guidance_scale", "prefix_lr_scale"):
         value = getattr(args, name)
         if {*(value if isinstance(value, list) else [value])} != {1}:
