@@ -15,6 +15,8 @@ from peft import LoraConfig
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning, reward_token
 
+WITH_BOS = reward_tokens(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), (1,), 90)
+WITHOUT_BOS = reward_tokens(("kind",), ((90, 91, 92),), (), 90)
 EVERY_MODEL = pytest.mark.parametrize("architecture", ARCHITECTURES)
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
@@ -87,10 +89,32 @@ def test_any_other_quantile_is_refused_with_the_possible_ones(quantile):
     assert str(caught.value).startswith(f"quantile {quantile!r}:")
 
 
-# Prefix and strip
+@pytest.mark.parametrize(
+    ("quantile", "expected"),
+    [("kind=0,brief=best", (0, 2)), ("brief=1", (2, 1)), ("kind=worst", (0, 2)), (" brief=0 , kind=1", (1, 0))],
+)
+def test_a_quantile_for_each_attribute(quantile, expected):
+    assert WITH_BOS.quantiles_of(quantile) == expected
 
-WITH_BOS = reward_tokens(("kind", "brief"), ((90, 91, 92), (93, 94, 95)), (1,), 90)
-WITHOUT_BOS = reward_tokens(("kind",), ((90, 91, 92),), (), 90)
+
+@pytest.mark.parametrize(
+    ("quantile", "message"),
+    [
+        ("rude=0", "must name attributes of the model, which are kind, brief"),
+        ("breif=0", "Write NAME=QUANTILE,… Did you mean 'brief'"),
+        ("kind=3", r"must be best, worst, or a number from 0 \(worst\) to 2"),
+        ("kind=", "must be best, worst, or a number"),
+        ("kind=0,", "must name attributes"),
+        ("=0", "must name attributes"),
+    ],
+)
+def test_a_wrong_quantile_of_an_attribute_is_refused(quantile, message):
+    with pytest.raises(UserError, match=message) as caught:
+        WITH_BOS.quantiles_of(quantile)
+    assert str(caught.value).startswith(f"quantile {quantile!r}:")
+
+
+# Prefix and strip
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ class GenerateOptions:
     prompt_split: str = option("train", "Split of a data set.", metavar="SPLIT")
     skip_bad_prompts: bool = option(False, "Skip invalid prompts, and count them.")
     chat: bool = option(False, "Make each text a message of the user, in the chat template.")
-    quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
+    quantile: str = option(
+        "best", "Quantile: best, worst, or 0 (worst) to K-1; of one reward of several: NAME=Q,NAME=Q.", metavar="Q"
+    )
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
     json: bool = option(False, "Print one JSON object per line: prompt, completions.")
     guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)

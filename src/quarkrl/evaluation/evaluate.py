@@ -58,9 +58,10 @@ class _Variant:
 
     @property
     def quantile(self) -> int | None:
-        """The number of the quantile; None for a model without quantiles."""
+        """The number of the quantile; None without quantiles, and where those of several attributes differ."""
         conditioning = self.generator.conditioning
-        return conditioning.quantiles_of(self.requested)[0] if conditioning else None
+        numbers = set(conditioning.quantiles_of(self.requested)) if conditioning else set()
+        return numbers.pop() if len(numbers) == 1 else None
 
 
 def evaluate(

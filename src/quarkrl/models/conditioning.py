@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.adapters import add_adapter
 from quarkrl.models.quark_json import damaged, read_quark_json, write_quark_json
 from quarkrl.models.special_tokens import add_special_tokens, surrounding_ids
@@ -202,20 +202,36 @@ class Conditioning:
         """Return a quantile given by name or number as one number per attribute.
 
         Args:
-            quantile: "best", "worst", or a number from 0 (worst) to K - 1 (best).
+            quantile: "best", "worst", or a number from 0 (worst) to K - 1 (best), for all attributes. Or one for each
+                of several, as in "polite=best,short=0"; the others are then best.
 
         Raises:
-            UserError: it is none of these.
+            UserError: it is none of these, or names an unknown attribute.
         """
-        named = {"best": self.num_quantiles - 1, "worst": 0}
         text = str(quantile)
+        if "=" not in text:
+            return (self._number_of(text, quantile),) * len(self.attributes)
+        numbers = dict(zip(self.attributes, self.best, strict=True))
+        for part in text.split(","):
+            name, _, value = part.strip().rpartition("=")
+            if name not in numbers:
+                raise UserError(
+                    f"quantile {quantile!r}: must name attributes of the model, which are "
+                    f"{', '.join(self.attributes)}. Write NAME=QUANTILE,…{did_you_mean(name, self.attributes)}"
+                )
+            numbers[name] = self._number_of(value, quantile)
+        return tuple(numbers.values())
+
+    def _number_of(self, text: str, quantile: str | int) -> int:
+        """The number of one attribute's quantile; `quantile` is for the message."""
+        named = {"best": self.num_quantiles - 1, "worst": 0}
         number = named.get(text, int(text) if text.isdecimal() else -1)
         if not 0 <= number < self.num_quantiles:
             raise UserError(
                 f"quantile {quantile!r}: must be best, worst, or a number from 0 (worst) to "
                 f"{self.num_quantiles - 1} (best)."
             )
-        return (number,) * len(self.attributes)
+        return number
 
     def steer_tokenizer(
         self, tokenizer: PreTrainedTokenizerBase, quantiles: Sequence[int] | None = None

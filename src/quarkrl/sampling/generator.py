@@ -134,7 +134,8 @@ class QuarkGenerator:
 
         Args:
             prompts: a text or a chat (a list of messages), or a list of texts and chats.
-            quantile: "best", "worst", or 0 (worst) to K - 1 (best); a model without quantiles has only "best".
+            quantile: "best", "worst", or 0 (worst) to K - 1 (best). One for each of several: "polite=best,short=0".
+                A model without quantiles has only "best".
             num_return_sequences: completions per prompt, S.
             seed: makes the completions repeatable.
             guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`.
