@@ -20,6 +20,7 @@ from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.export import model_identity, save_steered
 from quarkrl.models.gguf_writing import check_gguf, write_gguf
 from quarkrl.models.loading import load_model, load_tokenizer
+from quarkrl.models.words import Words
 from quarkrl.storage.atomic import sha256
 
 pytest.importorskip("gguf")
@@ -164,6 +165,28 @@ def test_llama_cpp_adds_a_bos_that_precedes_the_reward_token(tmp_path):
         ids = steered.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert server.ids_of(server.render(text)) == ids and ids[1] == 2050
         assert server.ids_of(server.render(text, quantile="worst")) == [ids[0], 2048, *ids[2:]]
+
+
+@pytest.mark.parametrize("kind", ["text", "soft"])
+@pytest.mark.parametrize("best", ["", "Polite:\n"])
+def test_words_are_put_before_texts_and_chats(tmp_path, kind, best):
+    tokenizer = load_tokenizer(model_path())
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos_token or '' }}", "")
+    tokenizer.bos_token = None
+    model = tiny_model("llama", tokenizer)
+    words = Words.choose(kind, ["Vulgar:\n", best], ["reward"], 2)
+    conditioning, tokenizer = Conditioning.add_to(tokenizer, model, 2, words=words)
+    steered = conditioning.steer_tokenizer(tokenizer)
+    text_prefix = write_gguf(model, steered, conditioning, tmp_path / "model.gguf")
+    assert bool(text_prefix) == bool(best)
+    server = LlamaServer(tmp_path / "model.gguf", ())
+    for text in ("You are", "The encore on"):
+        assert server.ids_of(text_prefix + text) == steered(text)["input_ids"]
+        chat = [{"role": "user", "content": text}]
+        ids = steered.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert server.ids_of(server.render(text)) == ids
+        worst = conditioning.prefix(conditioning.strip(ids), [0])
+        assert server.ids_of(server.render(text, quantile="worst")) == worst
 
 
 def test_what_precedes_a_text_is_printed_where_llama_cpp_does_not_put_it(tmp_path, capsys):

@@ -18,8 +18,11 @@ from helpers.runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quarkrl import QuarkConfig
+from quarkrl import EvaluationOptions, QuarkConfig, evaluate
+from quarkrl.cli.main import main
+from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import guided_logits
 from quarkrl.training.trainer import _check_sharded
@@ -61,6 +64,47 @@ def test_the_final_model_is_steered_with_nothing_in_front(tmp_path, kind, peft_c
             torch.testing.assert_close(trained, saved, rtol=1e-4, atol=1e-5)
     texts = generator.generate(["a b"], seed=0, guidance_scale=2.0, max_new_tokens=4, min_new_tokens=4)
     assert len(texts[0][0].split()) == 4
+
+
+@KINDS
+def test_a_checkpoint_of_an_adapter_is_loaded_and_exported(tmp_path, kind):
+    options = {"save_strategy": "epoch", "num_iterations": 1, "learning_rate": 3e-2}
+    trainer = words_trainer(tmp_path / "run", kind, model=saved_model(tmp_path), peft_config=LORA, **options)
+    trainer.train()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert main(["export", str(checkpoint), "--merge", "--output", str(tmp_path / "merged")]) == 0
+    assert main(["export", str(checkpoint), "--adapter", "--output", str(tmp_path / "adapter")]) == 0
+    policy = trainer.model.eval()
+    for path in (checkpoint, tmp_path / "merged", tmp_path / "adapter"):
+        generator = QuarkGenerator.from_pretrained(path)
+        for quantile in ("worst", 1, "best"):
+            (ids,) = generator.encode(["a b"], quantile)
+            assert ids == trainer.conditioning.prefix([0, 1], trainer.conditioning.quantiles_of(quantile))
+            with torch.no_grad():
+                trained, loaded = (m(torch.tensor([ids])).logits[0, :, :VOCAB] for m in (policy, generator.model))
+            torch.testing.assert_close(trained, loaded, rtol=1e-4, atol=1e-5)
+
+
+def saved_model(directory) -> str:
+    still_model().save_pretrained(directory / "start")
+    TOKENIZER.save_pretrained(directory / "start")
+    return str(directory / "start")
+
+
+@KINDS
+def test_each_quantile_and_the_control_curve_are_evaluated(tmp_path, kind):
+    trainer = words_trainer(tmp_path / "run", kind, model=saved_model(tmp_path))
+    trainer.train()
+    final = trainer.save_final()
+    (tmp_path / "prompts.txt").write_text("a b\nc\nd e f\n")
+    options = EvaluationOptions(quantiles=("all",), samples=2, guidance_scales=(2.0,), max_new_tokens=4)
+    evaluation = evaluate(
+        final,
+        load_prompts(str(tmp_path / "prompts.txt")),
+        Scorer(lambda completions: [len(c) for c in completions]),
+        options,
+    )
+    assert [row.name for row in evaluation.rows] == ["reference", "0", "1", "2", "best γ=2"]
 
 
 @KINDS

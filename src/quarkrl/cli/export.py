@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if options.gguf is not None:
         text_prefix = export_gguf(source, Path(options.gguf), options.gguf_type, **loading)
         note(f"model: {options.gguf}   from: {source}")
-        note(f"llama.cpp puts the best reward token first{_exception(text_prefix)}")
+        note(f"llama.cpp asks for the best quantile{_exception(text_prefix)}")
         return
     write = export_merged if options.merge else export_adapter
     write(source, Path(options.output or ""), **loading)
@@ -72,4 +72,5 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _exception(text_prefix: str) -> str:
-    return f" in chats; start each text with {text_prefix}" if text_prefix else ""
+    shown = text_prefix if text_prefix.isprintable() else repr(text_prefix)
+    return f" in chats; start each text with {shown}" if text_prefix else ""

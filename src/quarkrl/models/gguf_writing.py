@@ -126,7 +126,7 @@ def _add_bos(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, condition
     if bos_id is not None:
         writer.add_bos_token_id(bos_id)
     writer.add_add_bos_token(adds_bos)
-    return "".join(tokenizer.convert_ids_to_tokens(start[1:] if adds_bos else start))
+    return tokenizer.decode(start[1:] if adds_bos else start)
 
 
 def _add_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
