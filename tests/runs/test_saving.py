@@ -106,7 +106,7 @@ def test_quark_json_says_what_a_run_was(tmp_path):
     trainer = small_trainer(tmp_path, distinct_rewards, ref_model=still_model(seed=5), kl_coef=0.07)
     trainer.train()
     facts = json.loads((trainer.save_final() / "quark.json").read_text(encoding="utf-8"))
-    assert facts["conditioning"]["token_ids"] == [[10, 11, 12]]
+    assert facts["conditioning"]["prefixes"] == [[[10], [11], [12]]]
     assert facts["quantile_edges"] == trainer.pool.edges.tolist() and len(facts["quantile_edges"][0]) == 2
     assert (facts["iterations"], facts["pool_size"]) == (2, 16)
     assert facts["config"]["kl_coef"] == facts["coefs"]["kl_coef"] == 0.07 and facts["config"]["seed"] == 0

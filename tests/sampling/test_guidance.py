@@ -80,11 +80,23 @@ def test_the_formula_by_hand():
     torch.testing.assert_close(guided_logits(wanted + 7, contrast - 3, 2.0), guided_logits(wanted, contrast, 2.0))
 
 
+def test_the_rule_lower_by_hand():
+    """Of .5 .3 .2 against .25 .25 .5, only the last token is more likely in the contrast: .2 becomes .2²/.5 = .08."""
+    wanted, contrast = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    assert guided_logits(wanted, contrast, 2.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.08])
+    assert guided_logits(wanted, contrast, 3.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.032])
+    assert guided_logits(wanted, contrast, 1.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    scales = torch.tensor([[1.0], [2.0]])
+    rows = guided_logits(wanted.repeat(2, 1), contrast.repeat(2, 1), scales, "lower")
+    assert rows.exp().flatten().tolist() == pytest.approx([0.5, 0.3, 0.2, 0.5, 0.3, 0.08])
+
+
+@pytest.mark.parametrize("rule", ["both", "lower"])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 9.0])
-def test_what_cannot_come_stays_out(scale):
+def test_what_cannot_come_stays_out(scale, rule):
     ruled_out = torch.tensor([[0.0, -torch.inf, 1.0]])
     for contrast in (ruled_out, torch.zeros(1, 3)):
-        assert guided_logits(ruled_out, contrast, scale).isfinite().tolist() == [[True, False, True]]
+        assert guided_logits(ruled_out, contrast, scale, rule).isfinite().tolist() == [[True, False, True]]
 
 
 # Every road, against the loop
@@ -118,6 +130,20 @@ def test_scores_in_plain_generate_are_those_of_the_loop(architecture, scale):
         assert EOS_ID not in tokens
         assert found.sequences[row, inputs.shape[1] :].tolist() == tokens
         torch.testing.assert_close(scores[row, :, :VOCAB], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("road", ["one batch", "own forward"])
+def test_the_rule_lower_holds_in_the_sampler_and_in_plain_generate(road):
+    model, conditioning = trained()
+    wanted, contrast = pairs(conditioning)
+    found = run(model, wanted, contrast=Contrast(9.0, contrast, model if road == "own forward" else None, "lower"))
+    assert found != run(model, wanted, contrast=Contrast(9.0, contrast))
+    inputs, mask = left_padded(wanted)
+    guidance = Guidance.between(model, conditioning, inputs, mask, guidance_scale=9.0, rule="lower")
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": EOS_ID}
+    plain = model.generate(inputs, attention_mask=mask, logits_processor=[guidance], **options)
+    for row, completion in zip(plain[:, inputs.shape[1] :].tolist(), found, strict=True):
+        assert row[: len(completion)] == completion
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -444,6 +470,8 @@ def test_guidance_without_what_it_needs_is_one_error(final):
     model, conditioning = trained()
     with pytest.raises(UserError, match=r"guidance_scale -1"):
         Contrast(-1.0, [[1]])
+    with pytest.raises(UserError, match=r"guidance_rule 'up': must be both or lower"):
+        Contrast(2.0, [[1]], rule="up")
     tokenizer = tiny_tokenizer()
     with pytest.raises(UserError, match="guidance_from 'reference'"):
         generator = QuarkGenerator(model, tokenizer, conditioning)

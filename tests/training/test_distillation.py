@@ -78,6 +78,24 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
     assert trainer.state.global_step == 80
 
 
+def test_a_temperature_and_a_rule_are_distilled_too(tmp_path):
+    options = {"num_quantiles": 2, "steps_per_iteration": 30, "samples_per_prompt": 16, "learning_rate": 1e-2}
+    options |= {"min_completion_length": 0, "guidance_rule": "lower", "distill_temperature": 1.5}
+    trainer = small_trainer(tmp_path, share_of_a_to_d, **options, **DISTILLED)
+    trainer.train()
+    student = next_tokens(trainer)["best"]
+    with trainer.teacher.within(trainer.model):
+        logits = next_tokens(trainer)
+    distances = {
+        (rule, temperature): divergence(
+            (guided_logits(logits["best"], logits["worst"], 2.0, rule) / temperature).log_softmax(-1), student
+        )
+        for rule in ("both", "lower")
+        for temperature in (1.0, 1.5)
+    }
+    assert min(distances, key=lambda key: distances[key]) == ("lower", 1.5), distances
+
+
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "adapter"])
 def test_a_run_that_is_cut_within_distillation_resumes_exactly(tmp_path, peft_config):
     options = {**DISTILLED, "save_strategy": "steps", "save_steps": 1, "peft_config": peft_config}

@@ -8,7 +8,7 @@ from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
-from quarkrl.sampling.options import SamplingOptions
+from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, SamplingOptions
 
 NAME = "generate"
 HELP = "completions of a trained model, for any quantile"
@@ -30,6 +30,8 @@ class GenerateOptions:
     json: bool = option(False, "Print one JSON object per line: prompt, completions.")
     guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)
     guidance_from: str = option("worst", "Guidance steers away from a quantile, or from the reference.", metavar="FROM")
+
+    guidance_rule: GuidanceRule = option("both", GUIDANCE_RULE_HELP, metavar="RULE")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=sampling.seed,
         guidance_scale=options.guidance_scale,
         guidance_from=options.guidance_from,
+        guidance_rule=options.guidance_rule,
         batch_size=sampling.batch_size,
         **dataclasses.asdict(strategy),
     )

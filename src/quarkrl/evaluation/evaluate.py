@@ -193,24 +193,24 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
     if options.guidance_scales:
-        _contrast(models, 1.0, options.guidance_from, [])  # Fail before sampling if there is no contrast.
+        _contrast(models, 1.0, options, [])  # Fail before sampling if there is no contrast.
     return variants
 
 
 def _contrast(
-    models: _Models, guidance_scale: float, guidance_from: str | int, plain_ids: Sequence[Sequence[int]]
+    models: _Models, guidance_scale: float, options: EvaluationOptions, plain_ids: Sequence[Sequence[int]]
 ) -> Contrast:
     """The distribution that guidance of the best quantile moves away from.
 
     Raises:
         UserError: no such quantile, or it is the best one, or no reference.
     """
-    policy = models.policy
+    policy, guidance_from = models.policy, options.guidance_from
     if guidance_from == "reference" and models.reference and policy.conditioning:
         # The reference of this evaluation, which need not be the one that quark.json names.
-        guidance = GuidanceOptions(guidance_scale, guidance_from, models.reference.model)
+        guidance = GuidanceOptions(guidance_scale, guidance_from, models.reference.model, options.guidance_rule)
         return make_contrast(policy.conditioning, plain_ids, guidance)
-    return policy.contrast(plain_ids, guidance_scale, guidance_from)
+    return policy.contrast(plain_ids, guidance_scale, guidance_from, guidance_rule=options.guidance_rule)
 
 
 def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, options: EvaluationOptions) -> Prompts:
@@ -246,7 +246,7 @@ def _sample(
 
     contrast = None
     if variant.guidance_scale != 1:
-        contrast = _contrast(models, variant.guidance_scale, options.guidance_from, plain_ids)
+        contrast = _contrast(models, variant.guidance_scale, options, plain_ids)
     return complete(
         generator.model,
         [generator.condition(ids, variant.requested) for ids in plain_ids],
@@ -308,6 +308,7 @@ def _protocol(
         "sampling": asdict(options.strategy()),
         "seed": options.seed,
         "guidance_from": str(options.guidance_from) if options.guidance_scales else None,
+        "guidance_rule": options.guidance_rule if options.guidance_scales else None,
         "rewards": panel.scorer.identity,
         "judges": {name: judge.identity for name, judge in panel.judges.items()},
         "perplexity": "exp(mean token NLL over the original vocabulary) per completion given its prompt, without "

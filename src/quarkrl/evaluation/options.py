@@ -6,7 +6,7 @@ This module imports no torch, so `quarkrl evaluate --help` is fast.
 from dataclasses import dataclass
 
 from quarkrl.options import option
-from quarkrl.sampling.options import SamplingOptions
+from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, SamplingOptions
 
 # A value of `reference`: evaluate the model without its reference.
 NO_REFERENCE = "none"
@@ -38,6 +38,7 @@ class EvaluationOptions(SamplingOptions):
     guidance_from: str | int = option(
         "worst", "What guidance moves away from: a quantile, or reference.", metavar="FROM", group="models"
     )
+    guidance_rule: GuidanceRule = option("both", GUIDANCE_RULE_HELP, metavar="RULE", group="models")
     bf16: bool = option(False, "Compute in bfloat16: faster on most GPUs, but other completions.", group="models")
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid or too long prompts, instead of stopping at the first.", group="prompts"

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.options import GuidanceRule
 from quarkrl.sampling.prepared_weights import prepare_weights_once
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.sampling.strategy import Sampling
@@ -54,6 +55,7 @@ class BuiltinEngine:
         conditioning: the policy's reward tokens.
         end_ids: EOS ids.
         guidance_from: what guidance moves away from.
+        guidance_rule: both, or lower.
         autocast: a context for forward passes.
         merges_adapters: whether the policy's adapters are merged while it samples.
     """
@@ -64,6 +66,7 @@ class BuiltinEngine:
     conditioning: Conditioning
     end_ids: Sequence[int]
     guidance_from: str
+    guidance_rule: GuidanceRule
     autocast: Callable[[], AbstractContextManager[Any]]
     merges_adapters: bool
 
@@ -79,7 +82,7 @@ class BuiltinEngine:
     @contextmanager
     def policy(self, guidance_scale: float) -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens."""
-        guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model)
+        guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model, self.guidance_rule)
         # Guidance away from the reference switches the adapter off and on within each token.
         merges = self.merges_adapters and (guidance_scale == 1 or self.guidance_from != "reference")
         with self._ready_to_sample(merges):

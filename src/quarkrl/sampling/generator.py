@@ -18,6 +18,7 @@ from quarkrl.models.loading import context_length, eos_ids, load_model, load_tok
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
+from quarkrl.sampling.options import GuidanceRule
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.streaming import stream_tokens
@@ -127,6 +128,7 @@ class QuarkGenerator:
         seed: int | None = None,
         guidance_scale: float = 1.0,
         guidance_from: str | int = "worst",
+        guidance_rule: GuidanceRule = "both",
         batch_size: int = 128,
         **generate_kwargs: Any,
     ) -> list[list[str]]:
@@ -140,6 +142,7 @@ class QuarkGenerator:
             seed: makes the completions repeatable.
             guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`.
             guidance_from: the contrast: another quantile, or "reference" for the model before training.
+            guidance_rule: "both" raises and lowers tokens; "lower" only lowers those that the contrast prefers.
             batch_size: completions per batch.
             generate_kwargs: the fields of `Sampling`: `max_new_tokens` (20), `min_new_tokens` (0),
                 `temperature` (1.0), `top_p` (0.9), `do_sample` (True).
@@ -164,7 +167,7 @@ class QuarkGenerator:
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = None
         if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile)
+            contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule)
         self._check_length(max(map(len, prompt_ids), default=0), sampling)
         completion_ids = complete(
             self.model,
@@ -186,13 +189,14 @@ class QuarkGenerator:
         seed: Sequence[int] = (),
         guidance_scale: float = 1.0,
         guidance_from: str | int = "worst",
+        guidance_rule: GuidanceRule = "both",
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yield one completion in pieces of text, as they are sampled.
 
         Args:
             prompt: a text or a chat.
-            quantile, guidance_scale, guidance_from: as in `generate`.
+            quantile, guidance_scale, guidance_from, guidance_rule: as in `generate`.
             seed: integers that make the completion repeatable.
             sampling: the sampling options; by default those of `generate`.
 
@@ -205,7 +209,7 @@ class QuarkGenerator:
         self._check_length(len(prompt_ids), sampling)
         contrast = None
         if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast([plain_ids], guidance_scale, guidance_from, quantile)
+            contrast = self.contrast([plain_ids], guidance_scale, guidance_from, quantile, guidance_rule)
         tokens = stream_tokens(
             self.model,
             prompt_ids,
@@ -304,6 +308,7 @@ class QuarkGenerator:
         guidance_scale: float,
         guidance_from: str | int = "worst",
         quantile: str | int = "best",
+        guidance_rule: GuidanceRule = "both",
     ) -> Contrast:
         """Build the contrast of guidance for prompts.
 
@@ -312,6 +317,7 @@ class QuarkGenerator:
             guidance_scale: γ.
             guidance_from: a quantile, or "reference".
             quantile: the quantile of the wanted distribution.
+            guidance_rule: "both" or "lower".
 
         Raises:
             UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
@@ -323,7 +329,7 @@ class QuarkGenerator:
                 "This one has no quantiles."
             )
         reference = self.reference if guidance_from == "reference" else self.model
-        guidance = GuidanceOptions(guidance_scale, guidance_from, reference)
+        guidance = GuidanceOptions(guidance_scale, guidance_from, reference, guidance_rule)
         return make_contrast(self.conditioning, plain_ids, guidance, quantile)
 
     def decode(

@@ -7,6 +7,10 @@ the contrast, and γ > 1 moves further away from the contrast. This is classifie
 arXiv 2306.17806). Here the wanted distribution is the policy with the best reward token; the contrast is the policy
 with another reward token, or the reference.
 
+The difference raises tokens that the contrast avoids, and lowers those that it prefers. The rule `lower` only does the
+second: the difference counts where it is negative. Then no unlikely token becomes likely, and perplexity stays lower.
+Self-debiasing (Schick et al. 2021, arXiv 2103.00453) scales the same tokens, by another formula.
+
 `sampler.sample` computes both in one batch with one cache (`GuidedDecoder`). `Guidance` does the same in plain
 `generate`:
 
@@ -19,7 +23,7 @@ with another reward token, or the reference.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +33,7 @@ from quarkrl.errors import UserError
 from quarkrl.models.batching import left_pad
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource
+from quarkrl.sampling.options import GuidanceRule
 
 
 class GuidanceOptions(NamedTuple):
@@ -38,11 +43,13 @@ class GuidanceOptions(NamedTuple):
         guidance_scale: γ; 1 is without guidance.
         guidance_from: the quantile of the contrast, "worst", "best" or a number; or "reference".
         reference: the model before training.
+        rule: both, or lower.
     """
 
     guidance_scale: float
     guidance_from: str | int
     reference: ModelSource
+    rule: GuidanceRule = "both"
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,21 @@ class Contrast:
         guidance_scale: γ; 1 is without guidance, and the contrast is not computed.
         prompt_ids: token ids of the prompts, as the contrast model gets them.
         model: the contrast model; None for the model that samples, which then processes both in one batch.
+        rule: both, or lower.
 
     Raises:
-        UserError: γ is negative or not finite.
+        UserError: γ is negative or not finite, or there is no such rule.
     """
 
     guidance_scale: float
     prompt_ids: Sequence[Sequence[int]]
     model: ModelSource | None = None
+    rule: GuidanceRule = "both"
 
     def __post_init__(self) -> None:
         check_guidance_scale(self.guidance_scale)
+        if self.rule not in get_args(GuidanceRule):
+            raise UserError(f"guidance_rule {self.rule!r}: must be {' or '.join(get_args(GuidanceRule))}.")
 
     def select(self, rows: Sequence[int]) -> "Contrast":
         """Return the contrast for a part of the batch."""
@@ -99,28 +110,33 @@ def make_contrast(
         UserError: there is no such quantile, it is the wanted one, or γ is negative or not finite.
     """
     if options.guidance_from == "reference":
-        return Contrast(options.guidance_scale, [list(ids) for ids in plain_ids], options.reference)
+        return Contrast(options.guidance_scale, [list(ids) for ids in plain_ids], options.reference, options.rule)
     quantiles = conditioning.quantiles_of(options.guidance_from)
     if quantiles == conditioning.quantiles_of(quantile):
         raise UserError(
             f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r}. The default is worst."
         )
-    return Contrast(options.guidance_scale, [conditioning.prefix(ids, quantiles) for ids in plain_ids])
+    prompt_ids = [conditioning.prefix(ids, quantiles) for ids in plain_ids]
+    return Contrast(options.guidance_scale, prompt_ids, rule=options.rule)
 
 
-def guided_logits(wanted: Tensor, contrast: Tensor, guidance_scale: float | Tensor) -> Tensor:
+def guided_logits(
+    wanted: Tensor, contrast: Tensor, guidance_scale: float | Tensor, rule: GuidanceRule = "both"
+) -> Tensor:
     """Combine the logits of two distributions by the formula of this module.
 
     Args:
         wanted: `(batch, vocab)` logits; -inf for a token that is ruled out.
         contrast: `(batch, vocab)` logits of the same tokens.
         guidance_scale: γ, one for all or `(batch, 1)`.
+        rule: both, or lower.
 
     Returns:
         `(batch, vocab)` logits, -inf where `wanted` is.
     """
     wanted, contrast = wanted.log_softmax(-1), contrast.log_softmax(-1)
-    logits = wanted + (guidance_scale - 1) * (wanted - contrast)
+    difference = wanted - contrast
+    logits = wanted + (guidance_scale - 1) * (difference if rule == "both" else difference.clamp(max=0))
     # A token is usually ruled out on both sides (EOS before min_new_tokens), and -inf minus -inf is NaN.
     return logits.masked_fill(wanted == -torch.inf, -torch.inf)
 
@@ -138,7 +154,7 @@ class GuidedDecoder:
     def __init__(
         self, model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], contrast: Contrast, vocab_size: int
     ):
-        self._guidance_scale = contrast.guidance_scale
+        self._guidance_scale, self._rule = contrast.guidance_scale, contrast.rule
         self._vocab_size = vocab_size
         self._shares_batch = contrast.model is None
         batches: list[tuple[ModelSource, Sequence[Sequence[int]]]]
@@ -167,7 +183,7 @@ class GuidedDecoder:
     def _guide(self, logits: list[Tensor]) -> Tensor:
         wanted, contrast = logits[0].chunk(2) if self._shares_batch else logits
         wanted, contrast = (side[:, : self._vocab_size].float() for side in (wanted, contrast))
-        return guided_logits(wanted, contrast, self._guidance_scale)
+        return guided_logits(wanted, contrast, self._guidance_scale, self._rule)
 
 
 class Guidance(LogitsProcessor):
@@ -184,6 +200,7 @@ class Guidance(LogitsProcessor):
         contrast_mask: `(batch, length)`, 1 = counts; all ones by default.
         vocab_size: tokens with ids from here on, such as reward tokens, are ruled out. The default is the smaller
             vocabulary of the two models.
+        rule: both, or lower.
 
     Raises:
         UserError: γ is negative or not finite; when called, a second `generate`, or one with beam search.
@@ -196,7 +213,9 @@ class Guidance(LogitsProcessor):
         contrast_ids: Tensor,
         contrast_mask: Tensor | None = None,
         vocab_size: int | None = None,
+        rule: GuidanceRule = "both",
     ):
+        self.rule = rule
         self.guidance_scale = check_guidance_scale(guidance_scale)
         self.model = model
         self.vocab_size = vocab_size
@@ -214,6 +233,7 @@ class Guidance(LogitsProcessor):
         *,
         guidance_scale: float,
         guidance_from: str | int = "worst",
+        rule: GuidanceRule = "both",
     ) -> "Guidance":
         """Create guidance for a model that Quark trained, away from one of its quantiles.
 
@@ -225,6 +245,7 @@ class Guidance(LogitsProcessor):
             attention_mask: `(batch, length)`, the other input of `generate`.
             guidance_scale: γ.
             guidance_from: the quantile to move away from: "worst", "best", or 0 (worst) to K - 1 (best).
+            rule: both, or lower.
 
         Raises:
             UserError: there is no such quantile, a prompt has no reward tokens, or all prompts request that quantile.
@@ -242,7 +263,7 @@ class Guidance(LogitsProcessor):
                 f"guidance_from {guidance_from!r}: must differ from the quantile of the prompts. The default is worst."
             )
         contrast_ids, contrast_mask = left_pad(contrasts, input_ids.device)
-        return cls(guidance_scale, model, contrast_ids, contrast_mask, conditioning.vocab_size)
+        return cls(guidance_scale, model, contrast_ids, contrast_mask, conditioning.vocab_size, rule)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the guided scores, `(batch, vocab)`, of the next token."""
@@ -251,7 +272,7 @@ class Guidance(LogitsProcessor):
         contrast = self._contrast_logits(input_ids).to(scores)  # (batch, vocab of the contrast model)
         width = self.vocab_size or min(scores.shape[-1], contrast.shape[-1])
         result = torch.full_like(scores, -torch.inf)
-        result[:, :width] = guided_logits(scores[:, :width], contrast[:, :width], self.guidance_scale)
+        result[:, :width] = guided_logits(scores[:, :width], contrast[:, :width], self.guidance_scale, self.rule)
         return result
 
     def _contrast_logits(self, input_ids: Tensor) -> Tensor:

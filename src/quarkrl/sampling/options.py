@@ -1,7 +1,7 @@
 """Options of commands that sample from a finished model. This module imports no torch, so `--help` is fast."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from quarkrl.data.chat_defaults import (
     LAST_TURN_HELP,
@@ -15,6 +15,10 @@ from quarkrl.options import check_options, option
 if TYPE_CHECKING:
     from quarkrl.sampling.strategy import Sampling
 
+GuidanceRule: TypeAlias = Literal["both", "lower"]
+GUIDANCE_RULE_HELP = (
+    "Guidance raises and lowers tokens (both), or only lowers those that the contrast prefers (lower): less perplexity."
+)
 _AS_TRAINED = "The default is that of training."
 
 

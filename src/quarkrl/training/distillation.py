@@ -9,6 +9,8 @@ its best token and without guidance, learns the teacher's whole distribution (`a
 
     minimise  KL(g || p_θ( . | x, best))
 
+`distill_temperature` T makes it learn g^(1/T), which is normalised. T above 1 keeps completions diverse.
+
 The NLL of the sampled tokens has the same minimum, but overfits few samples.
 
 Source: our own combination of guidance and distillation (Hinton et al. 2015, arXiv 1503.02531). Context distillation
@@ -104,8 +106,8 @@ def find_teacher(policy: torch.nn.Module, run: Path, step: int, first_step: int,
 
 
 def teacher_sampling(args: QuarkConfig, iteration: int) -> Sampling:
-    """Return how the teacher samples: from the guided distribution itself, at temperature 1 and without nucleus."""
-    return replace(args.sampling(iteration), temperature=1.0, top_p=1.0, do_sample=True)
+    """Return how the teacher samples: from the distribution that is learned, without nucleus."""
+    return replace(args.sampling(iteration), temperature=args.distill_temperature, top_p=1.0, do_sample=True)
 
 
 def draw_completions(

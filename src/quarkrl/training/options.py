@@ -10,6 +10,7 @@ from typing import Any, Literal
 from quarkrl.data.chat_defaults import LAST_TURN_HELP, SYSTEM_PROMPT_HELP, TEMPLATE_KWARGS_HELP, LastTurn
 from quarkrl.models.words import ConditioningKind
 from quarkrl.options import option
+from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule
 
 # Consecutive steps that on_bad_numbers=skip may skip. A loss scaler of fp16 skips a few until it finds its scale.
 MAX_SKIPPED_STEPS = 20
@@ -119,6 +120,7 @@ class QuarkOptions:
         metavar="FROM",
         group="exploring",
     )
+    guidance_rule: GuidanceRule = option("both", GUIDANCE_RULE_HELP, metavar="RULE", group="exploring", rare=True)
     engine: Literal["builtin", "vllm"] = option(
         "builtin", "Sample by the policy itself, or by vLLM (docs/engines.md).", group="exploring"
     )
@@ -202,6 +204,13 @@ class QuarkOptions:
         "End the run by distilling guidance γ into the best token; 1 is off. No reward is called (docs/guide.md).",
         at_least=0,
         group="learning",
+    )
+    distill_temperature: float = option(
+        1.0,
+        "Temperature of the distilled distribution. Above 1, it keeps completions diverse.",
+        above=0,
+        group="learning",
+        rare=True,
     )
     distill_iterations: int = option(
         2, "Iterations of distillation, after num_iterations.", at_least=1, group="learning"

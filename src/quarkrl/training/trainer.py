@@ -72,7 +72,7 @@ from quarkrl.training.distillation import (
 from quarkrl.training.engine import make_engine
 from quarkrl.training.exploration import CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
-from quarkrl.training.guided_targets import guided_reference_logits, teacher_logits
+from quarkrl.training.guided_targets import GuidedTarget
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
@@ -264,6 +264,7 @@ class QuarkTrainer(DurableTrainer):
             conditioning=self.conditioning,
             end_ids=self.end_ids,
             guidance_from=args.guidance_from,
+            guidance_rule=args.guidance_rule,
             autocast=self.accelerator.autocast,
             merges_adapters=self.memory_plan.merges_adapters,
         )
@@ -507,7 +508,8 @@ class QuarkTrainer(DurableTrainer):
             policy, reference = self.accelerator.unwrap_model(self.model), None if contrast else self.reference
             with self.accelerator.autocast():
                 scale = args.distill_guidance_scale
-                return Projection(teacher_logits(policy, self.teacher, reference, inputs, scale, vocab_size))
+                target = GuidedTarget(scale, args.guidance_rule, vocab_size, args.distill_temperature)
+                return Projection(target.of_teacher(policy, self.teacher, reference, inputs))
         if not args.kl_coef:
             return None
         ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
@@ -516,7 +518,8 @@ class QuarkTrainer(DurableTrainer):
             if contrast is None:
                 return plain
             scale = at_iteration(args.kl_guidance_scale, self._iteration)
-            return Projection(guided_reference_logits(p_0, plain.logits(), inputs, scale))
+            target = GuidedTarget(scale, args.guidance_rule, vocab_size)
+            return Projection(target.of_reference(p_0, plain.logits(), inputs))
 
     def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
         """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
