@@ -156,6 +156,11 @@ def test_generate_writes_prompt_and_completion(run, home, capsys):
     assert greedy == said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "2")
 
 
+def test_a_run_stands_for_its_final_model(run, home, capsys):
+    arguments = ("--prompt", "a b", "--seed", "3")
+    assert said(capsys, "generate", run, *arguments) == said(capsys, "generate", run / "final", *arguments)
+
+
 def test_generate_reads_a_column_of_a_split_and_the_embedded_prompts(home, capsys, tmp_path):
     rows = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in {"train": "a", "test": "b"}.items()}
     datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
@@ -249,6 +254,12 @@ MISTAKES = {
     "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "output_dir '{run}'"),
     "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
     "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff. Did you mean '--kl_coef'?"),
+    "another tool's name of a flag": ((*TRAIN, "--lr", "1"), "unknown option --lr. Did you mean '--learning_rate'?"),
+    "and another": ((*GENERATE, "--gamma=2"), "unknown option --gamma. Did you mean '--guidance_scale'?"),
+    "a configuration without its flag": (
+        ("train", "{home}/run.yaml"),
+        "argument '{home}/run.yaml': must be preceded by a flag. Did you mean '--config {home}/run.yaml'?",
+    ),
     "unknown flag with value": (
         (*TRAIN, "--num_itrations=1"),
         "unknown option --num_itrations. Did you mean '--num_it",

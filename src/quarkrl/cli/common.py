@@ -85,10 +85,15 @@ def working_directory(path: str) -> Iterator[None]:
 
 
 def model_path(name: str) -> str:
-    """Return the directory of the embedded model for `builtin`, and any other name unchanged."""
-    from quarkrl.builtin import model_path
+    """Return the directory of the embedded model for `builtin`, of the final model for a run, and else the name.
 
-    return str(model_path()) if name == BUILTIN else name
+    Raises:
+        UserError: the run has no model yet.
+    """
+    from quarkrl.builtin import model_path
+    from quarkrl.runs.directory import model_of_run
+
+    return str(model_path()) if name == BUILTIN else model_of_run(name, "final")
 
 
 def prompts_path(name: str, split: Literal["train", "eval"]) -> str:

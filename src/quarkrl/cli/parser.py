@@ -15,6 +15,24 @@ from quarkrl.options import choices_of, default_of, join_words, takes_list, type
 
 Options = TypeVar("Options")
 
+# What other tools call an option, and what we call it.
+_USUAL_NAMES = {
+    "lr": "learning_rate",
+    "beta": "kl_coef",
+    "alpha": "entropy_coef",
+    "epochs": "num_iterations",
+    "batch_size": "per_device_train_batch_size",
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "max_tokens": "max_new_tokens",
+    "num_generations": "samples_per_prompt",
+    "num_samples": "samples_per_prompt",
+    "k": "num_quantiles",
+    "gamma": "guidance_scale",
+    "dataset": "prompts",
+    "n": "num_return_sequences",
+    "output": "output_dir",
+}
 _METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -58,9 +76,15 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             if not flag.startswith("-"):
-                raise UserError(f"argument {flag!r}: must be preceded by a flag.")
-            raise UserError(f"unknown option {flag}.{did_you_mean(flag.lstrip('-'), self.flag_names, '--')}")
+                is_config = flag.endswith((".yaml", ".yml")) and "config" in self.flag_names
+                remedy = f" Did you mean '--config {flag}'?" if is_config else ""
+                raise UserError(f"argument {flag!r}: must be preceded by a flag.{remedy}")
+            raise UserError(f"unknown option {flag}.{self._suggest(flag.lstrip('-'))}")
         return arguments
+
+    def _suggest(self, name: str) -> str:
+        usual = _USUAL_NAMES.get(name)
+        return f" Did you mean '--{usual}'?" if usual in self.flag_names else did_you_mean(name, self.flag_names, "--")
 
 
 def add_flags(
