@@ -75,6 +75,20 @@ def test_the_text_is_in_a_named_column_or_in_completion(rewards, capsys, tmp_pat
     assert score(capsys, tmp_path / "texts.csv", "--column", "other", *reward)[0] == ["0.0000\tb", "0.0000\td"]
 
 
+def test_the_completions_of_generate_are_scored_and_not_its_prompts(rewards, capsys, tmp_path):
+    path = write(
+        tmp_path / "generated.jsonl",
+        {"prompt": "a a a a", "completions": ["a", "b a a"]},
+        {"prompt": "c", "completions": [""]},
+    )
+    out, err = score(capsys, path, "--reward", f"{rewards}:few_a")
+    assert out == ["-1.0000\ta", "-2.0000\tb a a", "0.0000\t"] and "3 texts" in err
+    both, _ = score(capsys, path, "--reward", f"{rewards}:both")
+    assert both == ["8.0000\ta", "12.0000\tb a a", "1.0000\t"]  # Rewards get the prompt of each.
+    prompts, _ = score(capsys, path, "--reward", f"{rewards}:few_a", "--column", "prompt")
+    assert prompts == ["-4.0000\ta a a a", "0.0000\tc"]
+
+
 def test_standard_input_has_one_text_per_line(rewards, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a a a\r\nb\n"), encoding="utf-8"))
     assert score(capsys, "-", "--reward", f"{rewards}:few_a")[0] == ["-3.0000\ta a a", "0.0000\tb"]

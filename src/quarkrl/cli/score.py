@@ -25,7 +25,7 @@ BATCH_SIZE = 128  # As many texts as a reward receives at a time in training, by
 class ScoreOptions:
     """Which texts are scored, and how the scores are printed."""
 
-    column: str | None = option(None, "Column that holds the text (default: completion, text or prompt).")
+    column: str | None = option(None, "Column that holds the text (default: completions, completion, text or prompt).")
     skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
     json: bool = option(False, "Print one JSON object per line: text, reward, and what rewards log.")
     reward_timeout: float = option(
@@ -58,7 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
     source: Any = read_standard_input() if arguments.file == "-" else arguments.file
     columns = options.column or _TEXT_COLUMNS
     # A completion may be empty, and has a reward.
-    rows = load_prompts(source, column=columns, skip_bad=options.skip_bad_prompts, allow_empty=True)
+    rows = load_prompts(
+        source,
+        column=columns,
+        skip_bad=options.skip_bad_prompts,
+        allow_empty=True,
+        split_completions=options.column is None,
+    )
     scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
     texts = [str(text) for text in rows.prompts]
     prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]

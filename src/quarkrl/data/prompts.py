@@ -27,7 +27,7 @@ from quarkrl.data.chat_defaults import LastTurn
 from quarkrl.data.chats import RefusedChat, find_fault, is_continued, message_text
 from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import read_rows
-from quarkrl.data.rows import SURROGATE, BadRow, Row, quote_names
+from quarkrl.data.rows import SURROGATE, BadRow, Row, one_completion_each, quote_names
 from quarkrl.errors import UserError, shorten
 
 
@@ -187,6 +187,7 @@ def load_prompts(
     column: str | Sequence[str] = "prompt",
     skip_bad: bool = False,
     allow_empty: bool = False,
+    split_completions: bool = False,
 ) -> Prompts:
     """Read and check prompts from any source that the module docstring lists.
 
@@ -199,6 +200,8 @@ def load_prompts(
             has such a column.
         skip_bad: skip and count bad rows, instead of raising at the first one.
         allow_empty: accept empty texts. A prompt must not be empty, but a completion can be.
+        split_completions: make a row with a column `completion` of each text in a list `completions`, which
+            `quarkrl generate --json` writes.
 
     Raises:
         UserError: the source cannot be read, a row is bad, or no row is left.
@@ -206,6 +209,8 @@ def load_prompts(
     name, raw_rows = read_rows(source, split)
     if not raw_rows:
         raise UserError(f"{name}: there are no rows in it. Provide at least one prompt.")
+    if split_completions:
+        raw_rows = [(location, part) for location, row in raw_rows for part in one_completion_each(row)]
     column = choose_column(name, [row for _, row in raw_rows], column)
     prompts = check_rows(raw_rows, column, skip_bad=skip_bad, allow_empty=allow_empty)
     _check_any_left(name, prompts)

@@ -43,6 +43,15 @@ def restore_chats(row: Any) -> Any:
     return {name: _without_nulls(value) if _is_chat(value) else value for name, value in row.items()}
 
 
+def one_completion_each(row: Any) -> list[Any]:
+    """Return a row for each text in the list `completions` of a row; a row without such a list is returned alone."""
+    completions = row.get("completions") if isinstance(row, dict) else None
+    if not isinstance(completions, list):
+        return [row]
+    others = {name: value for name, value in row.items() if name != "completions"}
+    return [{**others, "completion": text} for text in completions]
+
+
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
 
