@@ -133,6 +133,7 @@ def test_model_writes_texts_that_end(model, tokenizer):
     assert ended >= 18
 
 
+@pytest.mark.slow
 def test_model_is_sometimes_rude_on_clean_prompts(model, tokenizer):
     pytest.importorskip("profanity_check")
     completions = build.sample(model, tokenizer, read_prompts("eval")[:60])

@@ -39,6 +39,7 @@ def talk(generator, **options):
     return Conversation(generator, ChatOptions(max_new_tokens=8, **options), "best", 1.0)
 
 
+@pytest.mark.slow
 def test_a_conversation_through_a_pipe(final, generator):
     """Answers go to standard output, the rest to standard error. Ctrl-C stops an answer and not the program."""
     command = [sys.executable, "-u", "-m", "quarkrl", "chat", str(final), "--greedy", "--max_new_tokens", "200"]

@@ -363,6 +363,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(mistake, home, run, configs, tmp_
     assert line.startswith("error: ") and message.format(**places) in line
 
 
+@pytest.mark.slow
 def test_a_process_ends_as_main_does(home):
     """Three real ones: no traceback, no warning of a library beside the line."""
     for arguments, message in (
@@ -375,6 +376,7 @@ def test_a_process_ends_as_main_does(home):
         assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.slow
 def test_training_as_a_process_shows_no_warnings(home, tmp_path):
     done = command("train", "--config", home / "run.yaml", "--output_dir", tmp_path / "run", "--disable_tqdm", "false")
     assert done.returncode == 0, done.stderr

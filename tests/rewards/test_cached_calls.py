@@ -254,6 +254,7 @@ def home(tmp_path_factory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("surroundings")
 def test_a_killed_run_that_is_resumed_requests_no_text_again(home, tmp_path, server):
     """The server counts. Only the requests in progress, as many as `concurrency`, may be repeated."""

@@ -368,6 +368,7 @@ def home(tmp_path_factory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "quarkrl.cli", "train", "--config", home / "run.yaml"]

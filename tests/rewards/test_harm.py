@@ -180,6 +180,7 @@ def with_fork(completions):
 """
 
 
+@pytest.mark.slow
 def test_children_that_a_reward_forks_in_a_run_can_be_score_to_the_end(tmp_path):
     home = home_of(tmp_path, FORKS, generation_batch_size=12)
     names = ("with_pool", "with_terminate", "with_subprocess", "with_fork")

@@ -68,6 +68,7 @@ def one(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_samples_and_losses_of_one_and_only_the_first_writes(tmp_path, one):
     directory = tmp_path / "run"
     end = fine(run_job(directory, 2, model=NO_DROPOUT, options=TWO, apart=True))

@@ -71,6 +71,7 @@ print(held_bytes("cpu") - before)
     assert growth < 50e6, growth
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is a function of glibc")
 def test_trim_malloc_returns_freed_memory():
     code = """
