@@ -10,6 +10,7 @@ from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
+from quarkrl.cli.words import WordsOptions
 from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.options import choices_of, default_of, join_words, limits_in_words, typed_fields
 from quarkrl.sampling.options import SamplingOptions
@@ -52,6 +53,7 @@ def page() -> str:
     for command, classes in {
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
+        "words": (WordsOptions, RewardOptions, SamplingOptions),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
         "export": (ExportOptions,),
