@@ -362,7 +362,7 @@ class QuarkTrainer(DurableTrainer):
     def exploring_sampler(self, iteration: int) -> AbstractContextManager[Complete]:
         """Return the context of what completes plain prompts: the policy asked for the best quantile.
 
-        In iteration 0 it is p_0, because new tokens have no meaning yet.
+        With reward tokens, iteration 0 samples p_0, because they have no meaning yet.
         """
         if not iteration and self.args.conditioning == "tokens":
             return self.engine.reference()
