@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 
 import pytest
+import torch
 from helpers.files import files_of
+from safetensors.torch import save_file
 
 from quarkrl.errors import UserError
 from quarkrl.storage import atomic
@@ -126,3 +129,18 @@ def test_a_directory_that_does_not_exist_is_reported_with_the_file(tmp_path):
     with pytest.raises(UserError, match="cannot be written: no such file or directory") as caught:
         write_text(tmp_path / "missing" / "file", "")
     assert str(tmp_path / "missing" / "file") in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_can_read_the_directory_can_read_its_files(tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "final") as stage:
+            save_file({"a": torch.zeros(2)}, stage / "model.safetensors")
+            (stage / "part").mkdir()
+            (stage / "part" / "text").write_text("x")
+    finally:
+        os.umask(previous)
+    for name in ("model.safetensors", "part/text"):
+        assert stat.S_IMODE((tmp_path / "final" / name).stat().st_mode) == mode

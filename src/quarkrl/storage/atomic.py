@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,11 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Flush a complete directory to the disk and rename it to `target`; a directory of that name is removed."""
+    """Flush a complete directory to the disk and rename it to `target`; a directory of that name is removed.
+
+    Whoever can read the directory can read its files: safetensors 0.8 writes files that only their owner can read.
+    """
+    _share_files(source)
     _flush_tree(source)
     old = target.with_name(f"_{target.name}.old")
     if target.exists():
@@ -139,6 +144,14 @@ def _system_reason(error: Exception) -> str | None:
     # safetensors and tokenizers print the error number as Rust does, pyarrow as Python does.
     match = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
     return os.strerror(int(match[1] or match[2])).lower() if match else None
+
+
+def _share_files(directory: Path) -> None:
+    """Give each file below a directory the permissions of its folder, without those to execute."""
+    for folder, _, names in os.walk(directory):
+        mode = stat.S_IMODE(os.stat(folder).st_mode) & 0o666
+        for name in names:
+            os.chmod(os.path.join(folder, name), mode)
 
 
 def _flush_tree(directory: Path) -> None:
