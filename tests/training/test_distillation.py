@@ -80,7 +80,7 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
 
 def test_a_temperature_and_a_rule_are_distilled_too(tmp_path):
     options = {"num_quantiles": 2, "steps_per_iteration": 30, "samples_per_prompt": 16, "learning_rate": 1e-2}
-    options |= {"min_completion_length": 0, "guidance_rule": "lower", "distill_temperature": 1.5}
+    options |= {"min_completion_length": 0, "distill_guidance_rule": "lower", "distill_temperature": 1.5}
     trainer = small_trainer(tmp_path, share_of_a_to_d, **options, **DISTILLED)
     trainer.train()
     student = next_tokens(trainer)["best"]

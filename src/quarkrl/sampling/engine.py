@@ -36,11 +36,12 @@ class SamplingEngine(Protocol):
     def reference(self) -> AbstractContextManager[Complete]:
         """Yield what completes prompts with p_0. Iteration 0 explores so, before the policy has learned."""
 
-    def policy(self, guidance_scale: float) -> AbstractContextManager[Complete]:
+    def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> AbstractContextManager[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens.
 
         Args:
             guidance_scale: γ; 1 is without guidance.
+            guidance_rule: both, or lower.
         """
 
 
@@ -55,7 +56,6 @@ class BuiltinEngine:
         conditioning: the policy's reward tokens.
         end_ids: EOS ids.
         guidance_from: what guidance moves away from.
-        guidance_rule: both, or lower.
         autocast: a context for forward passes.
         merges_adapters: whether the policy's adapters are merged while it samples.
     """
@@ -66,7 +66,6 @@ class BuiltinEngine:
     conditioning: Conditioning
     end_ids: Sequence[int]
     guidance_from: str
-    guidance_rule: GuidanceRule
     autocast: Callable[[], AbstractContextManager[Any]]
     merges_adapters: bool
 
@@ -80,9 +79,9 @@ class BuiltinEngine:
             yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
 
     @contextmanager
-    def policy(self, guidance_scale: float) -> Iterator[Complete]:
+    def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens."""
-        guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model, self.guidance_rule)
+        guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model, guidance_rule)
         # Guidance away from the reference switches the adapter off and on within each token.
         merges = self.merges_adapters and (guidance_scale == 1 or self.guidance_from != "reference")
         with self._ready_to_sample(merges):

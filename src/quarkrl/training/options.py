@@ -205,6 +205,9 @@ class QuarkOptions:
         at_least=0,
         group="learning",
     )
+    distill_guidance_rule: GuidanceRule = option(
+        "both", "guidance_rule of distillation.", metavar="RULE", group="learning", rare=True
+    )
     distill_temperature: float = option(
         1.0,
         "Temperature of the distilled distribution. Above 1, it keeps completions diverse.",

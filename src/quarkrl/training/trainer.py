@@ -264,7 +264,6 @@ class QuarkTrainer(DurableTrainer):
             conditioning=self.conditioning,
             end_ids=self.end_ids,
             guidance_from=args.guidance_from,
-            guidance_rule=args.guidance_rule,
             autocast=self.accelerator.autocast,
             merges_adapters=self.memory_plan.merges_adapters,
         )
@@ -366,7 +365,7 @@ class QuarkTrainer(DurableTrainer):
         """
         if not iteration and self.args.conditioning == "tokens":
             return self.engine.reference()
-        return self.engine.policy(at_iteration(self.args.explore_guidance_scale, iteration))
+        return self.engine.policy(at_iteration(self.args.explore_guidance_scale, iteration), self.args.guidance_rule)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -397,7 +396,7 @@ class QuarkTrainer(DurableTrainer):
             prompts=prompts,
             rows=rows,
             sampling=teacher_sampling(args, iteration),
-            sampler=partial(self.engine.policy, args.distill_guidance_scale),
+            sampler=partial(self.engine.policy, args.distill_guidance_scale, args.distill_guidance_rule),
             seed=(args.seed, iteration),
             batch_size=self.memory_plan.generation_batch_size,
         )
@@ -508,7 +507,7 @@ class QuarkTrainer(DurableTrainer):
             policy, reference = self.accelerator.unwrap_model(self.model), None if contrast else self.reference
             with self.accelerator.autocast():
                 scale = args.distill_guidance_scale
-                target = GuidedTarget(scale, args.guidance_rule, vocab_size, args.distill_temperature)
+                target = GuidedTarget(scale, args.distill_guidance_rule, vocab_size, args.distill_temperature)
                 return Projection(target.of_teacher(policy, self.teacher, reference, inputs))
         if not args.kl_coef:
             return None
@@ -571,7 +570,7 @@ class QuarkTrainer(DurableTrainer):
             prompts=prompts,
             rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
             sampling=args.eval_sampling(),
-            sampler=partial(self.engine.policy, args.eval_guidance_scale),
+            sampler=partial(self.engine.policy, args.eval_guidance_scale, args.guidance_rule),
             seed=(args.seed, _EVALUATION_SEED),
             batch_size=args.per_device_eval_batch_size,
         )
