@@ -48,6 +48,11 @@ def test_words_that_do_not_fit_the_quantiles_are_refused(words, rewards, quantil
         Words.choose("text", words, rewards, quantiles)
 
 
+def test_a_newline_can_be_written_as_in_a_shell():
+    given = ["rude.\\n", "plain.\n", ""]
+    assert Words.choose("text", given, ["mine"], 3).texts == (("rude.\n", "plain.\n", ""),)
+
+
 def test_words_that_the_tokenizer_cannot_tell_apart_are_refused():
     tokenizer = tiny_tokenizer()
     words = Words("text", (("a", "b"),))

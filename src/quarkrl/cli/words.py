@@ -47,14 +47,14 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Sample and score completions of the plain model, and print the words, the most telling ones first."""
     from quarkrl.evaluation.phrases import rank_phrases, sample_and_score
-    from quarkrl.models.words import CANDIDATES
+    from quarkrl.models.words import CANDIDATES, read_newlines
     from quarkrl.sampling.generator import QuarkGenerator
 
     options = options_from(arguments, WordsOptions)
     reward_options, sampling = options_from(arguments, RewardOptions), options_from(arguments, SamplingOptions)
     quiet_libraries()
     scorer = reward_options.scorer()
-    phrases = options.words or CANDIDATES.get(scorer.names[0])
+    phrases = list(map(read_newlines, options.words or CANDIDATES.get(scorer.names[0], ())))
     if not phrases:
         raise UserError(
             f"words: must be given for {scorer.names[0]}, which has no default words. Set --words 'a phrase' 'another'."

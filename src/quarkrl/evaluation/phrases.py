@@ -19,6 +19,7 @@ import numpy as np
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.perplexity import completion_nll
+from quarkrl.models.conditioning import Conditioning, start_ids_of
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.sampler import complete
@@ -152,16 +153,11 @@ def rank_phrases(
 
 def _log_likelihood(generator: QuarkGenerator, samples: ScoredSamples, phrase: Sequence[int], size: int) -> np.ndarray:
     """The log-likelihood of each completion behind the phrase and its prompt."""
-    start = _bos_length(generator, samples.prompt_ids)
-    prompts = [[*ids[:start], *phrase, *ids[start:]] for ids in samples.prompt_ids]
+    start_ids = start_ids_of(generator.tokenizer)  # As in a run, a phrase follows BOS.
+    words = Conditioning(("words",), ((tuple(phrase),),), start_ids, generator.vocab_size, "text")
+    prompts = [words.prefix(ids, (0,)) for ids in samples.prompt_ids]
     nll = completion_nll(generator.model, prompts, samples.completion_ids, generator.vocab_size, size)
     return -np.array(nll)
-
-
-def _bos_length(generator: QuarkGenerator, prompt_ids: Sequence[Sequence[int]]) -> int:
-    """1 if all prompts start with BOS, which stays in front of a phrase; else 0."""
-    bos_id = generator.tokenizer.bos_token_id
-    return int(bos_id is not None and all(ids[:1] == [bos_id] for ids in prompt_ids))
 
 
 def area_under_curve(values: np.ndarray, positive: np.ndarray) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from quarkrl.models.quark_json import damaged, read_quark_json, write_quark_json
 from quarkrl.models.special_tokens import add_special_tokens, surrounding_ids
 from quarkrl.models.steering import steer_tokenizer
 from quarkrl.models.words import ConditioningKind, Words
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class Conditioning:
     @property
     def new_token_ids(self) -> list[int]:
         """The ids of all new tokens; none for kind `text`."""
-        return [] if self.kind == "text" else [i for row in self.prefixes for ids in row for i in ids]
+        return [] if self.kind == "text" else _flatten(self.prefixes)
 
     @property
     def token_names(self) -> list[str]:
         """The texts of all new tokens."""
         names = _token_names(self.kind, self.attributes, [[len(ids) for ids in row] for row in self.prefixes])
-        return [name for row in names for quantile in row for name in quantile]
+        return _flatten(names)
 
     @property
     def max_length(self) -> int:
@@ -114,9 +116,8 @@ class Conditioning:
         words = words or Words.choose("tokens", None, attributes, num_quantiles)
         tokenizer = copy.deepcopy(tokenizer)
         word_ids = words.encode(tokenizer)
-        lengths = [[1 if words.kind == "tokens" else len(ids) for ids in row] for row in word_ids]
-        names = _token_names(words.kind, attributes, lengths)
-        flat_names = [name for row in names for quantile in row for name in quantile]
+        names = _token_names(words.kind, attributes, words.lengths(tokenizer))
+        flat_names = _flatten(names)
         _check_names_are_new(tokenizer, flat_names)
         rows = model.get_input_embeddings().weight.shape[0]
         used_ids = 1 + max(tokenizer.get_vocab().values())
@@ -128,7 +129,7 @@ class Conditioning:
         conditioning = cls(
             attributes=tuple(attributes),
             prefixes=word_ids if words.kind == "text" else prefixes,
-            start_ids=_start_ids(tokenizer),
+            start_ids=start_ids_of(tokenizer),
             vocab_size=vocab_size,
             kind=words.kind,
             words=() if words.kind == "tokens" else words.texts,
@@ -150,7 +151,7 @@ class Conditioning:
         if max(ids) >= model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         if self.kind == "soft":
-            _copy_rows(model, ids, [i for row in self.word_ids for quantile in row for i in quantile])
+            _copy_rows(model, ids, _flatten(self.word_ids))
         else:
             _draw_rows(model, ids, self.vocab_size, seed)
 
@@ -322,7 +323,7 @@ class Conditioning:
             return f"kind {self.kind!r}: must be tokens, text or soft"
         if len(self.prefixes) != len(self.attributes) or len(set(map(len, self.prefixes))) != 1:
             return "prefixes: must be equally many for each attribute"
-        ids = [i for row in self.prefixes for quantile in row for i in quantile]
+        ids = _flatten(self.prefixes)
         if self.num_quantiles < 2 or any(len(set(row)) < len(row) for row in self.prefixes):
             return "prefixes: must be at least two different ones for each attribute"
         if not all(type(i) is int for i in ids) or len(set(self.new_token_ids)) < len(self.new_token_ids):
@@ -346,7 +347,7 @@ def _to_tuples(table: Sequence[Sequence[Sequence[int]]]) -> tuple[tuple[tuple[in
     return tuple(tuple(tuple(ids) for ids in row) for row in table)
 
 
-def _flatten(table: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+def _flatten(table: Sequence[Sequence[Sequence[Item]]]) -> list[Item]:
     return [i for row in table for ids in row for i in ids]
 
 
@@ -357,8 +358,7 @@ def reward_token(attribute: str, quantile: int) -> str:
 
 def new_token_names(tokenizer: PreTrainedTokenizerBase, attributes: Sequence[str], words: Words) -> list[str]:
     """The texts of all new tokens that a conditioning adds."""
-    lengths = [[1 if words.kind == "tokens" else len(ids) for ids in row] for row in words.encode(tokenizer)]
-    return [name for row in _token_names(words.kind, attributes, lengths) for quantile in row for name in quantile]
+    return _flatten(_token_names(words.kind, attributes, words.lengths(tokenizer)))
 
 
 def _token_names(
@@ -386,8 +386,8 @@ def _check_names_are_new(tokenizer: PreTrainedTokenizerBase, names: Sequence[str
         )
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that precede a prefix: what the tokenizer puts first, or else the BOS of a chat template.
+def start_ids_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids that precede a prefix: what the tokenizer puts first, or else the BOS of a chat template.
 
     A text can spell BOS. A tokenizer that adds no special tokens puts the reward tokens first there too. So BOS counts
     only if there is a chat template, which can render it.

@@ -98,6 +98,7 @@ class Words:
                     f"words are for 5 quantiles of {', '.join(DEFAULT_WORDS)}. Set --words."
                 )
             return cls(kind, tuple(texts))
+        words = [read_newlines(text) for text in words]
         if len(words) != len(rewards) * num_quantiles:
             each = f" of each of {len(rewards)} rewards" if len(rewards) > 1 else ""
             raise UserError(
@@ -112,9 +113,13 @@ class Words:
 
     def max_length(self, tokenizer: "PreTrainedTokenizerBase") -> int:
         """Return the number of tokens of the longest prefix of all attributes together."""
+        return sum(map(max, self.lengths(tokenizer)))
+
+    def lengths(self, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+        """Return the number of tokens of each prefix, `(A, K)`."""
         if self.kind == "tokens":
-            return len(self.texts)
-        return sum(max(map(len, row)) for row in self.encode(tokenizer))
+            return [[1] * len(row) for row in self.texts]
+        return [[len(ids) for ids in row] for row in self.encode(tokenizer)]
 
     def encode(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Return the ids of the words in the model's own vocabulary, `(A, K, n)`; n differs.
@@ -130,3 +135,8 @@ class Words:
             if self.kind != "tokens" and len(set(row)) < len(row):
                 raise UserError(f"words {texts!r}: must have different token ids. The tokenizer drops what differs.")
         return ids
+
+
+def read_newlines(text: str) -> str:
+    r"""Return a text with a newline for each `\n`: a shell passes these two characters on as they are."""
+    return text.replace("\\n", "\n")
