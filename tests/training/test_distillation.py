@@ -17,10 +17,13 @@ from helpers.runs import (
     weights_of,
 )
 from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from quarkrl import QuarkConfig
 from quarkrl.errors import UserError
 from quarkrl.sampling.guidance import guided_logits
+from quarkrl.training.distillation import Stage
 
 DISTILLED = {"distill_guidance_scale": 2.0, "distill_iterations": 2}
 ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
@@ -110,6 +113,33 @@ def test_a_run_that_is_cut_within_distillation_resumes_exactly(tmp_path, peft_co
     assert_same_weights(whole.teacher.weights, resumed.teacher.weights)
 
 
+def test_each_stage_has_the_policy_after_the_one_before_as_its_teacher_and_resumes_exactly(tmp_path):
+    options = {**DISTILLED, "distill_guidance_scale": [2.0, 1.5], "distill_temperature": [1.0, 1.2]}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    begun = {}
+
+    class Remember(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            begun.setdefault(state.global_step, weights_of(model))
+
+    whole = small_trainer(tmp_path / "whole", distinct_rewards, model_of(), **options, callbacks=[Remember()])
+    whole.train()
+    rows = logs_of(tmp_path / "whole", "distill_guidance_scale")
+    assert [(row["iteration"], row["distill_guidance_scale"]) for row in rows] == [(2, 2), (3, 2), (4, 1.5), (5, 1.5)]
+    steps = whole.args.steps_per_iteration
+    for number in (0, 1):
+        teacher = load_file(tmp_path / "whole" / f"teacher-{number}.safetensors")
+        assert_same_weights({name: begun[(2 + 2 * number) * steps][name] for name in teacher}, teacher)
+    assert whole.teacher.stage == Stage(1, 4, 1.5, 1.2)
+    for step in (2 * steps + 1, 4 * steps, 4 * steps + 1):
+        cut = small_trainer(tmp_path / f"{step}", distinct_rewards, model_of(), **options, callbacks=[KillBefore(step)])
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+        resumed = small_trainer(tmp_path / f"{step}", distinct_rewards, model_of(), **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+
+
 def test_within_distillation_the_teacher_is_needed_and_the_length_is_fixed(tmp_path):
     options = {**DISTILLED, "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(KeyboardInterrupt):
@@ -117,8 +147,8 @@ def test_within_distillation_the_teacher_is_needed_and_the_length_is_fixed(tmp_p
     longer = small_trainer(tmp_path, distinct_rewards, **{**options, "num_iterations": 3})
     with pytest.raises(UserError, match="num_iterations was 2, is 3"):
         longer.train(resume_from_checkpoint=True)
-    (tmp_path / "teacher.safetensors").unlink()
-    with pytest.raises(UserError, match=r"teacher\.safetensors: must hold the teacher to resume"):
+    (tmp_path / "teacher-0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"teacher-0\.safetensors: must hold the teacher to resume"):
         small_trainer(tmp_path, distinct_rewards, **options).train(resume_from_checkpoint=True)
 
 
@@ -127,5 +157,5 @@ def test_without_a_scale_there_is_no_distillation(tmp_path):
     assert (config.total_iterations, config.num_train_epochs) == (3, 3)
     config = QuarkConfig(str(tmp_path), num_iterations=3, **DISTILLED, guidance_from="reference")
     assert (config.total_iterations, config.num_train_epochs) == (5, 5)
-    with pytest.raises(UserError, match="distill_guidance_scale -1: must be at least 0"):
+    with pytest.raises(UserError, match=r"distill_guidance_scale -1\.0: must be at least 0"):
         QuarkConfig(str(tmp_path), distill_guidance_scale=-1)

@@ -22,6 +22,14 @@ from quarkrl.training.options import INHERITED, QuarkOptions
 
 logger = logging.getLogger(__name__)
 
+# Options that are one number or several, and what several apply to.
+LISTS = {
+    "temperature": "iterations",
+    "explore_guidance_scale": "iterations",
+    "kl_guidance_scale": "iterations",
+    "distill_guidance_scale": "stages",
+    "distill_temperature": "stages",
+}
 LEAST_VLLM_TEMPERATURE = 0.01  # vLLM raises a smaller one to this.
 
 
@@ -39,12 +47,12 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Not used: num_iterations sets it."})
 
     def __post_init__(self) -> None:
-        self._set_epochs()
-        for name in ("temperature", "explore_guidance_scale", "kl_guidance_scale"):
+        for name, meaning in LISTS.items():
             value = getattr(self, name)
             setattr(self, name, list(value) if isinstance(value, Sequence) else [float(value)])
             if not getattr(self, name):
-                raise UserError(f"{name} []: must be a number, or several that apply to iterations. The default is 1.")
+                raise UserError(f"{name} []: must be a number, or several that apply to {meaning}. The default is 1.")
+        self._set_epochs()
         self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         check_options(self, INHERITED)
         self._check_lengths()
@@ -214,18 +222,24 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     @property
     def guidance_scales(self) -> tuple[float, ...]:
         """Every γ of the run; 1 is without guidance."""
-        return (*self.explore_guidance_scale, self.eval_guidance_scale, self.distill_guidance_scale)
+        return (*self.explore_guidance_scale, self.eval_guidance_scale, *self.distill_guidance_scale)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the run ends by distillation."""
+        return set(self.distill_guidance_scale) != {1}
 
     @property
     def total_iterations(self) -> int:
         """The iterations of the run, those of distillation included."""
-        return self.num_iterations + (self.distill_iterations if self.distill_guidance_scale != 1 else 0)
+        stages = len(self.distill_guidance_scale) if self.distills else 0
+        return self.num_iterations + stages * self.distill_iterations
 
     def run_identity(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, by name. `resume_rules` says which of them may change."""
         rules = {"branch", "fixed"} | ({"selection"} if self.load_best_model_at_end else set())
         names = [name for name, rule in sorted(resume_rules().items()) if rule in rules]
-        if self.distill_guidance_scale != 1:
+        if self.distills:
             names.append("num_iterations")  # Distillation begins after them.
         return {name: getattr(self, name, None) for name in names}
 

@@ -1,6 +1,7 @@
 """Guidance baked in: the last iterations of a run distil the guided sampler into the best token.
 
-The teacher p_T is the policy as it was before these iterations; its weights stay as they are. Guidance makes from it
+The teacher p_T is the policy as it was before these iterations; its weights stay as they are. Several scales are for
+one stage each: the teacher of a stage is the policy as the stage before has left it. Guidance makes from it
 
     g(v)  ∝  p_T(v | best) (p_T(v | best) / p_T(v | contrast))^(γ - 1)         (sampling/guidance.py)
 
@@ -19,7 +20,7 @@ Source: our own combination of guidance and distillation (Hinton et al. 2015, ar
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,58 @@ from quarkrl.errors import UserError
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_file
-from quarkrl.training.config import QuarkConfig
+from quarkrl.training.config import QuarkConfig, at_iteration
 
-TEACHER_FILE = "teacher.safetensors"
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of distillation: iterations with the same teacher.
+
+    Attributes:
+        number: from 0.
+        first_iteration: of the run.
+        guidance_scale: γ.
+        temperature: T.
+    """
+
+    number: int
+    first_iteration: int
+    guidance_scale: float
+    temperature: float
+
+    @classmethod
+    def at(cls, iteration: int, args: QuarkConfig) -> "Stage":
+        """Return the stage of an iteration."""
+        number = (iteration - args.num_iterations) // args.distill_iterations
+        return cls(
+            number,
+            args.num_iterations + number * args.distill_iterations,
+            args.distill_guidance_scale[number],
+            at_iteration(args.distill_temperature, number),
+        )
+
+    def sampling(self, options: Sampling) -> Sampling:
+        """Return how the teacher samples: from the distribution that is learned, without nucleus."""
+        return replace(options, temperature=self.temperature, top_p=1.0, do_sample=True)
 
 
 class Teacher:
-    """The trained weights of a policy at one moment.
+    """The trained weights of a policy when a stage of distillation begins.
 
     Args:
         weights: by name, as in `named_parameters` of the policy.
+        stage: the iterations that learn from it.
     """
 
-    def __init__(self, weights: dict[str, Tensor]):
+    def __init__(self, weights: dict[str, Tensor], stage: Stage):
         self.weights = weights
+        self.stage = stage
 
     @classmethod
-    def of(cls, policy: torch.nn.Module) -> "Teacher":
+    def of(cls, policy: torch.nn.Module, stage: Stage) -> "Teacher":
         """Copy the trained weights of a policy."""
-        return cls(
-            {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
-        )
+        trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        return cls({name: weight.detach().clone() for name, weight in trained.items()}, stage)
 
     @contextmanager
     def within(self, policy: Any) -> Iterator[Any]:
@@ -75,22 +107,22 @@ class Teacher:
         torch.clear_autocast_cache()  # Its keys are the parameters, which stay the same objects.
 
 
-def find_teacher(policy: torch.nn.Module, run: Path, step: int, first_step: int, writes: bool) -> Teacher:
-    """Return the teacher of a run: the policy as it is before the first step of distillation, or that of the file.
+def find_teacher(policy: torch.nn.Module, stage: Stage, run: Path, begins: bool, writes: bool) -> Teacher:
+    """Return the teacher of a stage: the policy if the stage begins, and otherwise that of the file.
 
     Args:
         policy: the policy.
-        run: the directory of the run.
-        step: optimizer steps so far.
-        first_step: those before distillation.
+        stage: the stage.
+        run: the directory of the run, which has a file for each stage.
+        begins: whether the next step is the stage's first.
         writes: whether this process writes the file.
 
     Raises:
-        UserError: the run resumes within distillation, and has no file of the teacher or one of another policy.
+        UserError: the run resumes within the stage, and has no file of the teacher or one of another policy.
     """
-    file = run / TEACHER_FILE
-    if step == first_step:
-        teacher = Teacher.of(policy)
+    file = run / f"teacher-{stage.number}.safetensors"
+    if begins:
+        teacher = Teacher.of(policy, stage)
         if writes:
             with atomic_file(file) as stream:
                 stream.write(save(teacher.weights))
@@ -102,12 +134,7 @@ def find_teacher(policy: torch.nn.Module, run: Path, step: int, first_step: int,
     trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
     if {name: weight.shape for name, weight in trained.items()} != {n: w.shape for n, w in weights.items()}:
         raise UserError(f"{file}: must hold the weights that the run trains. Resume from an earlier checkpoint.")
-    return Teacher({name: weight.to(trained[name]) for name, weight in weights.items()})
-
-
-def teacher_sampling(args: QuarkConfig, iteration: int) -> Sampling:
-    """Return how the teacher samples: from the distribution that is learned, without nucleus."""
-    return replace(args.sampling(iteration), temperature=args.distill_temperature, top_p=1.0, do_sample=True)
+    return Teacher({name: weight.to(trained[name]) for name, weight in weights.items()}, stage)
 
 
 def draw_completions(

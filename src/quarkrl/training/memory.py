@@ -121,7 +121,7 @@ def size_of_run(
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     passes = 2 if any(scale != 1 for scale in options.guidance_scales) else 1
     # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation.
-    whole = (0 if is_one_product(output) else 3) + (8 if options.distill_guidance_scale != 1 else 0)
+    whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 0)
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += num_completions * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.

@@ -199,24 +199,26 @@ class QuarkOptions:
     )
 
     # Learning: guidance baked in
-    distill_guidance_scale: float = option(
-        1.0,
-        "End the run by distilling guidance γ into the best token; 1 is off. No reward is called (docs/guide.md).",
+    distill_guidance_scale: list[float] = option(
+        default_factory=lambda: [1.0],
+        help="End the run by distilling guidance γ into the best token; 1 is off. No reward is called. Several scales "
+        "are for one stage each: a stage distils what the one before has made (docs/guide.md).",
         at_least=0,
         group="learning",
     )
     distill_guidance_rule: GuidanceRule = option(
         "both", "guidance_rule of distillation.", metavar="RULE", group="learning", rare=True
     )
-    distill_temperature: float = option(
-        1.0,
-        "Temperature of the distilled distribution. Above 1, it keeps completions diverse.",
+    distill_temperature: list[float] = option(
+        default_factory=lambda: [1.0],
+        help="Temperature of the distilled distribution. Above 1, it keeps completions diverse. Several temperatures "
+        "are for one stage each, the last for all that follow.",
         above=0,
         group="learning",
         rare=True,
     )
     distill_iterations: int = option(
-        2, "Iterations of distillation, after num_iterations.", at_least=1, group="learning"
+        2, "Iterations of each stage of distillation, after num_iterations.", at_least=1, group="learning"
     )
 
     # Learning: the optimizer

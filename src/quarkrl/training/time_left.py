@@ -18,7 +18,8 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
 
 def _describe_distillation(args: QuarkConfig) -> str:
     count = args.total_iterations - args.num_iterations
-    return f". Then {count} more distil guidance γ = {args.distill_guidance_scale:g}, without rewards" if count else ""
+    scales = ", ".join(f"{scale:g}" for scale in args.distill_guidance_scale)
+    return f". Then {count} more distil guidance γ = {scales}, without rewards" if count else ""
 
 
 class TimeLeft:

@@ -63,12 +63,7 @@ from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.config import QuarkConfig, at_iteration
-from quarkrl.training.distillation import (
-    Teacher,
-    draw_completions,
-    find_teacher,
-    teacher_sampling,
-)
+from quarkrl.training.distillation import Stage, Teacher, draw_completions, find_teacher
 from quarkrl.training.engine import make_engine
 from quarkrl.training.exploration import CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
@@ -387,16 +382,17 @@ class QuarkTrainer(DurableTrainer):
     def distil(self, iteration: int) -> None:
         """Sample with the teacher's guidance; the steps of the epoch then learn it on the best token."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
-        if self.teacher is None:
-            first_step = args.num_iterations * args.steps_per_iteration
-            is_first = self.is_world_process_zero()
-            self.teacher = find_teacher(policy, Path(args.output_dir), self.state.global_step, first_step, is_first)
+        stage = Stage.at(iteration, args)
+        if self.teacher is None or self.teacher.stage != stage:
+            begins = self.state.global_step == stage.first_iteration * args.steps_per_iteration
+            writes = self.is_world_process_zero()
+            self.teacher = find_teacher(policy, stage, Path(args.output_dir), begins, writes)
         prompts, rows = self.supply.schedule(iteration)
         task = Task(
             prompts=prompts,
             rows=rows,
-            sampling=teacher_sampling(args, iteration),
-            sampler=partial(self.engine.policy, args.distill_guidance_scale, args.distill_guidance_rule),
+            sampling=stage.sampling(args.sampling(iteration)),
+            sampler=partial(self.engine.policy, stage.guidance_scale, args.distill_guidance_rule),
             seed=(args.seed, iteration),
             batch_size=self.memory_plan.generation_batch_size,
         )
@@ -409,7 +405,7 @@ class QuarkTrainer(DurableTrainer):
         self.log(
             {
                 "iteration": iteration,
-                "distill_guidance_scale": args.distill_guidance_scale,
+                "distill_guidance_scale": stage.guidance_scale,
                 "completion_length": float(np.mean([len(ids) for ids in completions])),
                 "eos_share": float(np.mean([ids[-1] in self.end_ids for ids in completions])),
                 "seconds_sample": seconds,
@@ -506,8 +502,8 @@ class QuarkTrainer(DurableTrainer):
         if self.teacher is not None:
             policy, reference = self.accelerator.unwrap_model(self.model), None if contrast else self.reference
             with self.accelerator.autocast():
-                scale = args.distill_guidance_scale
-                target = GuidedTarget(scale, args.distill_guidance_rule, vocab_size, args.distill_temperature)
+                stage, rule = self.teacher.stage, args.distill_guidance_rule
+                target = GuidedTarget(stage.guidance_scale, rule, vocab_size, stage.temperature)
                 return Projection(target.of_teacher(policy, self.teacher, reference, inputs))
         if not args.kl_coef:
             return None
