@@ -289,7 +289,7 @@ def main() -> None:
     task |= {"shape": measure.as_json(SHAPES[name]), "bf16": False, "rates": True}
     with tempfile.TemporaryDirectory() as directory:
         task["directory"] = directory
-        measure.make_model(Path(directory), SHAPES[name])
+        measure.make_model(Path(directory), SHAPES[name], device=options.device)
         count = options.batches * options.batch_size
         prompts = measure.make_prompts(count, SHAPES[name], options.prompts, options.tokenizer)
         (Path(directory) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")

@@ -101,7 +101,7 @@ SHAPES = {
 }
 
 
-def make_model(directory: Path, shape: Shape, seed: int = 0) -> None:
+def make_model(directory: Path, shape: Shape, seed: int = 0, device: str = "cpu") -> None:
     """Save a model with random weights, whose tokens are the words w0, w1, … and EOS.
 
     Each token is a word, so that decoding and tokenizing again gives the same tokens. The official code learns from
@@ -111,7 +111,9 @@ def make_model(directory: Path, shape: Shape, seed: int = 0) -> None:
     backend = Tokenizer(models.WordLevel(words, unk_token=EOS))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(seed)
-    _random_model(shape).save_pretrained(directory)
+    with torch.device(device):  # A GPU draws the weights of GPT-2 XL in less than a second.
+        model = _random_model(shape)
+    model.save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, bos_token=EOS).save_pretrained(directory)
 
 

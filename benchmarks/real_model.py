@@ -289,7 +289,7 @@ def main() -> None:
         directory, name = options.model or DEFAULT_MODEL, "real_model"
         if shape_name := options.shape or ("micro-llama" if options.quick and not options.model else None):
             directory, name = Path(work) / "model", f"real_model-{shape_name}"
-            measure.make_model(directory, SHAPES[shape_name])
+            measure.make_model(directory, SHAPES[shape_name], device=options.device)
         if not (directory / "config.json").exists():
             sys.exit(f"--model {directory}: must be the directory of a model. Run make real-model, or set --shape.")
         shape = Shape.of(AutoConfig.from_pretrained(directory))

@@ -1,8 +1,11 @@
-"""What every test starts from: no network, one thread, seeds, quiet libraries."""
+"""What every test starts from: no network, no GPU, one thread, seeds, quiet libraries."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "gpu" not in sys.argv:  # All tests but those of `-m gpu` are the same on every machine.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import random
 import signal

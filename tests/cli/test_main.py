@@ -275,7 +275,6 @@ MISTAKES = {
         (*TRAIN, "--use_dora"),
         "use_dora True: must come with a LoRA adapter. Set --lora_rank",
     ),
-    "4 bits without bitsandbytes": ((*TRAIN, "--lora_rank", "2", "--load_in_4bit"), "load_in_4bit True: needs bits"),
     "an adapter on no layer": (
         (*TRAIN, "--lora_rank", "2", "--lora_target_modules", "nowhere"),
         "nowhere",

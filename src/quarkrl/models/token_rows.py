@@ -45,8 +45,11 @@ class TokenRows(TrainableTokensLayer):
     def rows_of(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the ids, `(R,)`, and the rows, `(R, width)`, that an adapter trains."""
         weight = cast(Tensor, self.base_layer.weight)
-        ids = torch.tensor(self.token_indices[adapter], dtype=torch.long, device=weight.device)
-        return ids, self.trainable_tokens_delta[adapter].to(weight)
+        # Kept, since a copy to a GPU waits for it, and cannot be recorded (sampling/recorded_steps.py).
+        kept: dict[tuple[str, torch.device], Tensor] = self.__dict__.setdefault("_ids", {})
+        if (adapter, weight.device) not in kept:
+            kept[adapter, weight.device] = torch.tensor(self.token_indices[adapter], device=weight.device)
+        return kept[adapter, weight.device], self.trainable_tokens_delta[adapter].to(weight)
 
 
 _KNOWN_LAYERS = nn.Linear, nn.Embedding

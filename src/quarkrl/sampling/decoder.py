@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from quarkrl.models.batching import left_pad
 
@@ -31,6 +32,9 @@ class CachedDecoder:
         prompt_of_row: `(batch,)`, the prompt of each row of the batch.
     """
 
+    # Ended completions are removed when they are at least this share of the batch: removal copies the others' cache.
+    min_share_to_remove = 1 / 16
+
     def __init__(self, model: ModelSource, prompt_ids: Tensor, prompt_mask: Tensor, prompt_of_row: Tensor):
         self._model = model
         self._prompt_ids = prompt_ids
@@ -39,7 +43,7 @@ class CachedDecoder:
         self._cache: Any = None
 
     @classmethod
-    def for_prompts(cls, model: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device) -> "CachedDecoder":
+    def for_prompts(cls, model: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device) -> Self:
         """Create a decoder with one row for each prompt; equal prompts are processed once."""
         numbers: dict[tuple[int, ...], int] = {}
         prompt_of_row = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompts]
@@ -71,7 +75,7 @@ class CachedDecoder:
     def _forward(self, input_ids: Tensor) -> Tensor:
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         with nullcontext(self._model) if isinstance(self._model, torch.nn.Module) else self._model() as model:
-            parameters = _forward_parameters(model)
+            parameters = forward_parameters(model)
             # State-space models have another name for the cache.
             cache = "past_key_values" if "past_key_values" in parameters else "cache_params"
             optional = {"position_ids": positions, "logits_to_keep": 1}
@@ -86,7 +90,7 @@ class CachedDecoder:
         return output.logits[:, -1]
 
 
-def _forward_parameters(model: PreTrainedModel) -> Sequence[str]:
+def forward_parameters(model: PreTrainedModel) -> Sequence[str]:
     """Return the parameter names of the model's forward pass; a model without positions (ALiBi) takes none."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return tuple(inspect.signature(base.forward).parameters)

@@ -16,6 +16,7 @@ from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.guidance import GuidanceOptions
 from quarkrl.sampling.options import GuidanceRule
 from quarkrl.sampling.prepared_weights import prepare_weights_once
+from quarkrl.sampling.recorded_steps import RecordedSteps
 from quarkrl.sampling.sampler import sample, sample_best
 from quarkrl.sampling.strategy import Sampling
 
@@ -75,8 +76,9 @@ class BuiltinEngine:
     @contextmanager
     def reference(self) -> Iterator[Complete]:
         """Yield what completes prompts with p_0."""
+        vocab_size, steps = self.conditioning.vocab_size, RecordedSteps()
         with self._ready_to_sample(), self.reference_model() as reference:
-            yield partial(sample, reference, end_ids=self.end_ids, vocab_size=self.conditioning.vocab_size)
+            yield partial(sample, reference, end_ids=self.end_ids, vocab_size=vocab_size, steps=steps)
 
     @contextmanager
     def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
@@ -85,7 +87,8 @@ class BuiltinEngine:
         # Guidance away from the reference switches the adapter off and on within each token.
         merges = self.merges_adapters and (guidance_scale == 1 or self.guidance_from != "reference")
         with self._ready_to_sample(merges):
-            yield partial(sample_best, self.policy_model(), self.conditioning, guidance, end_ids=self.end_ids)
+            arguments = self.policy_model(), self.conditioning, guidance
+            yield partial(sample_best, *arguments, end_ids=self.end_ids, steps=RecordedSteps())
 
     @contextmanager
     def _ready_to_sample(self, merge_adapters: bool = False) -> Iterator[None]:

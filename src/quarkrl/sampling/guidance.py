@@ -21,7 +21,7 @@ Self-debiasing (Schick et al. 2021, arXiv 2103.00453) scales the same tokens, by
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
@@ -149,10 +149,16 @@ class GuidedDecoder:
         prompt_ids: token ids of n prompts, as `model` gets them.
         contrast: the contrast for the same prompts. Without a model of its own, both share a batch of 2n rows.
         vocab_size: size of the original vocabulary.
+        make_decoder: creates a decoder for a model, prompts and a device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompt_ids: Sequence[Sequence[int]], contrast: Contrast, vocab_size: int
+        self,
+        model: PreTrainedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        contrast: Contrast,
+        vocab_size: int,
+        make_decoder: Callable[..., CachedDecoder] = CachedDecoder.for_prompts,
     ):
         self._guidance_scale, self._rule = contrast.guidance_scale, contrast.rule
         self._vocab_size = vocab_size
@@ -162,7 +168,12 @@ class GuidedDecoder:
             batches = [(model, [*prompt_ids, *contrast.prompt_ids])]
         else:
             batches = [(model, prompt_ids), (contrast.model, contrast.prompt_ids)]
-        self._decoders = [CachedDecoder.for_prompts(source, ids, model.device) for source, ids in batches]
+        self._decoders = [make_decoder(source, ids, model.device) for source, ids in batches]
+
+    @property
+    def min_share_to_remove(self) -> float:
+        """The share of ended completions from which on they are removed."""
+        return self._decoders[0].min_share_to_remove
 
     def prefill(self) -> Tensor:
         """Process the prompts; return the `(n, vocab_size)` guided logits of the first new token."""

@@ -1,6 +1,7 @@
 """Sampling of completions as token ids. Reward tokens are never sampled: they are conditions, not outputs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +14,8 @@ from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.sharding import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, GuidedDecoder, make_contrast
+from quarkrl.sampling.recorded_steps import RecordedSteps
 from quarkrl.sampling.strategy import Sampling
-
-# Ended completions are removed when they are at least this share of the batch: removal copies the cache of the others.
-_MIN_SHARE_TO_REMOVE = 1 / 16
 
 
 @torch.no_grad()
@@ -29,6 +28,7 @@ def sample(
     end_ids: Sequence[int],
     vocab_size: int,
     contrast: Contrast | None = None,
+    steps: RecordedSteps | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, all in one batch.
 
@@ -40,6 +40,7 @@ def sample(
         end_ids: EOS ids. The first of them ends a completion and is its last token.
         vocab_size: tokens with ids from here on are never sampled.
         contrast: guidance for these prompts; None samples without guidance.
+        steps: recorded by earlier calls with the same weights.
 
     Returns:
         Token ids of each completion, EOS included, without padding.
@@ -48,11 +49,12 @@ def sample(
         UserError: the model's logits are not finite.
     """
     length, device = sampling.max_new_tokens, model.device
+    make_decoder = partial((steps or RecordedSteps()).decoder, num_steps=length - 1)
     decoder: CachedDecoder | GuidedDecoder
     if contrast is None or contrast.guidance_scale == 1:
-        decoder = CachedDecoder.for_prompts(model, prompt_ids, device)
+        decoder = make_decoder(model, prompt_ids, device)
     else:
-        decoder = GuidedDecoder(model, prompt_ids, contrast, vocab_size)
+        decoder = GuidedDecoder(model, prompt_ids, contrast, vocab_size, make_decoder)
     numbers = None if uniforms is None else torch.from_numpy(uniforms).to(device)
     eos = torch.tensor(end_ids, dtype=torch.long, device=device)
     completions = torch.zeros(len(prompt_ids), length, dtype=torch.long, device=device)
@@ -69,7 +71,7 @@ def sample(
             # A sharded model needs the same number of forward passes in each process.
             if position + 1 == length or (ended.all() and not is_sharded(model)):
                 break
-            if _MIN_SHARE_TO_REMOVE * len(active) <= ended.sum() < len(active):
+            if decoder.min_share_to_remove * len(active) <= ended.sum() < len(active):
                 remaining = torch.nonzero(~ended)[:, 0]
                 decoder.select(remaining)
                 tokens, active, ended = tokens[remaining], active[remaining], ended[remaining]
@@ -107,6 +109,7 @@ def sample_best(
     uniforms: np.ndarray | None,
     *,
     end_ids: Sequence[int],
+    steps: RecordedSteps | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt from a policy with its best reward tokens; see `sample`.
 
@@ -118,6 +121,7 @@ def sample_best(
         sampling: the sampling options.
         uniforms: from `sampling.uniforms`, one row for each prompt.
         end_ids: EOS ids.
+        steps: recorded by earlier calls with the same weights.
     """
     return sample(
         policy,
@@ -127,6 +131,7 @@ def sample_best(
         end_ids=end_ids,
         vocab_size=conditioning.vocab_size,
         contrast=make_contrast(conditioning, prompt_ids, guidance),
+        steps=steps,
     )
 
 
@@ -156,6 +161,7 @@ def complete(  # noqa: PLR0913 - sample's arguments and three more
     uniforms = sampling.uniforms(len(prompt_ids), *(() if seed is None else (seed,)))
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[]] * len(prompt_ids)
+    steps = RecordedSteps()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = sample(
@@ -166,6 +172,7 @@ def complete(  # noqa: PLR0913 - sample's arguments and three more
             end_ids=end_ids,
             vocab_size=vocab_size,
             contrast=contrast and contrast.select(rows),
+            steps=steps,
         )
         for row, ids in zip(rows, batch, strict=True):
             completions[row] = ids

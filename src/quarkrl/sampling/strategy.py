@@ -11,6 +11,7 @@ from quarkrl.errors import UserError
 
 # Sampling computes in float32: logits of several hundreds overflow if they are divided by a smaller temperature.
 MIN_TEMPERATURE = 1e-6
+_LIKELY = 1024  # Tokens that usually hold the nucleus.
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,40 @@ def keep_nucleus(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
 
     This is transformers' `TopPLogitsWarper`, except that equally likely tokens are kept or dropped together. That
     class sorts logits and indices in torch, which took 40 % of the evaluation time of a 6M-parameter model on a CPU.
-    This function sorts only probabilities, on a CPU with NumPy, in a quarter of that time.
+    This function sorts only probabilities, on a CPU with NumPy, in a quarter of that time. On a GPU, finding the 1,024
+    most likely takes a fifth of the time of sorting (0.5 and 2.5 ms for 512 rows of 50,257), and they usually suffice.
 
     Args:
         probabilities: `(batch, vocab)`.
         top_p: one for all, or `(batch, 1)`.
     """
+    least = None
+    if probabilities.device.type != "cpu" and probabilities.shape[-1] > 2 * _LIKELY:
+        least = _least_of_likely(probabilities, top_p)
+    if least is None:
+        least = _least_by_sorting(probabilities, top_p)
+    return probabilities.masked_fill(probabilities < least, 0.0)
+
+
+def _least_by_sorting(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
+    """Return the least probability in each row's nucleus, `(batch, 1)`."""
     if probabilities.device.type == "cpu":
         ascending = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1))
     else:
         ascending = probabilities.sort(-1).values
     dropped = (ascending.cumsum(-1) <= 1 - top_p).sum(-1, keepdim=True)
     # The most likely token is always kept, even if its probability rounds to 1 - top_p or less.
-    least = ascending.gather(-1, dropped.clamp(max=ascending.shape[-1] - 1))
-    return probabilities.masked_fill(probabilities < least, 0.0)
+    return ascending.gather(-1, dropped.clamp(max=ascending.shape[-1] - 1))
+
+
+def _least_of_likely(probabilities: Tensor, top_p: float | Tensor) -> Tensor | None:
+    """Return the same from the most likely tokens alone; None if a row's nucleus has more."""
+    likely = probabilities.topk(_LIKELY).values
+    cumulated = likely.cumsum(-1)
+    if not (cumulated[:, -1:] >= top_p).all():
+        return None
+    kept = (cumulated - likely < top_p).sum(-1, keepdim=True)  # Those with less than top_p before them.
+    return likely.gather(-1, (kept - 1).clamp(min=0))
 
 
 def sample_by_inverse_transform(weights: Tensor, uniforms: Tensor) -> Tensor:

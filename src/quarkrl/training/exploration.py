@@ -117,19 +117,20 @@ class Explorer:
         parts, batches = self._resume(task, finished)
         keep = finished.keep if finished and self._is_first else None
         uniforms = task.sampling.uniforms(len(task.rows), *task.seed)
-        workers = Workers(
-            rows=task.rows,
-            sample=partial(self._sample, task, uniforms),
-            score=partial(self._score_batch, task),
-            stop_scoring=self._scorer.scorer.stop,
-            stop_requested=self._stop_requested,
-        )
-        if self._processes.size == 1:
-            parts += sample_and_score(workers, batches, keep)
-        else:
-            parts, batches = broadcast((parts, batches), self._processes.size)
-            rank, size, sharded = self._processes.rank, self._processes.size, self._processes.sharded
-            parts += SharedBatches(workers, batches, rank, size, keep, samples_together=sharded).run()
+        with task.sampler() as complete:
+            workers = Workers(
+                rows=task.rows,
+                sample=partial(self._sample, task, complete, uniforms),
+                score=partial(self._score_batch, task),
+                stop_scoring=self._scorer.scorer.stop,
+                stop_requested=self._stop_requested,
+            )
+            if self._processes.size == 1:
+                parts += sample_and_score(workers, batches, keep)
+            else:
+                parts, batches = broadcast((parts, batches), self._processes.size)
+                rank, size, sharded = self._processes.rank, self._processes.size, self._processes.sharded
+                parts += SharedBatches(workers, batches, rank, size, keep, samples_together=sharded).run()
         self._stop_if_requested()
         return Rollout.join(parts)
 
@@ -141,9 +142,10 @@ class Explorer:
         """
         uniforms = task.sampling.uniforms(len(task.rows), *task.seed)
         completions: list[list[int]] = []
-        for start in range(0, len(task.rows), task.batch_size):
-            self._stop_if_requested()
-            completions += self._sample(task, uniforms, slice(start, start + task.batch_size))
+        with task.sampler() as complete:
+            for start in range(0, len(task.rows), task.batch_size):
+                self._stop_if_requested()
+                completions += self._sample(task, complete, uniforms, slice(start, start + task.batch_size))
         return completions
 
     @property
@@ -184,10 +186,9 @@ class Explorer:
         finished.keep(part)
         return part
 
-    def _sample(self, task: Task, uniforms: np.ndarray | None, batch: slice) -> list[list[int]]:
-        with task.sampler() as complete:
-            prompt_ids = [task.prompts.ids[row] for row in task.rows[batch]]
-            completions = complete(prompt_ids, task.sampling, None if uniforms is None else uniforms[batch])
+    def _sample(self, task: Task, complete: Complete, uniforms: np.ndarray | None, batch: slice) -> list[list[int]]:
+        prompt_ids = [task.prompts.ids[row] for row in task.rows[batch]]
+        completions = complete(prompt_ids, task.sampling, None if uniforms is None else uniforms[batch])
         self._progress.advance_sampling(len(completions))
         return completions
 

@@ -1,0 +1,179 @@
+"""Decoding steps recorded as CUDA graphs: the kernels of one forward pass, launched by one call for each token.
+
+Python launches the kernels of a step one by one, which takes several times as long as the GPU needs to run them if the
+model is small. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The
+graphs of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from quarkrl.models.sharding import is_sharded
+from quarkrl.sampling.decoder import CachedDecoder, ModelSource, forward_parameters
+
+# Cache lengths are multiples of it, so that batches with prompts of other lengths have the same graph.
+LENGTH_MULTIPLE = 32
+# Recording takes about as long as two steps.
+MIN_STEPS = 6
+MAX_STEPS = 4  # Recorded steps that are kept: each has a cache of its own.
+
+
+class RecordedStep:
+    """A step of a batch of fixed size: appends a token to each row, and computes the logits of the next one.
+
+    Args:
+        model: the model.
+        batch_size: rows.
+        length: tokens per row that the cache has space for.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, length: int):
+        device = model.device
+        self.length = length
+        self._model = model
+        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self._positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self._mask = torch.ones(batch_size, length, dtype=torch.long, device=device)
+        self._used = 0
+        parameters = forward_parameters(model)
+        optional = {"position_ids": self._positions, "logits_to_keep": 1}
+        self._optional = {name: value for name, value in optional.items() if name in parameters}
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+
+    def load(self, cache: Cache, mask: Tensor) -> None:
+        """Copy the keys and values of a batch.
+
+        Args:
+            cache: of the batch.
+            mask: `(batch, tokens)`, 1 = counts.
+        """
+        self._used = mask.shape[1]
+        self._mask[:, : self._used] = mask
+        self._mask[:, self._used :] = 1  # Later tokens are ruled out by the causal mask.
+        self._positions.copy_(mask.sum(1, keepdim=True) - 1)
+        for layer, source in zip(self._cache.layers, cache.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(source.keys, source.values)
+            layer.keys[:, :, : self._used] = source.keys
+            layer.values[:, :, : self._used] = source.values
+            layer.cumulative_length.fill_(self._used)
+
+    def rows(self, rows: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return copies of the keys and values of rows, layer by layer, and their `(rows, tokens)` mask."""
+        used = self._used
+        states = [(layer.keys[rows, :, :used], layer.values[rows, :, :used]) for layer in self._cache.layers]
+        return states, self._mask[rows, :used]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, `(batch,)`; return the `(batch, vocab)` logits, which the next call replaces."""
+        self._tokens.copy_(tokens[:, None])
+        self._positions.add_(1)
+        self._used += 1
+        if self._tokens.device.type != "cuda":
+            return self._forward()
+        if self._recorded is None:
+            self._recorded = self._record()
+        graph, logits = self._recorded
+        graph.replay()
+        return logits
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Return the recorded kernels, and where they write the logits."""
+        current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(current)
+        with torch.cuda.stream(other):  # Libraries allocate their workspaces in a first pass.
+            self._forward()
+        current.wait_stream(other)
+        for layer in self._cache.layers:
+            layer.cumulative_length.sub_(1)
+        graph = torch.cuda.CUDAGraph()
+        # A reward may use the GPU in another thread meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = self._forward()
+        return graph, logits
+
+    def _forward(self) -> Tensor:
+        output = self._model(
+            input_ids=self._tokens,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._optional,
+        )
+        return output.logits[:, -1]
+
+
+class RecordedSteps:
+    """The recorded steps of models whose weights stay where they are: within a rollout, or a call of `complete`.
+
+    Args:
+        devices: types of the devices where steps are recorded. Others only get a cache of fixed size, for tests.
+    """
+
+    def __init__(self, devices: Sequence[str] = ("cuda",)):
+        self._devices = devices
+        self._steps: dict[tuple[PreTrainedModel, int], RecordedStep] = {}
+
+    def decoder(
+        self, model: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device, num_steps: int
+    ) -> CachedDecoder:
+        """Return a decoder with one row for each prompt, whose steps are recorded if that is possible and worth it.
+
+        Args:
+            model: the model. The steps of a function that provides one are not recorded: it may change adapters.
+            prompts: token ids.
+            device: of the model.
+            num_steps: the most steps that follow.
+        """
+        if num_steps < MIN_STEPS or device.type not in self._devices or not isinstance(model, torch.nn.Module):
+            return CachedDecoder.for_prompts(model, prompts, device)
+        decoder = RecordedDecoder.for_prompts(model, prompts, device)
+        length = max(map(len, prompts)) + num_steps
+        decoder.begin_step = partial(self._begin, model, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        return decoder
+
+    def _begin(self, model: PreTrainedModel, length: int, cache: Cache, mask: Tensor) -> RecordedStep | None:
+        """Return the step of a batch, with its keys and values; None if the model's cache is of another kind."""
+        batch_size = len(mask)
+        if any(type(layer) is not DynamicLayer for layer in cache.layers) or is_sharded(model):
+            return None
+        step = self._steps.pop((model, batch_size), None)
+        if step is None or step.length < length:
+            step = RecordedStep(model, batch_size, length)
+            while len(self._steps) >= MAX_STEPS:
+                del self._steps[next(iter(self._steps))]
+        self._steps[model, batch_size] = step  # The latest is the last.
+        step.load(cache, mask)
+        return step
+
+
+class RecordedDecoder(CachedDecoder):
+    """A `CachedDecoder` whose steps are recorded. `RecordedSteps.decoder` creates it."""
+
+    min_share_to_remove = 1 / 2  # A smaller batch is recorded anew.
+    begin_step: Callable[[Cache, Tensor], RecordedStep | None]
+    _step: RecordedStep | None = None
+    _failed = False
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each row, `(batch,)`; return the `(batch, vocab)` logits of the next token."""
+        if self._step is None and not self._failed:
+            self._step = self.begin_step(self._cache, self._mask)
+            self._failed = self._step is None
+        return super().step(tokens) if self._step is None else self._step(tokens)
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by the rows with these indices, `(n,)`."""
+        if self._step is None:
+            super().select(rows)
+            return
+        states, self._mask = self._step.rows(rows)
+        for layer, (keys, values) in zip(self._cache.layers, states, strict=True):
+            layer.keys, layer.values = keys, values
+        self._step = None
