@@ -1,4 +1,4 @@
-"""Recorded steps give the tokens of ordinary ones. On a CPU they only have a cache of fixed size; a GPU records them."""
+"""Recorded steps give the tokens of ordinary ones. A GPU records them; on a CPU their cache is of fixed size."""
 
 from __future__ import annotations
 
@@ -53,11 +53,36 @@ def test_a_cache_of_fixed_size_gives_the_same_tokens_however_often_it_is_used(ar
     assert len(kept) <= recorded_steps.MAX_STEPS and all(step.length == 64 for step in kept)
 
 
+def test_keys_and_values_may_differ_in_dtype():
+    model = tiny_model("llama", tiny_tokenizer()).eval()  # Rotary embeddings are in float32 under autocast.
+    greedy = Sampling(max_new_tokens=20, do_sample=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, same = (
+            sample(model, PROMPTS, greedy, None, end_ids=[256], vocab_size=257, steps=steps)
+            for steps in (not_recorded(), RecordedSteps(devices=("cpu",)))
+        )
+    assert np.mean([ids == others for ids, others in zip(expected, same, strict=True)]) > 0.7  # bfloat16 rounds.
+
+
 def test_a_longer_batch_gets_a_longer_cache():
     model, steps = exact_model("llama"), RecordedSteps(devices=("cpu",))
     for length in (10, 80):
         assert completions(model, steps, length=length) == completions(model, not_recorded(), length=length)
     assert {step.length for step in steps._steps.values()} == {96}
+
+
+def test_what_cannot_be_recorded_is_sampled_all_the_same_and_said_once(monkeypatch, caplog):
+    model, steps = exact_model("llama"), RecordedSteps(devices=("cpu",))
+
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorded_steps.RecordedStep, "_forward", fail)
+    monkeypatch.setattr(recorded_steps, "_NOT_RECORDABLE", set())
+    for _ in range(2):
+        assert completions(model, steps) == completions(model, not_recorded())
+    (record,) = caplog.records
+    assert record.message.startswith("LlamaForCausalLM: sampling is not recorded, and slower: operation not")
 
 
 def test_few_steps_other_devices_and_models_that_change_within_a_step_are_not_recorded():

@@ -5,22 +5,35 @@ model is small. A graph needs tensors that stay where they are, so the cache of 
 graphs of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from quarkrl.models.sharding import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource, forward_parameters
+
+logger = logging.getLogger(__name__)
 
 # Cache lengths are multiples of it, so that batches with prompts of other lengths have the same graph.
 LENGTH_MULTIPLE = 32
 # Recording takes about as long as two steps.
 MIN_STEPS = 6
 MAX_STEPS = 4  # Recorded steps that are kept: each has a cache of its own.
+_NOT_RECORDABLE: set[type] = set()  # Classes of models whose steps could not be recorded in this process.
+
+
+class _Layer(StaticLayer):
+    """Keys and values of one layer, in one dtype: under autocast, rotary embeddings make only the keys float32."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append to the cache, and return all of it."""
+        return super().update(key_states.to(self.dtype), value_states.to(self.dtype), *args, **kwargs)
 
 
 class RecordedStep:
@@ -28,15 +41,19 @@ class RecordedStep:
 
     Args:
         model: the model.
+        cache: of a batch, as the model makes it.
         batch_size: rows.
-        length: tokens per row that the cache has space for.
+        length: tokens per row that there is space for.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, length: int):
+    def __init__(self, model: PreTrainedModel, cache: Cache, batch_size: int, length: int):
         device = model.device
         self.length = length
         self._model = model
-        self._cache = StaticCache(config=model.config, max_cache_len=length)
+        self._cache = Cache(layers=[_Layer(max_cache_len=length) for _ in cache.layers])
+        keys_dtype, autocast = cache.layers[0].keys.dtype, torch.is_autocast_enabled(device.type)
+        # Attention under autocast computes in its dtype anyway.
+        self._dtype = torch.get_autocast_dtype(device.type) if autocast else keys_dtype
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self._positions = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self._mask = torch.ones(batch_size, length, dtype=torch.long, device=device)
@@ -59,7 +76,9 @@ class RecordedStep:
         self._positions.copy_(mask.sum(1, keepdim=True) - 1)
         for layer, source in zip(self._cache.layers, cache.layers, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(source.keys, source.values)
+                layer.lazy_initialization(
+                    *(states[:, :, :0].to(self._dtype) for states in (source.keys, source.values))
+                )
             layer.keys[:, :, : self._used] = source.keys
             layer.values[:, :, : self._used] = source.values
             layer.cumulative_length.fill_(self._used)
@@ -135,21 +154,21 @@ class RecordedSteps:
             return CachedDecoder.for_prompts(model, prompts, device)
         decoder = RecordedDecoder.for_prompts(model, prompts, device)
         length = max(map(len, prompts)) + num_steps
-        decoder.begin_step = partial(self._begin, model, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        decoder.find_step = partial(self._find_step, model, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         return decoder
 
-    def _begin(self, model: PreTrainedModel, length: int, cache: Cache, mask: Tensor) -> RecordedStep | None:
-        """Return the step of a batch, with its keys and values; None if the model's cache is of another kind."""
-        batch_size = len(mask)
+    def _find_step(self, model: PreTrainedModel, length: int, cache: Cache, batch_size: int) -> RecordedStep | None:
+        """Return the step for a batch; None if the model's cache is of another kind, or recording has failed."""
         if any(type(layer) is not DynamicLayer for layer in cache.layers) or is_sharded(model):
+            return None
+        if type(model) in _NOT_RECORDABLE:
             return None
         step = self._steps.pop((model, batch_size), None)
         if step is None or step.length < length:
-            step = RecordedStep(model, batch_size, length)
+            step = RecordedStep(model, cache, batch_size, length)
             while len(self._steps) >= MAX_STEPS:
                 del self._steps[next(iter(self._steps))]
         self._steps[model, batch_size] = step  # The latest is the last.
-        step.load(cache, mask)
         return step
 
 
@@ -157,16 +176,27 @@ class RecordedDecoder(CachedDecoder):
     """A `CachedDecoder` whose steps are recorded. `RecordedSteps.decoder` creates it."""
 
     min_share_to_remove = 1 / 2  # A smaller batch is recorded anew.
-    begin_step: Callable[[Cache, Tensor], RecordedStep | None]
+    find_step: Callable[[Cache, int], RecordedStep | None]
     _step: RecordedStep | None = None
-    _failed = False
+    _is_ordinary = False
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each row, `(batch,)`; return the `(batch, vocab)` logits of the next token."""
-        if self._step is None and not self._failed:
-            self._step = self.begin_step(self._cache, self._mask)
-            self._failed = self._step is None
-        return super().step(tokens) if self._step is None else self._step(tokens)
+        if self._step is not None:
+            return self._step(tokens)
+        if not self._is_ordinary and (step := self.find_step(self._cache, self.batch_size)):
+            try:
+                step.load(self._cache, self._mask)
+                logits = step(tokens)
+            except RuntimeError as error:  # A model may do what no graph can record, such as read a number of the GPU.
+                logger.warning(f"{type(self._model).__name__}: sampling is not recorded, and slower: {error}")
+                if not isinstance(error, torch.OutOfMemoryError):
+                    _NOT_RECORDABLE.add(type(self._model))
+            else:
+                self._step = step
+                return logits
+        self._is_ordinary = True
+        return super().step(tokens)
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by the rows with these indices, `(n,)`."""
