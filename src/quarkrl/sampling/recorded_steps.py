@@ -1,8 +1,8 @@
 """Decoding steps recorded as CUDA graphs: the kernels of one forward pass, launched by one call for each token.
 
-Python launches the kernels of a step one by one, which takes several times as long as the GPU needs to run them if the
-model is small. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The
-graphs of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
+Python launches the kernels of a step one by one. If the model is small, this takes several times as long as the GPU needs
+to run them. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The graphs
+of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
 """
 
 import logging
@@ -175,7 +175,7 @@ class RecordedSteps:
 class RecordedDecoder(CachedDecoder):
     """A `CachedDecoder` whose steps are recorded. `RecordedSteps.decoder` creates it."""
 
-    min_share_to_remove = 1 / 2  # A smaller batch is recorded anew.
+    min_share_to_remove = 1 / 2  # A smaller batch is recorded again.
     find_step: Callable[[Cache, int], RecordedStep | None]
     _step: RecordedStep | None = None
     _is_ordinary = False
