@@ -1,8 +1,8 @@
 """Decoding steps recorded as CUDA graphs: the kernels of one forward pass, launched by one call for each token.
 
-Python launches the kernels of a step one by one. If the model is small, this takes several times as long as the GPU needs
-to run them. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The graphs
-of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
+Python launches the kernels of a step one by one. If the model is small, this takes several times as long as the GPU
+needs to run them. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The
+graphs of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
 """
 
 import logging
