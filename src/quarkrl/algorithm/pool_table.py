@@ -1,4 +1,4 @@
-"""The pool of a run as one Arrow table with texts, for people: read from its files, whether the run has ended or not."""
+"""The pool of a run as one Arrow table with texts, for people: read from its files while the run goes on, too."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -21,7 +21,7 @@ from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {command.NAME: command for command in (demo, train, samples, generate, chat, evaluate, score, words, export)}
+COMMANDS = {command.NAME: command for command in (demo, train, generate, chat, evaluate, samples, score, words, export)}
 
 
 _EXIT_SECONDS = 5.0  # How long an unsuccessful command may wait for threads and child processes of rewards.
