@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from quarkrl.data.chats import prompt_text
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
@@ -225,7 +226,7 @@ def completions_table(evaluation: Evaluation) -> pa.Table:
     for row in evaluation.rows:
         prompts = evaluation.prompt_sets[row.prompts_name].prompts
         count, samples = row.rewards.shape
-        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+        texts = list(map(prompt_text, prompts))
         lines = count * samples
         values: dict[str, list[Any]] = {
             "prompts": [row.prompts_name] * lines,
