@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from quarkrl import QuarkConfig
+from quarkrl.errors import format_seconds
 from quarkrl.training import time_left
 from quarkrl.training.progress import Progress
 from quarkrl.training.sizing import Speed
-from quarkrl.training.time_left import TimeLeft, describe_overdraw, describe_plan, describe_time, format_seconds
+from quarkrl.training.time_left import TimeLeft, describe_overdraw, describe_plan, describe_time
 
 
 @pytest.fixture

@@ -100,13 +100,7 @@ def fit_to_prompts(options: dict[str, Any], num_prompts: int, fixed: dict[str, A
     if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
         options["samples_per_prompt"] = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
     batch = options["per_device_train_batch_size"] * per_batch
-    steps = draws * prompts * options["samples_per_prompt"] / batch
-    if "steps_per_iteration" in fixed:
-        return
-    while "per_device_train_batch_size" not in fixed and steps < LEAST_STEPS and batch > LEAST_BATCH * per_batch:
-        batch, steps = batch // 2, steps * 2
-    options["per_device_train_batch_size"] = batch // per_batch
-    options["steps_per_iteration"] = max(round(steps), 1)
+    _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
 
 
 def fit_to_budget(
@@ -126,18 +120,23 @@ def fit_to_budget(
         share = seconds / time_of(options, num_prompts, speed, per_batch)
     if share < 1 and "samples_per_prompt" not in fixed and options["samples_per_prompt"] > 1:
         samples = max(int(options["samples_per_prompt"] * share), 1)
-        _shrink_steps(options, fixed, samples / options["samples_per_prompt"])
+        _set_steps(options, fixed, options["steps_per_iteration"] * samples / options["samples_per_prompt"])
         options["samples_per_prompt"] = samples
         share = seconds / time_of(options, num_prompts, speed, per_batch)
     if share < 1 and "prompts_per_iteration" not in fixed:
         prompts = min(options["prompts_per_iteration"], num_prompts)
         options["prompts_per_iteration"] = max(int(prompts * share), min(LEAST_PROMPTS, prompts))
-        _shrink_steps(options, fixed, options["prompts_per_iteration"] / prompts)
+        _set_steps(options, fixed, options["steps_per_iteration"] * options["prompts_per_iteration"] / prompts)
 
 
-def _shrink_steps(options: dict[str, Any], fixed: dict[str, Any], share: float) -> None:
-    if "steps_per_iteration" not in fixed:
-        options["steps_per_iteration"] = max(int(options["steps_per_iteration"] * share), 1)
+def _set_steps(options: dict[str, Any], fixed: dict[str, Any], steps: float) -> None:
+    """Set the steps of an iteration; of few steps, there are more with a smaller batch each."""
+    if "steps_per_iteration" in fixed:
+        return
+    batch = options["per_device_train_batch_size"]
+    while "per_device_train_batch_size" not in fixed and steps < LEAST_STEPS and batch > LEAST_BATCH:
+        batch, steps = batch // 2, steps * 2
+    options["per_device_train_batch_size"], options["steps_per_iteration"] = batch, max(round(steps), 1)
 
 
 def time_of(options: dict[str, Any], num_prompts: int, speed: Speed, per_batch: int = 1) -> float:
