@@ -8,6 +8,7 @@ from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
+from quarkrl.cli.play import PlayOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
 from quarkrl.cli.words import WordsOptions
@@ -53,6 +54,7 @@ def page() -> str:
     for command, classes in {
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
+        "play": (PlayOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
