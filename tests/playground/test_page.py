@@ -111,8 +111,8 @@ def test_the_page_works_with_the_keyboard_alone_and_is_restored_by_its_address(o
     assert before.startswith("before") and best.startswith("best") and worst.startswith("worst")
     assert all(len(re.findall(r"brevity \d\.\d\d", text)) == 4 for text in (before, best, worst))
 
-    focus(page, "best")
-    page.keyboard.press("ArrowLeft")
+    focus(page, "1")
+    page.keyboard.press("Space")
     texts = finished(page, 4)
     assert texts[2].startswith("quantile 1") and [texts[0], texts[1], texts[3]] == [before, best, worst]
     focus(page, "Generate")
