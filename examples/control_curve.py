@@ -1,7 +1,7 @@
 """One model, many levels: the reward at each quantile, and with guidance that goes on beyond the best one.
 
-    pip install "quarkrl[offline]"
-    python examples/control_curve.py
+pip install "quarkrl[offline]"
+python examples/control_curve.py
 """
 
 from tempfile import mkdtemp
@@ -26,5 +26,6 @@ trainer.train()
 options = EvaluationOptions(samples=1, quantiles=("all",), guidance_scales=(1.5, 2, 3))
 prompts = load_prompts(prompts_path("eval")).first(150)
 for row in evaluate(trainer.save_final(), prompts, scorer, options).rows:
-    reward, perplexity = row.rewards.mean(), row.figures["perplexity"]
-    print(f"{row.name:>10}  {'█' * round(30 * (reward + 1) / 2):30}  reward {reward:5.2f}  perplexity {perplexity:5.2f}")
+    reward, perplexity = row.figures["reward"], row.figures["perplexity"]
+    bar = "█" * round(30 * (reward + 1) / 2)
+    print(f"{row.name:>10}  {bar:30}  reward {reward:5.2f}  perplexity {perplexity:5.2f}")

@@ -1,6 +1,6 @@
 """A model that stops saying a word. The reward is 1 without the word and 0 with it, so two quantiles suffice.
 
-    python examples/keep_word_out.py
+python examples/keep_word_out.py
 """
 
 import re

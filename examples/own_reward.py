@@ -1,6 +1,6 @@
 """A reward of your own: any function from completions to numbers. Here, fewer words are better.
 
-    python examples/own_reward.py
+python examples/own_reward.py
 """
 
 from tempfile import mkdtemp

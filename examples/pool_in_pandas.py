@@ -1,7 +1,7 @@
 """Every sample of a run is a row of a Parquet file: look at the pool in pandas, and score it with another reward.
 
-    pip install "quarkrl[offline]"
-    python examples/pool_in_pandas.py
+pip install "quarkrl[offline]"
+python examples/pool_in_pandas.py
 """
 
 from pathlib import Path
@@ -28,8 +28,8 @@ trainer.train()
 
 files = sorted((run / "pool").glob("*.parquet"))  # One for each iteration.
 samples = pd.concat([pd.read_parquet(file).assign(iteration=i) for i, file in enumerate(files)], ignore_index=True)
-texts = samples["completion"].tolist()
-samples["brevity"] = Scorer("brevity?max_words=20")(samples["prompt"].tolist(), texts, [[] for _ in texts]).rewards[:, 0]
+prompts, texts = samples["prompt"].tolist(), samples["completion"].tolist()
+samples["brevity"] = Scorer("brevity?max_words=20")(prompts, texts, [[] for _ in texts]).rewards[:, 0]
 samples["text"] = samples["prompt"] + samples["completion"]
 
 print(samples.groupby("iteration")[["reward", "brevity"]].mean().round(3), "\n")

@@ -1,7 +1,7 @@
 """Two rewards at once, each with a reward token of its own: how brief and how positive are chosen independently.
 
-    pip install "quarkrl[offline]"
-    python examples/two_rewards.py
+pip install "quarkrl[offline]"
+python examples/two_rewards.py
 """
 
 from tempfile import mkdtemp

@@ -9,8 +9,10 @@ from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.play import PlayOptions
+from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
+from quarkrl.cli.watch import WatchOptions
 from quarkrl.cli.words import WordsOptions
 from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.options import choices_of, default_of, join_words, limits_in_words, typed_fields
@@ -52,6 +54,8 @@ def page() -> str:
     )
     lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
     for command, classes in {
+        "samples": (SamplesOptions,),
+        "watch": (WatchOptions,),
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
         "play": (PlayOptions,),

@@ -57,7 +57,7 @@ def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):
 
 def test_user_errors_are_one_line(run, capsys, monkeypatch):
     assert main(["play", str(run), "--port", "0"]) == 2
-    assert capsys.readouterr().err == "error: port 0: must be at least 1 and at most 65535. Set --port to such a value, or leave it out.\n"
+    assert capsys.readouterr().err.startswith("error: port 0: must be at least 1 and at most 65535. ")
     assert main(["play", str(run), "--reward", "profanit"]) == 2
     assert "Did you mean 'profanity'?" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

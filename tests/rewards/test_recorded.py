@@ -8,8 +8,10 @@ from quarkrl.errors import UserError
 from quarkrl.rewards.recorded import specs_of
 from quarkrl.rewards.scorer import Scorer
 
+SPECS = ["brevity?max_words=9", "vader", "vader-negative", "repetition?unit=words&min_units=5"]
 
-@pytest.mark.parametrize("spec", ["brevity?max_words=9", "vader", "vader-negative", "repetition?unit=words&min_units=5"])
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_a_recorded_reward_has_the_identity_of_its_spec(spec):
     identity = Scorer(spec).identity
     assert Scorer(specs_of(identity)).identity == identity
