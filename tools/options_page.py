@@ -8,6 +8,7 @@ from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
+from quarkrl.cli.report import ReportOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
 from quarkrl.cli.words import WordsOptions
@@ -56,6 +57,7 @@ def page() -> str:
         "words": (WordsOptions, RewardOptions, SamplingOptions),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
+        "report": (ReportOptions,),
         "export": (ExportOptions,),
     }.items():
         rows = [typed for options in classes for typed in typed_fields(options)]

@@ -17,6 +17,7 @@ from quarkrl.cli.common import (
     quiet_libraries,
 )
 from quarkrl.cli.parser import Parser
+from quarkrl.cli.report import try_to_report
 
 if TYPE_CHECKING:
     from quarkrl.data.prompts import Prompts
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     results = Path(output_dir) / "results.json"
     evaluation.save(results)
+    try_to_report(output_dir)  # Again: now it has the evaluation.
     print_table(evaluation, console(stderr=False))
     print_side_by_side(evaluation, 3, console(stderr=False))
     note(f"model: {final}   samples: {output_dir}/pool   results: {results}")

@@ -16,6 +16,7 @@ from quarkrl.cli.common import (
     quiet_libraries,
     working_directory,
 )
+from quarkrl.cli.report import try_to_report
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 
@@ -81,6 +82,8 @@ def run(command: TrainCommand) -> Path:
         trainer.train(resume_from_checkpoint=resume)
         final = trainer.save_final()
     note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")
+    if report := try_to_report(output_dir):
+        note(f"report: {report}")
     return final
 
 
