@@ -50,9 +50,9 @@ mutations: install  ## break ten central lines, one at a time; a test must notic
 test-floor:  ## the trainer, resume and command-line tests with the oldest supported versions
 	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
-	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[test]'
+	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[gguf,test]'
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup \
-		tests/contract tests/training/test_trainer.py tests/runs tests/cli/test_main.py
+		tests/contract tests/training/test_trainer.py tests/runs tests/cli/test_main.py tests/models/test_gguf.py
 
 check: install prose  ## what CI runs besides the tests: lint, format, types, import contracts, prose
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.report import ReportOptions
+from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
 from quarkrl.cli.words import WordsOptions
@@ -52,6 +53,7 @@ def page() -> str:
     )
     lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
     for command, classes in {
+        "samples": (SamplesOptions,),
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),

@@ -14,7 +14,7 @@ from helpers.tiny_models import tiny_model
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.evaluate import evaluate
-from quarkrl.evaluation.results import output_paths
+from quarkrl.evaluation.results import Evaluation, output_paths
 from quarkrl.rewards import Scorer
 
 
@@ -66,6 +66,28 @@ def test_each_completion_is_a_line_of_the_parquet_file(evaluation, tmp_path):
         "reward": row.rewards[2, 3],
     }
     assert lines[0]["quantile"] is None and lines[0]["row"] == "reference"
+
+
+def test_saved_rows_are_read_back(evaluation, tmp_path):
+    evaluation.save(tmp_path / "results.json")
+    loaded = Evaluation.load(tmp_path / "results.json", evaluation.prompt_sets)
+    assert loaded.protocol == evaluation.protocol
+    for row, read in zip(evaluation.rows, loaded.rows, strict=True):
+        np.testing.assert_equal(vars(read), vars(row))  # NaN equals NaN here.
+
+
+def test_rows_that_are_known_are_not_measured_again(evaluation, trained):
+    measured = []
+    again = evaluate(
+        trained,
+        load_prompts(PROMPTS),
+        Scorer(NoA()),
+        short(samples=4, seed=1),
+        known_rows=evaluation.rows[:2],
+        notify=lambda row, done, total: measured.append(row),
+    )
+    assert again.rows[:2] == evaluation.rows[:2] and {*measured} == {"worst"}
+    assert again.rows[2].completions == evaluation.rows[2].completions
 
 
 @pytest.mark.parametrize("name", ["", "x.parquet", "file/x.json"])

@@ -168,6 +168,7 @@ def make_home(
     given = {
         "model": str(directory / "model"),
         "prompts": str(directory / "prompts.txt"),
+        "held_out": 0,  # The table before/after is tested where it is the subject.
         "num_quantiles": 2,
         "num_iterations": 2,
         "steps_per_iteration": 1,

@@ -135,7 +135,7 @@ class DataPool:
                 "Sample more per iteration or lower --num_quantiles."
             )
         for a, name in enumerate(self.attributes):
-            self.edges[a] = _find_edges(self.rewards[:, a], self.num_quantiles, ceiling)
+            self.edges[a] = find_edges(self.rewards[:, a], self.num_quantiles, ceiling)
             sizes = self._assign_quantiles(a)
             empty = np.flatnonzero(sizes == 0).tolist()
             # If all rewards are equal, training.health reports it.
@@ -192,17 +192,17 @@ class DataPool:
         self,
         directory: str | os.PathLike,
         metadata: Mapping[int, dict[str, Any]] | None = None,
-        extra: Mapping[int, Mapping[str, Sequence[str | None]]] | None = None,
+        texts: Mapping[int, Mapping[str, Sequence[str | None]]] | None = None,
     ) -> None:
         """Write each iteration that is not yet on disk to `directory/iteration-NNNNNN.parquet`, atomically.
 
         The columns of a file are `prompt_ids`, `completion_ids`, one per attribute, `score.NAME` for each term, and
-        `extra.NAME` for each column of texts.
+        those of `texts`.
 
         Args:
             directory: the `pool/` of a run.
             metadata: by iteration, a JSON object that `restore_iteration` returns.
-            extra: by iteration and name, texts about its samples, which are on disk only.
+            texts: by iteration and name of a column, a text for each sample. They are on disk only.
 
         Raises:
             UserError: a file cannot be written.
@@ -214,8 +214,8 @@ class DataPool:
             if not path.exists():
                 rows = np.flatnonzero(self.iterations == iteration)  # Samples of an iteration are consecutive.
                 table = self._columns.to_table(slice(rows[0], rows[-1] + 1), self.attributes)
-                for name, texts in (extra or {}).get(iteration, {}).items():
-                    table = table.append_column(f"extra.{name}", pa.array(texts, pa.string()))
+                for name, column in (texts or {}).get(iteration, {}).items():
+                    table = table.append_column(name, pa.array(column, pa.string()))
                 write_table(path, table, (metadata or {}).get(iteration, {}))
 
     @classmethod
@@ -276,7 +276,7 @@ def _iteration_path(directory: Path, iteration: int) -> Path:
     return directory / f"iteration-{iteration:06d}.parquet"
 
 
-def _find_edges(rewards: np.ndarray, num_quantiles: int, ceiling: float | None) -> np.ndarray:
+def find_edges(rewards: np.ndarray, num_quantiles: int, ceiling: float | None) -> np.ndarray:
     """Return `(K - 1,)`, the lowest reward of each quantile but the worst; see `DataPool.quantize`."""
     edges = _split_evenly(rewards, num_quantiles)
     if ceiling is None or ceiling >= edges[-1]:

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from quarkrl import __version__
-from quarkrl.cli import chat, demo, evaluate, export, generate, report, score, train, words
+from quarkrl.cli import chat, demo, evaluate, export, generate, report, samples, score, train, words
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
 from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {command.NAME: command for command in (demo, train, generate, chat, evaluate, score, report, words, export)}
+COMMANDS = {
+    command.NAME: command for command in (demo, train, generate, chat, evaluate, samples, report, score, words, export)
+}
 
 
 _EXIT_SECONDS = 5.0  # How long an unsuccessful command may wait for threads and child processes of rewards.

@@ -2,30 +2,31 @@
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before
 from quarkrl.cli.common import (
-    PromptSource,
     RewardOptions,
     is_first_process,
     model_path,
     note,
     note_skipped,
-    prompts_path,
     quiet_libraries,
     working_directory,
 )
 from quarkrl.cli.report import try_to_report
+from quarkrl.cli.run_prompts import load_run_prompts
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from quarkrl.data.prompts import Prompts
+    from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
     from quarkrl.training.config import QuarkConfig
+    from quarkrl.training.trainer import QuarkTrainer
 
 NAME = "train"
 HELP = "train a model with Quark"
@@ -35,13 +36,8 @@ parse = parse_train
 
 
 def run(command: TrainCommand) -> Path:
-    """Train; return the directory of the final model."""
-    from transformers import EarlyStoppingCallback
-
-    from quarkrl.models.adapters import lora_config
-    from quarkrl.models.loading import load_model, load_tokenizer
-    from quarkrl.runs.directory import ConfigFile, check_no_run, locked
-    from quarkrl.training.trainer import QuarkTrainer
+    """Train, and compare the model with the one before; return the directory of the final model."""
+    from quarkrl.runs.directory import check_no_run, locked
 
     run, config = command.run, command.config
     _check_required(run, config)
@@ -54,57 +50,105 @@ def run(command: TrainCommand) -> Path:
             check_no_run(output_dir)
         directory = os.getcwd()
         scorer = _scorer(run, config)
-        path, patience = model_path(run.model or ""), run.early_stopping_patience
-        loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
         with working_directory(directory):  # Importing a reward may have changed it.
-            model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
-            command, choice = command.with_size_defaults(model.num_parameters())
-            run, config = command.run, command.config
-            tokenizer = load_tokenizer(path, run.trust_remote_code)
-            ref_path = model_path(run.ref_model) if run.ref_model else None
-            trainer = QuarkTrainer(
-                model,
-                scorer,
-                config,
-                train_dataset=train_prompts(run, config.skip_bad_prompts, tokenizer),
-                eval_dataset=held_out_prompts(run, config.skip_bad_prompts, tokenizer) if run.eval_prompts else None,
-                processing_class=tokenizer,
-                ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
-                peft_config=lora_config(run),
-                callbacks=[
-                    ConfigFile(command.non_default_options),
-                    *([EarlyStoppingCallback(patience)] if patience else []),
-                ],
-            )
-        trainer.progress.start_notes += [choice] if choice else []
+            trainer, comparison = _prepare(command, scorer)
+        trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
+        with working_directory(directory):
+            baseline = comparison and comparison.measure_before()
+        if baseline:
+            show_before(baseline)
         trainer.interrupts.exit_on_second_sigint = True
         trainer.train(resume_from_checkpoint=resume)
         final = trainer.save_final()
     note(f"model: {final}   samples: {output_dir / 'pool'}   metrics: {output_dir / 'metrics.jsonl'}")
-    if report := try_to_report(output_dir):
+    if comparison and baseline:
+        del trainer
+        with working_directory(directory):
+            _compare(comparison, baseline, final)
+    with working_directory(directory):
+        report = try_to_report(output_dir)
+    if report:
         note(f"report: {report}")
     return final
 
 
-def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
-    """Load the prompts to explore, or open their stream. The tokenizer counts `prompt_tokens`."""
-    if run.stream_prompts:
-        from quarkrl.data.readers import open_stream
+def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, BeforeAfter | None]":
+    """Load model and prompts, choose the options that follow from them, and make the trainer and what measures it."""
+    from transformers import EarlyStoppingCallback
 
-        if run.prompt_tokens is not None:
-            raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
-        return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
-    source = PromptSource(run.prompts or "", run.prompt_column, run.prompt_split, "train", run.prompt_tokens)
-    return source.load(skip_bad, tokenizer)
+    from quarkrl.models.adapters import lora_config
+    from quarkrl.models.loading import load_model, load_tokenizer
+    from quarkrl.runs.directory import ConfigFile
+    from quarkrl.training.trainer import QuarkTrainer
 
-
-def held_out_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
-    """Load the held-out prompts. If they come from the data set of the training prompts, its test split is used."""
-    split = run.eval_prompt_split or ("test" if run.eval_prompts == run.prompts else "train")
-    return PromptSource(run.eval_prompts or "", run.prompt_column, split, tokens=run.prompt_tokens).load(
-        skip_bad, tokenizer
+    run, config = command.run, command.config
+    path, patience = model_path(run.model or ""), run.early_stopping_patience
+    loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
+    model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
+    command, choice = command.with_size_defaults(model.num_parameters())
+    run, config = command.run, command.config
+    tokenizer = load_tokenizer(path, run.trust_remote_code)
+    ref_path = model_path(run.ref_model) if run.ref_model else None
+    prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
+    trainer = QuarkTrainer(
+        model,
+        scorer,
+        config,
+        train_dataset=prompts.training,
+        eval_dataset=prompts.evaluated,
+        processing_class=tokenizer,
+        ref_model=load_model(ref_path, run.trust_remote_code, **loading) if ref_path else None,
+        peft_config=lora_config(run),
+        callbacks=[
+            ConfigFile(command.non_default_options),
+            *([EarlyStoppingCallback(patience)] if patience else []),
+        ],
     )
+    trainer.progress.start_notes += filter(None, [choice, prompts.note])
+    return trainer, _comparison(run, trainer, scorer, prompts.measured)
+
+
+def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prompts: "Prompts | None") -> Any:
+    """Return what measures the model before and after training, in the first process; None if the run does without."""
+    if not run.held_out or not is_first_process():
+        return None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or run.load_in_4bit:
+        why = "4-bit weights" if run.load_in_4bit else "sharded weights"
+        trainer.progress.start_notes.append(f"results: {why} are not measured. Use quarkrl evaluate after the run.")
+        return None
+    from quarkrl.data.hold_out import choose_prompts
+
+    config = trainer.args
+    prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
+    explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
+    options = evaluation_options(
+        config,
+        explored,
+        len(prompts),
+        samples=run.result_samples,
+        trust_remote_code=run.trust_remote_code,
+        bf16=run.dtype == "bfloat16",
+    )
+    start = model_path(run.model or "")
+    return BeforeAfter(start, prompts, scorer, options, Path(config.output_dir), config.keep_special_tokens)
+
+
+def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> None:
+    """Measure the final model and show what has changed. The run is finished: an error does not end the command."""
+    import gc
+
+    import torch
+
+    gc.collect()  # The trainer's models, before others are loaded.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        evaluation = comparison.measure_after(final, baseline)
+    except UserError as error:
+        note(f"results: not measured. {error}")
+    else:
+        show_after(evaluation, final)
 
 
 def _check_required(run: RunOptions, config: "QuarkConfig") -> None:

@@ -32,6 +32,7 @@ from quarkrl.training.sizing import describe_defaults, size_defaults
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
 
+HELD_OUT = 64  # The default of held_out.
 _UNSET = object()  # In the place of a default that depends on the model's size.
 PRESETS = Path(__file__).parents[1] / "presets"
 USAGE = "quarkrl train --config PRESET|FILE [--OPTION VALUE …]"
@@ -79,6 +80,7 @@ class RunOptions(AdapterOptions):
         False,
         "Read the prompts while exploring. For more prompts than memory holds; prompts_per_iteration must be set.",
         group="prompts",
+        rare=True,
     )
     eval_prompts: str | None = option(
         None, "Held-out prompts, evaluated after each iteration.", group="prompts", metavar="SOURCE"
@@ -88,6 +90,21 @@ class RunOptions(AdapterOptions):
         "Split of eval_prompts. The default is test if prompts names the same data set, else train.",
         group="prompts",
         metavar="SPLIT",
+    )
+
+    held_out: int | None = option(
+        None,
+        "Prompts of the table before/after; 0: no table. From eval_prompts, or held out of prompts before training "
+        "(docs/guide.md). The default is 64.",
+        at_least=0,
+        group="prompts",
+    )
+    result_samples: int | None = option(
+        None,
+        "Completions per prompt of the table before/after. The default is 2 to 8, by the length of the run.",
+        at_least=1,
+        group="prompts",
+        rare=True,
     )
 
     reward: list[str] | None = option(None, REWARD_HELP, group="reward", metavar="REWARD")
@@ -214,6 +231,9 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
             )
     if values["eval_strategy"] is None:  # Held-out prompts are evaluated after each iteration by default.
         values["eval_strategy"] = "epoch" if values["eval_prompts"] else defaults["eval_strategy"]
+    resumes = values["resume"] or values["resume_from_checkpoint"]
+    if values["held_out"] is None:
+        values["held_out"] = _held_out_of_saved_run(values["output_dir"]) if resumes else HELD_OUT
     _check_selection(values)
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
@@ -387,6 +407,17 @@ def _file_entries(argv: Sequence[str], known: Collection[str]) -> tuple[dict[str
     if arguments.resume and not name and saved.exists():
         name = str(saved)
     return ({}, "") if name is None else (load_config(name, known), name)
+
+
+def _held_out_of_saved_run(output_dir: str | None) -> int:
+    """Return the option of the run to resume. A run from before this option exists trains on all of its prompts."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load((Path(output_dir or "") / "config.yaml").read_bytes())
+        return int(entries.get("held_out", 0))
+    except (OSError, yaml.YAMLError, AttributeError, ValueError, TypeError):
+        return 0
 
 
 def _check_entries(source: str, entries: dict[str, Any], lists: Collection[str]) -> None:

@@ -62,6 +62,23 @@ def message_text(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
+def prompt_text(prompt: str | Chat) -> str:
+    """Return a prompt as one text, for files: a chat as the JSON of its messages."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
+
+
+def displayed(prompt: str, completion: str) -> tuple[str, str]:
+    """Return a prompt that `prompt_text` has written and a completion, as people read them one after the other.
+
+    Of a chat, the last message and an arrow precede the completion.
+    """
+    try:
+        chat = json.loads(prompt) if prompt.startswith("[{") else None
+        return (prompt, completion) if chat is None else (f"{message_text(chat[-1])} → ", completion.lstrip())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return prompt, completion
+
+
 def is_continued(chat: Chat) -> bool:
     """Return whether a completion continues the last message of a chat, because it is one of the assistant."""
     return chat[-1]["role"] == "assistant"

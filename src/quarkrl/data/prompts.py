@@ -90,17 +90,21 @@ class Prompts:
 
     def skip(self, reasons: Sequence[str | None]) -> Prompts:
         """Return the prompts, not encoded, without those for which there is a reason to skip them."""
-        keep = [reason is None for reason in reasons]
-        new_indices = list(accumulate(keep, initial=0))
-        skipped_rows = [(new_indices[index], reason) for index, reason in self.skipped_rows]
-        skipped_rows += [
+        kept = self.where([reason is None for reason in reasons])
+        new_indices = accumulate((reason is None for reason in reasons), initial=0)
+        kept.skipped_rows += [
             (index, reason) for index, reason in zip(new_indices, reasons, strict=False) if reason is not None
         ]
+        return kept
+
+    def where(self, keep: Sequence[bool]) -> Prompts:
+        """Return the prompts, not encoded, whose place in `keep` is True."""
+        new_indices = list(accumulate(keep, initial=0))
         return Prompts(
             prompts=list(compress(self.prompts, keep)),
             columns={name: list(compress(values, keep)) for name, values in self.columns.items()},
             locations=list(compress(self.locations, keep)),
-            skipped_rows=skipped_rows,
+            skipped_rows=[(new_indices[index], reason) for index, reason in self.skipped_rows],
         )
 
     def with_last_turns(self, rule: LastTurn, skip_bad: bool = False) -> Prompts:

@@ -64,7 +64,7 @@ class _Variant:
         return numbers.pop() if len(numbers) == 1 else None
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - one keyword per choice
     model: str | os.PathLike,
     prompts: Prompts | Mapping[str, Prompts],
     scorer: Scorer,
@@ -73,6 +73,8 @@ def evaluate(
     judges: Sequence[Scorer] = (),
     corpus: Prompts | None = None,
     needs_curve: bool = False,
+    known_rows: Sequence[Row] = (),
+    keep_special_tokens: bool | None = None,
     notify: Notify = lambda row, done, total: None,
 ) -> Evaluation:
     """Measure a model and its reference on the same prompts.
@@ -86,6 +88,8 @@ def evaluate(
         judges: further scorers, reported beside the reward.
         corpus: human-written texts, for rep, wrep, token accuracy and perplexity.
         needs_curve: raise an error before sampling if the rows make no curve (`results.curves`), which a plot needs.
+        known_rows: rows that an earlier evaluation has measured; a row of this name and set is not measured again.
+        keep_special_tokens: whether scorers read special tokens; by default as in the model's training.
         notify: called after each batch with the row's name, the number of finished completions, and their total.
 
     Raises:
@@ -117,9 +121,14 @@ def evaluate(
         max_tokens=sampling.max_new_tokens,
     )
     rows = []
-    keep_special_tokens = keeps_special_tokens(model)
+    known = {(row.prompts_name, row.name): row for row in known_rows}
+    if keep_special_tokens is None:
+        keep_special_tokens = keeps_special_tokens(model)
     for set_name, encoded in sets.items():
         for variant in variants:
+            if row := known.get((set_name, variant.name)):
+                rows.append(row)
+                continue
             title = variant.name if len(sets) == 1 else f"{set_name}: {variant.name}"
             completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
             rows.append(_measure(variant, set_name, encoded, completion_ids, panel, keep_special_tokens))

@@ -25,12 +25,17 @@ def model_provenance(name: str | os.PathLike, model: PreTrainedModel) -> dict[st
     """
     provenance: dict[str, Any] = {"name": str(name)}
     if os.path.isdir(name):
-        provenance["sha256"] = sha256(*sorted(Path(name).glob("*.safetensors")))
+        provenance["sha256"] = weights_digest(name)
     elif os.path.isfile(name):
         provenance["sha256"] = sha256(name)
     else:
         provenance["revision"] = getattr(model.config, "_commit_hash", None)
     return {**provenance, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def weights_digest(directory: str | os.PathLike) -> str:
+    """Return the SHA-256 of the weight files in a directory."""
+    return sha256(*sorted(Path(directory).glob("*.safetensors")))
 
 
 def prompts_provenance(prompts: Prompts) -> dict[str, Any]:

@@ -13,13 +13,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from quarkrl.data.chats import prompt_text
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.intervals import Interval
 from quarkrl.storage.atomic import atomic_file, write_text
 from quarkrl.storage.json import nan_to_null
+
+# The columns of the table of completions that precede the scores.
+_FIRST_SCORE = 9
 
 
 class Point(Protocol):
@@ -151,6 +156,21 @@ class Evaluation:
         }
         write_text(json_path, json.dumps(nan_to_null(document), indent=1, ensure_ascii=False) + "\n")
 
+    @classmethod
+    def load(cls, path: str | os.PathLike, prompt_sets: dict[str, Prompts]) -> "Evaluation":
+        """Read the rows and the protocol that `save` wrote; the rows of a corpus are left out.
+
+        Args:
+            path: the JSON file.
+            prompt_sets: the prompts of the evaluation, which the files have as text only.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError: a file is missing or damaged.
+        """
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = pq.read_table(Path(path).with_name(document["completions"]))
+        return cls([_read_row(entry, table) for entry in document["results"]], document["protocol"], prompt_sets)
+
 
 def curves(rows: Sequence[AnyPoint]) -> list[tuple[str, list[tuple[float, AnyPoint]]]]:
     """Return the curves in the rows of one set of prompts: label, and points of requested value and row, in order.
@@ -206,7 +226,7 @@ def completions_table(evaluation: Evaluation) -> pa.Table:
     for row in evaluation.rows:
         prompts = evaluation.prompt_sets[row.prompts_name].prompts
         count, samples = row.rewards.shape
-        texts = [prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False) for prompt in prompts]
+        texts = list(map(prompt_text, prompts))
         lines = count * samples
         values: dict[str, list[Any]] = {
             "prompts": [row.prompts_name] * lines,
@@ -238,6 +258,36 @@ def _row_entry(row: Row) -> dict[str, Any]:
         "left_out": row.left_out,
         "truncated": row.truncated,
     }
+
+
+def _read_row(entry: dict[str, Any], table: pa.Table) -> Row:
+    """Return a row from its entry in the JSON file and its lines in the table of completions."""
+    of_row = pc.and_(pc.equal(table["row"], entry["name"]), pc.equal(table["prompts"], entry["prompts"]))
+    lines = table.filter(of_row)
+    samples = 1 + pc.max(lines["sample"]).as_py()
+
+    def values(name: str) -> np.ndarray:
+        return np.array(lines[name].to_pylist(), float).reshape(-1, samples)  # None becomes NaN.
+
+    texts = lines["completion"].to_pylist()
+    return Row(
+        name=entry["name"],
+        completions=[texts[start : start + samples] for start in range(0, len(texts), samples)],
+        prompts_name=entry["prompts"],
+        quantile=entry["quantile"],
+        guidance_scale=entry["guidance_scale"],
+        figures={name: math.nan if value is None else value for name, value in entry["figures"].items()},
+        intervals={name: _to_interval(ends) for name, ends in entry["intervals"].items()},
+        left_out=entry["left_out"],
+        truncated=entry["truncated"],
+        scores={name: values(name) for name in lines.column_names[_FIRST_SCORE:]},
+        perplexities=values("perplexity"),
+    )
+
+
+def _to_interval(ends: Sequence[float | None]) -> Interval:
+    low, high = (math.nan if end is None else end for end in ends)
+    return low, high
 
 
 def _corpus_entry(row: CorpusRow) -> dict[str, Any]:

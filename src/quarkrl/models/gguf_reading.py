@@ -1,6 +1,7 @@
 """GGUF files, the format of llama.cpp, read as ordinary models: transformers dequantizes the weights."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import pre_tokenizers
@@ -58,4 +59,16 @@ def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    _complete(tokenizer, metadata)
     return tokenizer
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> None:
+    """Set what transformers 5.17 does not read. Nothing is set again: that would replace a right post-processor."""
+    for name in ("bos", "eos"):
+        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if number is not None and getattr(tokenizer, f"{name}_token_id") != number:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(number)))
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    if adds_bos is not None and tokenizer.add_bos_token != adds_bos:
+        tokenizer.add_bos_token = adds_bos

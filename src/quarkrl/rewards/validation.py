@@ -9,6 +9,9 @@ from typing import Any
 from quarkrl.errors import UserError, shorten
 from quarkrl.names import unique_names
 
+# Columns of a pool file that are no rewards.
+COLUMNS = ("prompt_ids", "completion_ids", "prompt", "completion")
+
 
 def checked_scores(name: str, result: Any, n: int) -> list[float | None]:
     """Convert what a reward returned to n floats; None is a missing score and NaN is any non-finite value.
@@ -64,5 +67,9 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def attribute_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Make names unique and fit for reward tokens: letters, digits, "_" and "-". A second `x` becomes `x-2`."""
-    return tuple(unique_names(re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward" for name in names))
+    """Make names unique and fit for reward tokens: letters, digits, "_" and "-". A second `x` becomes `x-2`.
+
+    So does a first one that has the name of another column of the pool.
+    """
+    fit = (re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "reward" for name in names)
+    return tuple(unique_names(fit, set(COLUMNS)))

@@ -16,10 +16,9 @@ from transformers import TrainerCallback
 from quarkrl.errors import UserError
 from quarkrl.models.quark_json import read_quark_json
 from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_checkpoints, step_of
+from quarkrl.runs.records import LOCK_FILE, OPTIONS_FILE, RUN_FILE
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
-
-RUN_FILE, LOCK_FILE, OPTIONS_FILE = "run.json", "run.lock", "config.yaml"
 
 
 class Differences(NamedTuple):
@@ -179,14 +178,6 @@ def _check_checkpoint(checkpoint: Path, directory: Path) -> None:
         )
     if damage := find_damage(checkpoint):
         raise UserError(f"resume_from_checkpoint {str(checkpoint)!r}: {damage}. Set an undamaged checkpoint.")
-
-
-def recorded_fact(directory: Path, name: str) -> Any:
-    """Return a fact of the identity of the run in a directory; None if it has none, or none that can be read."""
-    try:
-        return json.loads((directory / RUN_FILE).read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # `open_run` reports a damaged file.
 
 
 def check_no_run(directory: Path) -> None:

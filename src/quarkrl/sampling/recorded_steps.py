@@ -1,8 +1,8 @@
 """Decoding steps recorded as CUDA graphs: the kernels of one forward pass, launched by one call for each token.
 
-Python launches the kernels of a step one by one. If the model is small, this takes several times as long as the GPU needs
-to run them. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The graphs
-of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
+Python launches the kernels of a step one by one. If the model is small, this takes several times as long as the GPU
+needs to run them. A graph needs tensors that stay where they are, so the cache of keys and values has a fixed size. The
+graphs of `RecordedSteps` serve all batches of the same size while the weights stay where they are.
 """
 
 import logging
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 LENGTH_MULTIPLE = 32
 # Recording takes about as long as two steps.
 MIN_STEPS = 6
-MAX_STEPS = 4  # Recorded steps that are kept: each has a cache of its own.
+# Recorded steps that are kept. Each has a cache of its own, and the memory plan leaves half of the free memory to it.
+MAX_STEPS = 2
 _NOT_RECORDABLE: set[type] = set()  # Classes of models whose steps could not be recorded in this process.
 
 
@@ -194,6 +195,8 @@ class RecordedDecoder(CachedDecoder):
                     _NOT_RECORDABLE.add(type(self._model))
             else:
                 self._step = step
+                for layer in self._cache.layers:  # The recorded step has a copy.
+                    layer.keys = layer.values = layer.keys.new_empty(0)
                 return logits
         self._is_ordinary = True
         return super().step(tokens)

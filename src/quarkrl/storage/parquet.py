@@ -28,7 +28,7 @@ def write_table(path: str | os.PathLike, table: pa.Table, notes: dict[str, Any])
     notes_json = json.dumps(notes)
     metadata = {_NOTES: notes_json.encode(), _DIGEST: _digest(table, notes_json).encode()}
     with atomic_file(path) as file:
-        pq.write_table(table.replace_schema_metadata(metadata), file, write_page_checksum=True)
+        pq.write_table(table.replace_schema_metadata(metadata), file, write_page_checksum=True, compression="zstd")
 
 
 def read_table(path: str | os.PathLike) -> tuple[pa.Table, dict[str, Any]]:

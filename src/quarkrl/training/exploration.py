@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
 
+from quarkrl.data.chats import prompt_text
 from quarkrl.data.encoding import decode_completions
 from quarkrl.data.prompts import Prompts
 from quarkrl.rewards.scorer import Scorer, Scores
@@ -58,13 +59,16 @@ class CompletionScorer:
     trainer_state: Callable[[], TrainerState] = TrainerState
     keep_special_tokens: bool = False
 
+    def decode(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> list[str]:
+        """Return the texts of completions of the prompts in the given rows, as the rewards read them."""
+        ends = self.end_ids if self.keep_special_tokens else None
+        prompt_ids = [prompts.ids[row] for row in rows]
+        return decode_completions(self.tokenizer, prompt_ids, completions, keep_special_tokens_before=ends)
+
     def score(self, prompts: Prompts, rows: Sequence[int], completions: list[list[int]]) -> Scores:
         """Score completions of the prompts in the given rows. Rewards also get the prompts' other columns."""
         columns = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
-        ends = self.end_ids if self.keep_special_tokens else None
-        prompt_ids = [prompts.ids[row] for row in rows]
-        texts = decode_completions(self.tokenizer, prompt_ids, completions, keep_special_tokens_before=ends)
-        state = self.trainer_state()
+        texts, state = self.decode(prompts, rows, completions), self.trainer_state()
         return self.scorer([prompts.prompts[row] for row in rows], texts, completions, columns, self.end_ids, state)
 
 
@@ -147,6 +151,18 @@ class Explorer:
                 self._stop_if_requested()
                 completions += self._sample(task, complete, uniforms, slice(start, start + task.batch_size))
         return completions
+
+    def texts_of(self, prompts: Prompts, rollout: Rollout, indices: np.ndarray) -> dict[str, list[str | None]]:
+        """Return the columns of texts that a pool file has, for the samples at these indices of a rollout.
+
+        They are `prompt`, `completion`, and `extra.NAME` for each column that rewards have logged.
+        """
+        rows = [rollout.rows[i] for i in indices]
+        return {
+            "prompt": [prompt_text(prompts.prompts[row]) for row in rows],
+            "completion": list(self._scorer.decode(prompts, rows, [rollout.completions[i] for i in indices])),
+            **{f"extra.{name}": [texts[i] for i in indices] for name, texts in rollout.extra.items()},
+        }
 
     @property
     def _is_first(self) -> bool:

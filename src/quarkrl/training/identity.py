@@ -15,7 +15,8 @@ import transformers
 from quarkrl.data.chats import is_dated
 from quarkrl.errors import truncate
 from quarkrl.runs.collectives import broadcast
-from quarkrl.runs.directory import Differences, recorded_fact
+from quarkrl.runs.directory import Differences
+from quarkrl.runs.records import recorded_fact
 from quarkrl.training.config import QuarkConfig, resume_rules
 
 # Facts that are compared as a whole, and what the user calls them.

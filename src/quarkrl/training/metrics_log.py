@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from quarkrl.runs.records import METRICS_FILE
 from quarkrl.storage.atomic import atomic_file, report_write_errors
 from quarkrl.storage.json import nan_to_null
 
@@ -18,7 +19,7 @@ class MetricsFile(TrainerCallback):
     """Appends each log entry to `metrics.jsonl` in the run directory, one JSON object per line."""
 
     def __init__(self, directory: str | os.PathLike):
-        self.path = Path(directory) / "metrics.jsonl"
+        self.path = Path(directory) / METRICS_FILE
 
     def on_log(self, args, state, control, logs=None, **_):
         """Append a row, in the first process."""

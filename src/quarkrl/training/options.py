@@ -314,6 +314,14 @@ class QuarkOptions:
     eval_guidance_scale: float = option(
         1.0, "Guidance γ of evaluation; 1 is off.", at_least=0, resume="selection", group="saving and evaluating"
     )
+    log_completions: int = option(
+        1,
+        "Best and worst completions to show after each exploration, so many of each. Trackers receive a table.",
+        at_least=0,
+        resume="free",
+        group="saving and evaluating",
+        rare=True,
+    )
     logging_nan_inf_filter: bool = option(
         False,
         "Leave non-finite losses out of the logged mean.",

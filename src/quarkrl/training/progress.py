@@ -100,12 +100,18 @@ class Progress(TrainerCallback):
         """Print a line, even if the bars are disabled."""
         self.console.print(text, soft_wrap=True, markup=False)
 
-    def on_train_begin(self, args, state, control, **_):
-        """Show and log the notes about the run, in the first process."""
-        for text in self.start_notes if state.is_world_process_zero else ():
+    def show_start_notes(self) -> None:
+        """Show and log the notes about the run, each once."""
+        notes, self.start_notes = self.start_notes, []
+        for text in notes:
             logger.info(text)
             if self.enabled:
                 self.note(text)
+
+    def on_train_begin(self, args, state, control, **_):
+        """Show and log the notes about the run, in the first process."""
+        if state.is_world_process_zero:
+            self.show_start_notes()
 
     # While learning, an epoch is an iteration.
 

@@ -62,6 +62,7 @@ from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
+from quarkrl.training.completion_log import CompletionLog
 from quarkrl.training.config import QuarkConfig, at_iteration
 from quarkrl.training.distillation import Stage, Teacher, draw_completions, find_teacher
 from quarkrl.training.engine import make_engine
@@ -210,7 +211,13 @@ class QuarkTrainer(DurableTrainer):
             eval_dataset=cast(Any, self.eval_prompts),
             processing_class=steered_tokenizer,
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
-            callbacks=[MallocTrimCallback(), self.metrics_file, self.progress, *(callbacks or [])],
+            callbacks=[
+                MallocTrimCallback(),
+                self.metrics_file,
+                self.progress,
+                CompletionLog(self.progress),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         _check_sharded(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -347,8 +354,8 @@ class QuarkTrainer(DurableTrainer):
             metrics = rollout.metrics(attributes, self.end_ids)
             seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
-                extra = {name: [texts[i] for i in scored] for name, texts in rollout.extra.items()}
-                self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: extra})
+                texts = self.explorer.texts_of(prompts, rollout, scored)
+                self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: texts})
         if self.is_world_process_zero():
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})

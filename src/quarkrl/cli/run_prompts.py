@@ -1,0 +1,76 @@
+"""The prompts of `quarkrl train`: to explore, to evaluate after each iteration, and for the table before/after."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from quarkrl.cli.common import BUILTIN, BUILTIN_CHATS, PromptSource, prompts_path
+from quarkrl.cli.train_options import RunOptions
+from quarkrl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quarkrl.data.prompts import Prompts
+
+
+class RunPrompts(NamedTuple):
+    """The prompts of a run.
+
+    Attributes:
+        training: to explore.
+        evaluated: held out, and evaluated after each iteration; None if there are none.
+        measured: those of the table before/after; None to take some of the prompts to explore.
+        note: a line about the table's prompts, for the user.
+    """
+
+    training: Any
+    evaluated: "Prompts | None"
+    measured: "Prompts | None"
+    note: str
+
+
+def load_run_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> RunPrompts:
+    """Load the prompts of a run, and choose those of the table before/after (`held_out`)."""
+    from quarkrl.data.hold_out import choose_prompts, hold_out
+
+    training = train_prompts(run, skip_bad, tokenizer)
+    evaluated = held_out_prompts(run, skip_bad, tokenizer) if run.eval_prompts else None
+    count = run.held_out or 0
+    if not count:
+        return RunPrompts(training, evaluated, None, "held out: no prompts, so no table before/after (--held_out 64)")
+    if evaluated is not None:
+        measured = choose_prompts(evaluated, count)
+        return RunPrompts(training, evaluated, measured, f"before/after: {len(measured)} prompts of {run.eval_prompts}")
+    if run.prompts in (BUILTIN, BUILTIN_CHATS):
+        source = PromptSource(run.prompts, run.prompt_column, run.prompt_split, tokens=run.prompt_tokens)
+        measured = choose_prompts(source.load(skip_bad, tokenizer), count)
+        return RunPrompts(training, None, measured, f"before/after: {len(measured)} held-out prompts of {run.prompts}")
+    if run.stream_prompts:
+        return RunPrompts(
+            training, None, None, "before/after: prompts of the first iteration. Set --eval_prompts for others."
+        )
+    kept, measured = hold_out(training, count)
+    if not len(measured):
+        text = "before/after: the prompts of the run, because there are too few to hold some out. Set --eval_prompts."
+        return RunPrompts(training, None, None, text)
+    text = f"before/after: {len(measured)} of {len(training)} prompts are held out, not trained on (--held_out 0: none)"
+    return RunPrompts(kept, None, measured, text)
+
+
+def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:
+    """Load the prompts to explore, or open their stream. The tokenizer counts `prompt_tokens`."""
+    if run.stream_prompts:
+        from quarkrl.data.readers import open_stream
+
+        if run.prompt_tokens is not None:
+            raise UserError(f"prompt_tokens {run.prompt_tokens}: must be left out of a run with --stream_prompts.")
+        return open_stream(prompts_path(run.prompts or "", "train"), run.prompt_split, run.prompt_column)
+    source = PromptSource(run.prompts or "", run.prompt_column, run.prompt_split, "train", run.prompt_tokens)
+    return source.load(skip_bad, tokenizer)
+
+
+def held_out_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Prompts":
+    """Load the held-out prompts. If they come from the data set of the training prompts, its test split is used."""
+    split = run.eval_prompt_split or ("test" if run.eval_prompts == run.prompts else "train")
+    return PromptSource(run.eval_prompts or "", run.prompt_column, split, tokens=run.prompt_tokens).load(
+        skip_bad, tokenizer
+    )

@@ -1,0 +1,15 @@
+"""The small files of a run's directory, for readers that must start at once: this module imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RUN_FILE, LOCK_FILE, OPTIONS_FILE, METRICS_FILE = "run.json", "run.lock", "config.yaml", "metrics.jsonl"
+
+
+def recorded_fact(directory: Path, name: str) -> Any:
+    """Return a fact of the identity of the run in a directory; None if it has none, or none that can be read."""
+    try:
+        return json.loads((directory / RUN_FILE).read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None  # `open_run` reports a damaged file.
