@@ -29,7 +29,20 @@ BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 def flags() -> dict[str, set[str]]:
     """The options of each command, as its help lists them."""
     options = {}
-    for command in ("train", "generate", "chat", "evaluate", "score", "words", "export", "demo", "samples", "report"):
+    for command in (
+        "train",
+        "generate",
+        "chat",
+        "evaluate",
+        "score",
+        "words",
+        "export",
+        "demo",
+        "samples",
+        "watch",
+        "presets",
+        "report",
+    ):
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             main([command, "--help_all" if command == "train" else "--help"])
         options[command] = set(re.findall(r"--\w+", output.getvalue()))

@@ -12,6 +12,7 @@ from quarkrl.cli.report import ReportOptions
 from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
+from quarkrl.cli.watch import WatchOptions
 from quarkrl.cli.words import WordsOptions
 from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.options import choices_of, default_of, join_words, limits_in_words, typed_fields
@@ -54,6 +55,7 @@ def page() -> str:
     lines += [f"- Resume: {rule}. {', '.join(names)}.\n" for rule, names in rules.items() if rule != "yes"]
     for command, classes in {
         "samples": (SamplesOptions,),
+        "watch": (WatchOptions,),
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),

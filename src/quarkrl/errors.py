@@ -49,3 +49,11 @@ def describe_exception(error: BaseException, width: int = 400) -> str:
         return text  # Its message already has the file and the line.
     frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in the largest unit that suits it, such as `45 s`, `8 min` or `2 h 10 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes <= 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -248,17 +248,23 @@ MISTAKES = {
     "no command": ((), "COMMAND is missing"),
     "unknown command": (
         ("tran",),
-        "COMMAND 'tran': must be one of demo, train, generate",
+        "COMMAND 'tran': must be one of demo, presets, train, generate",
     ),
     "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "output_dir '{run}'"),
     "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
     "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff. Did you mean '--kl_coef'?"),
     "another tool's name of a flag": ((*TRAIN, "--lr", "1"), "unknown option --lr. Did you mean '--learning_rate'?"),
     "and another": ((*GENERATE, "--gamma=2"), "unknown option --gamma. Did you mean '--guidance_scale'?"),
-    "a configuration without its flag": (
-        ("train", "{home}/run.yaml"),
-        "argument '{home}/run.yaml': must be preceded by a flag. Did you mean '--config {home}/run.yaml'?",
+    "what train calls it, to generate": (
+        (*GENERATE, "--num_samples", "2"),
+        "unknown option --num_samples. Did you mean '--num_return_sequences'?",
     ),
+    "what generate calls it, to train": (
+        (*TRAIN, "--max_new_tokens", "2"),
+        "unknown option --max_new_tokens. Did you mean '--max_completion_length'?",
+    ),
+    "another tool's name of a command": (("eval",), "Did you mean 'evaluate'?"),
+    "nothing to resume": (("train", "--resume", "{home}/nowhere"), "resume '{home}/nowhere': must be the directory of"),
     "unknown flag with value": (
         (*TRAIN, "--num_itrations=1"),
         "unknown option --num_itrations. Did you mean '--num_it",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from quarkrl.cli.main import main
+from quarkrl.data.prompts import load_prompts
 
 REWARDS = """
 def few_a(completions, **_):
@@ -30,11 +31,18 @@ def rewards(tmp_path) -> Path:
 
 
 def score(capsys, source: object, *arguments: object) -> tuple[list[str], str]:
-    """The lines of standard output and the text of standard error of a command that succeeds."""
+    """The rewards and texts that a command has scored, and the text of standard error."""
+    out, err = printed(capsys, source, *arguments, "--json")
+    rows = map(json.loads, out.splitlines())
+    return [f"{'-' if row['reward'] is None else format(row['reward'], '.4f')}\t{row['text']}" for row in rows], err
+
+
+def printed(capsys, source: object, *arguments: object) -> tuple[str, str]:
+    """The standard output and the standard error of a command that succeeds."""
     code = main(["score", *map(str, (source, *arguments))])
     out, err = capsys.readouterr()
     assert code == 0, err
-    return out.splitlines(), err
+    return out, err
 
 
 def write(path: Path, *rows: dict) -> Path:
@@ -59,13 +67,54 @@ def test_texts_without_a_reward_are_counted_even_if_no_text_has_one(rewards, cap
 
 def test_json_lines_have_the_score_of_each_of_several_rewards(rewards, capsys, tmp_path):
     (tmp_path / "texts.txt").write_text("a b\n?\n", encoding="utf-8")
-    one, _ = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", "--json")
-    assert [json.loads(line) for line in one] == [{"text": "a b", "reward": -1.0}, {"text": "?", "reward": None}]
-    two, _ = score(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", f"{rewards}:length", "--json")
-    assert [json.loads(line) for line in two] == [
+    one, _ = printed(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", "--json")
+    assert [json.loads(line) for line in one.splitlines()] == [
+        {"text": "a b", "reward": -1.0},
+        {"text": "?", "reward": None},
+    ]
+    two, _ = printed(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", f"{rewards}:length", "--json")
+    assert [json.loads(line) for line in two.splitlines()] == [
         {"text": "a b", "reward": 2.0, "scores": {"few_a": -1.0, "length": 3.0}},
         {"text": "?", "reward": None, "scores": {"few_a": None, "length": 1.0}},
     ]
+
+
+def test_the_report_has_the_distribution_of_each_reward_and_the_best_and_worst_texts(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("".join("a " * i + "b\n" for i in range(10)) + "?\n", encoding="utf-8")
+    source, spec = tmp_path / "texts.txt", f"{rewards}:few_a"
+    out, err = printed(capsys, source, "--reward", spec, f"{rewards}:length", "--limit", "1")
+    lines = out.splitlines()
+    assert lines[0] == "11 texts, 1 without a reward" and not err
+    # Of 0 to -9: mean -4.5, standard deviation √8.25, 10th percentile -8.1. The length is 1 - 2 · few_a.
+    cells = [line.split() for line in lines]
+    assert ["few_a", "-4.5", "2.872", "-9", "-8.1", "-4.5", "-0.9", "0"] in cells
+    assert [line.split()[:2] for line in lines if line.startswith(("best", "worst"))] == [
+        ["best", "10"],
+        ["worst", "1"],
+    ]
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_reward_of_few_values_is_shown_with_the_share_of_each(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("a\nb\nb\nb\n", encoding="utf-8")
+    out, _ = printed(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a")
+    assert "values: -1: 25%, 0: 75%" in out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_all_scores_are_saved_to_a_file(rewards, capsys, tmp_path, suffix):
+    (tmp_path / "texts.txt").write_text("a b\n?\n", encoding="utf-8")
+    file = tmp_path / f"scores{suffix}"
+    printed(capsys, tmp_path / "texts.txt", "--reward", f"{rewards}:few_a", f"{rewards}:length", "--output", file)
+    rows = load_prompts(file, column="text")
+    assert rows.prompts == ["a b", "?"]
+    assert [None if value in (None, "") else float(value) for value in rows.columns["reward"]] == [2.0, None]
+
+
+def test_an_output_of_another_format_is_one_line(rewards, capsys, tmp_path):
+    (tmp_path / "texts.txt").write_text("a\n", encoding="utf-8")
+    assert main(["score", str(tmp_path / "texts.txt"), "--reward", f"{rewards}:few_a", "--output", "x.txt"]) == 2
+    assert "output 'x.txt': must end in .jsonl, .csv, .parquet." in capsys.readouterr().err
 
 
 def test_the_text_is_in_a_named_column_or_in_completion(rewards, capsys, tmp_path):
@@ -99,10 +148,11 @@ def test_a_byte_on_standard_input_that_is_not_utf8_is_an_error_or_skipped(reward
         monkeypatch.setattr(
             sys, "stdin", io.TextIOWrapper(io.BytesIO("a\ncafé\nb\n".encode("latin-1")), encoding="utf-8")
         )
-        code = main(["score", "-", "--reward", f"{rewards}:few_a", *skip])
+        code = main(["score", "-", "--reward", f"{rewards}:few_a", "--json", *skip])
         out, err = capsys.readouterr()
         if skip:
-            assert code == 0 and out.splitlines() == ["-1.0000\ta", "0.0000\tb"] and "1 skipped (not UTF-8)" in err
+            texts = [json.loads(line)["text"] for line in out.splitlines()]
+            assert code == 0 and texts == ["a", "b"] and "1 skipped (not UTF-8)" in err
         else:
             assert code == 2 and err.startswith("error: standard input:2: byte 0xe9 is not UTF-8.")
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.run_directories import write_run
+from helpers.run_directories import builtin_tokenizer, write_run
 
 from quarkrl.cli.main import main
 from quarkrl.errors import UserError
@@ -93,7 +93,7 @@ def test_change_is_good_only_if_intervals_are_apart(tmp_path):
 
 def test_large_pool_is_sampled_from_every_iteration(tmp_path):
     history = read_run(write_run(tmp_path / "run", completions=[f" {i}" for i in range(40)], iterations=4)).history
-    rows = choose_rows(history, None, limit=60)
+    rows = choose_rows(history, lambda: None, limit=60)
     assert len(rows) == 60 and {row.iteration for row in rows} == {0, 1, 2, 3}
     first = [row for row in rows if row.iteration == 3 and row.kind == "best"]
     assert [row.rewards[0] for row in first] == [i / 80 for i in (79, 78, 77, 76, 75)]
@@ -102,12 +102,12 @@ def test_large_pool_is_sampled_from_every_iteration(tmp_path):
 
 def test_more_iterations_than_rows_leaves_some_out(tmp_path):
     history = read_run(write_run(tmp_path / "run", completions=[" a", " b"], iterations=9)).history
-    assert {row.iteration for row in choose_rows(history, None, limit=9)} == {0, 4, 8}
+    assert {row.iteration for row in choose_rows(history, lambda: None, limit=9)} == {0, 4, 8}
 
 
 def test_long_texts_are_truncated_to_two_megabytes(tmp_path):
     run = write_run(tmp_path / "run", prompts=["<" * 900] * 2, completions=["&" * 900 + "e", "b" * 900, "c" * 99])
-    (row, *_) = choose_rows(read_run(run).history, None)
+    (row, *_) = choose_rows(read_run(run).history, builtin_tokenizer)
     (cut, *_) = truncate_to_budget([row] * MAX_ROWS, 1_000_000)
     assert cut.prompt.startswith("…") and cut.completion.endswith("…") and len(cut.prompt) == len(cut.completion) == 250
 

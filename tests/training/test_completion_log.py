@@ -11,7 +11,7 @@ from helpers.eight_letters import PROMPTS
 from helpers.runs import share_of_a, small_trainer
 from rich.console import Console
 
-from quarkrl.training.completion_log import choose_extremes
+from quarkrl.algorithm.pool_table import choose_extremes
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from quarkrl import QuarkConfig
+from quarkrl.errors import format_seconds
 from quarkrl.training import time_left
 from quarkrl.training.progress import Progress
-from quarkrl.training.time_left import TimeLeft, describe_plan, format_seconds
+from quarkrl.training.time_left import TimeLeft, describe_plan
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,19 @@ def attributes_of(table: pa.Table) -> list[str]:
     """Return the names of the columns with rewards by which the quantiles are cut."""
     others = {"iteration", "quantile", *_IDS, *_TEXTS}
     return [name for name in table.column_names if name not in others and "." not in name]
+
+
+def choose_extremes(table: pa.Table, count: int) -> list[dict[str, Any]]:
+    """Return `count` rows with the highest and `count` with the lowest reward, none twice, with `rank` added."""
+    names = attributes_of(table)
+    rewards = np.mean([table[name].to_numpy() for name in names], axis=0)
+    order = np.argsort(rewards, kind="stable")
+    worst = order[: min(count, len(order) // 2)]
+    best = order[len(worst) :][::-1][:count]
+    columns = [*names, "prompt", "completion"]
+    chosen = table.select(columns).take(np.concatenate([best, worst])).to_pylist()
+    ranks = ["best"] * len(best) + ["worst"] * len(worst)
+    return [{"rank": rank, **row} for rank, row in zip(ranks, chosen, strict=True)]
 
 
 def _read(path: Path, decode: Decode | None) -> pa.Table:

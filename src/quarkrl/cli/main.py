@@ -14,7 +14,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from quarkrl import __version__
-from quarkrl.cli import chat, demo, evaluate, export, generate, report, samples, score, train, words
+from quarkrl.cli import (
+    chat,
+    demo,
+    evaluate,
+    export,
+    generate,
+    guesses,
+    presets,
+    report,
+    samples,
+    score,
+    train,
+    watch,
+    words,
+)
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
 from quarkrl.cli.streams import accept_any_character
@@ -22,7 +36,8 @@ from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
 COMMANDS = {
-    command.NAME: command for command in (demo, train, generate, chat, evaluate, samples, report, score, words, export)
+    command.NAME: command
+    for command in (demo, presets, train, generate, chat, evaluate, samples, watch, report, score, words, export)
 }
 
 
@@ -85,7 +100,9 @@ def _run(argv: list[str]) -> None:
         raise UserError(f"COMMAND is missing: must be one of {', '.join(COMMANDS)}. See quarkrl --help.")
     name, *rest = argv
     if name not in COMMANDS:
-        raise UserError(f"COMMAND {name!r}: must be one of {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}")
+        usual = guesses.COMMANDS.get(name)
+        hint = f" Did you mean {usual!r}?" if usual in COMMANDS else did_you_mean(name, COMMANDS)
+        raise UserError(f"COMMAND {name!r}: must be one of {', '.join(COMMANDS)}.{hint}")
     command = COMMANDS[name]
     command.run(command.parse(rest) if hasattr(command, "parse") else parser_of(name).parse(rest))
 

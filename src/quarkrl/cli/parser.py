@@ -15,23 +15,41 @@ from quarkrl.options import choices_of, default_of, join_words, takes_list, type
 
 Options = TypeVar("Options")
 
-# What other tools call an option, and what we call it.
+# What other tools and other commands call an option, and what we call it: the first of these that the command has.
 _USUAL_NAMES = {
-    "lr": "learning_rate",
-    "beta": "kl_coef",
-    "alpha": "entropy_coef",
-    "epochs": "num_iterations",
-    "batch_size": "per_device_train_batch_size",
-    "max_new_tokens": "max_completion_length",
-    "max_length": "max_completion_length",
-    "max_tokens": "max_new_tokens",
-    "num_generations": "samples_per_prompt",
-    "num_samples": "samples_per_prompt",
-    "k": "num_quantiles",
-    "gamma": "guidance_scale",
-    "dataset": "prompts",
-    "n": "num_return_sequences",
-    "output": "output_dir",
+    "lr": ("learning_rate",),
+    "beta": ("kl_coef",),
+    "alpha": ("entropy_coef",),
+    "epochs": ("num_iterations",),
+    "num_epochs": ("num_iterations",),
+    "iterations": ("num_iterations", "iteration"),
+    "steps": ("steps_per_iteration",),
+    "max_steps": ("steps_per_iteration",),
+    "batch_size": ("per_device_train_batch_size",),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "max_new_tokens": ("max_completion_length",),
+    "max_length": ("max_completion_length", "max_new_tokens"),
+    "max_tokens": ("max_completion_length", "max_new_tokens"),
+    "max_completion_length": ("max_new_tokens",),
+    "num_generations": ("samples_per_prompt", "samples", "num_return_sequences"),
+    "num_samples": ("samples_per_prompt", "samples", "num_return_sequences", "limit"),
+    "samples_per_prompt": ("samples", "num_return_sequences"),
+    "samples": ("samples_per_prompt", "num_return_sequences", "limit"),
+    "n": ("num_return_sequences", "samples", "limit"),
+    "k": ("num_quantiles",),
+    "quantiles": ("num_quantiles", "quantile"),
+    "quantile": ("quantiles",),
+    "gamma": ("guidance_scale", "guidance_scales", "explore_guidance_scale"),
+    "dataset": ("prompts",),
+    "data": ("prompts",),
+    "rewards": ("reward",),
+    "reward_model": ("reward",),
+    "reward_func": ("reward",),
+    "output": ("output_dir",),
+    "output_dir": ("output",),
+    "out": ("output_dir", "output"),
+    "lora_r": ("lora_rank",),
+    "rank": ("lora_rank",),
 }
 _METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -83,8 +101,8 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _suggest(self, name: str) -> str:
-        usual = _USUAL_NAMES.get(name)
-        return f" Did you mean '--{usual}'?" if usual in self.flag_names else did_you_mean(name, self.flag_names, "--")
+        usual = next((usual for usual in _USUAL_NAMES.get(name, ()) if usual in self.flag_names), None)
+        return f" Did you mean '--{usual}'?" if usual else did_you_mean(name, self.flag_names, "--")
 
 
 def add_flags(
@@ -172,7 +190,7 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
     """Return a function that reads the text of a flag as a type."""
 
     def read(text: str) -> Any:
-        if kind in (bool, bool | str) and text.lower() in (*_TRUE, *_FALSE):
+        if kind in (bool, bool | str) and is_bool(text):
             return text.lower() in _TRUE
         if choices and text not in choices:
             raise argparse.ArgumentTypeError(
@@ -189,6 +207,11 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
         return text
 
     return read
+
+
+def is_bool(text: str) -> bool:
+    """Return whether a text is a word for true or false."""
+    return text.lower() in (*_TRUE, *_FALSE)
 
 
 def _underscored(argument: str) -> str:

@@ -1,23 +1,32 @@
 """`quarkrl score`: score texts, to examine a reward before training with it."""
 
 import argparse
+import csv
 import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.common import RewardOptions, note
+from quarkrl.cli.common import RewardOptions, console, note, progress_bars
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json, read_standard_input
+from quarkrl.errors import UserError, truncate
 from quarkrl.options import check_options, option
+from quarkrl.storage.atomic import atomic_file, write_text
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from quarkrl.rewards.scorer import Scores
+    from quarkrl.data.prompts import Prompts
+    from quarkrl.rewards.scorer import Scorer, Scores
 
 NAME = "score"
 HELP = "score texts, to examine a reward before training with it"
 
 _TEXT_COLUMNS = ("completion", "text", "prompt")
+_OUTPUTS = (".jsonl", ".csv", ".parquet")
+_BLOCKS, _BINS = "▁▂▃▄▅▆▇█", 30
 BATCH_SIZE = 128  # As many texts as a reward receives at a time in training, by default.
 
 
@@ -28,6 +37,8 @@ class ScoreOptions:
     column: str | None = option(None, "Column that holds the text (default: completions, completion, text or prompt).")
     skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
     json: bool = option(False, "Print one JSON object per line: text, reward, and what rewards log.")
+    output: str | None = option(None, "Save every text with its reward: .jsonl, .csv or .parquet.", metavar="FILE")
+    limit: int = option(3, "Best and worst texts to print, so many of each.", at_least=0)
     reward_timeout: float = option(
         3600.0,
         f"Time limit in seconds for the rewards of {BATCH_SIZE} texts; inf is no limit.",
@@ -38,6 +49,8 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.output is not None and Path(self.output).suffix not in _OUTPUTS:
+            raise UserError(f"output {self.output!r}: must end in {', '.join(_OUTPUTS)}. Set --output scores.jsonl.")
 
 
 def add_options(parser: Parser) -> None:
@@ -49,53 +62,167 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score each text, print a line per text, and summarize the rewards on standard error."""
-    import numpy as np
+    """Score each text; print the distribution of the rewards and the best and worst texts, or a line per text."""
+    options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
+    output = None if options.output is None else Path(options.output).absolute()  # A reward may change the directory.
+    rows = _load(arguments.file, options)
+    scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
+    with progress_bars("score") as notify:
+        scored = _score(rows, scorer, options, notify)
+    details = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
+    details += [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
+    details += [f"{name} {sum(values) / len(values):.4f}" for name, values in scored.metrics.items()]
+    if output is not None:
+        _save(output, scored.rows)
+    if options.json:
+        note(_summary(scored.rewards, details))
+    else:
+        _print_report(scored, details, options.limit)
+    if output is not None:
+        note(f"scores: {output}")
 
+
+@dataclasses.dataclass
+class _Scored:
+    """Texts with their rewards.
+
+    Attributes:
+        rows: of `--json` and `--output`.
+        rewards: `(n,)`; NaN if missing.
+        terms: by name, the scores of each of several rewards.
+        metrics: by name, the numbers that rewards have logged.
+    """
+
+    rows: list[dict[str, Any]]
+    rewards: "np.ndarray"
+    terms: dict[str, list[float]]
+    metrics: dict[str, list[float]]
+
+
+def _load(file: str, options: ScoreOptions) -> "Prompts":
     from quarkrl.data.prompts import load_prompts
 
-    options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
-    source: Any = read_standard_input() if arguments.file == "-" else arguments.file
-    columns = options.column or _TEXT_COLUMNS
-    # A completion may be empty, and has a reward.
-    rows = load_prompts(
-        source,
-        column=columns,
+    return load_prompts(
+        read_standard_input() if file == "-" else file,
+        column=options.column or _TEXT_COLUMNS,
         skip_bad=options.skip_bad_prompts,
-        allow_empty=True,
+        allow_empty=True,  # A completion may be empty, and has a reward.
         split_completions=options.column is None,
     )
-    scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
+
+
+def _score(rows: "Prompts", scorer: "Scorer", options: ScoreOptions, notify: Any) -> _Scored:
+    import numpy as np
+
     texts = [str(text) for text in rows.prompts]
     prompts = [_prompt_text(prompt) for prompt in rows.columns.get("prompt", [None] * len(texts))]
-    rewards = np.zeros(0)
-    metrics: dict[str, list[float]] = {}
+    scored = _Scored([], np.zeros(0), {}, {})
     for start in range(0, len(texts), BATCH_SIZE):
         part = slice(start, start + BATCH_SIZE)
         others = {name: values[part] for name, values in rows.columns.items()}
         scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], others)
-        _print_scores(texts[part], scores, options.json)
-        rewards = np.append(rewards, scores.rewards[:, 0])
-        for name, values in scores.metrics.items():
-            metrics.setdefault(name, []).extend(values)
-    skipped = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]
-    cached = [f"{scorer.cache_hits} from cache"] if reward_options.score_cache else []
-    logged = [f"{name} {np.mean(values):.4f}" for name, values in metrics.items()]
-    note(_summary(rewards, [*skipped, *cached, *logged]))
+        new = _rows(texts[part], scores)
+        for row in new if options.json else ():
+            print_json(row)
+        scored.rows += new
+        scored.rewards = np.append(scored.rewards, scores.rewards[:, 0])
+        for target, source in ((scored.terms, scores.terms), (scored.metrics, scores.metrics)):
+            for name, values in source.items():
+                target.setdefault(name, []).extend(values)
+        notify("texts", min(start + BATCH_SIZE, len(texts)), len(texts))
+    return scored
 
 
-def _print_scores(texts: list[str], scores: "Scores", as_json: bool) -> None:
-    for i, (text, reward) in enumerate(zip(texts, scores.rewards[:, 0], strict=True)):
-        terms = {name: values[i] for name, values in scores.terms.items()}
-        extra = {name: values[i] for name, values in scores.extra.items()}
-        if as_json:
-            print_json(_row(text, reward, terms, extra))
-        else:
-            print(_plain_line(text, reward))
+def _rows(texts: Sequence[str], scores: "Scores") -> list[dict[str, Any]]:
+    return [
+        _row(
+            text,
+            reward,
+            {name: values[i] for name, values in scores.terms.items()},
+            {name: values[i] for name, values in scores.extra.items()},
+        )
+        for i, (text, reward) in enumerate(zip(texts, scores.rewards[:, 0], strict=True))
+    ]
 
 
-def _plain_line(text: str, reward: float) -> str:
-    return f"{'-' if reward != reward else format(reward, '.4f')}\t{text}"
+def _save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one row per text, in the format that the suffix names; scores of several rewards become columns."""
+    flat = [
+        {"text": row["text"], "reward": row["reward"]}
+        | {f"score.{name}": value for name, value in row.get("scores", {}).items()}
+        | {f"extra.{name}": value for name, value in row.get("extra", {}).items()}
+        for row in rows
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with atomic_file(path) as file:
+            pq.write_table(pa.Table.from_pylist(flat), file)
+    else:
+        names = list(dict.fromkeys(name for row in flat for name in row))
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(flat)
+
+
+def _print_report(scored: _Scored, details: list[str], limit: int) -> None:
+    """Print the distribution of each reward, and the texts with the highest and the lowest."""
+    import numpy as np
+    from rich.table import Table
+
+    out = console(stderr=False)
+    valid = np.flatnonzero(~np.isnan(scored.rewards))
+    out.print(_counts(scored.rewards, details), soft_wrap=True)
+    if not len(valid):
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("mean", "std", "min", "10 %", "median", "90 %", "max"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, values in {"reward": scored.rewards, **scored.terms}.items():
+        array = np.asarray(values, dtype=float)
+        known = array[~np.isnan(array)]
+        if known.size:
+            figures = (known.mean(), known.std(), *np.quantile(known, (0, 0.1, 0.5, 0.9, 1)))
+            table.add_row(truncate(name, 20), *(f"{figure:.4g}" for figure in figures))
+    out.print(table)
+    for line in _distribution(scored.rewards[valid]):
+        out.print(line, soft_wrap=True)
+    order = valid[np.argsort(scored.rewards[valid], kind="stable")]
+    worst = order[: min(limit, len(order) // 2)]
+    best = order[len(worst) :][::-1][:limit]
+    for title, indices in (("best", best), ("worst", worst)):
+        for i in indices:
+            terms = "".join(f"  {name} {values[i]:.3g}" for name, values in scored.terms.items())
+            text = truncate(" ".join(scored.rows[i]["text"].split()), 200)
+            out.print(f"{title:<5}  {scored.rewards[i]:.4g}{terms}  {text}", soft_wrap=True)
+
+
+def _distribution(rewards: "np.ndarray") -> list[str]:
+    """A histogram; and of a reward of few values, the share of each."""
+    import numpy as np
+
+    low, high = rewards.min(), rewards.max()
+    values, counts = np.unique(rewards, return_counts=True)
+    if len(values) <= 5:
+        shares = ", ".join(
+            f"{value:.4g}: {count / len(rewards):.0%}" for value, count in zip(values, counts, strict=True)
+        )
+        return [f"values: {shares}"]
+    bins, _ = np.histogram(rewards, bins=_BINS)
+    tops = np.ceil(bins / bins.max() * len(_BLOCKS)).astype(int)
+    picture = "".join(_BLOCKS[top - 1] if top else " " for top in tops)
+    lines = [f"distribution: {low:.4g} {picture} {high:.4g}"]
+    if low >= 0 and high <= 1:
+        lines.append(f"share below 0.5: {np.mean(rewards < 0.5):.1%}")
+    if (top := counts[-1] / len(rewards)) >= 0.2:
+        lines.append(f"share of the highest value: {top:.0%}")
+    return lines
 
 
 def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> dict[str, Any]:
@@ -108,12 +235,18 @@ def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str
     return row
 
 
+def _counts(rewards: "np.ndarray", details: list[str]) -> str:
+    import numpy as np
+
+    return ", ".join([f"{len(rewards)} texts", f"{np.isnan(rewards).sum()} without a reward", *details])
+
+
 def _summary(rewards: "np.ndarray", details: list[str]) -> str:
     """The number of texts and the distribution of their rewards, in one line."""
     import numpy as np
 
     valid = rewards[~np.isnan(rewards)]
-    counts = ", ".join([f"{len(rewards)} texts", f"{len(rewards) - len(valid)} without a reward", *details])
+    counts = _counts(rewards, details)
     if not len(valid):
         return counts
     low, median, high = np.quantile(valid, (0.1, 0.5, 0.9))

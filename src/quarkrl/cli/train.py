@@ -44,7 +44,7 @@ def run(command: TrainCommand) -> Path:
     if line := command.ignored_options_note():
         note(line)
     quiet_libraries()
-    output_dir, resume = Path(config.output_dir), run.resume or config.resume_from_checkpoint
+    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint or run.resume
     with locked(output_dir) if is_first_process() else nullcontext():
         if not resume:
             check_no_run(output_dir)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from quarkrl.cli.common import REWARD_HELP, REWARD_LABEL_HELP
+from quarkrl.cli.guesses import expand_train
 from quarkrl.cli.parser import (
     Parser,
     add_flags,
@@ -207,6 +208,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         UserError: an option is unknown or invalid, or the file cannot be read.
     """
     _print_help(argv)
+    argv = expand_train(argv)
     from quarkrl.training.config import QuarkConfig
 
     parser = _parser(_hugging_face_flags(QuarkConfig))

@@ -69,7 +69,7 @@ def _time_and_memory(run: RunFiles) -> Facts:
     if runtime := run.logged("train_runtime"):
         lines.append(("training in all", duration(runtime[-1][1])))
     if run.history:
-        lines.append(("samples in the pool", f"{len(run.history.pool):,}"))
+        lines.append(("samples in the pool", f"{len(run.history):,}"))
     if peaks := [max(value for _, value in run.logged(name)) for name in ("peak_memory_gb",) if run.logged(name)]:
         lines.append(("peak memory", f"{peaks[0]:.2f} GB"))
     return lines

@@ -66,7 +66,7 @@ def _output_path(path: str | os.PathLike) -> Path:
 
 
 def _num_quantiles(runs: Sequence[RunFiles]) -> int:
-    return max((run.history.pool.num_quantiles for run in runs if run.history), default=2)
+    return max((run.history.num_quantiles for run in runs if run.history), default=2)
 
 
 def _write(path: Path, template: str, num_quantiles: int, values: dict[str, Any]) -> Path:

@@ -1,8 +1,5 @@
 """How a run's data pool grew: rewards, quantiles, lengths and diversity, iteration by iteration."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quarkrl.algorithm.pool import DataPool
+from quarkrl.algorithm.pool import find_edges
+from quarkrl.algorithm.pool_table import attributes_of
 from quarkrl.errors import UserError, one_line
 
 # Completions of each iteration in which n-grams are counted: a fixed number, because shares fall as texts are added.
@@ -20,42 +18,45 @@ _DIVERSITY_SAMPLES = 500
 
 @dataclass(frozen=True)
 class PoolHistory:
-    """The pool after the last iteration, and how it came about.
+    """The N samples of a pool, and how it came about in I iterations.
 
     Attributes:
-        pool: all samples, quantized.
-        numbers: the iterations that the pool has, I of them.
+        num_quantiles: K.
+        attributes: the names of the A rewards that condition the model.
+        numbers: the iterations that the pool has.
+        iterations: `(N,)`, the iteration of each sample.
+        rewards: `(N, A)`.
         edges: `(I, A, K - 1)`, the edges of the quantiles after each iteration.
+        quantiles: `(N, A)`, the quantile of each sample after the last iteration.
         lengths: `(N,)`, the completion length of each sample, in tokens.
         distinct: n → `(I,)`, the share of distinct token n-grams among the n-grams of `diversity_samples` completions.
         diversity_samples: the number of completions of each iteration that `distinct` reads.
+        table: a row per sample: token ids, and the texts `prompt` and `completion` if the run has written them.
     """
 
-    pool: DataPool
+    num_quantiles: int
+    attributes: list[str]
     numbers: list[int]
+    iterations: np.ndarray
+    rewards: np.ndarray
     edges: np.ndarray
+    quantiles: np.ndarray
     lengths: np.ndarray
     distinct: dict[int, np.ndarray]
     diversity_samples: int
+    table: pa.Table
 
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The names of the rewards that condition the model."""
-        return self.pool.attributes
-
-    @property
-    def last_edges(self) -> np.ndarray:
-        """`(A, K - 1)`, the edges after the last iteration."""
-        return self.edges[-1]
+    def __len__(self) -> int:
+        return len(self.rewards)
 
     def by_iteration(self, values: np.ndarray) -> list[np.ndarray]:
         """Split values of all samples, `(N, …)`, by iteration."""
-        return [values[self.pool.iterations == number] for number in self.numbers]
+        return [values[self.iterations == number] for number in self.numbers]
 
     def sizes(self, attribute: int) -> np.ndarray:
         """`(I, K)`: of each iteration, the number of samples that are in each quantile of the whole pool."""
-        quantiles = self.by_iteration(self.pool.quantiles[:, attribute])
-        return np.array([np.bincount(part, minlength=self.pool.num_quantiles) for part in quantiles])
+        parts = self.by_iteration(self.quantiles[:, attribute])
+        return np.array([np.bincount(part, minlength=self.num_quantiles) for part in parts])
 
 
 def read_pool_history(directory: Path, options: dict[str, Any]) -> PoolHistory | None:
@@ -71,23 +72,34 @@ def read_pool_history(directory: Path, options: dict[str, Any]) -> PoolHistory |
     paths = sorted(path for path in directory.glob("iteration-*.parquet") if _number(path).isdecimal())
     if not paths:
         return None
-    pool = DataPool(options.get("num_quantiles") or 5, _attributes(paths[0]))
-    edges, completions = [], []
-    with _without_warnings():
-        for path in paths:
-            pool.restore_iteration(directory, int(_number(path)))
-            pool.quantize(options.get("reward_ceiling"))
-            edges.append(pool.edges.copy())
-            completions.append(pq.read_table(path, columns=["completion_ids"])["completion_ids"].combine_chunks())
-    count = min(_DIVERSITY_SAMPLES, *map(len, completions))
+    tables = [_read(path) for path in paths]
+    attributes, num_quantiles = attributes_of(tables[0]), options.get("num_quantiles") or 5
+    numbers, sizes = [int(_number(path)) for path in paths], [len(table) for table in tables]
+    rewards = np.concatenate([np.column_stack([table[name].to_numpy() for name in attributes]) for table in tables])
+    edges = np.array(
+        [
+            [find_edges(column, num_quantiles, options.get("reward_ceiling")) for column in rewards[:end].T]
+            for end in np.cumsum(sizes)
+        ]
+    )
+    completions = [table["completion_ids"].combine_chunks() for table in tables]
+    count = min(_DIVERSITY_SAMPLES, *sizes)
     shares = [_distinct_shares(column, count) for column in completions]
+    kept = [name for name in ("prompt_ids", "completion_ids", "prompt", "completion") if name in tables[0].column_names]
     return PoolHistory(
-        pool=pool,
-        numbers=[int(_number(path)) for path in paths],
-        edges=np.array(edges),
+        num_quantiles=num_quantiles,
+        attributes=attributes,
+        numbers=numbers,
+        iterations=np.repeat(numbers, sizes),
+        rewards=rewards,
+        edges=edges,
+        quantiles=np.column_stack(
+            [np.searchsorted(edges[-1, a], rewards[:, a], side="right") for a in range(len(attributes))]
+        ),
         lengths=np.concatenate([column.value_lengths().to_numpy() for column in completions]),
         distinct={n: np.array([share[n] for share in shares]) for n in (1, 2, 3)},
         diversity_samples=count,
+        table=pa.concat_tables([table.select(kept).replace_schema_metadata(None) for table in tables]),
     )
 
 
@@ -95,13 +107,11 @@ def _number(path: Path) -> str:
     return path.stem.rpartition("-")[2]
 
 
-def _attributes(path: Path) -> list[str]:
-    """The names of the reward columns of a pool file."""
+def _read(path: Path) -> pa.Table:
     try:
-        names = pq.read_schema(path).names
+        return pq.read_table(path, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: must be an undamaged pool file ({one_line(error)}). Restore it.") from error
-    return [name for name in names if "." not in name and name not in ("prompt_ids", "completion_ids")]
 
 
 def _distinct_shares(completions: pa.ListArray, count: int) -> dict[int, float]:
@@ -113,15 +123,3 @@ def _distinct_shares(completions: pa.ListArray, count: int) -> dict[int, float]:
         grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
         shares[n] = len(set(grams)) / len(grams) if grams else float("nan")
     return shares
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep the pool quiet about empty quantiles: the run has said so, and the report shows it."""
-    logger = logging.getLogger(DataPool.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -13,7 +13,8 @@ from quarkrl.errors import UserError
 from quarkrl.report.pool_history import PoolHistory, read_pool_history
 from quarkrl.report.saved_results import SavedResults, read_results
 from quarkrl.runs.checkpoints import list_checkpoints
-from quarkrl.runs.directory import OPTIONS_FILE, RUN_FILE, holds_run
+from quarkrl.runs.directory import holds_run
+from quarkrl.runs.records import METRICS_FILE, OPTIONS_FILE, RUN_FILE
 
 RESULTS_FILE = "results.json"
 
@@ -105,7 +106,7 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
         options=_read_options(run / OPTIONS_FILE),
         identity=identity,
         facts=next(filter(None, (_read_json(home / "quark.json") for home in homes)), {}),
-        logs=_read_logs(run / "metrics.jsonl"),
+        logs=_read_logs(run / METRICS_FILE),
         history=read_pool_history(run / "pool", identity.get("options") or {}),
         results=read_results(run / RESULTS_FILE),
     )

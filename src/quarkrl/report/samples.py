@@ -1,13 +1,15 @@
 """The completions that a report shows: some of each iteration, and prompts that several rows complete."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
+from quarkrl.data.chats import displayed
 from quarkrl.data.encoding import decode_completions
 from quarkrl.report.pool_history import PoolHistory
 from quarkrl.report.saved_results import SavedResults
@@ -16,6 +18,7 @@ MAX_ROWS = 1500
 # Characters of HTML that the texts of the table may take: the report stays below 2 MB.
 _TEXT_BUDGET = 1_000_000
 _KINDS = ("best", "worst", "random")
+Tokenizer: TypeAlias = Callable[[], Any | None]
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class SideBySide:
     cells: list[tuple[str, float | None]]
 
 
-def choose_rows(history: PoolHistory, tokenizer: Any | None, limit: int = MAX_ROWS) -> list[SampleRow]:
+def choose_rows(history: PoolHistory, tokenizer: Tokenizer, limit: int = MAX_ROWS) -> list[SampleRow]:
     """Choose best, worst and random completions of each iteration, by the first reward.
 
     Args:
         history: the pool.
-        tokenizer: decodes token ids; None to show the ids.
+        tokenizer: loads what decodes token ids, if the pool has no texts; it may return None, to show the ids.
         limit: the number of rows in all. If there are more iterations than that allows, some are left out evenly.
     """
     numbers = np.array(history.numbers)
@@ -66,13 +69,12 @@ def choose_rows(history: PoolHistory, tokenizer: Any | None, limit: int = MAX_RO
     # The last iteration first, its best, worst and random samples in turn: that is what readers look for.
     chosen = [pair for number in numbers[::-1] for pair in _choose(history, int(number), per_kind, rng)]
     prompts, completions = _texts(history, [index for index, _ in chosen], tokenizer)
-    pool = history.pool
     rows = [
         SampleRow(
-            iteration=int(pool.iterations[index]),
+            iteration=int(history.iterations[index]),
             kind=kind,
-            rewards=pool.rewards[index].tolist(),
-            quantiles=pool.quantiles[index].tolist(),
+            rewards=history.rewards[index].tolist(),
+            quantiles=history.quantiles[index].tolist(),
             prompt=prompt,
             completion=completion,
         )
@@ -83,8 +85,8 @@ def choose_rows(history: PoolHistory, tokenizer: Any | None, limit: int = MAX_RO
 
 def _choose(history: PoolHistory, number: int, count: int, rng: np.random.Generator) -> list[tuple[int, str]]:
     """Indices of an iteration's samples, with their kind; equal rewards come in random order."""
-    indices = rng.permutation(np.flatnonzero(history.pool.iterations == number))
-    ranked = indices[np.argsort(history.pool.rewards[indices, 0], kind="stable")]
+    indices = rng.permutation(np.flatnonzero(history.iterations == number))
+    ranked = indices[np.argsort(history.rewards[indices, 0], kind="stable")]
     count = min(count, -(-len(ranked) // len(_KINDS)))
     worst, best = ranked[:count], ranked[max(len(ranked) - count, count) :][::-1]
     others = ranked[count : len(ranked) - count]
@@ -93,14 +95,18 @@ def _choose(history: PoolHistory, number: int, count: int, rng: np.random.Genera
     return [(int(index), kind) for turn in turns for kind, index in zip(_KINDS, turn, strict=True) if index is not None]
 
 
-def _texts(history: PoolHistory, indices: Sequence[int], tokenizer: Any | None) -> tuple[list[str], list[str]]:
-    samples = [history.pool[index] for index in indices]
-    prompt_ids = [sample.prompt_ids.tolist() for sample in samples]
-    completion_ids = [sample.completion_ids.tolist() for sample in samples]
-    if tokenizer is None:
+def _texts(history: PoolHistory, indices: Sequence[int], tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Prompts and completions as text: those that the run has written, or else decoded; ids without a tokenizer."""
+    table = history.table.take(pa.array(indices))
+    if "completion" in table.column_names:
+        texts = zip(table["prompt"].to_pylist(), table["completion"].to_pylist(), strict=True)
+        pairs = [displayed(prompt, completion) for prompt, completion in texts]
+        return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+    prompt_ids, completion_ids = table["prompt_ids"].to_pylist(), table["completion_ids"].to_pylist()
+    if (loaded := tokenizer()) is None:
         return [" ".join(map(str, ids)) for ids in prompt_ids], [" ".join(map(str, ids)) for ids in completion_ids]
-    prompts = tokenizer.batch_decode(prompt_ids, skip_special_tokens=True)
-    return prompts, decode_completions(tokenizer, prompt_ids, completion_ids)
+    prompts = loaded.batch_decode(prompt_ids, skip_special_tokens=True)
+    return prompts, decode_completions(loaded, prompt_ids, completion_ids)
 
 
 def truncate_to_budget(rows: list[SampleRow], budget: int) -> list[SampleRow]:
@@ -153,7 +159,8 @@ def choose_side_by_side(results: SavedResults, rude: int = 4, random: int = 4) -
     others = [ranked[i] for i in rest if i >= rude][:random]
     chosen = [*ranked[:rude], *others]
     return list(rows), [
-        SideBySide(line["prompt"], [_cell(texts, row.name, line) for row in rows.values()]) for line in chosen
+        SideBySide(displayed(line["prompt"], "")[0], [_cell(texts, row.name, line) for row in rows.values()])
+        for line in chosen
     ]
 
 

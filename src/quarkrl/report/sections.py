@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from quarkrl.errors import UserError
@@ -58,7 +59,7 @@ def run_sections(run: RunFiles) -> dict[str, Any]:
         "trade_off_charts": _trade_off_charts(run),
         "loss_charts": _loss_charts(run),
         "text_charts": _text_charts(run, history) if history else [],
-        "rows": choose_rows(history, _tokenizer(run)) if history else [],
+        "rows": choose_rows(history, partial(_tokenizer, run)) if history else [],
         "history": history,
         "facts": facts_of_run(run),
     }
@@ -124,7 +125,7 @@ def _explored_headlines(history: PoolHistory | None) -> list[Headline]:
         return []
     result = []
     for a, name in enumerate(history.attributes):
-        parts = history.by_iteration(history.pool.rewards[:, a])
+        parts = history.by_iteration(history.rewards[:, a])
         first, last = parts[0], parts[-1]
         margins = [1.96 * float(part.std()) / math.sqrt(len(part)) for part in (first, last)]
         after = float(last.mean()) if len(parts) > 1 else None
@@ -157,7 +158,7 @@ def _reward_charts(run: RunFiles, history: PoolHistory) -> list[Chart]:
     held_out = [(step / steps, value) for step, value in run.logged("eval_reward")] if steps else []
     result = []
     for a, name in enumerate(history.attributes):
-        parts = history.by_iteration(history.pool.rewards[:, a])
+        parts = history.by_iteration(history.rewards[:, a])
         unit = "reward" if len(history.attributes) == 1 else name
         by_number = dict(zip(history.numbers, parts, strict=True))
         # Held-out prompts are evaluated after an iteration, so with the policy that explores the next one.
@@ -191,12 +192,12 @@ class QuantileRow:
 
 def _quantile_rows(history: PoolHistory) -> list[QuantileRow]:
     """The quantiles of the whole pool, the best first."""
-    pool, rows = history.pool, []
+    rows = []
     for a, name in enumerate(history.attributes):
-        for k in reversed(range(pool.num_quantiles)):
-            rewards = pool.rewards[pool.quantiles[:, a] == k, a]
+        for k in reversed(range(history.num_quantiles)):
+            rewards = history.rewards[history.quantiles[:, a] == k, a]
             low, high = (float(rewards.min()), float(rewards.max())) if len(rewards) else (math.nan, math.nan)
-            rows.append(QuantileRow(name, k, low, high, len(rewards), len(rewards) / len(pool)))
+            rows.append(QuantileRow(name, k, low, high, len(rewards), len(rewards) / len(history)))
     return rows
 
 

@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import TrainerCallback
 
-from quarkrl.algorithm.pool_table import attributes_of
+from quarkrl.algorithm.pool_table import choose_extremes
 from quarkrl.data.chats import displayed
 from quarkrl.errors import truncate
 from quarkrl.training.progress import Progress
@@ -42,19 +40,6 @@ class CompletionLog(TrainerCallback):
             for row in rows:
                 self._progress.note(_line(number, row))
         _send_to_trackers(args.report_to, number, state.global_step, rows)
-
-
-def choose_extremes(table: pa.Table, count: int) -> list[dict[str, Any]]:
-    """Return `count` rows with the highest and `count` with the lowest reward, none twice, with `rank` added."""
-    names = attributes_of(table)
-    rewards = np.mean([table[name].to_numpy() for name in names], axis=0)
-    order = np.argsort(rewards, kind="stable")
-    worst = order[: min(count, len(order) // 2)]
-    best = order[len(worst) :][::-1][:count]
-    columns = [*names, "prompt", "completion"]
-    chosen = table.select(columns).take(np.concatenate([best, worst])).to_pylist()
-    ranks = ["best"] * len(best) + ["worst"] * len(worst)
-    return [{"rank": rank, **row} for rank, row in zip(ranks, chosen, strict=True)]
 
 
 def _line(number: int, row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from quarkrl.algorithm.coefficients import MAX_CHANGE
 from quarkrl.data.chat_defaults import read_template_kwargs
@@ -65,10 +65,18 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         for name in ("output_dir", "resume_from_checkpoint"):  # A reward may change the working directory.
             if isinstance(path := getattr(self, name), str):
                 setattr(self, name, os.path.abspath(path))
-        try:
-            get_reporting_integration_callbacks(self.report_to)
-        except ValueError as error:
-            raise UserError(f"report_to {self.report_to}: {error}") from error
+        self._check_trackers()
+
+    def _check_trackers(self) -> None:
+        """Check that the trackers exist and are installed, which `Trainer` reports after the model is loaded."""
+        for name in self.report_to or ():
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(
+                    f"report_to {name}: must be one of {', '.join(INTEGRATION_TO_CALLBACK)}."
+                    f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)}"
+                )
+            if name not in (*get_available_reporting_integrations(), "flyte"):  # transformers never lists flyte.
+                raise UserError(f"report_to {name}: must be installed. Run `pip install {name}`.")
 
     def _set_epochs(self) -> None:
         remedy = "Set --num_iterations and --steps_per_iteration."

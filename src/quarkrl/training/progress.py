@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 from transformers import TrainerCallback
 
-from quarkrl.training.time_left import TimeLeft, format_seconds
+from quarkrl.errors import format_seconds
+from quarkrl.training.time_left import TimeLeft
 
 logger = logging.getLogger(__name__)
 

@@ -58,11 +58,3 @@ def _passes(args: QuarkConfig, iteration: int) -> int:
     """Return the forward passes per token of an exploration: guidance takes a second one."""
     samples_policy = iteration or args.conditioning != "tokens"
     return 2 if samples_policy and at_iteration(args.explore_guidance_scale, iteration) != 1 else 1
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in the largest unit that suits it, such as `45 s`, `8 min` or `2 h 10 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes <= 90 else f"{minutes // 60} h {minutes % 60} min"
