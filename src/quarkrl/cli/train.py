@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before
+from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before, summary
 from quarkrl.cli.common import (
     RewardOptions,
     is_first_process,
@@ -105,6 +105,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
     )
+    trainer.prompts_source = run.prompts
     trainer.progress.start_notes += filter(None, [choice, prompts.note])
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
 
@@ -140,6 +141,8 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
 
     import torch
 
+    from quarkrl.models.model_card import add_facts
+
     gc.collect()  # The trainer's models, before others are loaded.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -149,6 +152,7 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
         note(f"results: not measured. {error}")
     else:
         show_after(evaluation, final)
+        add_facts(final, evaluation=summary(evaluation))
 
 
 def _check_required(run: RunOptions, config: "QuarkConfig") -> None:
