@@ -21,6 +21,7 @@ from quarkrl.cli import (
     export,
     generate,
     guesses,
+    play,
     presets,
     report,
     samples,
@@ -35,10 +36,8 @@ from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {
-    command.NAME: command
-    for command in (demo, presets, train, generate, chat, evaluate, samples, watch, report, score, words, export)
-}
+_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, report, score, words, export)
+COMMANDS = {command.NAME: command for command in _COMMANDS}
 
 
 _EXIT_SECONDS = 5.0  # How long an unsuccessful command may wait for threads and child processes of rewards.
