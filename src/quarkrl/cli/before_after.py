@@ -167,6 +167,16 @@ def show_after(evaluation: "Evaluation", final: Path) -> None:
         note(f"try it: {command}")
 
 
+def summary(evaluation: "Evaluation") -> dict[str, Any]:
+    """Return the figures of an evaluation that belong with the weights: for `quark.json` and the model card."""
+    return {
+        "prompts": len(evaluation.prompts),
+        "samples_per_prompt": evaluation.protocol["samples_per_prompt"],
+        "verdict": evaluation.protocol["verdict"],
+        "rows": [{"name": row.name, "figures": row.figures, "intervals": row.intervals} for row in evaluation.rows],
+    }
+
+
 def next_commands(evaluation: "Evaluation", final: Path) -> list[str]:
     """Return commands whose output shows what the run has learned: the same prompt on the best and the worst token."""
     best, worst = evaluation.rows[1], evaluation.rows[-1]

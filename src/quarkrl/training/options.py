@@ -36,7 +36,9 @@ class QuarkOptions:
     chat_template_kwargs: dict[str, Any] | str | None = option(
         None, TEMPLATE_KWARGS_HELP, group="prompts", metavar="JSON", resume="fixed"
     )
-    last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed")
+    last_assistant_turn: LastTurn = option(
+        "refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed", rare=True
+    )
 
     # Rewards
     reward_weights: list[float] | None = option(
@@ -64,6 +66,7 @@ class QuarkOptions:
         infinite=True,
         resume="free",
         group="reward",
+        rare=True,
     )
     keep_special_tokens: bool = option(
         False,
@@ -218,7 +221,7 @@ class QuarkOptions:
         rare=True,
     )
     distill_iterations: int = option(
-        2, "Iterations of each stage of distillation, after num_iterations.", at_least=1, group="learning"
+        2, "Iterations of each stage of distillation, after num_iterations.", at_least=1, group="learning", rare=True
     )
 
     # Learning: the optimizer
