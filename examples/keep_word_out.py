@@ -1,4 +1,4 @@
-"""A model that stops saying “never again”. The reward is 0 or 1, so two quantiles suffice.
+"""A model that stops saying “thank you”. The reward is 0 or 1, so two quantiles suffice.
 
 python examples/keep_word_out.py
 """
@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer, load_prompts
 from quarkrl.builtin import model_path, prompts_path
 
-PHRASE = re.compile(r"\bnever again\b", re.IGNORECASE)
+PHRASE = re.compile(r"\bthank you\b", re.IGNORECASE)
 
 
 def without_the_phrase(completions, **columns):
@@ -20,7 +20,7 @@ config = QuarkConfig(
     mkdtemp(),
     num_quantiles=2,
     conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
-    words=["Furious", "Grateful"],
+    words=["Grateful", "Quiet"],
     num_iterations=2,
     steps_per_iteration=30,
     prompts_per_iteration=250,

@@ -1,4 +1,4 @@
-"""A reward of your own: any function from completions to numbers. Here, the number of kind words.
+"""A reward of your own: any function from completions to numbers. Here, complaints count against a text.
 
 python examples/own_reward.py
 """
@@ -10,15 +10,16 @@ from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer, load_prompts
 from quarkrl.builtin import model_path, prompts_path
 
 
-def kindness(completions, **columns):
-    return [len(re.findall(r"(?i)\b(thank|love|kind|happy|wonderful|good)", text)) for text in completions]
+def no_complaints(completions, **columns):
+    complaint = re.compile(r"\b(hate|awful|worst|never|miserable|terrible|ashamed|waste)", re.IGNORECASE)
+    return [-len(complaint.findall(text)) for text in completions]
 
 
 config = QuarkConfig(
     mkdtemp(),
-    num_quantiles=3,
+    num_quantiles=2,
     conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
-    words=["Furious", "Tired", "Grateful"],
+    words=["Furious", "Quiet"],
     num_iterations=2,
     steps_per_iteration=30,
     prompts_per_iteration=250,
@@ -27,7 +28,7 @@ config = QuarkConfig(
     entropy_coef=0,
     save_strategy="no",
 )
-trainer = QuarkTrainer(model_path(), kindness, config, train_dataset=prompts_path("train"))
+trainer = QuarkTrainer(model_path(), no_complaints, config, train_dataset=prompts_path("train"))
 trainer.train()
 trained = QuarkGenerator.from_pretrained(trainer.save_final())
 
@@ -35,5 +36,5 @@ prompts = load_prompts(prompts_path("eval")).prompts[:100]
 results = {"before": QuarkGenerator.from_pretrained(model_path()).generate(prompts, seed=0)}
 results |= {quantile: trained.generate(prompts, quantile, seed=0) for quantile in ("best", "worst")}
 for name, texts in results.items():
-    kind = sum(kindness([text for (text,) in texts])) / len(texts)
-    print(f"{name:>6}: {kind:.2f} kind words   {prompts[0]}{texts[0][0]}")
+    complaints = -sum(no_complaints([text for (text,) in texts])) / len(texts)
+    print(f"{name:>6}: {complaints:.2f} complaints   {prompts[0]}{texts[0][0]}")

@@ -19,7 +19,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 PRINTED = {
     "control_curve": [r"reference .*reward", r"\b0 .*reward", r"\b3 .*reward", r"best γ=3 .*reward"],
     "keep_word_out": [r"before: +\d+%", r"after: +\d+%"],
-    "own_reward": [r"before: +\d\.\d+ kind", r"best: +\d\.\d+ kind", r"worst: +\d\.\d+ kind"],
+    "own_reward": [r"before: +\d\.\d+ comp", r"best: +\d\.\d+ comp", r"worst: +\d\.\d+ comp"],
     "pool_in_pandas": [r"iteration +", r"correlation of the two rewards: -?\d", r"worst:\n", r"best:\n"],
     "two_rewards": [r"brevity=best,vader=best +\S+ +\S+", r"brevity=worst,vader=worst +\S+ +\S+"],
 }
