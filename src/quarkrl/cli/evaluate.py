@@ -11,6 +11,7 @@ from quarkrl.cli.common import (
     PromptSource,
     RewardOptions,
     console,
+    in_chat_template,
     model_path,
     note,
     progress_bars,
@@ -85,7 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
     from quarkrl.evaluation.tables import print_table
     from quarkrl.models.precision import slow_bf16_note
 
-    quiet_libraries()
     inputs = options_from(arguments, InputOptions)
     rewards = options_from(arguments, RewardOptions)
     options = options_from(arguments, EvaluationOptions)
@@ -130,14 +130,15 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
     """
     from quarkrl.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
+    tokenizer = load_tokenizer(model_path(model), options.trust_remote_code)
     sets = {}
     names = unique_names(Path(file.removesuffix(".gz")).stem for file in inputs.prompts)
     for name, file in zip(names, inputs.prompts, strict=True):
         source = PromptSource(file, inputs.prompt_column, inputs.prompt_split, tokens=inputs.prompt_tokens)
         prompts = source.load(options.skip_bad_prompts, tokenizer)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
-    return sets
+    is_raw = options.raw or inputs.prompt_tokens is not None  # Beginnings of texts are continued, not answered.
+    return dict(zip(sets, in_chat_template(list(sets.values()), model_path(model), tokenizer, is_raw), strict=True))
 
 
 def load_corpus(source: str, limit: int | None) -> "Prompts":

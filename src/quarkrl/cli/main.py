@@ -22,7 +22,8 @@ from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
 COMMANDS = {
-    command.NAME: command for command in (demo, presets, train, generate, chat, evaluate, samples, watch, score, words, export)
+    command.NAME: command
+    for command in (demo, presets, train, generate, chat, evaluate, samples, watch, score, words, export)
 }
 
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before
 from quarkrl.cli.common import (
+    IN_TEMPLATE_NOTE,
     RewardOptions,
+    busy,
+    has_plain_texts,
     is_first_process,
     model_path,
     note,
@@ -21,6 +24,8 @@ from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, pre
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quarkrl.data.prompts import Prompts
     from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
@@ -48,9 +53,10 @@ def run(command: TrainCommand) -> Path:
         if not resume:
             check_no_run(output_dir)
         directory = os.getcwd()
-        scorer = _scorer(run, config)
-        with working_directory(directory):  # Importing a reward may have changed it.
-            trainer, comparison = _prepare(command, scorer)
+        with busy(f"loading {run.model}"):
+            scorer = _scorer(run, config)
+            with working_directory(directory):  # Importing a reward may have changed it.
+                trainer, comparison = _prepare(command, scorer)
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
         with working_directory(directory):
@@ -86,6 +92,9 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     tokenizer = load_tokenizer(path, run.trust_remote_code)
     ref_path = model_path(run.ref_model) if run.ref_model else None
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
+    config.raw = _is_raw(run, config, prompts.training, tokenizer)
+    if config.raw is False:
+        note(IN_TEMPLATE_NOTE)
     trainer = QuarkTrainer(
         model,
         scorer,
@@ -104,6 +113,19 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
 
 
+def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> bool | None:
+    """Return the option `raw`: False for a chat model's texts, unless it is set. A resumed run keeps what it had."""
+    from quarkrl.data.chats import reads_chats
+    from quarkrl.runs.records import recorded_fact
+
+    if config.raw is not None or run.prompt_tokens is not None:
+        return config.raw
+    if run.resume or config.resume_from_checkpoint:
+        return (recorded_fact(Path(config.output_dir), "options") or {}).get("raw")
+    wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
+    return False if wraps else None
+
+
 def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prompts: "Prompts | None") -> Any:
     """Return what measures the model before and after training, in the first process; None if the run does without."""
     if not run.held_out or not is_first_process():
@@ -116,6 +138,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
 
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
+    prompts = replace(prompts, in_template=config.raw is False)
     explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
     options = evaluation_options(
         config,

@@ -7,6 +7,7 @@ from quarkrl.cli.common import (
     PromptSource,
     RewardOptions,
     console,
+    in_chat_template,
     model_path,
     note,
     note_skipped,
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if generator.conditioning is not None:
         raise UserError(f"model {arguments.model}: must be one that Quark did not train. Name the model to start from.")
-    prompts = dataclasses.replace(prompts, ids=generator.encode(prompts.prompts))
+    (prompts,) = in_chat_template([prompts], model_path(arguments.model), generator.tokenizer, sampling.raw)
+    prompts = dataclasses.replace(prompts, ids=generator.encode(prompts.as_encoded))
     with progress_bars("words") as notify:
         samples = sample_and_score(
             generator,

@@ -16,6 +16,7 @@ def run_facts(
     rewards: Any,
     identities: dict[str, dict[str, Any]],
     best_checkpoint: str | os.PathLike | None = None,
+    reads: str = "texts",
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
 
@@ -28,6 +29,7 @@ def run_facts(
         identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
+        reads: "chats" or "texts": what the prompts of training are to the model.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
@@ -37,6 +39,7 @@ def run_facts(
         "rewards": rewards,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": options,
+        "reads": reads,
     }
     if best_checkpoint:
         best = read_quark_json(best_checkpoint) or {}
