@@ -33,6 +33,7 @@ def flags() -> dict[str, set[str]]:
         "train",
         "generate",
         "chat",
+        "play",
         "evaluate",
         "score",
         "words",

@@ -8,6 +8,7 @@ from quarkrl.cli.common import RewardOptions
 from quarkrl.cli.evaluate import InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
+from quarkrl.cli.play import PlayOptions
 from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
@@ -57,6 +58,7 @@ def page() -> str:
         "watch": (WatchOptions,),
         "generate": (GenerateOptions, SamplingOptions),
         "chat": (ChatOptions,),
+        "play": (PlayOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),
         "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),

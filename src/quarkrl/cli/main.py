@@ -14,17 +14,29 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from quarkrl import __version__
-from quarkrl.cli import chat, demo, evaluate, export, generate, guesses, presets, samples, score, train, watch, words
+from quarkrl.cli import (
+    chat,
+    demo,
+    evaluate,
+    export,
+    generate,
+    guesses,
+    play,
+    presets,
+    samples,
+    score,
+    train,
+    watch,
+    words,
+)
 from quarkrl.cli.common import note
 from quarkrl.cli.parser import Parser
 from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-COMMANDS = {
-    command.NAME: command
-    for command in (demo, presets, train, generate, chat, evaluate, samples, watch, score, words, export)
-}
+_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, score, words, export)
+COMMANDS = {command.NAME: command for command in _COMMANDS}
 
 
 _EXIT_SECONDS = 5.0  # How long an unsuccessful command may wait for threads and child processes of rewards.

@@ -1,0 +1,38 @@
+"""Two rewards at once, each with a reward token of its own: how brief and how positive are chosen independently.
+
+pip install "quarkrl[offline]"
+python examples/two_rewards.py
+"""
+
+from tempfile import mkdtemp
+
+import numpy as np
+
+from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer, Scorer, load_prompts
+from quarkrl.builtin import model_path, prompts_path
+
+config = QuarkConfig(
+    mkdtemp(),
+    condition_on="each",  # Not the sum of the rewards.
+    num_quantiles=3,
+    num_iterations=3,
+    steps_per_iteration=25,
+    prompts_per_iteration=400,
+    per_device_train_batch_size=64,
+    learning_rate=2e-3,
+    save_strategy="no",
+)
+rewards = ["brevity?max_words=20", "vader"]
+trainer = QuarkTrainer(model_path(), rewards, config, train_dataset=prompts_path("train"))
+trainer.train()
+trained = QuarkGenerator.from_pretrained(trainer.save_final())
+
+scorer = Scorer(rewards, condition_on="each")
+prompts = load_prompts(prompts_path("eval")).prompts[:150]
+print("requested                     brevity   vader")
+for brevity in ("best", "worst"):
+    for vader in ("best", "worst"):
+        quantile = f"brevity={brevity},vader={vader}"
+        texts = [text for (text,) in trained.generate(prompts, quantile, seed=0)]
+        scores = scorer(prompts, texts, [[] for _ in texts]).rewards
+        print(f"{quantile:28}  {np.nanmean(scores[:, 0]):7.2f} {np.nanmean(scores[:, 1]):7.2f}")

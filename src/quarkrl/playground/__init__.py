@@ -1,0 +1,1 @@
+"""A model as a local web page: the same prompt before training, and at its best and worst quantile, with scores."""

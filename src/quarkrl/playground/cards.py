@@ -1,0 +1,54 @@
+"""Columns of completions as HTML. All text of models, prompts and rewards is escaped."""
+
+from collections.abc import Sequence
+from html import escape
+
+from quarkrl.playground.answers import Answer, Column, low_score
+
+
+def columns_html(columns: Sequence[Column], prompt: str, query: str) -> str:
+    """Return the columns, one beside the other where there is space.
+
+    Args:
+        columns: the columns, finished or not.
+        prompt: the text that completions continue, shown before each; "" for answers to a message.
+        query: of the URL that restores the page; its script reads it here.
+    """
+    low = low_score(list(columns))
+    body = "".join(_column_html(column, prompt, low) for column in columns)
+    legend = '<p class="q-legend">▼ marks the lowest fifth of the range of scores on this page.</p>' if low else ""
+    return f'<div class="q-columns" data-query="{escape(query)}">{body}</div>{legend}'
+
+
+def error_html(message: str) -> str:
+    """Return a user error as one line; "" for no error."""
+    return f'<p class="q-error" role="alert">{escape(message)}</p>' if message else ""
+
+
+def _column_html(column: Column, prompt: str, low: float | None) -> str:
+    mean = "" if column.mean is None else f'<span class="q-mean">mean {column.mean:.2f}</span>'
+    note = f'<p class="q-note">{escape(column.note)}</p>' if column.note else ""
+    if column.answers is None:
+        cards = '<p class="q-waiting">sampling …</p>'
+    else:
+        cards = "".join(_card_html(answer, prompt, low) for answer in column.answers)
+    return (
+        f'<section class="q-column"><header><h2>{escape(column.title)}</h2>{mean}'
+        f'<span class="q-detail">{escape(column.detail)}</span></header>{note}{cards}</section>'
+    )
+
+
+def _card_html(answer: Answer, prompt: str, low: float | None) -> str:
+    is_low = low is not None and answer.score is not None and answer.score <= low
+    badges = "".join(
+        _badge_html(name, score, is_low and not i) for i, (name, score) in enumerate(answer.scores.items())
+    )
+    text = escape(answer.text) or '<span class="q-empty">(empty)</span>'
+    prompt_html = f'<span class="q-prompt">{escape(prompt)}</span>' if prompt else ""
+    return f'<article class="q-card{" q-low" if is_low else ""}"><p>{prompt_html}{text}</p>{badges}</article>'
+
+
+def _badge_html(name: str, score: float | None, is_low: bool) -> str:
+    number = "no score" if score is None else f"{score:.2f}"
+    mark = '<span title="among the lowest scores">▼</span> ' if is_low else ""
+    return f'<span class="q-score{" q-lowest" if is_low else ""}">{mark}{escape(name)} <b>{number}</b></span>'

@@ -1,0 +1,161 @@
+"""The page in a real browser: Debian's Chromium, headless, driven by the keyboard. No request leaves this machine."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+
+from quarkrl.models.conditioning import Conditioning
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A model of three quantiles with a chat template, and its reference."""
+    directory = tmp_path_factory.mktemp("page")
+    tokenizer = tiny_tokenizer(pad="own", chat_template=True)
+    tiny_model("gpt2", tokenizer).save_pretrained(directory / "before")
+    tokenizer.save_pretrained(directory / "before")
+    policy = tiny_model("gpt2", tokenizer)
+    conditioning, extended = Conditioning.add_to(tokenizer, policy, 3)
+    policy.save_pretrained(directory / "final")
+    conditioning.steer_tokenizer(extended).save_pretrained(directory / "final")
+    rewards = [{"name": "brevity", "scale": 100}]
+    conditioning.save(directory / "final", reference={"name": str(directory / "before")}, rewards=rewards)
+    (directory / "prompts.txt").write_text("You are\nIn the end\n", encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """The address of `quarkrl play`, which ends by Ctrl-C with exit code 130 and without a traceback."""
+    command = [sys.executable, "-m", "quarkrl", "play", "final", "--no_open", "--prompts", "prompts.txt"]
+    process = subprocess.Popen([*command, "--reward", "brevity"], cwd=model, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if address := re.match(r"(http://127\.0\.0\.1:\d+/)", line):
+            yield address[1]
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and rest.strip() == "interrupted", [*lines, rest]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens pages in contexts of their own; afterwards no request has been sent to another address."""
+    foreign, contexts = [], []
+
+    def open_(path: str = "", **context):
+        contexts.append(browser.new_context(**context))
+        contexts[-1].route(re.compile(f"^(?!{re.escape(server)}|data:|blob:)"), lambda route: refuse(route))
+        page = contexts[-1].new_page()
+        page.goto(server + path)
+        page.get_by_label("Prompt", exact=True).wait_for()
+        return page
+
+    def refuse(route):
+        foreign.append(route.request.url)
+        route.abort()
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert foreign == []
+
+
+def finished(page, columns: int) -> list[str]:
+    """Wait for so many finished columns; return their texts."""
+    page.wait_for_function(
+        f"document.querySelectorAll('.q-column').length == {columns} && !document.querySelector('.q-waiting')"
+    )
+    return page.locator(".q-column").all_inner_texts()
+
+
+def focus(page, label: str) -> None:
+    """Press Tab until the element with a label has the focus."""
+    name = "document.activeElement.innerText || document.activeElement.parentElement.innerText || ''"
+    for _ in range(40):
+        if page.evaluate(name).strip() == label:
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab does not reach {label}")
+
+
+def test_the_page_works_with_the_keyboard_alone_and_is_restored_by_its_address(open_page):
+    page = open_page()
+    page.keyboard.type("You are")
+    page.keyboard.press("Enter")
+    before, best, worst = finished(page, 3)
+    assert before.startswith("before") and best.startswith("best") and worst.startswith("worst")
+    assert all(len(re.findall(r"brevity \d\.\d\d", text)) == 4 for text in (before, best, worst))
+
+    focus(page, "1")
+    page.keyboard.press("Space")
+    texts = finished(page, 4)
+    assert texts[2].startswith("quantile 1") and [texts[0], texts[1], texts[3]] == [before, best, worst]
+    focus(page, "Generate")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/?prompt=You+are&quantile=1")
+
+    shared = open_page(page.url.rsplit("/", 1)[1])
+    assert finished(shared, 4) == texts
+    assert shared.get_by_label("Prompt", exact=True).input_value() == "You are"
+
+
+def test_two_tabs_are_answered(open_page):
+    tabs = [open_page(f"?prompt=tab+{number}") for number in (1, 2)]
+    assert "tab 1" in finished(tabs[0], 3)[0] and "tab 2" in finished(tabs[1], 3)[0]
+
+
+def test_errors_are_one_line_on_the_page(open_page):
+    page = open_page("?temperature=warm")
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert alert.inner_text() == "address of the page: temperature 'warm': must be a number."
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.wait_for_function("document.querySelector('[role=alert]')?.innerText.startsWith('prompt: must not be empty')")
+    page.get_by_label("Prompt", exact=True).fill("a" * 300)
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.wait_for_function("document.querySelector('[role=alert]')?.innerText.startsWith('prompt: must have at most')")
+    assert page.locator(".q-card").count() == 0
+
+
+def test_a_held_out_prompt_is_chosen_and_a_message_is_answered(open_page):
+    page = open_page()
+    page.get_by_text("In the end", exact=True).click()
+    page.get_by_label("Chat: the prompt is a message").check()
+    page.get_by_role("button", name="Generate").click()
+    assert "In the end" not in finished(page, 3)[0]  # An answer, not a continuation.
+    page.wait_for_url("**/?prompt=In+the+end&chat=True")
+
+
+@pytest.mark.parametrize("look", [{"viewport": {"width": 390, "height": 844}}, {"color_scheme": "dark"}], ids=str)
+def test_the_page_fits_a_phone_and_follows_the_colour_scheme(open_page, look):
+    page = open_page("?prompt=You+are", **look)
+    finished(page, 3)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    lefts = page.evaluate("[...document.querySelectorAll('.q-column')].map(c => c.getBoundingClientRect().left)")
+    assert len({*lefts}) == (1 if "viewport" in look else 3)
+    brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+    assert (brightness < 60) == ("color_scheme" in look)
