@@ -234,7 +234,8 @@ def progress_bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
         loading.enter_context(busy(f"{verb}: loading"))
         from quarkrl.training.progress import new_bars
 
-        bars, tasks = new_bars(console()), {}
+        bars = new_bars(console())
+        tasks: dict[str, Any] = {}
 
         def notify(name: str, done: int, total: int) -> None:
             if name not in tasks:
