@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 from helpers.eight_letters import PROMPTS, TOKENIZER
 from helpers.tiny_models import make_home
 
 from quarkrl.cli.main import main
 from quarkrl.cli.train_options import RunOptions, parse_train
+from quarkrl.errors import UserError
 from quarkrl.training.options import QuarkOptions
-from quarkrl.training.sizing import NAMES, SIZES, size_defaults
+from quarkrl.training.sizing import NAMES, SIZES, Speed, parse_duration, size_defaults
 
 COMMAND = ["--model", "m", "--prompts", "p", "--reward", "r"]
 
 
 def chosen_for(parameters, *flags):
-    command, line = parse_train([*COMMAND, *flags]).with_size_defaults(parameters)
+    command, line = parse_train([*COMMAND, *flags]).with_defaults(parameters)
     return {name: getattr(command.run if name == "lora_rank" else command.config, name) for name in NAMES}, line
 
 
@@ -50,7 +52,7 @@ def test_an_entropy_target_keeps_the_coefficient_that_it_adapts():
 def test_the_papers_defaults_hold_with_a_preset_and_on_demand():
     paper = {name: getattr(QuarkOptions(), name, None) for name in NAMES}
     assert chosen_for(1e6, "--defaults", "paper") == (paper, None)
-    command, line = parse_train(["--config", "toxicity"]).with_size_defaults(1e9)
+    command, line = parse_train(["--config", "toxicity"]).with_defaults(1e9)
     assert line is None and command.run.lora_rank is None and command.config.kl_coef == 0.05
 
 
@@ -65,3 +67,61 @@ def test_a_run_prints_and_records_its_defaults_and_resumes_with_them(tmp_path, c
     assert main(["train", "--resume", "--output_dir", f"{home}/run"]) == 0
     assert "defaults for" not in capsys.readouterr().err
     assert yaml.safe_load((home / "run" / "config.yaml").read_text(encoding="utf-8")) == recorded
+
+
+def amounts(num_prompts: int, *flags: str, speed: Speed | None = None) -> tuple[int, ...]:
+    """Iterations, steps, batch, prompts and samples of a run of a model with 1M parameters."""
+    config = parse_train([*COMMAND, *flags]).with_defaults(1e6, num_prompts, speed)[0].config
+    steps = config.num_iterations, config.steps_per_iteration, config.per_device_train_batch_size
+    return (*steps, config.prompts_per_iteration, config.samples_per_prompt)
+
+
+def test_few_prompts_get_more_samples_and_completions_are_not_drawn_more_often():
+    assert amounts(20_000) == amounts(5000) == (26, 50, 128, 5000, 1)
+    assert amounts(2500) == (26, 50, 128, 5000, 2)  # 2,500 x 2 completions.
+    assert amounts(240) == (26, 38, 128, 5000, 16)  # 3,840 completions, 4,864 draws: 1.27, as with plenty.
+    assert amounts(20) == (26, 13, 32, 5000, 16)  # 320 completions, 416 draws.
+
+
+def test_what_is_set_stays_and_the_rest_suits_it():
+    assert amounts(240, "--samples_per_prompt", "4") == (26, 10, 128, 5000, 4)  # 960 completions, 1,280 draws
+    assert amounts(240, "--steps_per_iteration", "5") == (26, 5, 128, 5000, 1)
+    assert amounts(240, "--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2")[1] == 38
+    assert amounts(240, "--no_do_sample") == (26, 10, 32, 5000, 1)  # Greedy completions of a prompt are equal.
+
+
+def test_a_budget_takes_iterations_first_and_then_samples_and_prompts():
+    # An iteration explores 5,000 completions and draws 6,400: 100 s.
+    speed = Speed(per_completion=0.01, per_draw=50 / 6400)
+    assert amounts(20_000, "--budget", "1h", speed=speed) == (26, 50, 128, 5000, 1)  # 43 min
+    assert amounts(20_000, "--budget", "20m", speed=speed) == (12, 50, 128, 5000, 1)
+    assert amounts(20_000, "--budget", "6m40s", speed=speed) == (8, 25, 128, 2500, 1)
+    fixed = amounts(20_000, "--budget", "20m", "--num_iterations", "24", speed=speed)
+    assert fixed == (24, 25, 128, 2500, 1)
+    assert amounts(500, "--budget", "5m", speed=speed)[3:] == (5000, 3)  # Samples go down before prompts.
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0m", "5 apples", "-3m"])
+def test_a_budget_is_a_time(text):
+    assert (parse_duration("90s"), parse_duration("1h30m"), parse_duration("0.5h")) == (90, 5400, 1800)
+    with pytest.raises(UserError, match=r"^budget .*: must be a time above 0"):
+        parse_duration(text)
+
+
+def test_a_preset_has_no_budget():
+    with pytest.raises(UserError, match="budget '5m': must be left out of a preset"):
+        parse_train(["--config", "tiny-toxicity", "--budget", "5m"])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    home = make_home(tmp_path, TOKENIZER, PROMPTS, "def length(completions, **_):\n    return [*map(len, completions)]")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    reward = f"{home}/rewards.py:length"
+    flags = ["--steps_per_iteration", "9", "--num_quantiles", "2", "--disable_tqdm", "false", "--dry_run"]
+    command = ["train", "--config", f"{home}/run.yaml", "--reward", reward, "--output_dir", f"{home}/runs/new"]
+    assert main([*command, *flags]) == 0
+    text = capsys.readouterr().err
+    assert "plan: 2 iterations" in text and "memory: about" in text and "time: about" in text
+    assert "times. Above 2, a model overfits" in text and "dry run: nothing was sampled" in text
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before

@@ -12,7 +12,8 @@ from quarkrl import QuarkConfig
 from quarkrl.errors import format_seconds
 from quarkrl.training import time_left
 from quarkrl.training.progress import Progress
-from quarkrl.training.time_left import TimeLeft, describe_plan
+from quarkrl.training.sizing import Speed
+from quarkrl.training.time_left import TimeLeft, describe_overdraw, describe_plan, describe_time
 
 
 @pytest.fixture
@@ -96,6 +97,23 @@ def test_the_plan_counts_completions_and_draws(tmp_path):
         per_device_train_batch_size=72,
     )
     assert describe_plan(args, num_prompts=20_000) == (
-        "plan: 26 iterations. Each samples and scores 3,000 completions, and learns in 50 steps of 72. In all 78,000 "
-        f"completions, each drawn 1.2 times, into {tmp_path}"
+        "plan: 26 iterations. Each samples and scores 2 completions each of 1,500 prompts, and learns in 50 steps of "
+        f"72. In all 78,000 completions, each drawn 1.2 times, into {tmp_path}"
     )
+
+
+def test_a_plan_that_draws_too_often_warns(tmp_path):
+    plan = {"output_dir": str(tmp_path), "per_device_train_batch_size": 100, "samples_per_prompt": 2}
+    assert describe_overdraw(QuarkConfig(steps_per_iteration=8, **plan), num_prompts=200) is None  # 800 of 400: twice.
+    warning = describe_overdraw(QuarkConfig(steps_per_iteration=12, **plan), num_prompts=200)
+    assert warning.startswith("warning: each completion is drawn 3.0 times") and "--steps_per_iteration 8" in warning
+
+
+def test_the_time_of_a_plan_is_that_of_its_completions_and_draws(tmp_path):
+    args = QuarkConfig(
+        output_dir=str(tmp_path), num_iterations=10, steps_per_iteration=5, per_device_train_batch_size=8
+    )
+    text = describe_time(
+        args, num_prompts=30, speed=Speed(per_completion=0.1, per_draw=0.2)
+    )  # 10 x (30 x 0.1 + 40 x 0.2)
+    assert text == "time: about 2 min (sampling 30 s, learning 80 s) and the time of the rewards"

@@ -1,7 +1,8 @@
 """`quarkrl train`: train a model with Quark. `train_options.py` reads its options."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
     from quarkrl.training.config import QuarkConfig
+    from quarkrl.training.sizing import Speed
     from quarkrl.training.trainer import QuarkTrainer
 
 NAME = "train"
@@ -39,9 +41,9 @@ HELP = "train a model with Quark"
 parse = parse_train
 
 
-def run(command: TrainCommand) -> Path:
-    """Train, and compare the model with the one before; return the directory of the final model."""
-    from quarkrl.runs.directory import check_no_run, locked
+def run(command: TrainCommand) -> Path | None:
+    """Train, and compare the model with the one before; return the directory of the final model, if there is one."""
+    from quarkrl.runs.directory import check_no_run
 
     run, config = command.run, command.config
     _check_required(run, config)
@@ -49,7 +51,7 @@ def run(command: TrainCommand) -> Path:
         note(line)
     quiet_libraries()
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint or run.resume
-    with locked(output_dir) if is_first_process() else nullcontext():
+    with _place(output_dir, run.dry_run):
         if not resume:
             check_no_run(output_dir)
         directory = os.getcwd()
@@ -59,6 +61,9 @@ def run(command: TrainCommand) -> Path:
                 trainer, comparison = _prepare(command, scorer)
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
+        if run.dry_run:
+            note("dry run: nothing was sampled, and nothing was written")
+            return None
         with working_directory(directory):
             baseline = comparison and comparison.measure_before()
         if baseline:
@@ -74,6 +79,26 @@ def run(command: TrainCommand) -> Path:
     return final
 
 
+def _place(output_dir: Path, dry_run: bool) -> AbstractContextManager[None]:
+    """Return the context of a run's directory: locked, or as it was before if nothing is to be started."""
+    from quarkrl.runs.directory import locked
+
+    if dry_run:
+        return _without_new_directories(output_dir)
+    return locked(output_dir) if is_first_process() else nullcontext()
+
+
+@contextmanager
+def _without_new_directories(output_dir: Path) -> Iterator[None]:
+    """Remove the directories that are created within the context. `Trainer` creates that of its run."""
+    missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in filter(Path.exists, missing):
+            path.rmdir()
+
+
 def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, BeforeAfter | None]":
     """Load model and prompts, choose the options that follow from them, and make the trainer and what measures it."""
     from transformers import EarlyStoppingCallback
@@ -81,20 +106,21 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     from quarkrl.models.adapters import lora_config
     from quarkrl.models.loading import load_model, load_tokenizer
     from quarkrl.runs.directory import ConfigFile
+    from quarkrl.training.time_left import describe_time
     from quarkrl.training.trainer import QuarkTrainer
 
     run, config = command.run, command.config
     path, patience = model_path(run.model or ""), run.early_stopping_patience
     loading: dict[str, Any] = {"dtype": run.dtype, "attn_implementation": run.attn_implementation}
     model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
-    command, choice = command.with_size_defaults(model.num_parameters())
-    run, config = command.run, command.config
     tokenizer = load_tokenizer(path, run.trust_remote_code)
-    ref_path = model_path(run.ref_model) if run.ref_model else None
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
+    speed = None if run.resume else _speed(run, config, model, tokenizer, prompts.training)
+    num_prompts = None if run.stream_prompts else len(prompts.training)
+    command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed)
+    run, config = command.run, command.config
     config.raw = _is_raw(run, config, prompts.training, tokenizer)
-    if config.raw is False:
-        note(IN_TEMPLATE_NOTE)
+    ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
         scorer,
@@ -109,7 +135,10 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
     )
-    trainer.progress.start_notes += filter(None, [choice, prompts.note])
+    if config.raw is False:
+        trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
+    time = describe_time(config, len(trainer.prompts), speed) if speed else None
+    trainer.progress.start_notes += filter(None, [time, choice, prompts.note])
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
 
 
@@ -124,6 +153,28 @@ def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "Pr
         return (recorded_fact(Path(config.output_dir), "options") or {}).get("raw")
     wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
     return False if wraps else None
+
+
+def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, prompts: "Prompts") -> "Speed | None":
+    """Measure the model's speed, where one process has the whole model.
+
+    Raises:
+        UserError: there is a budget and the speed cannot be measured.
+    """
+    from quarkrl.data.chat_defaults import with_chat_defaults
+    from quarkrl.training.speed import measure_speed
+
+    is_simple = config.world_size == 1 and not config.fsdp and not config.deepspeed and config.engine == "builtin"
+    speed = None
+    if is_simple and not run.stream_prompts:
+        tokenizer = with_chat_defaults(tokenizer, config.system_prompt, config.chat_template_kwargs)
+        speed = measure_speed(model, tokenizer, prompts, config)
+    if run.budget and not speed:
+        raise UserError(
+            f"budget {run.budget!r}: must be left out where the speed of the model is not known: several processes, "
+            "vLLM, or a stream. Set --num_iterations."
+        )
+    return speed
 
 
 def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prompts: "Prompts | None") -> Any:

@@ -28,10 +28,11 @@ from quarkrl.models.options import AdapterOptions
 from quarkrl.options import check_options, option, takes_list, typed_fields
 from quarkrl.training import sizing
 from quarkrl.training.options import GROUPS, QuarkOptions
-from quarkrl.training.sizing import describe_defaults, size_defaults
+from quarkrl.training.sizing import describe_defaults, fit_to_budget, fit_to_prompts, parse_duration, size_defaults
 
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
+    from quarkrl.training.sizing import Speed
 
 HELD_OUT = 64  # The default of held_out.
 _UNSET = object()  # In the place of a default that depends on the model's size.
@@ -68,6 +69,14 @@ class RunOptions(AdapterOptions):
         "Defaults by the model's size (docs/guide.md), or the paper's. The default is size, or paper with a preset.",
         group="model",
     )
+
+    budget: str | None = option(
+        None,
+        "Time that the run may take, such as 30m: fewer iterations, prompts and steps, if they are not set.",
+        group="model",
+        metavar="TIME",
+    )
+    dry_run: bool = option(False, "Print the plan of the run, and start nothing.", group="model")
 
     prompts: str | None = option(
         None, "Prompts to explore: a file, a data set, builtin or builtin-chats.", group="prompts", metavar="SOURCE"
@@ -125,6 +134,8 @@ class RunOptions(AdapterOptions):
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.budget is not None:
+            parse_duration(self.budget)
 
 
 # Options of TrainingArguments that `--help` shows, too: name, placeholder, text. They are read like all the others.
@@ -153,11 +164,15 @@ class TrainCommand(NamedTuple):
     non_default_options: dict[str, Any]
     parsed: "ParsedValues"
 
-    def with_size_defaults(self, parameters: int) -> tuple["TrainCommand", str | None]:
-        """Set the options that depend on the model's size, except those that a flag or the file sets.
+    def with_defaults(
+        self, parameters: int, num_prompts: int | None = None, speed: "Speed | None" = None
+    ) -> tuple["TrainCommand", str | None]:
+        """Set the options that depend on model and prompts, except those that a flag or the file sets.
 
         Args:
             parameters: the number of the model's parameters.
+            num_prompts: the prompts of the run; None if they are streamed.
+            speed: of the model, which `budget` needs.
 
         Returns:
             The command, and a line for the user about what was chosen, or None.
@@ -166,6 +181,14 @@ class TrainCommand(NamedTuple):
         if not parsed.unset:
             return self, None
         options = size_defaults(parameters, None if "lora_rank" in parsed.unset else self.run.lora_rank or 0)
+        fixed = {name: parsed.values[name] for name in options.keys() - parsed.unset}
+        if not self.config.do_sample:
+            fixed["samples_per_prompt"] = 1  # Greedy completions of a prompt are equal.
+        per_batch = self.config.gradient_accumulation_steps * self.config.world_size
+        if num_prompts is not None:
+            fit_to_prompts(options, num_prompts, fixed, per_batch)
+            if speed and self.run.budget:
+                fit_to_budget(options, num_prompts, fixed, speed, parse_duration(self.run.budget), per_batch)
         chosen = {name: value for name, value in options.items() if name in parsed.unset}
         command = _make_command(
             parsed._replace(values={**parsed.values, **chosen}, unset=frozenset(), recorded=frozenset(sizing.NAMES))
@@ -244,6 +267,11 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
         values["defaults"] = "paper"
     is_complete = values["defaults"] == "paper" or (values["resume"] and values["config"] is None)
     by_size = frozenset() if is_complete else unset
+    if values["budget"] is not None and not by_size and not values["resume"]:
+        raise UserError(
+            f"budget {values['budget']!r}: must be left out of a preset and of --defaults paper, which set amounts. "
+            "Set --defaults size, or --num_iterations."
+        )
     return _make_command(ParsedValues(values, defaults, by_size, recorded=frozenset(sizing.NAMES) - unset))
 
 
@@ -268,7 +296,10 @@ def _make_command(parsed: ParsedValues) -> TrainCommand:
         field.name for options in (RunOptions, QuarkConfig) for field in dataclasses.fields(options) if field.init
     ]
     non_default = {
-        name: values[name] for name in declared if values[name] != parsed.defaults[name] or name in parsed.recorded
+        name: values[name]
+        for name in declared
+        if name not in ("budget", "dry_run")  # config.yaml has what follows from them.
+        and (values[name] != parsed.defaults[name] or name in parsed.recorded)
     }
     return TrainCommand(run, config, non_default, parsed)
 

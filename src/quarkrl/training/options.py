@@ -44,7 +44,9 @@ class QuarkOptions:
         resume="fixed",
         rare=True,
     )
-    last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed")
+    last_assistant_turn: LastTurn = option(
+        "refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed", rare=True
+    )
 
     # Rewards
     reward_weights: list[float] | None = option(
@@ -72,6 +74,7 @@ class QuarkOptions:
         infinite=True,
         resume="free",
         group="reward",
+        rare=True,
     )
     keep_special_tokens: bool = option(
         False,
@@ -226,7 +229,7 @@ class QuarkOptions:
         rare=True,
     )
     distill_iterations: int = option(
-        2, "Iterations of each stage of distillation, after num_iterations.", at_least=1, group="learning"
+        2, "Iterations of each stage of distillation, after num_iterations.", at_least=1, group="learning", rare=True
     )
 
     # Learning: the optimizer

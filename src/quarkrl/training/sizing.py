@@ -1,11 +1,14 @@
-"""Defaults by model size. `quarkrl train` applies them to options that neither a flag nor a file sets.
+"""Defaults by model size, prompts and time, for options that neither a flag nor a file sets.
 
-`QuarkConfig` has the paper's defaults. In Python, `size_defaults` returns those of a size. docs/guide.md says which
-rows were measured.
+`quarkrl train` applies them. `QuarkConfig` has the paper's defaults. In Python, `size_defaults` returns those of a
+size. docs/guide.md says which rows were measured.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from quarkrl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ SIZES = (
     ModelSize(float("inf"), 16, 2e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
 )
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
-NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, *_ALL_SIZES)
+NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, "samples_per_prompt", *_ALL_SIZES)
+# With fewer prompts than an iteration explores, several completions of each are sampled, up to this number.
+MOST_SAMPLES_PER_PROMPT = 16
+# Fewer steps than this learn little, so the batch gets smaller first. A run in a short time has at least so many
+# iterations and prompts.
+LEAST_STEPS, LEAST_BATCH, LEAST_ITERATIONS, LEAST_PROMPTS = 8, 8, 8, 64
 
 
 def size_defaults(parameters: float, lora_rank: int | None = None) -> dict[str, Any]:
@@ -59,8 +67,83 @@ def size_defaults(parameters: float, lora_rank: int | None = None) -> dict[str, 
         "lora_rank": rank,
         "learning_rate": size.adapter_rate if rank else size.full_rate,
         **size.options,
+        "samples_per_prompt": 1,
         **_ALL_SIZES,
     }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a model samples and learns, in seconds: per completion, and per draw."""
+
+    per_completion: float
+    per_draw: float
+
+    def seconds(self, iterations: int, explored: int, drawn: int) -> float:
+        """Return the time of a run without rewards: iterations, completions and draws of each."""
+        return iterations * (explored * self.per_completion + drawn * self.per_draw)
+
+
+def fit_to_prompts(options: dict[str, Any], num_prompts: int, fixed: dict[str, Any], per_batch: int = 1) -> None:
+    """Change the amounts of `size_defaults` so that a completion is drawn as often as with plenty of prompts.
+
+    Args:
+        options: by name; changed in place.
+        num_prompts: the prompts of the run.
+        fixed: the options that the user has set. They are not changed, and the others suit them.
+        per_batch: batches of an optimizer step, over processes and micro-batches.
+    """
+    plenty, batch = options["prompts_per_iteration"], options["per_device_train_batch_size"]
+    draws = options["steps_per_iteration"] * batch / plenty  # of a completion
+    options.update({name: fixed[name] for name in fixed.keys() & options.keys()})
+    prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
+    if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
+        options["samples_per_prompt"] = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
+    batch = options["per_device_train_batch_size"] * per_batch
+    _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
+
+
+def fit_to_budget(
+    options: dict[str, Any], num_prompts: int, fixed: dict[str, Any], speed: Speed, seconds: float, per_batch: int = 1
+) -> None:
+    """Reduce the amounts until a run takes at most so many seconds: first the iterations, then what each samples.
+
+    Args:
+        options, num_prompts, fixed, per_batch: as in `fit_to_prompts`, which comes before.
+        speed: of the model.
+        seconds: the time of the run, without rewards.
+    """
+    share = seconds / time_of(options, num_prompts, speed, per_batch)
+    if share < 1 and "num_iterations" not in fixed:
+        iterations = options["num_iterations"]
+        options["num_iterations"] = max(int(iterations * share), min(LEAST_ITERATIONS, iterations))
+        share = seconds / time_of(options, num_prompts, speed, per_batch)
+    if share < 1 and "samples_per_prompt" not in fixed and options["samples_per_prompt"] > 1:
+        samples = max(int(options["samples_per_prompt"] * share), 1)
+        _set_steps(options, fixed, options["steps_per_iteration"] * samples / options["samples_per_prompt"])
+        options["samples_per_prompt"] = samples
+        share = seconds / time_of(options, num_prompts, speed, per_batch)
+    if share < 1 and "prompts_per_iteration" not in fixed:
+        prompts = min(options["prompts_per_iteration"], num_prompts)
+        options["prompts_per_iteration"] = max(int(prompts * share), min(LEAST_PROMPTS, prompts))
+        _set_steps(options, fixed, options["steps_per_iteration"] * options["prompts_per_iteration"] / prompts)
+
+
+def _set_steps(options: dict[str, Any], fixed: dict[str, Any], steps: float) -> None:
+    """Set the steps of an iteration; of few steps, there are more with a smaller batch each."""
+    if "steps_per_iteration" in fixed:
+        return
+    batch = options["per_device_train_batch_size"]
+    while "per_device_train_batch_size" not in fixed and steps < LEAST_STEPS and batch > LEAST_BATCH:
+        batch, steps = batch // 2, steps * 2
+    options["per_device_train_batch_size"], options["steps_per_iteration"] = batch, max(round(steps), 1)
+
+
+def time_of(options: dict[str, Any], num_prompts: int, speed: Speed, per_batch: int = 1) -> float:
+    """Return the seconds that a run with these amounts takes, without rewards."""
+    prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
+    drawn = options["steps_per_iteration"] * options["per_device_train_batch_size"] * per_batch
+    return speed.seconds(options["num_iterations"], prompts * options["samples_per_prompt"], drawn)
 
 
 def describe_defaults(parameters: float, chosen: dict[str, Any]) -> str:
@@ -69,3 +152,18 @@ def describe_defaults(parameters: float, chosen: dict[str, Any]) -> str:
     count = f"{parameters / unit[0]:.1f}{unit[1]}" if unit[1] else str(parameters)
     options = ", ".join(f"{name} {value}" for name, value in chosen.items())
     return f"defaults for a model of {count} parameters: {options}. Set --defaults paper for the paper's."
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a time such as 90s, 30m, 2h or 1h30m.
+
+    Raises:
+        UserError: it is no such time.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(f"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.replace(" ", ""))
+    parts = match.groups() if match else ()
+    seconds = sum(float(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not seconds:
+        raise UserError(f"budget {text!r}: must be a time above 0, such as 90s, 30m or 2h. Set --budget 30m.")
+    return seconds

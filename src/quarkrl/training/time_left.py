@@ -3,16 +3,46 @@
 import time
 from typing import Any
 
+from quarkrl.errors import format_seconds
 from quarkrl.training.config import QuarkConfig, at_iteration
+from quarkrl.training.sizing import Speed
+
+# A model overfits completions that it draws more often (docs/guide.md).
+MOST_DRAWS = 2.0
 
 
 def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
     """Say how many completions a run samples and how often it learns from each."""
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
+    prompts, samples = explored // args.samples_per_prompt, args.samples_per_prompt
+    each = f"{samples} completions each" if samples > 1 else "a completion each"
     return (
-        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions, and learns in "
+        f"plan: {args.num_iterations} iterations. Each samples and scores {each} of {prompts:,} prompts, and learns in "
         f"{args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
         f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}" + _describe_distillation(args)
+    )
+
+
+def describe_overdraw(args: QuarkConfig, num_prompts: int) -> str | None:
+    """Return a warning if a run draws each completion too often, or None."""
+    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
+    if drawn <= MOST_DRAWS * explored:
+        return None
+    steps = max(int(MOST_DRAWS * explored / args.draws_per_step), 1)
+    return (
+        f"warning: each completion is drawn {drawn / explored:.1f} times. Above {MOST_DRAWS:g}, a model overfits. Set "
+        f"--steps_per_iteration {steps}, or a higher --samples_per_prompt."
+    )
+
+
+def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed) -> str:
+    """Return the estimated time of a run in words."""
+    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
+    sampling = speed.seconds(args.num_iterations, explored, 0)
+    learning = speed.seconds(args.num_iterations, 0, drawn)
+    return (
+        f"time: about {format_seconds(sampling + learning)} (sampling {format_seconds(sampling)}, learning "
+        f"{format_seconds(learning)}) and the time of the rewards"
     )
 
 

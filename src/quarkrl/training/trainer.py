@@ -88,7 +88,7 @@ from quarkrl.training.rollout import FinishedBatches
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches, positions_of_parts
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
-from quarkrl.training.time_left import describe_plan
+from quarkrl.training.time_left import describe_overdraw, describe_plan
 
 Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
@@ -182,6 +182,7 @@ class QuarkTrainer(DurableTrainer):
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
         notes = [
             describe_plan(args, len(self.prompts)),
+            describe_overdraw(args, len(self.prompts)),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
             chat_date_note(self.chat_date, self.prompts.as_encoded),
