@@ -9,6 +9,7 @@ from quarkrl.cli.evaluate import EvaluationRewards, InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.play import PlayOptions
+from quarkrl.cli.report import ReportOptions
 from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
@@ -62,6 +63,7 @@ def page() -> str:
         "words": (WordsOptions, RewardOptions, SamplingOptions),
         "evaluate": (InputOptions, EvaluationRewards, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
+        "report": (ReportOptions,),
         "export": (ExportOptions,),
     }.items():
         rows = [typed for options in classes for typed in typed_fields(options)]

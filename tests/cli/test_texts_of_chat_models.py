@@ -67,7 +67,7 @@ def test_rewards_of_a_wrapped_run_receive_texts_and_its_model_is_used_as_trained
     trainer.train()
     final = trainer.save_final()
     assert received and all(prompt in TEXTS and isinstance(completion, str) for prompt, completion in received)
-    assert json.loads((final / "quark.json").read_text(encoding="utf-8"))["reads"] == "chats"
+    assert json.loads((final / "quark.json").read_text(encoding="utf-8"))["prompts"]["reads"] == "chats"
     assert main(["generate", str(final), "hi", "--greedy"]) == 0
     out, err = capsys.readouterr()
     assert IN_TEMPLATE_NOTE in err

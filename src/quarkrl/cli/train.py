@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before
+from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before, summary
 from quarkrl.cli.common import (
     IN_TEMPLATE_NOTE,
     RewardOptions,
@@ -20,6 +20,7 @@ from quarkrl.cli.common import (
     quiet_libraries,
     working_directory,
 )
+from quarkrl.cli.report import try_to_report
 from quarkrl.cli.run_prompts import load_run_prompts
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
@@ -76,6 +77,10 @@ def run(command: TrainCommand) -> Path | None:
         del trainer
         with working_directory(directory):
             _compare(comparison, baseline, final)
+    with working_directory(directory):
+        report = try_to_report(output_dir)
+    if report:
+        note(f"report: {report}")
     return final
 
 
@@ -137,6 +142,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     )
     if config.raw is False:
         trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
+    trainer.prompts_source = run.prompts
     time = describe_time(config, len(trainer.prompts), speed) if speed else None
     trainer.progress.start_notes += filter(None, [time, choice, prompts.note])
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
@@ -209,6 +215,8 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
 
     import torch
 
+    from quarkrl.models.model_card import add_facts
+
     gc.collect()  # The trainer's models, before others are loaded.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -218,6 +226,7 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
         note(f"results: not measured. {error}")
     else:
         show_after(evaluation, final)
+        add_facts(final, evaluation=summary(evaluation))
 
 
 def _check_required(run: RunOptions, config: "QuarkConfig") -> None:

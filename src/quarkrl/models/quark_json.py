@@ -86,7 +86,8 @@ def reads_chats_as_trained(model: str | os.PathLike) -> bool | None:
     Raises:
         UserError: `quark.json` is damaged.
     """
-    reads = (read_quark_json(model) or {}).get("reads")
+    prompts = (read_quark_json(model) or {}).get("prompts")
+    reads = prompts.get("reads") if isinstance(prompts, dict) else None
     return None if reads is None else reads == "chats"
 
 

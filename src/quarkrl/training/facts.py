@@ -16,7 +16,7 @@ def run_facts(
     rewards: Any,
     identities: dict[str, dict[str, Any]],
     best_checkpoint: str | os.PathLike | None = None,
-    reads: str = "texts",
+    prompts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
 
@@ -29,7 +29,7 @@ def run_facts(
         identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
-        reads: "chats" or "texts": what the prompts of training are to the model.
+        prompts: name and number of the prompts to explore, and whether they are texts or chats to the model.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
@@ -37,9 +37,9 @@ def run_facts(
         "pool_size": len(pool),
         **identities,
         "rewards": rewards,
+        "prompts": prompts,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": options,
-        "reads": reads,
     }
     if best_checkpoint:
         best = read_quark_json(best_checkpoint) or {}
