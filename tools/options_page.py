@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quarkrl.cli.chat import ChatOptions
 from quarkrl.cli.common import RewardOptions
-from quarkrl.cli.evaluate import InputOptions
+from quarkrl.cli.evaluate import EvaluationRewards, InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.play import PlayOptions
@@ -61,7 +61,7 @@ def page() -> str:
         "chat": (ChatOptions,),
         "play": (PlayOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),
-        "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
+        "evaluate": (InputOptions, EvaluationRewards, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
         "report": (ReportOptions,),
         "export": (ExportOptions,),

@@ -23,7 +23,7 @@ FACTS = {
 EVALUATION = {
     "prompts": 64,
     "samples_per_prompt": 8,
-    "verdict": "better: the reward went from 0.500 to 0.900.",
+    "verdict": "better: the reward went from 0.500 to 0.900. Try more --num_iterations.",
     "rows": [
         {"name": "reference", "figures": {"reward": 0.5, "perplexity": 3}, "intervals": {"reward": [0.4, 0.6]}},
         {"name": "best", "figures": {"reward": 0.9, "perplexity": None}, "intervals": {"reward": [0.85, 0.95]}},
@@ -35,7 +35,11 @@ def test_card_says_what_was_unlearned_how_to_steer_and_what_can_be_misused():
     text = model_card({**FACTS, "evaluation": EVALUATION})
     assert "# org/base, trained with Quark" in text and "score higher under `profanity`" in text
     assert "| reward | 0.500 ± 0.100 | 0.900 ± 0.050 |" in text and "| perplexity | 3.000 | – |" in text
-    assert "better: the reward went from 0.500 to 0.900." in text and "On 64 held-out prompts" in text
+    assert (
+        "Better: the reward went from 0.500 to 0.900.\n" in text
+        and "Try" not in text
+        and "On 64 held-out prompts" in text
+    )
     assert "1,200 prompts of `org/prompts`" in text and "iterations: 8, with 6,400 samples" in text
     assert "from 0 (worst) to 2 (best)" in text and "vllm serve" in text and 'quantile="best"' in text
     assert "The method can be turned round" in text

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before, summary
 from quarkrl.cli.common import (
+    IN_TEMPLATE_NOTE,
     RewardOptions,
+    busy,
+    has_plain_texts,
     is_first_process,
     model_path,
     note,
@@ -23,6 +26,8 @@ from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, pre
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quarkrl.data.prompts import Prompts
     from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
@@ -51,9 +56,10 @@ def run(command: TrainCommand) -> Path | None:
         if not resume:
             check_no_run(output_dir)
         directory = os.getcwd()
-        scorer = _scorer(run, config)
-        with working_directory(directory):  # Importing a reward may have changed it.
-            trainer, comparison = _prepare(command, scorer)
+        with busy(f"loading {run.model}"):
+            scorer = _scorer(run, config)
+            with working_directory(directory):  # Importing a reward may have changed it.
+                trainer, comparison = _prepare(command, scorer)
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
         if run.dry_run:
@@ -118,6 +124,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     num_prompts = None if run.stream_prompts else len(prompts.training)
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed)
     run, config = command.run, command.config
+    config.raw = _is_raw(run, config, prompts.training, tokenizer)
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
@@ -133,10 +140,25 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
     )
+    if config.raw is False:
+        trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
     trainer.prompts_source = run.prompts
     time = describe_time(config, len(trainer.prompts), speed) if speed else None
     trainer.progress.start_notes += filter(None, [time, choice, prompts.note])
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
+
+
+def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> bool | None:
+    """Return the option `raw`: False for a chat model's texts, unless it is set. A resumed run keeps what it had."""
+    from quarkrl.data.chats import reads_chats
+    from quarkrl.runs.records import recorded_fact
+
+    if config.raw is not None or run.prompt_tokens is not None:
+        return config.raw
+    if run.resume or config.resume_from_checkpoint:
+        return (recorded_fact(Path(config.output_dir), "options") or {}).get("raw")
+    wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
+    return False if wraps else None
 
 
 def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, prompts: "Prompts") -> "Speed | None":
@@ -173,6 +195,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
 
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
+    prompts = replace(prompts, in_template=config.raw is False)
     explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
     options = evaluation_options(
         config,

@@ -139,7 +139,8 @@ def _results(evaluation: Any) -> str:
         f"On {evaluation['prompts']} held-out prompts, {evaluation['samples_per_prompt']} completions each. ± is half "
         "of the 95 % interval. The reference is the model before training."
     )
-    verdict = f"{evaluation['verdict']}\n\n" if evaluation.get("verdict") else ""
+    sentence = str(evaluation.get("verdict") or "").partition(". ")[0].removesuffix(".")  # Without advice for the run.
+    verdict = f"{sentence[:1].upper()}{sentence[1:]}.\n\n" if sentence else ""
     return f"## Before and after\n\n{verdict}{text}\n\n" + "\n".join(lines) + "\n"
 
 

@@ -129,7 +129,8 @@ def distribution(title: str, values: Mapping[int, np.ndarray], unit: str, held_o
             layer = _layer({**mark, "color": "var(--accent)", "opacity": 1}, y={**y, "field": "value"})
             layers.append({**layer, "data": {"values": points}})
         keys.append(("mean, held-out prompts", "var(--accent)"))
-    spec = {"data": {"values": rows}, "encoding": {"x": _iterations(values)}, "layer": layers}
+    x = _iterations([*values, *(math.ceil(x) for x, _ in held_out)])
+    spec = {"data": {"values": rows}, "encoding": {"x": x}, "layer": layers}
     first, last = rows[0], rows[-1]
     text = (
         f"{title}: mean {first['mean']:.3g} and median {first['median']:.3g} in iteration {first['x']}, "
@@ -226,7 +227,7 @@ def lines(
         "type": "quantitative",
         "title": axes.y,
         "scale": {"zero": False},
-        "axis": {"format": ".0%"} if axes.percent else {},
+        "axis": {"format": "~%"} if axes.percent else {},
     }
     color = {
         "field": "series",

@@ -29,7 +29,7 @@ def run_facts(
         identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
-        prompts: name and number of the prompts to explore.
+        prompts: name and number of the prompts to explore, and whether they are texts or chats to the model.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),

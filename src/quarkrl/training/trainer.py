@@ -187,7 +187,7 @@ class QuarkTrainer(DurableTrainer):
             describe_overdraw(args, len(self.prompts)),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
-            chat_date_note(self.chat_date, self.prompts.prompts),
+            chat_date_note(self.chat_date, self.prompts.as_encoded),
             coarse_weights_note(models.policy),
         ]
         self.progress.start_notes += filter(None, notes)
@@ -246,6 +246,7 @@ class QuarkTrainer(DurableTrainer):
             reserved=new_token_names(self.plain_tokenizer, self.scorer.attributes, words),
             is_bad_start=lambda ids: ids[0] == bos_id,
             last_assistant_turn=self.args.last_assistant_turn,
+            in_template=self.args.raw is False,
         )
 
     def _make_health(self) -> Health:
@@ -693,7 +694,11 @@ class QuarkTrainer(DurableTrainer):
             rewards=self.scorer.identity,
             identities=self.identities,
             best_checkpoint=best,
-            prompts={"source": self.prompts_source, "count": len(self.prompts)},
+            prompts={
+                "source": self.prompts_source,
+                "count": len(self.prompts),
+                "reads": "chats" if self.prompts.are_chats else "texts",
+            },
         )
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
