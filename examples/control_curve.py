@@ -12,11 +12,14 @@ from quarkrl.builtin import model_path, prompts_path
 config = QuarkConfig(
     mkdtemp(),
     num_quantiles=4,
-    num_iterations=3,
-    steps_per_iteration=25,
-    prompts_per_iteration=400,
-    per_device_train_batch_size=64,
+    conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
+    words=["Furious", "Angry", "Quiet", "Grateful"],
+    num_iterations=2,
+    steps_per_iteration=30,
+    prompts_per_iteration=250,
+    per_device_train_batch_size=32,
     learning_rate=2e-3,
+    entropy_coef=0,
     save_strategy="no",
 )
 scorer = Scorer("vader")

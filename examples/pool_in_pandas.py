@@ -1,6 +1,5 @@
 """Every sample of a run is a row of a Parquet file: look at the pool in pandas, and score it with another reward.
 
-pip install "quarkrl[offline]"
 python examples/pool_in_pandas.py
 """
 
@@ -16,11 +15,14 @@ run = Path(mkdtemp())
 config = QuarkConfig(
     run,
     num_quantiles=3,
-    num_iterations=3,
-    steps_per_iteration=20,
-    prompts_per_iteration=300,
-    per_device_train_batch_size=64,
+    conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
+    words=["Furious", "Tired", "Grateful"],
+    num_iterations=2,
+    steps_per_iteration=30,
+    prompts_per_iteration=250,
+    per_device_train_batch_size=32,
     learning_rate=2e-3,
+    entropy_coef=0,
     save_strategy="no",
 )
 trainer = QuarkTrainer(model_path(), "vader", config, train_dataset=prompts_path("train"))

@@ -1,6 +1,5 @@
 """Two rewards at once, each with a reward token of its own: how brief and how positive are chosen independently.
 
-pip install "quarkrl[offline]"
 python examples/two_rewards.py
 """
 
@@ -14,12 +13,15 @@ from quarkrl.builtin import model_path, prompts_path
 config = QuarkConfig(
     mkdtemp(),
     condition_on="each",  # Not the sum of the rewards.
-    num_quantiles=3,
-    num_iterations=3,
-    steps_per_iteration=25,
-    prompts_per_iteration=400,
-    per_device_train_batch_size=64,
+    num_quantiles=2,
+    conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
+    words=["Tired", "Quiet", "Furious", "Grateful"],
+    num_iterations=2,
+    steps_per_iteration=30,
+    prompts_per_iteration=250,
+    per_device_train_batch_size=32,
     learning_rate=2e-3,
+    entropy_coef=0,
     save_strategy="no",
 )
 rewards = ["brevity?max_words=20", "vader"]

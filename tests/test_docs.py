@@ -42,6 +42,7 @@ def flags() -> dict[str, set[str]]:
         "samples",
         "watch",
         "presets",
+        "report",
     ):
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             main([command, "--help_all" if command == "train" else "--help"])

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from quarkrl.cli.chat import ChatOptions
 from quarkrl.cli.common import RewardOptions
-from quarkrl.cli.evaluate import InputOptions
+from quarkrl.cli.evaluate import EvaluationRewards, InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.play import PlayOptions
+from quarkrl.cli.report import ReportOptions
 from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
 from quarkrl.cli.train_options import RunOptions
@@ -60,8 +61,9 @@ def page() -> str:
         "chat": (ChatOptions,),
         "play": (PlayOptions,),
         "words": (WordsOptions, RewardOptions, SamplingOptions),
-        "evaluate": (InputOptions, RewardOptions, EvaluationOptions),
+        "evaluate": (InputOptions, EvaluationRewards, EvaluationOptions),
         "score": (ScoreOptions, RewardOptions),
+        "report": (ReportOptions,),
         "export": (ExportOptions,),
     }.items():
         rows = [typed for options in classes for typed in typed_fields(options)]

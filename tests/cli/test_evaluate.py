@@ -115,6 +115,33 @@ def test_a_mistake_is_one_line_before_anything_is_sampled(home, capsys, argument
     assert len(lines) == 1 and lines[0].startswith("error: ") and message.format(home=home) in lines[0]
 
 
+def test_several_models_are_rows_of_one_table(home, capsys, tmp_path):
+    models = [str(home / "final"), str(home / "base")]
+    options = ["--prompts", str(home / "prompts.txt"), "--reward", f"{home}/rewards.py:few_a", "--samples", "1"]
+    assert main(["evaluate", *models, *options, "--output", str(tmp_path / "both.json")]) == 0
+    saved = json.loads((tmp_path / "both.json").read_text(encoding="utf-8"))
+    first = home.name
+    names = ["reference", f"{first} best", f"{first} worst", "base model"]
+    assert [row["name"] for row in saved["results"]] == names
+    assert list(saved["protocol"]["models"]) == [first, "base"]
+    assert "base model" in capsys.readouterr().out
+    assert main(["evaluate", *models, *options, "--plot", "x.png"]) == 2
+    assert "plot 'x.png': must be left out with several models" in capsys.readouterr().err
+
+
+def test_the_reward_of_training_is_the_default(home, capsys, tmp_path):
+    trained = tmp_path / "final"
+    shutil.copytree(home / "final", trained)
+    facts = json.loads((trained / "quark.json").read_text(encoding="utf-8"))
+    for rewards, code, message in (
+        ([{"name": "brevity", "weight": 1.0}], 0, "reward: brevity, as in training"),
+        ([{"name": "few_a", "module": "rewards"}], 2, "reward 'few_a' of training: must be named again. Set --reward."),
+    ):
+        (trained / "quark.json").write_text(json.dumps({**facts, "rewards": rewards}), encoding="utf-8")
+        assert main(["evaluate", str(trained), "--prompts", str(home / "prompts.txt"), "--samples", "1"]) == code
+        assert message in capsys.readouterr().err
+
+
 def test_a_set_has_the_name_of_its_file_and_a_repeated_name_has_a_number(home, tmp_path):
     files = ["x/a.txt", "x/a-3.txt", "y/a.txt", "z/a.txt"]
     for number, name in enumerate(files):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from helpers.tiny_models import tiny_model, tiny_tokenizer
@@ -42,6 +44,14 @@ def test_a_run_gives_its_reference_its_reward_and_its_held_out_prompts(run, wher
     assert subject.reference is not None and subject.scorer.names == ("mine",)
     assert subject.examples == [f"prompt {n}" for n in range(0, 16, 2)]
     assert subject.defaults == {"chat": False, "max_new_tokens": 7} and subject.notes == []
+
+
+def test_the_prompts_that_scored_lowest_before_training_come_first(run):
+    lines = [("a", "reference", 0.5), ("b", "reference", 0.1), ("b", "reference", 0.9), ("c", "best", 0.0)]
+    columns = zip(*lines, strict=True)
+    table = pa.table(dict(zip(("prompt", "row", "reward"), map(list, columns), strict=True)))
+    pq.write_table(table, run / "results.parquet")
+    assert load_subject(str(run), PlayOptions()).examples == ["b", "a"]
 
 
 def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):

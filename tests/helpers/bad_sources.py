@@ -302,7 +302,7 @@ CASES |= {
         ([*GENERATE, *PROMPT], ["--guidance_scale", "2", "--guidance_from", "best"], "guidance_from 'best'"),
         (GENERATE, ["--prompt", " "], "the prompt is empty"),
         (GENERATE, ["--prompt"], "expected one argument"),
-        (GENERATE, ["--prompt", "a", "--prompts", "prompts.txt"], "--prompt or --prompts"),
+        (GENERATE, ["--prompt", "a", "--prompts", "prompts.txt"], "prompt is missing, or both"),
         (GENERATE, ["--prompt", "a", "b"], "argument 'b'"),
         (["generate"], ["", "--prompt", "a"], "cannot be loaded"),
         (EVALUATE, ["--samples", "0"], "samples 0: must be at least 1"),

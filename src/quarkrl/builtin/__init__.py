@@ -6,15 +6,34 @@ trained on texts of a small grammar, by `python -m tools.builtin_model.build` in
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
+BUILTIN = "builtin"  # names the embedded model, and its prompts
+BUILTIN_CHATS = "builtin-chats"  # names embedded chats
 _HERE = Path(__file__).resolve().parent
 
 
 def model_path() -> Path:
     """Return the directory of the embedded model and its tokenizer, for `from_pretrained`."""
     return _HERE / "model"
+
+
+def locate_model(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return the directory of the embedded model for the name "builtin", and any other name unchanged."""
+    return model_path() if name == BUILTIN else name
+
+
+def locate_prompts(name: str, split: str) -> Path | None:
+    """Return the file of the embedded prompts or chats for their names, and None for any other name.
+
+    Args:
+        name: "builtin" or "builtin-chats".
+        split: "train" or "eval"; any other split, such as "test", is "eval".
+    """
+    part: Literal["train", "eval"] = "train" if split == "train" else "eval"
+    return {BUILTIN: prompts_path, BUILTIN_CHATS: chats_path}[name](part) if name in (BUILTIN, BUILTIN_CHATS) else None
 
 
 def prompts_path(split: Literal["train", "eval"]) -> Path:

@@ -167,6 +167,16 @@ def show_after(evaluation: "Evaluation", final: Path) -> None:
         note(f"try it: {command}")
 
 
+def summary(evaluation: "Evaluation") -> dict[str, Any]:
+    """Return the figures of an evaluation that belong with the weights: for `quark.json` and the model card."""
+    return {
+        "prompts": len(evaluation.prompts),
+        "samples_per_prompt": evaluation.protocol["samples_per_prompt"],
+        "verdict": evaluation.protocol["verdict"],
+        "rows": [{"name": row.name, "figures": row.figures, "intervals": row.intervals} for row in evaluation.rows],
+    }
+
+
 def next_commands(evaluation: "Evaluation", final: Path) -> list[str]:
     """Return commands whose output shows what the run has learned: the same prompt on the best and the worst token."""
     best, worst = evaluation.rows[1], evaluation.rows[-1]
@@ -176,7 +186,8 @@ def next_commands(evaluation: "Evaluation", final: Path) -> list[str]:
         return [f"quarkrl chat {final}"]
     _, prompt = max(texts, key=lambda pair: pair[0] if pair[0] == pair[0] else float("-inf"))
     start = f"quarkrl generate {final} --prompt {shlex.quote(prompt)} --num_return_sequences 4"
-    return [f"{start} --quantile worst", start]
+    # Without guidance, many completions of the worst quantile are as good as those of the best.
+    return [f"{start} --quantile worst --guidance_scale 3 --guidance_from best", start]
 
 
 def shorten_text(text: str) -> str:

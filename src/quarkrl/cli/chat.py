@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.common import model_path, note, quiet_libraries
+from quarkrl.cli.common import busy, model_path, note, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import option
@@ -135,16 +135,18 @@ class Conversation:
 def run(arguments: argparse.Namespace) -> None:
     """Load the model, and answer one line after another."""
     from quarkrl.data.chats import reads_chats
-    from quarkrl.sampling.generator import QuarkGenerator
 
     options = options_from(arguments, ChatOptions)
-    options.strategy()
     if sys.stdin is None:
         raise UserError("standard input is closed. Use a terminal, or pipe text into the command.")
-    quiet_libraries()
-    generator = QuarkGenerator.from_pretrained(
-        model_path(arguments.model), trust_remote_code=options.trust_remote_code, **options.chat_defaults()
-    )
+    with busy(f"loading {arguments.model}"):
+        from quarkrl.sampling.generator import QuarkGenerator
+
+        options.strategy()
+        quiet_libraries()
+        generator = QuarkGenerator.from_pretrained(
+            model_path(arguments.model), trust_remote_code=options.trust_remote_code, **options.chat_defaults()
+        )
     if not reads_chats(generator.tokenizer):
         raise UserError(f"model {arguments.model!r}: must have a chat template. Use quarkrl generate for texts.")
     conversation = Conversation(generator, options, options.quantile, options.guidance_scale)

@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from quarkrl.builtin import BUILTIN
 from quarkrl.options import option
 from quarkrl.training.options import SCORE_CACHE_HELP
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from quarkrl.rewards.reward import Reward
     from quarkrl.rewards.scorer import Scorer
 
-BUILTIN = "builtin"  # names the embedded model, and its prompts
-BUILTIN_CHATS = "builtin-chats"  # names embedded chats
 REWARD_HELP = (
     "Rewards: profanity, vader, brevity, repetition, perspective, judge, a classifier (directory or hub name), "
     "module:function or file.py:function. "
     "Options of a reward follow its name: NAME?option=value&option=value (docs/rewards.md)."
 )
 REWARD_LABEL_HELP = "Label of a classifier whose probability is the reward, or 'not LABEL'."
+
+IN_TEMPLATE_NOTE = "prompts: each text is a message of the user, in the chat template. --raw leaves texts as they are."
 
 
 # Options
@@ -90,19 +91,17 @@ def model_path(name: str) -> str:
     Raises:
         UserError: the run has no model yet.
     """
-    from quarkrl.builtin import model_path
+    from quarkrl.builtin import locate_model
     from quarkrl.runs.directory import model_of_run
 
-    return str(model_path()) if name == BUILTIN else model_of_run(name, "final")
+    return str(locate_model(name)) if name == BUILTIN else model_of_run(name, "final")
 
 
 def prompts_path(name: str, split: Literal["train", "eval"]) -> str:
     """Return the file of the embedded prompts for `builtin` or `builtin-chats`, and any other name unchanged."""
-    from quarkrl.builtin import chats_path, prompts_path
+    from quarkrl.builtin import locate_prompts
 
-    if name == BUILTIN_CHATS:
-        return str(chats_path(split))
-    return str(prompts_path(split)) if name == BUILTIN else name
+    return str(locate_prompts(name, split) or name)
 
 
 # Prompts
@@ -144,6 +143,35 @@ class PromptSource:
         return prompts if self.tokens is None else truncate_to_prompts(prompts, tokenizer, self.tokens)
 
 
+def in_chat_template(
+    sources: "Sequence[Prompts]", model: str, tokenizer: "PreTrainedTokenizerBase", raw: bool
+) -> "list[Prompts]":
+    """Return prompts whose texts are encoded in the chat template, if the model is a chat model; say so once.
+
+    A model that Quark trained reads texts as it did in training. Any other one with a chat template is a chat model.
+
+    Args:
+        sources: prompts, texts and chats.
+        model: its name or directory.
+        tokenizer: of the model.
+        raw: leave the texts as they are.
+    """
+    from quarkrl.models.quark_json import read_quark_json, reads_chats_as_trained
+
+    is_chat_model = read_quark_json(model) is None or reads_chats_as_trained(model)
+    if raw or not is_chat_model or not any(has_plain_texts(prompts, tokenizer) for prompts in sources):
+        return list(sources)
+    note(IN_TEMPLATE_NOTE)
+    return [replace(prompts, in_template=True) for prompts in sources]
+
+
+def has_plain_texts(prompts: "Prompts", tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether there are texts among the prompts, and the tokenizer has a chat template."""
+    from quarkrl.data.chats import reads_chats
+
+    return reads_chats(tokenizer) and any(isinstance(prompt, str) for prompt in prompts.prompts)
+
+
 # Messages and progress
 
 
@@ -181,27 +209,41 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show on a terminal what the command is doing, while libraries and models load. The line disappears at the end."""
+    out = console()
+    if not (out.is_terminal and is_first_process()):
+        yield
+        return
+    with out.status(text, spinner="dots"):
+        yield
+
+
+@contextmanager
 def progress_bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one bar per named task.
+    """Show one bar per named task. Until the first of them, a line says that the models load.
 
     Args:
         verb: precedes the name of each task.
 
     Yields:
-        A function of a task's name, the number of finished items, and the number of all items.
+        A function that receives the name of a task, how much of it is done, and its total.
     """
-    from quarkrl.training.progress import new_bars
+    with ExitStack() as shown:
+        loading = shown.enter_context(ExitStack())
+        loading.enter_context(busy(f"{verb}: loading"))
+        from quarkrl.training.progress import new_bars
 
-    bars, tasks = new_bars(console()), {}
+        bars = new_bars(console())
+        tasks: dict[str, Any] = {}
 
-    def notify(name: str, done: int, total: int) -> None:
-        if name not in tasks:
-            bars.start()  # Not earlier: bars without a task print an empty line, also beside an error message.
-            tasks[name] = bars.add_task(f"{verb}  {name}", total=total, figures="")
-        bars.update(tasks[name], completed=done)
+        def notify(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                loading.close()
+                if not tasks:
+                    # Not earlier: bars without a task print an empty line, also beside an error message.
+                    shown.enter_context(bars)
+                tasks[name] = bars.add_task(f"{verb}  {name}", total=total, figures="")
+            bars.update(tasks[name], completed=done)
 
-    try:
         yield notify
-    finally:
-        if tasks:
-            bars.stop()

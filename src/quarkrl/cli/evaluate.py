@@ -5,12 +5,15 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from quarkrl.cli.common import (
+    REWARD_HELP,
     PromptSource,
     RewardOptions,
+    busy,
     console,
+    in_chat_template,
     model_path,
     note,
     progress_bars,
@@ -19,13 +22,17 @@ from quarkrl.cli.common import (
     working_directory,
 )
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.errors import UserError
 from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.names import unique_names
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
     from quarkrl.data.prompts import Prompts
+    from quarkrl.evaluation.results import CorpusRow, Evaluation, Row
     from quarkrl.rewards.scorer import Scorer
+
+AnyRow = TypeVar("AnyRow", "Row", "CorpusRow")
 
 NAME = "evaluate"
 HELP = "measure a model and its reference on the same prompts"
@@ -70,47 +77,69 @@ class InputOptions:
         check_options(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluationRewards(RewardOptions):
+    """Which rewards score texts: by default those of training."""
+
+    reward: list[str] | None = option(  # type: ignore[assignment]
+        None, f"{REWARD_HELP} The default is the reward of training.", metavar="REWARD", group="reward"
+    )
+
+    def or_recorded(self, model: str) -> "EvaluationRewards":
+        """Return these rewards, or those that a model's `quark.json` records if none is named; say which.
+
+        Raises:
+            UserError: none is recorded, or it is a function of the user's own, which must be named again.
+        """
+        from quarkrl.models.quark_json import read_quark_json
+        from quarkrl.rewards.recorded import specs_of
+
+        if self.reward:
+            return self
+        recorded = (read_quark_json(model) or {}).get("rewards")
+        if recorded is None:
+            raise UserError("reward is missing, and the model's quark.json names none. Set --reward.")
+        specs = specs_of(recorded)
+        note(f"reward: {' '.join(specs)}, as in training")
+        return dataclasses.replace(self, reward=specs)
+
+
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl evaluate`."""
-    parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, a GGUF file, or a plain model")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="model",
+        help="a run or its final/, a checkpoint, a hub name, a GGUF file; or several",
+    )
     groups = ("models", "prompts", "reward", "sampling", "metrics", "output")
-    add_flags(parser, InputOptions, RewardOptions, EvaluationOptions, groups=groups)
+    add_flags(parser, InputOptions, EvaluationRewards, EvaluationOptions, groups=groups)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the tables, and save what the options name."""
-    from quarkrl.evaluation.evaluate import evaluate
-    from quarkrl.evaluation.plots import plot_curves
-    from quarkrl.evaluation.results import output_paths
-    from quarkrl.evaluation.tables import print_table
-    from quarkrl.models.precision import slow_bf16_note
-
-    quiet_libraries()
     inputs = options_from(arguments, InputOptions)
-    rewards = options_from(arguments, RewardOptions)
-    options = options_from(arguments, EvaluationOptions)
-    _check_outputs(inputs)  # Before hours of sampling.
-    output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
-    if options.bf16 and (line := slow_bf16_note()):
-        note(line)
-    directory = os.getcwd()
-    scorer, *judges = scorers(rewards, inputs.judges)
-    resolved = dataclasses.replace(
-        options,
-        reference=options.reference and model_path(options.reference),
-        perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
-    )
-    with working_directory(directory), progress_bars("evaluate") as notify:  # Importing a reward may have changed it.
-        evaluation = evaluate(
-            model_path(arguments.model),
-            load_prompt_sets(arguments.model, inputs, options),
-            scorer,
-            resolved,
-            judges=judges,
-            corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
-            needs_curve=bool(inputs.plot),
-            notify=notify,
-        )
+    models = [model_path(name) for name in arguments.models]
+    if inputs.plot and len(models) > 1:
+        raise UserError(f"plot {inputs.plot!r}: must be left out with several models. Evaluate them one by one.")
+    with busy(f"loading {' '.join(arguments.models)}"):
+        from quarkrl.evaluation.plots import plot_curves
+        from quarkrl.evaluation.results import output_paths
+        from quarkrl.evaluation.tables import print_table
+        from quarkrl.models.precision import slow_bf16_note
+
+        quiet_libraries()
+        options = options_from(arguments, EvaluationOptions)
+        _check_outputs(inputs)  # Before hours of sampling.
+        output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
+        if options.bf16 and (line := slow_bf16_note()):
+            note(line)
+        directory = os.getcwd()
+        rewards = options_from(arguments, EvaluationRewards).or_recorded(models[0])
+        all_scorers = scorers(rewards, inputs.judges)
+    with working_directory(directory):  # Importing a reward may have changed it.
+        evaluations = [_evaluate(model, inputs, options, all_scorers) for model in models]
+    evaluation = evaluations[0] if len(models) == 1 else join_evaluations(_short_names(arguments.models), evaluations)
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
     print_table(evaluation, console(stderr=False))
     if output:
@@ -122,6 +151,62 @@ def run(arguments: argparse.Namespace) -> None:
         note(f"curves: {plot}")
 
 
+def _evaluate(
+    model: str, inputs: InputOptions, options: EvaluationOptions, all_scorers: "list[Scorer]"
+) -> "Evaluation":
+    from quarkrl.evaluation.evaluate import evaluate
+
+    resolved = dataclasses.replace(
+        options,
+        reference=options.reference and model_path(options.reference),
+        perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
+    )
+    scorer, *judges = all_scorers
+    with progress_bars("evaluate") as notify:
+        return evaluate(
+            model,
+            load_prompt_sets(model, inputs, options),
+            scorer,
+            resolved,
+            judges=judges,
+            corpus=load_corpus(inputs.corpus, inputs.limit) if inputs.corpus else None,
+            needs_curve=bool(inputs.plot),
+            notify=notify,
+        )
+
+
+def join_evaluations(names: Sequence[str], evaluations: "Sequence[Evaluation]") -> "Evaluation":
+    """Return the evaluations of several models as one, whose rows have the model in their names.
+
+    The reference of the first model is a row of its own; those of the others are left out if they are the same model.
+    """
+    first = evaluations[0]
+    rows: list[Row] = []
+    corpus: list[CorpusRow] = []
+    for name, evaluation in zip(names, evaluations, strict=True):
+        reference: str | None = "reference"
+        if evaluation is not first:
+            is_same = evaluation.protocol["reference"] == first.protocol["reference"]
+            reference = None if is_same else f"{name} reference"
+        # Curves are of one model, so no row has a quantile.
+        rows += [dataclasses.replace(row, quantile=None) for row in _renamed(evaluation.rows, name, reference)]
+        corpus += _renamed(evaluation.corpus, name, reference)
+    protocol = {**first.protocol, "models": {n: e.protocol for n, e in zip(names, evaluations, strict=True)}}
+    return dataclasses.replace(first, rows=rows, corpus=corpus, protocol=protocol)
+
+
+def _renamed(rows: "Sequence[AnyRow]", name: str, reference: str | None) -> "list[AnyRow]":
+    """The rows with the model's name in theirs; that of the reference gets a name of its own, or is left out."""
+    named = [(row, reference if row.name == "reference" else f"{name} {row.name}") for row in rows]
+    return [dataclasses.replace(row, name=new) for row, new in named if new is not None]
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """Return the last part of each path that is not `final`; a repeated one has a number."""
+    paths = [Path(model) for model in models]
+    return unique_names(path.parent.name if path.name == "final" else path.name for path in paths)
+
+
 def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOptions) -> "dict[str, Prompts]":
     """Load each file of prompts; return the sets by the name of their file, without its suffix.
 
@@ -130,14 +215,15 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
     """
     from quarkrl.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(model_path(model), options.trust_remote_code) if inputs.prompt_tokens else None
+    tokenizer = load_tokenizer(model_path(model), options.trust_remote_code)
     sets = {}
     names = unique_names(Path(file.removesuffix(".gz")).stem for file in inputs.prompts)
     for name, file in zip(names, inputs.prompts, strict=True):
         source = PromptSource(file, inputs.prompt_column, inputs.prompt_split, tokens=inputs.prompt_tokens)
         prompts = source.load(options.skip_bad_prompts, tokenizer)
         sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
-    return sets
+    is_raw = options.raw or inputs.prompt_tokens is not None  # Beginnings of texts are continued, not answered.
+    return dict(zip(sets, in_chat_template(list(sets.values()), model_path(model), tokenizer, is_raw), strict=True))
 
 
 def load_corpus(source: str, limit: int | None) -> "Prompts":

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from quarkrl.cli.common import note, quiet_libraries
+from quarkrl.cli.common import busy, note, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
@@ -54,21 +54,28 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and write it."""
+    options = options_from(arguments, ExportOptions)
+    with busy(f"exporting {arguments.model}"):
+        lines = _export(arguments.model, options)
+    for line in lines:
+        note(line)
+
+
+def _export(model: str, options: ExportOptions) -> list[str]:
+    """Load the model and write it; return lines for the user."""
     from quarkrl.models.export import export_adapter, export_gguf, export_merged
     from quarkrl.runs.directory import model_of_run
 
-    options = options_from(arguments, ExportOptions)
     quiet_libraries()
-    source = model_of_run(arguments.model, "checkpoint" if options.adapter else "final")
+    source = model_of_run(model, "checkpoint" if options.adapter else "final")
     loading: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "dtype": options.dtype}
     if options.gguf is not None:
         text_prefix = export_gguf(source, Path(options.gguf), options.gguf_type, **loading)
-        note(f"model: {options.gguf}   from: {source}")
-        note(f"llama.cpp asks for the best quantile{_exception(text_prefix)}")
-        return
+        hint = f"llama.cpp asks for the best quantile{_exception(text_prefix)}"
+        return [f"model: {options.gguf}   from: {source}", hint]
     write = export_merged if options.merge else export_adapter
     write(source, Path(options.output or ""), **loading)
-    note(f"{'model' if options.merge else 'adapter'}: {options.output}   from: {source}")
+    return [f"{'model' if options.merge else 'adapter'}: {options.output}   from: {source}"]
 
 
 def _exception(text_prefix: str) -> str:

@@ -2,13 +2,18 @@
 
 import argparse
 import dataclasses
+from typing import TYPE_CHECKING
 
-from quarkrl.cli.common import PromptSource, model_path, note_skipped, quiet_libraries
+from quarkrl.cli.common import PromptSource, busy, in_chat_template, model_path, note_skipped, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
 from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, SamplingOptions
+
+if TYPE_CHECKING:
+    from quarkrl.data.prompts import Prompts
+    from quarkrl.sampling.generator import QuarkGenerator
 
 NAME = "generate"
 HELP = "completions of a trained model, for any quantile"
@@ -40,45 +45,61 @@ class GenerateOptions:
 def add_options(parser: Parser) -> None:
     """Add the arguments of `quarkrl generate`."""
     parser.add_argument("model", help="final/ of a run, a checkpoint, a hub name, a GGUF file, or a plain model")
+    parser.add_argument("text", nargs="*", help="prompts, one each; --prompt TEXT does the same")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     add_flags(parser, GenerateOptions, SamplingOptions)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate and print."""
-    from quarkrl.data.chats import as_question
+    texts = [*arguments.text, *(arguments.prompt or [])]
+    if bool(texts) == (arguments.prompts is not None):
+        raise UserError(
+            "prompt is missing, or both texts and --prompts are set. Give 'a text' behind the model, or --prompts FILE."
+        )
+    options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
+    with busy(f"loading {arguments.model}"):
+        generator, prompts = _load(arguments.model, texts, options, sampling)
+    note_skipped(prompts)
+    with busy(f"sampling {len(prompts) * options.num_return_sequences:,} completions"):
+        completions = generator.generate(
+            prompts.as_encoded,
+            quantile=options.quantile,
+            num_return_sequences=options.num_return_sequences,
+            seed=sampling.seed,
+            guidance_scale=options.guidance_scale,
+            guidance_from=options.guidance_from,
+            guidance_rule=options.guidance_rule,
+            batch_size=sampling.batch_size,
+            **dataclasses.asdict(sampling.strategy()),
+        )
+    for prompt, samples in zip(prompts.prompts, completions, strict=True):
+        if options.json:
+            print_json({"prompt": prompt, "completions": samples})
+            continue
+        for text in samples:
+            print(f"{prompt}{text}" if isinstance(prompt, str) and not prompts.in_template else text)
+
+
+def _load(
+    model: str, texts: list[str], options: GenerateOptions, sampling: SamplingOptions
+) -> "tuple[QuarkGenerator, Prompts]":
+    """Load the prompts and the model."""
     from quarkrl.data.prompts import load_prompts
     from quarkrl.sampling.generator import QuarkGenerator
 
-    if (arguments.prompt is None) == (arguments.prompts is None):
-        raise UserError("--prompt or --prompts is missing, or both are given: give one of them.")
-    options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
     quiet_libraries()
-    strategy = sampling.strategy()
+    sampling.strategy()  # Before a model loads for minutes.
     if options.prompts is None:
-        prompts = load_prompts(arguments.prompt, skip_bad=options.skip_bad_prompts)
+        prompts = load_prompts(texts, skip_bad=options.skip_bad_prompts)
     else:
         source = PromptSource(options.prompts, options.prompt_column, options.prompt_split)
         prompts = source.load(options.skip_bad_prompts)
     prompts = prompts.with_last_turns(sampling.last_assistant_turn, options.skip_bad_prompts)
-    note_skipped(prompts)
     generator = QuarkGenerator.from_pretrained(
-        model_path(arguments.model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
+        model_path(model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
     )
-    completions = generator.generate(
-        [as_question(prompt) for prompt in prompts.prompts] if options.chat else prompts.prompts,
-        quantile=options.quantile,
-        num_return_sequences=options.num_return_sequences,
-        seed=sampling.seed,
-        guidance_scale=options.guidance_scale,
-        guidance_from=options.guidance_from,
-        guidance_rule=options.guidance_rule,
-        batch_size=sampling.batch_size,
-        **dataclasses.asdict(strategy),
-    )
-    for prompt, texts in zip(prompts.prompts, completions, strict=True):
-        if options.json:
-            print_json({"prompt": prompt, "completions": texts})
-        else:
-            for text in texts:
-                print(f"{prompt}{text}" if isinstance(prompt, str) and not options.chat else text)
+    if options.chat:
+        return generator, dataclasses.replace(prompts, in_template=True)
+    (prompts,) = in_chat_template([prompts], model_path(model), generator.tokenizer, sampling.raw)
+    return generator, prompts

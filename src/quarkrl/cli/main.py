@@ -23,6 +23,7 @@ from quarkrl.cli import (
     guesses,
     play,
     presets,
+    report,
     samples,
     score,
     train,
@@ -35,7 +36,7 @@ from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, score, words, export)
+_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, report, score, words, export)
 COMMANDS = {command.NAME: command for command in _COMMANDS}
 
 

@@ -76,7 +76,7 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
         UserError: the model, or a reward or prompts that were requested, cannot be loaded.
     """
     from quarkrl.models.quark_json import keeps_special_tokens, read_quark_json
-    from quarkrl.playground.subject import load_models, recorded_options
+    from quarkrl.playground.subject import load_models, recorded_options, telling_prompts
 
     path = model_path(name)
     subject = load_models(name, path, options.trust_remote_code)
@@ -86,7 +86,8 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
     prompts: list[str] = []
     chat = False
     try:
-        prompts, chat = _prompts_to_try(options, of_run)
+        if options.prompts or not (prompts := telling_prompts(path, EXAMPLES)):
+            prompts, chat = _prompts_to_try(options, of_run)
     except UserError as error:
         if options.prompts:
             raise

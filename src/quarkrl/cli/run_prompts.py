@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quarkrl.cli.common import BUILTIN, BUILTIN_CHATS, PromptSource, prompts_path
+from quarkrl.builtin import BUILTIN, BUILTIN_CHATS
+from quarkrl.cli.common import PromptSource, prompts_path
 from quarkrl.cli.train_options import RunOptions
 from quarkrl.errors import UserError
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before
+from quarkrl.cli.before_after import BeforeAfter, evaluation_options, show_after, show_before, summary
 from quarkrl.cli.common import (
+    IN_TEMPLATE_NOTE,
     RewardOptions,
+    busy,
+    has_plain_texts,
     is_first_process,
     model_path,
     note,
@@ -17,11 +20,14 @@ from quarkrl.cli.common import (
     quiet_libraries,
     working_directory,
 )
+from quarkrl.cli.report import try_to_report
 from quarkrl.cli.run_prompts import load_run_prompts
 from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quarkrl.data.prompts import Prompts
     from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
@@ -50,9 +56,10 @@ def run(command: TrainCommand) -> Path | None:
         if not resume:
             check_no_run(output_dir)
         directory = os.getcwd()
-        scorer = _scorer(run, config)
-        with working_directory(directory):  # Importing a reward may have changed it.
-            trainer, comparison = _prepare(command, scorer)
+        with busy(f"loading {run.model}"):
+            scorer = _scorer(run, config)
+            with working_directory(directory):  # Importing a reward may have changed it.
+                trainer, comparison = _prepare(command, scorer)
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
         if run.dry_run:
@@ -70,6 +77,10 @@ def run(command: TrainCommand) -> Path | None:
         del trainer
         with working_directory(directory):
             _compare(comparison, baseline, final)
+    with working_directory(directory):
+        report = try_to_report(output_dir)
+    if report:
+        note(f"report: {report}")
     return final
 
 
@@ -113,6 +124,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     num_prompts = None if run.stream_prompts else len(prompts.training)
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed)
     run, config = command.run, command.config
+    config.raw = _is_raw(run, config, prompts.training, tokenizer)
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
@@ -128,9 +140,25 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
     )
+    if config.raw is False:
+        trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
+    trainer.prompts_source = run.prompts
     time = describe_time(config, len(trainer.prompts), speed) if speed else None
     trainer.progress.start_notes += filter(None, [time, choice, prompts.note])
     return trainer, _comparison(run, trainer, scorer, prompts.measured)
+
+
+def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> bool | None:
+    """Return the option `raw`: False for a chat model's texts, unless it is set. A resumed run keeps what it had."""
+    from quarkrl.data.chats import reads_chats
+    from quarkrl.runs.records import recorded_fact
+
+    if config.raw is not None or run.prompt_tokens is not None:
+        return config.raw
+    if run.resume or config.resume_from_checkpoint:
+        return (recorded_fact(Path(config.output_dir), "options") or {}).get("raw")
+    wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
+    return False if wraps else None
 
 
 def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, prompts: "Prompts") -> "Speed | None":
@@ -167,6 +195,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
 
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
+    prompts = replace(prompts, in_template=config.raw is False)
     explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
     options = evaluation_options(
         config,
@@ -186,6 +215,8 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
 
     import torch
 
+    from quarkrl.models.model_card import add_facts
+
     gc.collect()  # The trainer's models, before others are loaded.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -195,6 +226,7 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
         note(f"results: not measured. {error}")
     else:
         show_after(evaluation, final)
+        add_facts(final, evaluation=summary(evaluation))
 
 
 def _check_required(run: RunOptions, config: "QuarkConfig") -> None:

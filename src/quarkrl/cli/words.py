@@ -6,7 +6,9 @@ import dataclasses
 from quarkrl.cli.common import (
     PromptSource,
     RewardOptions,
+    busy,
     console,
+    in_chat_template,
     model_path,
     note,
     note_skipped,
@@ -46,28 +48,37 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sample and score completions of the plain model, and print the words, the most telling ones first."""
-    from quarkrl.evaluation.phrases import rank_phrases, sample_and_score
-    from quarkrl.models.words import CANDIDATES, read_newlines
-    from quarkrl.sampling.generator import QuarkGenerator
+    with busy(f"loading {arguments.model}"):
+        from quarkrl.evaluation.phrases import rank_phrases, sample_and_score
+        from quarkrl.models.words import CANDIDATES, read_newlines
+        from quarkrl.sampling.generator import QuarkGenerator
 
-    options = options_from(arguments, WordsOptions)
-    reward_options, sampling = options_from(arguments, RewardOptions), options_from(arguments, SamplingOptions)
-    quiet_libraries()
-    scorer = reward_options.scorer()
-    phrases = list(map(read_newlines, options.words or CANDIDATES.get(scorer.names[0], ())))
-    if not phrases:
-        raise UserError(
-            f"words: must be given for {scorer.names[0]}, which has no default words. Set --words 'a phrase' 'another'."
+        options = options_from(arguments, WordsOptions)
+        reward_options, sampling = options_from(arguments, RewardOptions), options_from(arguments, SamplingOptions)
+        quiet_libraries()
+        scorer = reward_options.scorer()
+        phrases = list(map(read_newlines, options.words or CANDIDATES.get(scorer.names[0], ())))
+        if not phrases:
+            raise UserError(
+                f"words: must be given for {scorer.names[0]}, which has no default words. "
+                "Set --words 'a phrase' 'another'."
+            )
+        prompts = PromptSource(options.prompts, options.prompt_column, options.prompt_split).load(
+            options.skip_bad_prompts
         )
-    prompts = PromptSource(options.prompts, options.prompt_column, options.prompt_split).load(options.skip_bad_prompts)
-    prompts = prompts.with_last_turns(sampling.last_assistant_turn, options.skip_bad_prompts).first(options.num_prompts)
-    note_skipped(prompts)
-    generator = QuarkGenerator.from_pretrained(
-        model_path(arguments.model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
-    )
-    if generator.conditioning is not None:
-        raise UserError(f"model {arguments.model}: must be one that Quark did not train. Name the model to start from.")
-    prompts = dataclasses.replace(prompts, ids=generator.encode(prompts.prompts))
+        prompts = prompts.with_last_turns(sampling.last_assistant_turn, options.skip_bad_prompts).first(
+            options.num_prompts
+        )
+        note_skipped(prompts)
+        generator = QuarkGenerator.from_pretrained(
+            model_path(arguments.model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
+        )
+        if generator.conditioning is not None:
+            raise UserError(
+                f"model {arguments.model}: must be one that Quark did not train. Name the model to start from."
+            )
+        (prompts,) = in_chat_template([prompts], model_path(arguments.model), generator.tokenizer, sampling.raw)
+        prompts = dataclasses.replace(prompts, ids=generator.encode(prompts.as_encoded))
     with progress_bars("words") as notify:
         samples = sample_and_score(
             generator,

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, compress
 from typing import Any
 
+from quarkrl.builtin import locate_prompts
 from quarkrl.data.chat_defaults import LastTurn
-from quarkrl.data.chats import RefusedChat, find_fault, is_continued, message_text
+from quarkrl.data.chats import RefusedChat, as_question, find_fault, is_continued, message_text
 from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import read_rows
 from quarkrl.data.rows import SURROGATE, BadRow, Row, one_completion_each, quote_names
@@ -41,6 +42,7 @@ class Prompts:
         locations: where each prompt came from, "train.jsonl:17" or "row 5 of NAME", for messages.
         skipped_rows: for each skipped row the index of the prompt that followed it, and the reason.
         ids: token ids of each prompt; filled by `encode`, empty before.
+        in_template: whether a text is encoded as a message of the user, in the chat template. Rewards get the text.
     """
 
     prompts: list[str | list[dict]]
@@ -48,9 +50,20 @@ class Prompts:
     locations: list[str]
     skipped_rows: list[tuple[int, str]] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
+    in_template: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def as_encoded(self) -> list[str | list[dict]]:
+        """The prompts as they are encoded: texts and chats."""
+        return list(map(as_question, self.prompts)) if self.in_template else self.prompts
+
+    @property
+    def are_chats(self) -> bool:
+        """Whether a prompt is encoded as a chat."""
+        return self.in_template or not all(isinstance(prompt, str) for prompt in self.prompts)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -80,13 +93,21 @@ class Prompts:
                 for index, reason in part.skipped_rows
             ],
             ids=[ids for part in parts for ids in part.ids],
+            in_template=any(part.in_template for part in parts),
         )
 
     def first(self, count: int) -> Prompts:
         """Return the first `count` prompts, not encoded, with the rows that were skipped before them."""
         columns = {name: values[:count] for name, values in self.columns.items()}
         skipped_rows = [(index, reason) for index, reason in self.skipped_rows if index < count]
-        return Prompts(self.prompts[:count], columns, self.locations[:count], skipped_rows)
+        return replace(
+            self,
+            prompts=self.prompts[:count],
+            columns=columns,
+            locations=self.locations[:count],
+            skipped_rows=skipped_rows,
+            ids=[],
+        )
 
     def skip(self, reasons: Sequence[str | None]) -> Prompts:
         """Return the prompts, not encoded, without those for which there is a reason to skip them."""
@@ -100,7 +121,9 @@ class Prompts:
     def where(self, keep: Sequence[bool]) -> Prompts:
         """Return the prompts, not encoded, whose place in `keep` is True."""
         new_indices = list(accumulate(keep, initial=0))
-        return Prompts(
+        return replace(
+            self,
+            ids=[],
             prompts=list(compress(self.prompts, keep)),
             columns={name: list(compress(values, keep)) for name, values in self.columns.items()},
             locations=list(compress(self.locations, keep)),
@@ -141,6 +164,7 @@ class Prompts:
         is_bad_start: Callable[[Sequence[int]], bool] = lambda ids: False,
         allow_none: bool = False,
         last_assistant_turn: LastTurn = "continue",
+        in_template: bool = False,
     ) -> Prompts:
         """Encode the prompts as token ids (`data.encoding`) and check their lengths.
 
@@ -152,6 +176,7 @@ class Prompts:
             is_bad_start: whether the ids of a text start with a BOS that reward tokens follow in chats only.
             allow_none: return no prompts if all are skipped, instead of raising.
             last_assistant_turn: what happens to chats that end with a message of the assistant (`with_last_turns`).
+            in_template: encode texts as messages of the user, also if the attribute `in_template` is False.
 
         Returns:
             The prompts with their `ids`, without those that are skipped.
@@ -161,8 +186,9 @@ class Prompts:
         """
         if max_length < 1:
             raise UserError(f"prompt length limit {max_length}: must be at least 1 token. Lower the completion length.")
-        ended = self.with_last_turns(last_assistant_turn, skip_bad)
-        prompts = ended.prompts
+        ended = replace(self, in_template=self.in_template or in_template)
+        ended = ended.with_last_turns(last_assistant_turn, skip_bad)
+        prompts = ended.as_encoded
         # A BadRow or None, later the ids.
         results: list[Any] = [_check_prompt(prompt) or _check_reserved(prompt, reserved) for prompt in prompts]
         good = [i for i, bad in enumerate(results) if bad is None]
@@ -171,7 +197,7 @@ class Prompts:
         reasons = _reasons_to_skip(ended.locations, results, skip_bad)
         encoded = ended.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
-        warn_of_second_bos(tokenizer, encoded.prompts, encoded.ids)
+        warn_of_second_bos(tokenizer, encoded.as_encoded, encoded.ids)
         if not allow_none:
             _check_any_left("the prompts", encoded)
         return encoded
@@ -210,6 +236,8 @@ def load_prompts(
     Raises:
         UserError: the source cannot be read, a row is bad, or no row is left.
     """
+    if isinstance(source, str):
+        source = locate_prompts(source, split) or source
     name, raw_rows = read_rows(source, split)
     if not raw_rows:
         raise UserError(f"{name}: there are no rows in it. Provide at least one prompt.")

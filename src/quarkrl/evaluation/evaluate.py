@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from quarkrl.builtin import locate_model
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.evaluation.corpus import corpus_row
@@ -98,6 +99,7 @@ def evaluate(  # noqa: PLR0913 - one keyword per choice
     """
     options = options or EvaluationOptions()
     sampling = options.strategy()
+    model = locate_model(model)
     models = _load_models(model, options)
     variants = _variants(models, options)
     if needs_curve and not curves(variants):
@@ -233,7 +235,7 @@ def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, options: 
         is_bad_start=policy.has_misplaced_reward_tokens,
         last_assistant_turn=options.last_assistant_turn,
     )
-    return replace(encoded, ids=policy.strip(encoded.prompts, encoded.ids))
+    return replace(encoded, ids=policy.strip(encoded.as_encoded, encoded.ids))
 
 
 def _sample(

@@ -54,7 +54,7 @@ class PerplexityModel:
             heads, tails = [prompts.ids[i] for i in prompt_numbers], [list(ids) for ids in completion_ids]
         else:
             heads, tails = _tokenize_pairs(
-                self.generator.tokenizer, [prompts.prompts[i] for i in prompt_numbers], texts
+                self.generator.tokenizer, [prompts.as_encoded[i] for i in prompt_numbers], texts
             )
         context_length = self.generator.context_length
         truncated = sum(len(head) + len(tail) > context_length for head, tail in zip(heads, tails, strict=True))

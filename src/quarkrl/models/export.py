@@ -19,6 +19,7 @@ from quarkrl.models.adapters import is_tied, merge
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.gguf_writing import write_gguf
 from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
+from quarkrl.models.model_card import write_model_card
 from quarkrl.models.quark_json import read_quark_json
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.storage.json import nan_to_null
@@ -47,6 +48,7 @@ def save_steered(
         model = merge(copy.deepcopy(model))
     _save_model(model, tokenizer, conditioning, directory, state_dict)
     conditioning.save(directory, **facts)
+    write_model_card(directory)
 
 
 def _save_model(
@@ -109,6 +111,7 @@ def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any
         adapted.save_pretrained(stage, save_embedding_layers=not is_tied(adapted))
         tokenizer.save_pretrained(stage)
         conditioning.save(stage, **facts)
+        write_model_card(stage)
 
 
 def export_gguf(path: str | os.PathLike, file: Path, weight_type: str, **load_options: Any) -> str:

@@ -80,6 +80,17 @@ def keeps_special_tokens(model: str | os.PathLike) -> bool:
     return isinstance(config, dict) and config.get("keep_special_tokens") is True
 
 
+def reads_chats_as_trained(model: str | os.PathLike) -> bool | None:
+    """Whether the prompts of training were chats to the model; None if `quark.json` does not say, or is not there.
+
+    Raises:
+        UserError: `quark.json` is damaged.
+    """
+    prompts = (read_quark_json(model) or {}).get("prompts")
+    reads = prompts.get("reads") if isinstance(prompts, dict) else None
+    return None if reads is None else reads == "chats"
+
+
 def _name(model: str | os.PathLike, key: str) -> str | None:
     identity = (read_quark_json(model) or {}).get(key) or {}
     name = identity.get("name") if isinstance(identity, dict) else identity

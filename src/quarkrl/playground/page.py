@@ -137,7 +137,7 @@ def _prompt_inputs(subject: Subject, defaults: Settings) -> dict[str, Any]:
         defaults.prompt, label="Prompt", lines=1, max_lines=10, autofocus=True, placeholder="Type some text, then Enter"
     )
     if subject.examples:
-        gr.Examples([[text] for text in subject.examples], [inputs["prompt"]], label="Held-out prompts of the run")
+        gr.Examples([[text] for text in subject.examples], [inputs["prompt"]], label="Prompts to try")
     if can_chat:
         with gr.Row():
             inputs["chat"] = gr.Checkbox(defaults.chat, label="Chat: the prompt is a message of the user")

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from transformers import PreTrainedModel
 
@@ -19,6 +21,8 @@ from quarkrl.models.quark_json import reference_name, start_name
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.directory import OPTIONS_FILE, model_of_run
 from quarkrl.sampling.generator import QuarkGenerator
+
+RESULTS_FILE = "results.parquet"  # The table before/after at the end of a run.
 
 ModelContext = Callable[[], AbstractContextManager[PreTrainedModel]]
 
@@ -104,6 +108,19 @@ def _without_adapter(model: Any) -> Iterator[PreTrainedModel]:
 @contextmanager
 def _always(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     yield model
+
+
+def telling_prompts(name: str, count: int) -> list[str]:
+    """Return the held-out prompts of a run whose completions before training scored lowest; [] without results."""
+    for directory in (Path(name), Path(name).resolve().parent):
+        try:
+            table = pq.read_table(directory / RESULTS_FILE, columns=["prompt", "row", "reward"]).to_pylist()
+        except (OSError, pa.ArrowException):
+            continue
+        before = [line for line in table if line["row"] == "reference" and line["reward"] is not None]
+        prompts = dict.fromkeys(line["prompt"] for line in sorted(before, key=lambda line: line["reward"]))
+        return [] if any(prompt.startswith("[{") for prompt in prompts) else [*prompts][:count]  # Chats as JSON.
+    return []
 
 
 def recorded_options(name: str) -> dict[str, Any]:

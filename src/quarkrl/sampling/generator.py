@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.builtin import locate_model
 from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, warn_of_second_bos
 from quarkrl.errors import UserError, did_you_mean, shorten
@@ -83,7 +84,7 @@ class QuarkGenerator:
         """Load a run's `final/`, a checkpoint, or any causal language model.
 
         Args:
-            path: a directory, or a name on the hub.
+            path: a directory, a name on the hub, or "builtin" for the embedded model.
             device: the device of the model; by default a GPU if there is one.
             trust_remote_code: run the Python code in the model's repository; by default no such code runs.
             system_prompt: the system message of chats without one; by default that of training.
@@ -93,6 +94,7 @@ class QuarkGenerator:
         Raises:
             UserError: the model or its tokenizer cannot be loaded.
         """
+        path = locate_model(path)
         model = load_model(path, trust_remote_code, **model_kwargs)
         reference = reference_name(path)
         tokenizer = load_tokenizer(path, trust_remote_code)

@@ -75,4 +75,9 @@ class SamplingOptions(DecodingOptions):
     """How a command samples completions of many prompts."""
 
     batch_size: int = option(128, "Completions per batch.", at_least=1, group="sampling")
+    raw: bool = option(
+        False,
+        "Leave texts outside the chat template. Those of a chat model are wrapped as a user's message.",
+        group="chats",
+    )
     last_assistant_turn: LastTurn = option("refuse", LAST_TURN_HELP, metavar="RULE", group="chats")

@@ -16,6 +16,7 @@ def run_facts(
     rewards: Any,
     identities: dict[str, dict[str, Any]],
     best_checkpoint: str | os.PathLike | None = None,
+    prompts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
 
@@ -28,6 +29,7 @@ def run_facts(
         identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
+        prompts: name and number of the prompts to explore, and whether they are texts or chats to the model.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
@@ -35,6 +37,7 @@ def run_facts(
         "pool_size": len(pool),
         **identities,
         "rewards": rewards,
+        "prompts": prompts,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": options,
     }

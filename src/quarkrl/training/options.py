@@ -36,6 +36,14 @@ class QuarkOptions:
     chat_template_kwargs: dict[str, Any] | str | None = option(
         None, TEMPLATE_KWARGS_HELP, group="prompts", metavar="JSON", resume="fixed"
     )
+    raw: bool | None = option(
+        None,
+        "Texts are not wrapped in the chat template. The default of the command is false for a chat model's texts, and "
+        "that of QuarkConfig true.",
+        group="prompts",
+        resume="fixed",
+        rare=True,
+    )
     last_assistant_turn: LastTurn = option(
         "refuse", LAST_TURN_HELP, group="prompts", metavar="RULE", resume="fixed", rare=True
     )

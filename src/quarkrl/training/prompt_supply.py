@@ -7,6 +7,7 @@ from typing import Any
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 
 from quarkrl.algorithm.schedule import schedule_prompts
+from quarkrl.builtin import locate_prompts
 from quarkrl.data.prompts import Prompts, load_prompts
 from quarkrl.data.rows import quote_names
 from quarkrl.data.stream import PromptStream
@@ -33,6 +34,8 @@ def encode_prompts_of(name: str, source: Any, encode: Callable[..., Prompts], sk
             f"{name}: must be one split, not a {type(source).__name__} of {quote_names(source)}. Pass one of them, "
             f"such as dataset[{split!r}]."
         )
+    if isinstance(source, str):
+        source = locate_prompts(source, "eval" if name == "eval_dataset" else "train") or source
     prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
     return encode(prompts)
 

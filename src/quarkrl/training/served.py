@@ -83,7 +83,7 @@ def check_served_ids(
         UserError: the ids of a prompt differ, or the tokenizer cannot be saved and loaded.
     """
     texts, chats = _probes(tokenizer, conditioning, prompts)
-    has_chats = not all(isinstance(prompt, str) for prompt in prompts.prompts)
+    has_chats = prompts.are_chats
     problems: list[str] = []
     if has_chats and (ambiguity := find_ambiguity(tokenizer, conditioning)):
         raise UserError(f"tokenizer {type(tokenizer).__name__}: must not {ambiguity} in a run on chats. Train on text.")
@@ -126,7 +126,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase, conditioning: Conditioning, prom
     before, _ = surrounding_ids(tokenizer)
     own_specials = [str(token) for token in tokenizer.all_special_tokens]
     probes = [*PROBES, *own_specials, *(f"{token}a {token} b{token}" for token in own_specials)]
-    texts: _Pairs = list(zip(prompts.prompts, prompts.ids, strict=True))[:_FIRST_PROMPTS]
+    texts: _Pairs = list(zip(prompts.as_encoded, prompts.ids, strict=True))[:_FIRST_PROMPTS]
     for text, ids in zip(probes, try_encode_prompts(tokenizer, probes, empty_ids=before), strict=True):
         # A tokenizer without UNK refuses texts.
         if isinstance(ids, list) and conditioning.position(ids) == len(before):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quarkrl.builtin import locate_model
 from quarkrl.errors import UserError
 from quarkrl.models.adapters import merge, merge_start
 from quarkrl.models.conditioning import Conditioning
@@ -56,7 +57,7 @@ def load_start(
         UserError: there is no such model, or its adapter cannot be merged.
     """
     if isinstance(model, str | os.PathLike):
-        model = load_model(model)
+        model = load_model(locate_model(model))
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
     if hasattr(model, "merge_and_unload"):
         model, own_config = merge_start(model)
@@ -71,7 +72,7 @@ def load_reference(ref_model: Any | None) -> PreTrainedModel | None:
         UserError: there is no such model, or its adapter cannot be merged.
     """
     if ref_model is None or isinstance(ref_model, str | os.PathLike):
-        return None if ref_model is None else load_model(ref_model)
+        return None if ref_model is None else load_model(locate_model(ref_model))
     return merge(ref_model) if hasattr(ref_model, "merge_and_unload") else _without_adapters(ref_model, "ref_model")
 
 

@@ -54,6 +54,7 @@ from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
 from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.model_card import write_model_card
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.models.words import Words
 from quarkrl.rewards.scorer import Scorer
@@ -153,6 +154,7 @@ class QuarkTrainer(DurableTrainer):
         self._encode = self._make_encoder(words)
         self.supply = PromptSupply(train_dataset, self._encode, args)
         self.prompts = self.supply.first
+        self.prompts_source = train_dataset if isinstance(train_dataset, str) else None  # For the model card.
         self.eval_prompts = None if eval_dataset is None else self._load_held_out(eval_dataset)
         _check_quantiles(args, len(self.prompts))
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes, words)
@@ -185,7 +187,7 @@ class QuarkTrainer(DurableTrainer):
             describe_overdraw(args, len(self.prompts)),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
-            chat_date_note(self.chat_date, self.prompts.prompts),
+            chat_date_note(self.chat_date, self.prompts.as_encoded),
             coarse_weights_note(models.policy),
         ]
         self.progress.start_notes += filter(None, notes)
@@ -245,6 +247,7 @@ class QuarkTrainer(DurableTrainer):
             reserved=new_token_names(self.plain_tokenizer, self.scorer.attributes, words),
             is_bad_start=lambda ids: ids[0] == bos_id,
             last_assistant_turn=self.args.last_assistant_turn,
+            in_template=self.args.raw is False,
         )
 
     def _make_health(self) -> Health:
@@ -645,8 +648,14 @@ class QuarkTrainer(DurableTrainer):
         return {**states[0], "learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
 
     def save_run_files(self, output_dir: Path) -> None:
-        """Write `quark.json` beside the weights."""
+        """Write `quark.json` and the model card beside the weights."""
         self.conditioning.save(output_dir, **self.facts())
+        write_model_card(output_dir)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Keep the card of Quark where `push_to_hub` would write that of `Trainer`."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir)
 
     def set_aside_run_files(self, step: int, aside: Path) -> None:
         """Set aside the samples, metrics and final model of the timeline that a run leaves when it branches off."""
@@ -687,6 +696,11 @@ class QuarkTrainer(DurableTrainer):
             rewards=self.scorer.identity,
             identities=self.identities,
             best_checkpoint=best,
+            prompts={
+                "source": self.prompts_source,
+                "count": len(self.prompts),
+                "reads": "chats" if self.prompts.are_chats else "texts",
+            },
         )
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
