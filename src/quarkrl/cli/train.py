@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,8 @@ def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, p
     speed = None
     if is_simple and not run.stream_prompts:
         tokenizer = with_chat_defaults(tokenizer, config.system_prompt, config.chat_template_kwargs)
-        speed = measure_speed(model, tokenizer, prompts, config)
+        with suppress(UserError):  # The trainer reports it, with the limit that its reward tokens need.
+            speed = measure_speed(model, tokenizer, prompts, config)
     if run.budget and not speed:
         raise UserError(
             f"budget {run.budget!r}: must be left out where the speed of the model is not known: several processes, "
