@@ -64,7 +64,9 @@ def test_quantiles_by_hand(rewards, num_quantiles, expected):
     [
         # Ranks 0 1 | 2 3 | 4 5: the three 1s have ranks 1 to 3, and rank 3 is in quantile 1.
         ([0, 1, 1, 1, 2, 3], 3, [0, 1, 1, 1, 2, 2]),
-        ([0, 0, 0, 1, 2, 3], 3, [1, 1, 1, 1, 2, 2]),  # The worst quantile is empty.
+        ([0, 0, 0, 1, 2, 3], 3, [0, 0, 0, 1, 2, 2]),  # The lowest reward is always the worst quantile.
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 5, [0] * 9 + [4]),  # A common lowest reward, and a rare better one.
+        ([0, 0, 1, 1, 1, 1, 1, 1, 1, 1], 5, [0, 0, 4, 4, 4, 4, 4, 4, 4, 4]),
         ([0, 1, 2, 9, 9, 9], 3, [0, 0, 1, 2, 2, 2]),
         ([1, 1, 1, 1], 2, [1, 1, 1, 1]),  # The best quantile is never empty.
         ([0, 1, 1, 1, 1], 5, [0, 4, 4, 4, 4]),
@@ -129,10 +131,12 @@ def test_an_error_names_a_single_quantile():
         DataPool(1)
 
 
-def test_a_warning_names_the_quantiles_that_ties_leave_empty(caplog):
-    pool_of([[0, 0], [0, 1], [0, 2], [1, 3], [2, 4], [3, 5]], 3, ("kind", "brief"))
+def test_a_note_says_once_that_ties_leave_quantiles_empty(caplog):
+    pool = pool_of([[0, 0], [1, 1], [1, 2], [1, 3], [1, 4], [1, 5]], 3, ("kind", "brief"))
+    pool.quantize()
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("reward 'kind': no sample is in quantile 0, ")
+    assert message.startswith("kind: 83% of the samples share the reward 1, so 2 of 3 quantiles have samples: 0, 2.")
+    assert "--num_quantiles 2" in message
 
 
 def test_there_is_no_warning_if_all_rewards_are_equal(caplog):
@@ -166,8 +170,8 @@ def test_samples_that_reach_the_ceiling_form_the_best_quantile(ceiling, expected
 
 def test_the_ceiling_with_two_quantiles_and_with_fewer_samples_below_it_than_quantiles():
     assert quantiles_of([0, 1, 2, 3], 2, ceiling=1) == [0, 1, 1, 1]
-    # The only sample below the ceiling goes to the highest of the four other quantiles.
-    assert quantiles_of([0, 1, 2, 3, 4], 5, ceiling=1) == [3, 4, 4, 4, 4]
+    # The only sample below the ceiling is the worst.
+    assert quantiles_of([0, 1, 2, 3, 4], 5, ceiling=1) == [0, 4, 4, 4, 4]
 
 
 def test_the_ceiling_applies_to_each_attribute():

@@ -223,6 +223,10 @@ COLLAPSED = {
         {"reward": lambda completions: [2.5] * len(completions)},
         "iteration 0: all 8 samples of the pool have reward 2.5",
     ),
+    "cut off": (
+        {"reward": lambda completions: [2.5] * len(completions), "min_completion_length": 6},
+        "iteration 0: all 8 samples of the pool have reward 2.5, and all completions end at max_completion_length 6:",
+    ),
     "each of two rewards": (
         {"reward": [lambda completions: [1.0] * len(completions), distinct_rewards], "condition_on": "each"}
         | {"reward_ceiling": -2.0},

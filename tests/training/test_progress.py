@@ -34,3 +34,15 @@ def test_a_metric_whose_name_looks_like_markup_is_shown_as_it_is():
     progress = Progress(console=console)
     progress._print("iteration 0/1", {"metric.[/acc]": 1.0, "metric.acc[top]": 2.0})
     assert "metric.[/acc] 1" in console.file.getvalue() and "metric.acc[top] 2" in console.file.getvalue()
+
+
+def test_the_line_of_an_iteration_says_what_is_cut_off_at_the_length_limit():
+    state = SimpleNamespace(global_step=4, is_world_process_zero=True)
+    for shortest, expected in ((3, "cut off 75%"), (20, "unscored 0")):  # Without EOS all of them are, by choice.
+        console = Console(file=io.StringIO(), width=200)
+        progress = Progress(console=console)
+        args = SimpleNamespace(steps_per_iteration=4, total_iterations=2, max_completion_length=20)
+        args.min_completion_length = shortest
+        progress.on_log(args, state, None, {"iteration": 0, "reward": 0.5, "unscored": 0, "eos_share": 0.25})
+        progress.on_epoch_end(args, state, None)
+        assert console.file.getvalue().strip().endswith(expected)

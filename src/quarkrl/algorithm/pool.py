@@ -57,6 +57,7 @@ class DataPool:
         self.attributes = tuple(attributes)
         self.edges = np.full((len(self.attributes), num_quantiles - 1), np.nan)
         self._columns = SampleColumns(len(self.attributes))
+        self._noted: set[tuple[str, int]] = set()  # What `_note_empty` has said.
 
     def __len__(self) -> int:
         return len(self._columns)
@@ -120,7 +121,8 @@ class DataPool:
 
         Edge k is the reward of rank ceil(k N / K), counted from 0, for k from 1 to K - 1. A sample's quantile is the
         number of edges that its reward reaches. Without ties the sizes of the quantiles differ by at most one. Equal
-        rewards share a quantile, that of the highest-ranked among them, so the best quantile is never empty.
+        rewards share a quantile, that of the highest-ranked among them, so the best quantile is never empty. The lowest
+        reward is always in quantile 0: an edge that equals it becomes the next higher reward.
 
         Args:
             ceiling: a reward that is good enough. If more than 1 / K of the pool reaches it, all of those samples form
@@ -136,14 +138,22 @@ class DataPool:
             )
         for a, name in enumerate(self.attributes):
             self.edges[a] = find_edges(self.rewards[:, a], self.num_quantiles, ceiling)
-            sizes = self._assign_quantiles(a)
-            empty = np.flatnonzero(sizes == 0).tolist()
-            # If all rewards are equal, training.health reports it.
-            if empty and self.rewards[:, a].min() < self.rewards[:, a].max():
-                logger.warning(
-                    f"reward {name!r}: no sample is in quantile {', '.join(map(str, empty))}, because many rewards are "
-                    "equal. The model does not learn these reward tokens. Use a finer reward or fewer quantiles."
-                )
+            self._note_empty(name, self.rewards[:, a], self._assign_quantiles(a), ceiling)
+
+    def _note_empty(self, name: str, rewards: np.ndarray, sizes: np.ndarray, ceiling: float | None) -> None:
+        """Say, once for each number of quantiles that have samples, that ties leave the others empty."""
+        count = int((sizes > 0).sum())
+        # If all rewards are equal, training.health reports it.
+        if count in (1, self.num_quantiles) or (name, count) in self._noted:
+            return
+        self._noted.add((name, count))
+        values, times = np.unique(rewards if ceiling is None else np.minimum(rewards, ceiling), return_counts=True)
+        most = times.argmax()
+        logger.warning(
+            f"{name}: {times[most] / len(rewards):.0%} of the samples share the reward {values[most]:g}, so {count} of "
+            f"{self.num_quantiles} quantiles have samples: {', '.join(map(str, np.flatnonzero(sizes)))}. The run uses "
+            f"those. A new run can have as many with --num_quantiles {count}, or a finer reward."
+        )
 
     def _assign_quantiles(self, attribute: int) -> np.ndarray:
         """Set the quantiles of all samples by the edges of one attribute; return the K quantiles' sizes."""
@@ -279,11 +289,15 @@ def _iteration_path(directory: Path, iteration: int) -> Path:
 def find_edges(rewards: np.ndarray, num_quantiles: int, ceiling: float | None) -> np.ndarray:
     """Return `(K - 1,)`, the lowest reward of each quantile but the worst; see `DataPool.quantize`."""
     edges = _split_evenly(rewards, num_quantiles)
-    if ceiling is None or ceiling >= edges[-1]:
-        return edges
-    rest = rewards[rewards < ceiling]
-    lower = _split_evenly(rest, num_quantiles - 1) if len(rest) else np.full(num_quantiles - 2, ceiling)
-    return np.append(lower, ceiling)
+    if ceiling is not None and ceiling < edges[-1]:
+        rest = rewards[rewards < ceiling]
+        lower = _split_evenly(rest, num_quantiles - 1) if len(rest) else np.full(num_quantiles - 2, ceiling)
+        edges = np.append(lower, ceiling)
+    lowest, highest = rewards.min(), min(rewards.max(), np.inf if ceiling is None else ceiling)
+    if edges[0] == lowest < highest:
+        # Otherwise the lowest reward, where it is common, would share a quantile with better ones.
+        edges[edges == lowest] = min(rewards[rewards > lowest].min(), highest)
+    return edges
 
 
 def _split_evenly(rewards: np.ndarray, parts: int) -> np.ndarray:

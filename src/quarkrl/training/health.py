@@ -92,6 +92,7 @@ class Health:
         on_bad_numbers: "stop" or "skip".
         on_collapse: "stop" or "warn".
         reward_ceiling: larger rewards count as equal to it; None sets no ceiling.
+        max_length: completion length in tokens at which sampling ends; None if it is not known.
 
     Attributes:
         skipped: steps that were skipped since the start of the run.
@@ -107,9 +108,11 @@ class Health:
         on_bad_numbers: str,
         on_collapse: str,
         reward_ceiling: float | None,
+        max_length: int | None = None,
     ):
         self.accelerator, self.loss_means, self.decode, self.log = accelerator, loss_means, decode, log
         self.on_bad_numbers, self.on_collapse, self.reward_ceiling = on_bad_numbers, on_collapse, reward_ceiling
+        self.max_length = max_length
         self.skipped = self._skipped_in_a_row = 0
         self._problem = ""  # Why the current step is skipped; empty if it is not.
         # The sum of the entropy over the iteration's tokens on this process, and the number of those tokens.
@@ -138,6 +141,11 @@ class Health:
             columns = {name: pool.rewards[:, pool.attributes.index(name)] for name in names}
             values = ", ".join(self._describe_constant(name, column) for name, column in columns.items())
             problem = f"iteration {iteration}: all {len(pool)} samples of the pool have {values}"
+            if all(len(ids) == self.max_length for ids in completions):
+                problem += (
+                    f", and all completions end at max_completion_length {self.max_length}: what a longer one would "
+                    "say, or its length, gives no reward. Raise --max_completion_length"
+                )
             if len(names) == len(pool.attributes):
                 self._report_collapse(problem, None)
             else:  # The other attributes still distinguish samples.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from quarkrl.runs.records import METRICS_FILE
 from quarkrl.storage.atomic import atomic_file, report_write_errors
@@ -55,6 +56,17 @@ class MetricsFile(TrainerCallback):
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(nan_to_null(row)) + "\n"
+
+
+class LogEachIteration(TrainerCallback):
+    """Logs the loss at the end of an iteration in which `logging_steps` has no step to log."""
+
+    def on_step_end(self, args, state, control, **_):
+        """Request a log entry at the last step, if the iteration has had none."""
+        step, per_iteration, every = state.global_step, args.steps_per_iteration, max(state.logging_steps, 1)
+        has_entry = step // every > (step - per_iteration) // every
+        if args.logging_strategy == IntervalStrategy.STEPS and step % per_iteration == 0 and not has_entry:
+            control.should_log = True
 
 
 class LossMeans:

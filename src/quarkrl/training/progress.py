@@ -156,6 +156,8 @@ class Progress(TrainerCallback):
         if not self.enabled or not state.is_world_process_zero:
             return
         shown = {n: v for n, v in self._explored_logs.items() if n not in _HIDDEN_FIGURES}
+        if "eos_share" in self._explored_logs and args.min_completion_length < args.max_completion_length:
+            shown["cut off"] = f"{1 - self._explored_logs['eos_share']:.0%}"  # at the length limit, without EOS
         shown |= {n: self._learned_logs[n] for n in ("nll", "kl") if n in self._learned_logs}
         if seconds := self._time_left.seconds(args, state.global_step):
             shown["left"] = format_seconds(seconds)

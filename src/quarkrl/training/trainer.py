@@ -74,7 +74,7 @@ from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import plan_memory
-from quarkrl.training.metrics_log import LossMeans, MetricsFile
+from quarkrl.training.metrics_log import LogEachIteration, LossMeans, MetricsFile
 from quarkrl.training.prefix_rate import scale_rate_of_rows
 from quarkrl.training.progress import Progress
 from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
@@ -216,6 +216,7 @@ class QuarkTrainer(DurableTrainer):
             # Callbacks run in this order, after the trainer's own hooks, which explore and quantize.
             callbacks=[
                 MallocTrimCallback(),
+                LogEachIteration(),
                 self.metrics_file,
                 self.progress,
                 CompletionLog(self.progress),
@@ -259,6 +260,7 @@ class QuarkTrainer(DurableTrainer):
             on_bad_numbers=args.on_bad_numbers,
             on_collapse=args.on_collapse,
             reward_ceiling=args.reward_ceiling,
+            max_length=args.max_completion_length,
         )
 
     def _make_engine(self, prompt_lengths: Sequence[Sequence[int]]) -> SamplingEngine:
