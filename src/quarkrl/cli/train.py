@@ -156,7 +156,8 @@ def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "Pr
     if config.raw is not None or run.prompt_tokens is not None:
         return config.raw
     if run.resume or config.resume_from_checkpoint:
-        return (recorded_fact(Path(config.output_dir), "options") or {}).get("raw")
+        options = recorded_fact(Path(config.output_dir), "options")
+        return options.get("raw") if isinstance(options, dict) else None  # `open_run` reports a damaged file.
     wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
     return False if wraps else None
 
