@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -286,5 +287,6 @@ def test_score_calls_a_reward_in_batches_of_training_in_a_thread_with_a_time_out
         encoding="utf-8",
     )
     (tmp_path / "texts.txt").write_text("a\n" * 130, encoding="utf-8")
-    assert main(["score", str(tmp_path / "texts.txt"), "--reward", f"{tmp_path / 'rewards.py'}:batch"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["128.0000"] * 128 + ["2.0000"] * 2
+    assert main(["score", str(tmp_path / "texts.txt"), "--reward", f"{tmp_path / 'rewards.py'}:batch", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["reward"] for row in rows] == [128.0] * 128 + [2.0] * 2
