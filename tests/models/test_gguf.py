@@ -120,7 +120,7 @@ def test_smaller_types_keep_the_logits_nearly(tmp_path, kind, tolerance, size):
 
 @pytest.mark.parametrize("exported", ["llama"], indirect=True)
 def test_the_command_reads_a_file(exported, capsys):
-    assert main(["generate", str(exported[1]), "--prompt", "The king", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", str(exported[1]), "--prompt", "The king", "--raw", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("The king")
 
 

@@ -136,7 +136,15 @@ def test_processes_create_and_write_one_file_concurrently(tmp_path):
 def test_the_score_command_prints_the_number_of_cache_hits(tmp_path, capsys):
     pytest.importorskip("vaderSentiment")
     (tmp_path / "texts.txt").write_text("good\nbad\ngood\n", encoding="utf-8")
-    command = ["score", str(tmp_path / "texts.txt"), "--reward", "vader", "--score_cache", str(tmp_path / "c")]
+    command = [
+        "score",
+        str(tmp_path / "texts.txt"),
+        "--reward",
+        "vader",
+        "--json",
+        "--score_cache",
+        str(tmp_path / "c"),
+    ]
     assert main(command) == 0
     first = capsys.readouterr()
     assert re.match("3 texts, 0 .*, 0 from cache", first.err)

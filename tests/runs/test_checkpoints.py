@@ -84,7 +84,7 @@ def again(directory: Path, **options) -> None:
 
 def test_a_run_writes_no_pickle_and_resuming_reads_none(copied, whole, monkeypatch):
     kinds = {Path(name).suffix for name in files_of(whole)}
-    assert kinds <= {".json", ".jsonl", ".jinja", ".safetensors", ".parquet", ".lock"}
+    assert kinds <= {".md", ".json", ".jsonl", ".jinja", ".safetensors", ".parquet", ".lock"}
     for name in files_of(whole):
         content = (whole / name).read_bytes()
         # A pickle of protocol 2 and later, a zip as torch writes it, and its old format.

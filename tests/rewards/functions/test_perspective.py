@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -156,13 +157,14 @@ def test_the_score_command_retries_and_never_prints_the_key(server, tmp_path, mo
     server.plan("text 90", "503", refusal("COMMENT_TOO_LONG"))
     spec = f"perspective?endpoint={server.perspective}&queries_per_second=100&attribute=insult"
     done = subprocess.run(
-        [sys.executable, "-m", "quarkrl.cli", "score", tmp_path / "texts.txt", "--reward", spec],
+        [sys.executable, "-m", "quarkrl.cli", "score", tmp_path / "texts.txt", "--reward", spec, "--json"],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PERSPECTIVE_API_KEY": KEY},
     )
-    assert (done.returncode, done.stdout) == (0, "0.9500\ttext 5\n-\ttext 90\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["reward"] for line in done.stdout.splitlines()] == [0.95, None]
     assert done.stderr.startswith("2 texts, 1 ") and KEY not in done.stderr
     assert server.count == {"text 5": 1, "text 90": 2}
 
