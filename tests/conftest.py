@@ -8,6 +8,7 @@ if "gpu" not in sys.argv:  # All tests but those of `-m gpu` are the same on eve
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -59,3 +60,17 @@ def surroundings(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; skips where it or playwright is not installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    programs = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    program = next(filter(None, programs), None)
+    if program is None:
+        pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield running
+        running.close()

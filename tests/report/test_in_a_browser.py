@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from helpers.run_directories import write_run
 
 from quarkrl.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = [
     "<script>window.hit = 'script'; fetch('http://example.com/fetched')</script>",
     '"><img src="http://example.com/image.png" onerror="window.hit = \'image\'">',
@@ -19,25 +16,13 @@ HOSTILE = [
     "{{ 7 * 7 }} {% raw %} ${window.hit = 'template'}",
 ]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     return write_report(write_run(run, prompts=HOSTILE, completions=[*HOSTILE, " plain words"], iterations=3))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

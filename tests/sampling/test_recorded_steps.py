@@ -10,8 +10,9 @@ from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from quarkrl.sampling import recorded_steps
+from quarkrl.sampling.decoder import CachedDecoder
 from quarkrl.sampling.guidance import Contrast
-from quarkrl.sampling.recorded_steps import RecordedSteps
+from quarkrl.sampling.recorded_steps import RecordedDecoder, RecordedSteps
 from quarkrl.sampling.sampler import complete, sample
 from quarkrl.sampling.strategy import Sampling
 
@@ -87,11 +88,10 @@ def test_what_cannot_be_recorded_is_sampled_all_the_same_and_said_once(monkeypat
 
 def test_few_steps_other_devices_and_models_that_change_within_a_step_are_not_recorded():
     model, steps = exact_model("llama"), RecordedSteps(devices=("cpu",))
-    completions(model, steps, length=recorded_steps.MIN_STEPS)
-    completions(model, not_recorded())
-    source = recorded_steps.CachedDecoder.for_prompts(lambda: model, PROMPTS, model.device)
-    assert type(steps.decoder(lambda: model, PROMPTS, model.device, 40)) is type(source)
-    assert not steps._steps
+    assert isinstance(steps.decoder(model, PROMPTS, model.device, 40), RecordedDecoder)
+    for source, devices, count in ((model, ("cpu",), 5), (model, ("cuda",), 40), (lambda: model, ("cpu",), 40)):
+        decoder = RecordedSteps(devices).decoder(source, PROMPTS, model.device, count)
+        assert type(decoder) is CachedDecoder
 
 
 @pytest.mark.gpu

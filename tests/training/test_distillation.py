@@ -81,6 +81,14 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
     assert trainer.state.global_step == 80
 
 
+def test_the_line_of_an_iteration_of_distillation_has_its_scale_and_no_reward(tmp_path, capfd):
+    small_trainer(tmp_path, share_of_a_to_d, disable_tqdm=False, **DISTILLED).train()
+    lines = capfd.readouterr().err.splitlines()
+    explored, distilled = (next(line for line in lines if line.startswith(f"iteration {n}/3  ")) for n in (1, 2))
+    assert "reward" in explored and "distils" not in explored
+    assert "distils γ 2" in distilled and "reward" not in distilled and "kl" in distilled
+
+
 def test_a_temperature_and_a_rule_are_distilled_too(tmp_path):
     options = {"num_quantiles": 2, "steps_per_iteration": 30, "samples_per_prompt": 16, "learning_rate": 1e-2}
     options |= {"min_completion_length": 0, "distill_guidance_rule": "lower", "distill_temperature": 1.5}
@@ -157,5 +165,7 @@ def test_without_a_scale_there_is_no_distillation(tmp_path):
     assert (config.total_iterations, config.num_train_epochs) == (3, 3)
     config = QuarkConfig(str(tmp_path), num_iterations=3, **DISTILLED, guidance_from="reference")
     assert (config.total_iterations, config.num_train_epochs) == (5, 5)
+    with pytest.raises(UserError, match=r"distill_temperature \[1\.0, 1\.2\]: must be at most 1, one for each stage"):
+        QuarkConfig(str(tmp_path), **DISTILLED, distill_temperature=[1.0, 1.2])
     with pytest.raises(UserError, match=r"distill_guidance_scale -1\.0: must be at least 0"):
         QuarkConfig(str(tmp_path), distill_guidance_scale=-1)

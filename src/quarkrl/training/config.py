@@ -113,6 +113,13 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 "--explore_guidance_scale, --eval_guidance_scale or --distill_guidance_scale."
             )
 
+        stages, temperatures = len(self.distill_guidance_scale), len(self.distill_temperature)
+        if temperatures > stages:
+            raise UserError(
+                f"distill_temperature {self.distill_temperature}: must be at most {stages}, one for each stage. Set as "
+                "many values of --distill_guidance_scale, or fewer temperatures."
+            )
+
     def _check_combinations(self) -> None:
         for name in ("kl", "entropy"):
             target = getattr(self, f"{name}_target")

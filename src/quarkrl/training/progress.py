@@ -143,6 +143,8 @@ class Progress(TrainerCallback):
             self._explored_logs = logs
             if "seconds_sample" in logs:  # Not if the iteration was recalled from disk.
                 self._time_left.explored(args, logs)
+        elif "distill_guidance_scale" in logs:  # There are no rewards, and the latest would look like this iteration's.
+            self._explored_logs = {"distils γ": logs["distill_guidance_scale"]}
         elif "nll" in logs:
             self._learned_logs = logs
             if self._bars:

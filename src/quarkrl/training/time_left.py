@@ -15,10 +15,9 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
     """Say how many completions a run samples and how often it learns from each."""
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
     prompts, samples = explored // args.samples_per_prompt, args.samples_per_prompt
-    each = f"{samples} completions each" if samples > 1 else "a completion each"
     return (
-        f"plan: {args.num_iterations} iterations. Each samples and scores {each} of {prompts:,} prompts, and learns in "
-        f"{args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
+        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each of "
+        f"{prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
         f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}" + _describe_distillation(args)
     )
 
