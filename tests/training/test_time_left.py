@@ -97,8 +97,8 @@ def test_the_plan_counts_completions_and_draws(tmp_path):
         per_device_train_batch_size=72,
     )
     assert describe_plan(args, num_prompts=20_000) == (
-        "plan: 26 iterations. Each samples and scores 3,000 completions (2 for each of 1,500 prompts), and learns in 50 steps of "
-        f"72. In all 78,000 completions, each drawn 1.2 times, into {tmp_path}"
+        "plan: 26 iterations. Each samples and scores 3,000 completions (2 for each of 1,500 prompts), and learns in "
+        f"50 steps of 72. In all 78,000 completions, each drawn 1.2 times, into {tmp_path}"
     )
 
 

@@ -16,9 +16,10 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
     prompts, samples = explored // args.samples_per_prompt, args.samples_per_prompt
     return (
-        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each of "
-        f"{prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}. In all {explored * args.num_iterations:,} "
-        f"completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}" + _describe_distillation(args)
+        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each "
+        f"of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}. "
+        f"In all {explored * args.num_iterations:,} completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}"
+        + _describe_distillation(args)
     )
 
 
