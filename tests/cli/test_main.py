@@ -306,7 +306,7 @@ MISTAKES = {
     "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml': must map options to values"),
     "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num_iterations 'often': must be an integer"),
     "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
-    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere' cannot be loaded"),
+    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere': no such directory"),
     "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
     "trained before": ((*TRAIN, "--model", "{run}/final"), "already has the reward token"),
     "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),

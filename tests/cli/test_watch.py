@@ -12,6 +12,7 @@ import pytest
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.cli.main import main
 from quarkrl.cli.watch import read_state, sparkline
+from quarkrl.runs.directory import locked
 
 
 def write_run(directory, rows, iterations=1):
@@ -47,7 +48,8 @@ def test_the_view_has_the_figures_of_each_iteration_and_the_latest_samples(tmp_p
 
 
 def test_the_time_left_follows_from_the_explorations_so_far(tmp_path, monkeypatch):
-    state = read_state(write_run(tmp_path, ROWS, iterations=2))
+    with locked(write_run(tmp_path, ROWS, iterations=2)):
+        state = read_state(tmp_path)
     monkeypatch.setattr("quarkrl.cli.watch.time.time", lambda: 1070.0)
     # An iteration takes 60 s; the second of three began to learn 10 s ago.
     assert state.seconds_left == 60 * 2 - 10
@@ -59,8 +61,27 @@ def test_batches_of_the_current_exploration_are_counted(tmp_path, capsys):
     partial.mkdir()
     (directory / "pool" / "iteration-000000.parquet").replace(partial / "000000000.parquet")
     assert read_state(directory).partial == 3
-    assert main(["watch", str(directory)]) == 0
+    with locked(directory):
+        assert main(["watch", str(directory)]) == 0
     assert "exploring: 3 of 3 completions scored" in capsys.readouterr().out
+
+
+def test_a_run_whose_process_was_killed_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, ROWS, iterations=2)
+    monkeypatch.chdir(tmp_path.parent)
+    holder = (
+        f"from quarkrl.runs.directory import locked\nwith locked({tmp_path.name!r}):\n    print(flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert read_state(tmp_path).seconds_left is not None
+    process.kill()
+    process.communicate()
+    assert read_state(tmp_path).seconds_left is None
+    assert main(["watch", tmp_path.name]) == 0
+    words = " ".join(capsys.readouterr().out.split())  # Lines are wrapped.
+    assert f"{tmp_path.name} iteration 2 of 3 stopped" in words
+    assert f"no process runs it. Go on: quarkrl train --resume {tmp_path.name} " in words
 
 
 def test_a_run_that_has_ended_says_so_and_an_incomplete_line_is_left_out(tmp_path, capsys):
@@ -74,7 +95,8 @@ def test_a_run_that_has_ended_says_so_and_an_incomplete_line_is_left_out(tmp_pat
 
 def test_a_run_without_a_log_line_is_shown_and_another_directory_is_one_line(tmp_path, capsys):
     write_run(tmp_path, [], iterations=0)
-    assert main(["watch", str(tmp_path)]) == 0
+    with locked(tmp_path):
+        assert main(["watch", str(tmp_path)]) == 0
     assert "exploring: no batch is finished yet" in capsys.readouterr().out
     assert main(["watch", str(tmp_path / "none")]) == 2
     assert "must be the directory of a run, with run.json" in capsys.readouterr().err

@@ -54,9 +54,9 @@ def test_pickled_weights_are_refused_before_they_are_read(tmp_path, pickled):
 
 
 def test_a_model_that_is_not_there_is_one_line_with_its_name(tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded") as caught:
+    with pytest.raises(UserError, match="nothing': no such directory") as caught:
         load_model(tmp_path / "nothing")
-    assert "nothing" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @EVERY_MODEL

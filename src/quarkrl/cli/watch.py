@@ -12,7 +12,7 @@ from quarkrl.cli.common import console
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, format_seconds, truncate
 from quarkrl.options import check_options, option
-from quarkrl.runs.records import METRICS_FILE, RUN_FILE, recorded_fact
+from quarkrl.runs.records import METRICS_FILE, RUN_FILE, is_in_use, recorded_fact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     options, directory = options_from(arguments, WatchOptions), Path(arguments.run)
     state, out = read_state(directory), console(stderr=False)
-    if options.once or state.has_ended or not out.is_terminal:
+    if options.once or state.is_over or not out.is_terminal:
         out.print(view(state, options.samples))
         return
     with Live(view(state, options.samples), console=out, auto_refresh=False) as live:
         try:
-            while not state.has_ended:
+            while not state.is_over:
                 time.sleep(options.every)
                 state = read_state(directory)
                 live.update(view(state, options.samples), refresh=True)
@@ -74,6 +74,7 @@ class RunState:
         partial: scored completions of the current exploration; None if none is going on.
         explored_at: when each exploration ended, in seconds since the epoch.
         latest_write: when the run last wrote a file.
+        in_use: whether a process runs it.
     """
 
     directory: Path
@@ -84,11 +85,17 @@ class RunState:
     partial: int | None
     explored_at: list[float]
     latest_write: float
+    in_use: bool
 
     @property
     def has_ended(self) -> bool:
         """Whether training has ended; the final model may still be written."""
         return bool(self.rows) and "train_runtime" in self.rows[-1]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to come: the run has ended, or its process has."""
+        return self.has_ended or not self.in_use
 
     @property
     def step(self) -> int:
@@ -109,7 +116,7 @@ class RunState:
     @property
     def seconds_left(self) -> float | None:
         """Seconds to the end if all iterations take as long as those so far; None before two explorations."""
-        if self.has_ended or len(self.explored_at) < 2:
+        if self.is_over or len(self.explored_at) < 2:
             return None
         period = (self.explored_at[-1] - self.explored_at[0]) / (len(self.explored_at) - 1)
         return max(0.0, period * (self.total - len(self.explored_at) + 1) - (time.time() - self.explored_at[-1]))
@@ -142,6 +149,7 @@ def read_state(directory: Path) -> RunState:
         partial=_count_partial(directory / "pool"),
         explored_at=times,
         latest_write=max([*times, *map(_modified, watched)]),
+        in_use=is_in_use(directory),
     )
 
 
@@ -174,6 +182,8 @@ def _headline(state: RunState) -> str:
     position = f"{state.directory}   iteration {done} of {state.total}"
     if state.has_ended:
         return f"{position}   ended after {format_seconds(state.rows[-1]['train_runtime'])}"
+    if state.is_over:
+        return f"{position}   stopped"
     left = state.seconds_left
     return position + ("" if left is None else f"   about {format_seconds(left)} left")
 
@@ -181,6 +191,8 @@ def _headline(state: RunState) -> str:
 def _activity(state: RunState) -> str:
     if state.has_ended:
         return f"its samples: quarkrl samples {state.directory}"
+    if state.is_over:
+        return f"no process runs it. Go on: quarkrl train --resume {state.directory}"
     if state.partial is not None:
         total = state.samples_per_iteration
         text = f"exploring: {state.partial:,}" + (f" of {total:,}" if total else "") + " completions scored"
@@ -238,7 +250,8 @@ def _latest_samples(state: RunState, count: int) -> list[Any]:
         prompt, completion = displayed(row["prompt"], row["completion"])
         figures = " ".join(f"{row[name]:.3f}" for name in attributes_of(table))
         text = truncate(" ".join(completion.split()), _TEXT_WIDTH)
-        lines.append(Text.assemble(f"{row['rank']:<5} {figures}  ", (" ".join(prompt.split()) + " ", "dim"), text))
+        gap = " " if prompt[-1:].isspace() or completion[:1].isspace() else ""
+        lines.append(Text.assemble(f"{row['rank']:<5} {figures}  ", (" ".join(prompt.split()) + gap, "dim"), text))
     return lines
 
 

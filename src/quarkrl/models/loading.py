@@ -110,11 +110,20 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if _is_missing_directory(Path(path)):
+            text = f"model {str(path)!r}: no such directory. Name an existing one, or a model on the hub."
+            raise UserError(text) from error
         # transformers and peft raise a dozen types of exception for a damaged model, above all for a damaged config.
         raise UserError(
             f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a causal language model, by its directory "
             "or its name on the hub."
         ) from error
+
+
+def _is_missing_directory(path: Path) -> bool:
+    """Whether what cannot be loaded is a path and not a name on the hub, such as `runs/x` where `runs` exists."""
+    is_path = path.is_absolute() or (path.parent != Path() and path.parent.is_dir())
+    return is_path and not path.exists()
 
 
 def quantization_of_4_bits() -> Any:

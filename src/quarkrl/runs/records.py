@@ -4,7 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 RUN_FILE, LOCK_FILE, OPTIONS_FILE, METRICS_FILE = "run.json", "run.lock", "config.yaml", "metrics.jsonl"
+
+
+def is_in_use(directory: Path) -> bool:
+    """Return whether a process of this machine has locked the directory; the system releases a killed one's lock."""
+    file = directory.resolve() / LOCK_FILE
+    if not file.is_file():
+        return False
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except OSError:  # A time-out; or a directory in which this user may not write, whose lock cannot be tried.
+        return True
+    lock.release()
+    return False
 
 
 def recorded_fact(directory: Path, name: str) -> Any:

@@ -116,8 +116,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         stages, temperatures = len(self.distill_guidance_scale), len(self.distill_temperature)
         if temperatures > stages:
             raise UserError(
-                f"distill_temperature {self.distill_temperature}: must be at most {stages}, one for each stage. Set as "
-                "many values of --distill_guidance_scale, or fewer temperatures."
+                f"distill_temperature: has {temperatures} values, and must have at most one for each value of "
+                f"distill_guidance_scale, which has {stages}. Leave some out."
             )
 
     def _check_combinations(self) -> None:

@@ -18,8 +18,8 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
     return (
         f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each "
         f"of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}. "
-        f"In all {explored * args.num_iterations:,} completions, each drawn {drawn / explored:.1f} times, into {args.output_dir}"
-        + _describe_distillation(args)
+        f"In all {explored * args.num_iterations:,} completions, each drawn {drawn / explored:.1f} times, into "
+        f"{args.output_dir}" + _describe_distillation(args)
     )
 
 
