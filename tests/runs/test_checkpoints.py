@@ -18,13 +18,13 @@ from helpers.files import files_of
 from helpers.killed_runs import SHORT, Trap, assert_same, assert_same_run, in_a_process, run, short_run, trainer_of
 
 from quarkrl.errors import UserError
-from quarkrl.runs import checkpoints
 from quarkrl.runs.checkpoints import (
     find_damage,
     last_good_checkpoint,
     rotate,
     seal,
 )
+from quarkrl.runs.records import list_checkpoints, step_of
 from quarkrl.runs.states import load_state, random_states, restore_random_states, save_state
 from quarkrl.storage.json import write_json
 
@@ -166,7 +166,7 @@ def test_rotation_keeps_the_checkpoints_that_the_options_name(tmp_path):
         (tmp_path / "checkpoint-best").mkdir(exist_ok=True)  # Somebody else's.
 
     def left() -> list[int]:
-        return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path)]
+        return [step_of(path) for path in list_checkpoints(tmp_path)]
 
     made(2, 10, 9)
     rotate(tmp_path, None, set())

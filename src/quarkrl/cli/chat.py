@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import busy, model_path, note, quiet_libraries
+from quarkrl.cli.inputs import check_model
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import option
@@ -139,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_from(arguments, ChatOptions)
     if sys.stdin is None:
         raise UserError("standard input is closed. Use a terminal, or pipe text into the command.")
+    check_model(arguments.model)
     with busy(f"loading {arguments.model}"):
         from quarkrl.sampling.generator import QuarkGenerator
 

@@ -215,7 +215,9 @@ def busy(text: str) -> Iterator[None]:
     if not (out.is_terminal and is_first_process()):
         yield
         return
-    with out.status(text, spinner="dots"):
+    from rich.text import Text
+
+    with out.status(Text(f"{text} …", style="dim"), spinner="dots"):
         yield
 
 
@@ -232,7 +234,7 @@ def progress_bars(verb: str) -> Iterator[Callable[[str, int, int], None]]:
     with ExitStack() as shown:
         loading = shown.enter_context(ExitStack())
         loading.enter_context(busy(f"{verb}: loading"))
-        from quarkrl.training.progress import new_bars
+        from quarkrl.training.bars import new_bars
 
         bars = new_bars(console())
         tasks: dict[str, Any] = {}

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def free_directory(name: str) -> str:
     """Return `name`, or the first of `name-2`, `name-3`, … that holds no run."""
-    from quarkrl.runs.directory import holds_run
+    from quarkrl.runs.records import holds_run
 
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(candidate for candidate in names if not holds_run(Path(candidate)))

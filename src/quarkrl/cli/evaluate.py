@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from quarkrl.builtin import BUILTIN, locate_model
 from quarkrl.cli.common import (
     REWARD_HELP,
     PromptSource,
@@ -21,11 +22,14 @@ from quarkrl.cli.common import (
     resolve_rewards,
     working_directory,
 )
+from quarkrl.cli.inputs import check_model, check_prompts, check_rewards, missing_reward
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.cli.run_prompts import check_has_held_out, held_out_of_run
 from quarkrl.errors import UserError
-from quarkrl.evaluation.options import EvaluationOptions
+from quarkrl.evaluation.options import NO_REFERENCE, EvaluationOptions
 from quarkrl.names import unique_names
 from quarkrl.options import check_options, option
+from quarkrl.runs.records import holds_run
 
 if TYPE_CHECKING:
     from quarkrl.data.prompts import Prompts
@@ -37,6 +41,7 @@ AnyRow = TypeVar("AnyRow", "Row", "CorpusRow")
 NAME = "evaluate"
 HELP = "measure a model and its reference on the same prompts"
 
+HELD_OUT = "held-out"  # The name of the run's own prompts.
 _CORPUS_COLUMNS = ("text", "prompt", "completion")
 
 
@@ -48,8 +53,12 @@ class InputOptions:
         UserError: a value is out of its limits.
     """
 
-    prompts: list[str] = option(
-        help="Files or data sets of prompts, one table each; the first is in-domain.", metavar="FILE", group="prompts"
+    prompts: list[str] | None = option(
+        None,
+        "Prompts: files, data sets or builtin, one table each (default: the held-out prompts of the run). The first is "
+        "in-domain.",
+        metavar="FILE",
+        group="prompts",
     )
     prompt_column: str = option("prompt", "Column that holds the prompt.", metavar="COLUMN", group="prompts")
     prompt_split: str = option("train", "Split of a data set.", metavar="SPLIT", group="prompts")
@@ -98,7 +107,7 @@ class EvaluationRewards(RewardOptions):
             return self
         recorded = (read_quark_json(model) or {}).get("rewards")
         if recorded is None:
-            raise UserError("reward is missing, and the model's quark.json names none. Set --reward.")
+            raise missing_reward(", and the model's quark.json names none")
         specs = specs_of(recorded)
         note(f"reward: {' '.join(specs)}, as in training")
         return dataclasses.replace(self, reward=specs)
@@ -118,10 +127,8 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the tables, and save what the options name."""
-    inputs = options_from(arguments, InputOptions)
-    models = [model_path(name) for name in arguments.models]
-    if inputs.plot and len(models) > 1:
-        raise UserError(f"plot {inputs.plot!r}: must be left out with several models. Evaluate them one by one.")
+    inputs, options = options_from(arguments, InputOptions), options_from(arguments, EvaluationOptions)
+    rewards = _check(arguments, inputs, options)
     with busy(f"loading {' '.join(arguments.models)}"):
         from quarkrl.evaluation.plots import plot_curves
         from quarkrl.evaluation.results import output_paths
@@ -129,16 +136,15 @@ def run(arguments: argparse.Namespace) -> None:
         from quarkrl.models.precision import slow_bf16_note
 
         quiet_libraries()
-        options = options_from(arguments, EvaluationOptions)
-        _check_outputs(inputs)  # Before hours of sampling.
+        models = [model_path(name) for name in arguments.models]
         output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
         if options.bf16 and (line := slow_bf16_note()):
             note(line)
         directory = os.getcwd()
-        rewards = options_from(arguments, EvaluationRewards).or_recorded(models[0])
+        rewards = rewards.or_recorded(models[0])
         all_scorers = scorers(rewards, inputs.judges)
     with working_directory(directory):  # Importing a reward may have changed it.
-        evaluations = [_evaluate(model, inputs, options, all_scorers) for model in models]
+        evaluations = [_evaluate(model, models[0], inputs, options, all_scorers) for model in models]
     evaluation = evaluations[0] if len(models) == 1 else join_evaluations(_short_names(arguments.models), evaluations)
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
     print_table(evaluation, console(stderr=False))
@@ -151,8 +157,37 @@ def run(arguments: argparse.Namespace) -> None:
         note(f"curves: {plot}")
 
 
+def _check(arguments: argparse.Namespace, inputs: InputOptions, options: EvaluationOptions) -> EvaluationRewards:
+    """Check what the options name, before torch is imported; return the rewards."""
+    if inputs.plot and len(arguments.models) > 1:
+        raise UserError(f"plot {inputs.plot!r}: must be left out with several models. Evaluate them one by one.")
+    for name in arguments.models:
+        check_model(name)
+    check_model(options.perplexity_model, "perplexity_model")
+    if options.reference != NO_REFERENCE:
+        check_model(options.reference, "reference")
+    if inputs.prompts is None:
+        check_has_held_out(arguments.models[0])
+    check_prompts(*(inputs.prompts or []), inputs.corpus)
+    rewards = options_from(arguments, EvaluationRewards)
+    check_rewards(rewards.reward or [], rewards.reward_label)
+    check_rewards(inputs.judges)
+    if (directory := _local_model(arguments.models[0])) is not None:
+        rewards = rewards.or_recorded(directory)
+    _check_outputs(inputs)  # Before hours of sampling.
+    return rewards
+
+
+def _local_model(name: str) -> str | None:
+    """Return the directory of a model, as far as it is known without reading checkpoints; None for any other."""
+    final = Path(name) / "final"
+    if final.is_dir() or name == BUILTIN:
+        return str(final) if final.is_dir() else str(locate_model(name))
+    return name if os.path.isdir(name) and not holds_run(Path(name)) else None
+
+
 def _evaluate(
-    model: str, inputs: InputOptions, options: EvaluationOptions, all_scorers: "list[Scorer]"
+    model: str, first_model: str, inputs: InputOptions, options: EvaluationOptions, all_scorers: "list[Scorer]"
 ) -> "Evaluation":
     from quarkrl.evaluation.evaluate import evaluate
 
@@ -165,7 +200,7 @@ def _evaluate(
     with progress_bars("evaluate") as notify:
         return evaluate(
             model,
-            load_prompt_sets(model, inputs, options),
+            load_prompt_sets(model, inputs, options, first_model),
             scorer,
             resolved,
             judges=judges,
@@ -207,8 +242,15 @@ def _short_names(models: Sequence[str]) -> list[str]:
     return unique_names(path.parent.name if path.name == "final" else path.name for path in paths)
 
 
-def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOptions) -> "dict[str, Prompts]":
+def load_prompt_sets(
+    model: str, inputs: InputOptions, options: EvaluationOptions, run: str | None = None
+) -> "dict[str, Prompts]":
     """Load each file of prompts; return the sets by the name of their file, without its suffix.
+
+    Args:
+        model: its tokenizer truncates and encodes.
+        inputs, options: what the user has set.
+        run: a model whose run has the prompts if no file is named; by default the same model.
 
     Raises:
         UserError: a file cannot be read, or has an invalid row.
@@ -216,12 +258,18 @@ def load_prompt_sets(model: str, inputs: InputOptions, options: EvaluationOption
     from quarkrl.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model_path(model), options.trust_remote_code)
-    sets = {}
-    names = unique_names(Path(file.removesuffix(".gz")).stem for file in inputs.prompts)
-    for name, file in zip(names, inputs.prompts, strict=True):
+    sets: dict[str, Prompts] = {}
+    if inputs.prompts is None:
+        sets[HELD_OUT] = held_out_of_run(run or model, options.skip_bad_prompts, tokenizer)
+        note(f"prompts: {len(sets[HELD_OUT])} held-out prompts of the run. Set --prompts for others.")
+    files = inputs.prompts or []
+    names = unique_names(Path(file.removesuffix(".gz")).stem for file in files)
+    for name, file in zip(names, files, strict=True):
         source = PromptSource(file, inputs.prompt_column, inputs.prompt_split, tokens=inputs.prompt_tokens)
         prompts = source.load(options.skip_bad_prompts, tokenizer)
-        sets[name] = prompts.first(inputs.limit) if inputs.limit else prompts
+        sets[name] = prompts
+    if inputs.limit:
+        sets = {name: prompts.first(inputs.limit) for name, prompts in sets.items()}
     is_raw = options.raw or inputs.prompt_tokens is not None  # Beginnings of texts are continued, not answered.
     return dict(zip(sets, in_chat_template(list(sets.values()), model_path(model), tokenizer, is_raw), strict=True))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quarkrl.cli.common import busy, note, quiet_libraries
+from quarkrl.cli.inputs import check_model
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
@@ -55,6 +56,7 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and write it."""
     options = options_from(arguments, ExportOptions)
+    check_model(arguments.model)
     with busy(f"exporting {arguments.model}"):
         lines = _export(arguments.model, options)
     for line in lines:

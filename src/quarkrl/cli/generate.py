@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from quarkrl.cli.common import PromptSource, busy, in_chat_template, model_path, note_skipped, quiet_libraries
+from quarkrl.cli.inputs import check_model, check_prompts
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
             "prompt is missing, or both texts and --prompts are set. Give 'a text' behind the model, or --prompts FILE."
         )
     options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
+    check_model(arguments.model)
+    check_prompts(options.prompts)
     with busy(f"loading {arguments.model}"):
         generator, prompts = _load(arguments.model, texts, options, sampling)
     note_skipped(prompts)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quarkrl.cli.parser import is_bool
 from quarkrl.errors import UserError
+from quarkrl.runs.records import near_run
 
 # Commands of other tools, and what does the same here.
 COMMANDS = {
@@ -47,7 +48,8 @@ def expand_train(argv: Sequence[str]) -> list[str]:
 
 def _resume(directory: Path) -> list[str]:
     if not directory.is_dir():
-        raise UserError(f"resume {str(directory)!r}: must be the directory of a run or of a checkpoint. Correct it.")
+        hint = near_run(directory) or " Correct it."
+        raise UserError(f"resume {str(directory)!r}: must be the directory of a run or of a checkpoint.{hint}")
     if (directory / "trainer_state.json").is_file():
         return ["--resume", "--resume_from_checkpoint", str(directory), "--output_dir", str(directory.parent)]
     return ["--resume", "--output_dir", str(directory)]

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         self.flag_names: list[str] = []
-        super().__init__(formatter_class=_formatter, **kwargs)
+        super().__init__(formatter_class=_formatter, allow_abbrev=False, **kwargs)
 
     def add_argument(self, *names: str, **settings: Any) -> Any:
         """Add an argument as `argparse` does, and remember its name if it is a flag."""
@@ -73,11 +73,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` instead of printing the usage."""
+        if names := re.fullmatch(r"the following arguments are required: (.*)", message):
+            raise self._missing(names[1].split(", ")[0])
         # argparse writes "argument --name: …"; ours is "name …".
         message = re.sub(r"^argument -{0,2}([^\s:/]+)[^\s:]*: ", r"\1 ", message)
         message = re.sub(r" invalid (\w+) value: (.*)$", r" \2: must be of type \1.", message)
         message = re.sub(r" invalid choice: (.*) \(choose from (.*)\)$", r" \1: must be one of \2.", message)
+        message = re.sub(r"^(\S+) expected .*$", r"\1: must have a value. Write it behind --\1.", message)
+        message = re.sub(
+            r"^(\S+) ignored explicit argument (.*)$", r"\1 \2: must be left out. Set --\1 alone.", message
+        )
         raise UserError(message)
+
+    def _missing(self, name: str) -> UserError:
+        """Return the error for an argument that is required, with what it takes."""
+        if name == "--reward":
+            from quarkrl.cli.inputs import missing_reward
+
+            return missing_reward()
+        action = next(
+            action for action in self._actions if name in (*action.option_strings, action.metavar, action.dest)
+        )
+        described = (action.help or "").split(". ")[0].rstrip(".")
+        where = f"Set {name}" if name.startswith("--") else f"Write it behind {self.prog}"
+        return UserError(f"{name.lstrip('-')} is missing. {where}: {described}.")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as `argparse` does, after replacing hyphens in the names of flags."""
@@ -95,8 +114,10 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             if not flag.startswith("-"):
                 is_config = flag.endswith((".yaml", ".yml")) and "config" in self.flag_names
-                remedy = f" Did you mean '--config {flag}'?" if is_config else ""
-                raise UserError(f"argument {flag!r}: must be preceded by a flag.{remedy}")
+                remedy = (
+                    f"Did you mean '--config {flag}'?" if is_config else "Write it behind its option, or leave it out."
+                )
+                raise UserError(f"{flag!r}: must be the value of an option. {remedy}")
             raise UserError(f"unknown option {flag}.{self._suggest(flag.lstrip('-'))}")
         return arguments
 

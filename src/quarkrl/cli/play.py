@@ -17,6 +17,7 @@ from quarkrl.cli.common import (
     quiet_libraries,
     working_directory,
 )
+from quarkrl.cli.inputs import check_model, check_prompts, check_rewards
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
@@ -60,9 +61,12 @@ def add_options(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load the model, and serve the page until Ctrl-C."""
     options = options_from(arguments, PlayOptions)
+    check_model(arguments.model)
+    check_prompts(options.prompts)
+    check_rewards(options.reward or [])
+    note(f"loading {arguments.model} …")
     _prepare_gradio()
     quiet_libraries()
-    note(f"loading {arguments.model} …")
     subject = load_subject(arguments.model, options)
     for line in subject.notes:
         note(line)
@@ -76,11 +80,12 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
         UserError: the model, or a reward or prompts that were requested, cannot be loaded.
     """
     from quarkrl.models.quark_json import keeps_special_tokens, read_quark_json
-    from quarkrl.playground.subject import load_models, recorded_options, telling_prompts
+    from quarkrl.playground.subject import load_models, telling_prompts
+    from quarkrl.runs.records import options_of_run
 
     path = model_path(name)
     subject = load_models(name, path, options.trust_remote_code)
-    of_run, facts = recorded_options(path), read_quark_json(path) or {}
+    of_run, facts = options_of_run(path), read_quark_json(path) or {}
     training = facts["config"] if isinstance(facts.get("config"), dict) else {}
     notes = list(subject.notes)
     prompts: list[str] = []

@@ -4,8 +4,8 @@ import argparse
 import re
 
 from quarkrl.cli.common import console, note
+from quarkrl.cli.config_file import PRESETS, preset_names
 from quarkrl.cli.parser import Parser
-from quarkrl.cli.train_options import PRESETS, preset_names
 
 NAME = "presets"
 HELP = "list the presets of quarkrl train"

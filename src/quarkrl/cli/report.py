@@ -5,7 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from quarkrl.cli.common import is_first_process, note
+from quarkrl.cli.common import busy, is_first_process, note
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import describe_exception
 from quarkrl.options import option
@@ -33,13 +33,14 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the file, and say where it is."""
-    from quarkrl.report import write_comparison, write_report
-
     options, runs = options_from(arguments, ReportOptions), arguments.runs
-    if len(runs) == 1:
-        path = write_report(runs[0], options.output)
-    else:
-        path = write_comparison(runs, options.output or _COMPARISON)
+    with busy(f"reading {' '.join(runs)}"):
+        from quarkrl.report import write_comparison, write_report
+
+        if len(runs) == 1:
+            path = write_report(runs[0], options.output)
+        else:
+            path = write_comparison(runs, options.output or _COMPARISON)
     note(f"report: {path}")
 
 

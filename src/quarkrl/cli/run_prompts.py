@@ -4,8 +4,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quarkrl.builtin import BUILTIN, BUILTIN_CHATS
 from quarkrl.cli.common import PromptSource, prompts_path
-from quarkrl.cli.train_options import RunOptions
+from quarkrl.cli.config_file import as_flags
+from quarkrl.cli.parser import options_from
+from quarkrl.cli.train_options import RunOptions, train_parser
 from quarkrl.errors import UserError
+from quarkrl.runs.records import options_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,3 +78,30 @@ def held_out_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedToke
     return PromptSource(run.eval_prompts or "", run.prompt_column, split, tokens=run.prompt_tokens).load(
         skip_bad, tokenizer
     )
+
+
+def check_has_held_out(model: str) -> RunOptions:
+    """Return the options of the run of a model, whose held-out prompts are to be used.
+
+    Raises:
+        UserError: the model is of no run, or its run holds none out.
+    """
+    options = options_of_run(model)
+    if not options.get("held_out"):
+        why = f"the run of {model} holds none out" if options else f"{model} is of no run"
+        raise UserError(f"prompts is missing, and {why}. Set --prompts to builtin, a file or a data set.")
+    values, _ = train_parser().parse_known_args(list(as_flags(options)))
+    return options_from(values, RunOptions)
+
+
+def held_out_of_run(model: str, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None") -> "Prompts":
+    """Load the held-out prompts of the run of a model, those of its table before/after.
+
+    Raises:
+        UserError: the run has none, or they cannot be read.
+    """
+    run = check_has_held_out(model)
+    prompts = load_run_prompts(run, skip_bad, tokenizer).measured
+    if prompts is None:
+        raise UserError(f"prompts is missing, and the run of {model} had too few to hold some out. Set --prompts.")
+    return prompts

@@ -75,11 +75,12 @@ def read_samples(run: Path) -> "pa.Table":
         UserError: the directory is no run, or has no samples yet.
     """
     from quarkrl.algorithm.pool_table import read_pool_table
-    from quarkrl.runs.records import recorded_fact
+    from quarkrl.runs.records import near_run, recorded_fact
 
     facts = recorded_fact(run, "options")
     if not isinstance(facts, dict) or "num_quantiles" not in facts:
-        raise UserError(f"run {str(run)!r}: must be the directory of a run, with run.json. Name its output_dir.")
+        hint = near_run(run) or " Name its output_dir."
+        raise UserError(f"run {str(run)!r}: must be the directory of a run, with run.json.{hint}")
 
     def decode(prompts: list[list[int]], completions: list[list[int]]) -> tuple[list[str], list[str]]:
         from quarkrl.data.encoding import decode_completions

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quarkrl.cli.common import RewardOptions, console, note, progress_bars
+from quarkrl.cli.common import RewardOptions, busy, console, note, progress_bars
+from quarkrl.cli.inputs import check_rewards
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json, read_standard_input
 from quarkrl.errors import UserError, truncate
@@ -66,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     options, reward_options = options_from(arguments, ScoreOptions), options_from(arguments, RewardOptions)
     output = None if options.output is None else Path(options.output).absolute()  # A reward may change the directory.
     rows = _load(arguments.file, options)
-    scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
+    check_rewards(reward_options.reward, reward_options.reward_label)
+    with busy(f"loading {' '.join(reward_options.reward)}"):
+        scorer = reward_options.scorer(timeout=options.reward_timeout)  # Importing a reward may change the directory.
     with progress_bars("score") as notify:
         scored = _score(rows, scorer, options, notify)
     details = [f"{count} skipped ({reason})" for reason, count in rows.skipped.items()]

@@ -1,7 +1,7 @@
 """`quarkrl train`: train a model with Quark. `train_options.py` reads its options."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from quarkrl.cli.common import (
 )
 from quarkrl.cli.report import try_to_report
 from quarkrl.cli.run_prompts import load_run_prompts
-from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, preset_names
+from quarkrl.cli.train_checks import check_train
+from quarkrl.cli.train_options import RunOptions, TrainCommand, parse_train, print_help
 from quarkrl.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,15 +40,23 @@ NAME = "train"
 HELP = "train a model with Quark"
 
 
-parse = parse_train
+def parse(argv: Sequence[str]) -> TrainCommand:
+    """Parse the arguments; what can be wrong without torch and transformers is checked before they are imported.
+
+    Raises:
+        UserError: an option is unknown or invalid, or names what does not exist.
+    """
+    print_help(argv)
+    check_train(argv)
+    with busy("loading torch and transformers"):
+        return parse_train(argv)
 
 
 def run(command: TrainCommand) -> Path | None:
     """Train, and compare the model with the one before; return the directory of the final model, if there is one."""
-    from quarkrl.runs.directory import check_no_run
+    from quarkrl.runs.records import check_no_run
 
     run, config = command.run, command.config
-    _check_required(run, config)
     if line := command.ignored_options_note():
         note(line)
     quiet_libraries()
@@ -229,14 +238,6 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
     else:
         show_after(evaluation, final)
         add_facts(final, evaluation=summary(evaluation))
-
-
-def _check_required(run: RunOptions, config: "QuarkConfig") -> None:
-    for name in ("model", "prompts", "reward"):
-        if getattr(run, name) is None:
-            if run.resume:
-                raise UserError(f"output_dir {config.output_dir!r}: must hold config.yaml to resume. Set --config.")
-            raise UserError(f"{name} is missing. Set --{name}, or --config with one of {', '.join(preset_names())}.")
 
 
 def _scorer(run: RunOptions, config: "QuarkConfig") -> "Scorer":

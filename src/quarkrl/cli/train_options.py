@@ -6,24 +6,17 @@ takes precedence over the file. Types come from the options, not from YAML, whic
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from quarkrl.cli.common import REWARD_HELP, REWARD_LABEL_HELP
+from quarkrl.cli.config_file import as_flags, check_entries, file_entries, preset_names
 from quarkrl.cli.guesses import expand_train
-from quarkrl.cli.parser import (
-    Parser,
-    add_flags,
-    describe_fully,
-    options_from,
-    reader,
-    summarize,
-)
-from quarkrl.errors import UserError, did_you_mean, one_line, shorten
+from quarkrl.cli.parser import Parser, add_flags, describe_fully, options_from, summarize
+from quarkrl.errors import UserError
 from quarkrl.models.options import AdapterOptions
 from quarkrl.options import check_options, option, takes_list, typed_fields
 from quarkrl.training import sizing
@@ -36,7 +29,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 64  # The default of held_out.
 _UNSET = object()  # In the place of a default that depends on the model's size.
-PRESETS = Path(__file__).parents[1] / "presets"
 USAGE = "quarkrl train --config PRESET|FILE [--OPTION VALUE …]"
 EXAMPLES = """\
 examples:
@@ -230,21 +222,21 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     Raises:
         UserError: an option is unknown or invalid, or the file cannot be read.
     """
-    _print_help(argv)
+    print_help(argv)
     argv = expand_train(argv)
     from quarkrl.training.config import QuarkConfig
 
-    parser = _parser(_hugging_face_flags(QuarkConfig))
+    parser = train_parser(_hugging_face_flags(QuarkConfig))
     declared = [field for options in (RunOptions, QuarkConfig) for field in dataclasses.fields(options) if field.init]
     parser.flag_names = [*(field.name for field in declared), "config"]
     # As parsed: for some options of TrainingArguments, HfArgumentParser has another default than the dataclass.
     defaults = vars(parser.parse([]))
-    entries, source = _file_entries(argv, [field.name for field in declared])
-    _check_entries(source, entries, _list_options(QuarkConfig))
+    entries, source = file_entries(argv, [field.name for field in declared])
+    check_entries(source, entries, list_options(QuarkConfig))
     parser.set_defaults(**dict.fromkeys(sizing.NAMES, _UNSET))
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
     parser.set_defaults(eval_strategy=None)  # Its default depends on another option.
-    values = vars(parser.parse([*_as_flags(entries), *argv]))
+    values = vars(parser.parse([*as_flags(entries), *argv]))
     unset = frozenset(name for name in sizing.NAMES if values[name] is _UNSET)
     values |= {name: defaults[name] for name in unset}
     if values["entropy_target"] is not None:  # It adapts α, which the defaults by size turn off.
@@ -304,10 +296,21 @@ def _make_command(parsed: ParsedValues) -> TrainCommand:
     return TrainCommand(run, config, non_default, parsed)
 
 
+def _held_out_of_saved_run(output_dir: str | None) -> int:
+    """Return the option of the run to resume. A run from before this option exists trains on all of its prompts."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load((Path(output_dir or "") / "config.yaml").read_bytes())
+        return int(entries.get("held_out", 0))
+    except (OSError, yaml.YAMLError, AttributeError, ValueError, TypeError):
+        return 0
+
+
 # The parser
 
 
-def _parser(
+def train_parser(
     inherited: argparse.ArgumentParser | None = None,
     describe: Callable[[dataclasses.Field], str] = summarize,
 ) -> Parser:
@@ -322,7 +325,6 @@ def _parser(
         usage=USAGE,
         description="Train a model with Quark.",
         epilog=EXAMPLES,
-        allow_abbrev=False,
         parents=[inherited] if inherited else [],
     )
     parser.add_argument(
@@ -333,15 +335,15 @@ def _parser(
     return parser
 
 
-def _print_help(argv: Sequence[str]) -> None:
+def print_help(argv: Sequence[str]) -> None:
     """Print the help and exit if that is wanted: `--help` without importing transformers, `--help_all` with all."""
     if "--help_all" in argv or "--help-all" in argv:
         from quarkrl.training.config import QuarkConfig
 
-        _parser(_hugging_face_flags(QuarkConfig), describe=describe_fully).print_help()
+        train_parser(_hugging_face_flags(QuarkConfig), describe=describe_fully).print_help()
         sys.exit(0)
     if "--help" in argv or "-h" in argv:
-        parser = _parser()
+        parser = train_parser()
         group = parser.add_argument_group("of transformers.TrainingArguments, all of which are options")
         for name, metavar, text in _COMMON_INHERITED:
             group.add_argument(f"--{name}", metavar=metavar, help=text)
@@ -366,7 +368,7 @@ def _copy(field: dataclasses.Field) -> Any:
     return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
 
 
-def _list_options(config: type) -> set[str]:
+def list_options(config: type) -> set[str]:
     """Return the names of the options that may take several values."""
     return {
         field.name
@@ -389,93 +391,3 @@ def _check_selection(values: dict[str, Any]) -> None:
         raise UserError(f"{option}: must come with held-out prompts. Set --eval_prompts.")
     if values["save_strategy"] == "no":
         raise UserError(f"{option}: must come with checkpoints to choose from. Set --save_strategy epoch.")
-
-
-# The file
-
-
-def preset_names() -> list[str]:
-    """Return the names of the presets in the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def load_config(name: str, known: Collection[str]) -> dict[str, Any]:
-    """Read a preset or a YAML file.
-
-    Args:
-        name: of a preset, or path of a file.
-        known: names of the valid keys.
-
-    Raises:
-        UserError: there is no such preset or file, it is not a YAML mapping, or a key is unknown.
-    """
-    import yaml
-
-    path = PRESETS / f"{name}.yaml" if name in preset_names() else Path(name)
-    try:
-        entries = yaml.safe_load(path.read_bytes())  # UTF-8, or UTF-16 with a byte order mark.
-    except OSError as error:
-        presets = ", ".join(preset_names())
-        raise UserError(
-            f"config {name!r}: must be a file or one of {presets}.{did_you_mean(name, preset_names())}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config {str(path)!r}: must be valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"config {str(path)!r}: must map options to values, not be of type {type(entries).__name__}.")
-    for key in entries:
-        if key not in known:
-            raise UserError(f"config {str(path)!r}: unknown key {key!r}.{did_you_mean(str(key), known)}")
-    return entries
-
-
-def _file_entries(argv: Sequence[str], known: Collection[str]) -> tuple[dict[str, Any], str]:
-    """Return the entries of the file that --config names, or of the config.yaml of the run to resume; and its name."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--output_dir", default="")
-    first.add_argument("--resume", nargs="?", const=True, type=reader(bool))
-    arguments = first.parse_known_args(argv)[0]
-    name, saved = arguments.config, Path(arguments.output_dir) / "config.yaml"
-    if arguments.resume and not name and saved.exists():
-        name = str(saved)
-    return ({}, "") if name is None else (load_config(name, known), name)
-
-
-def _held_out_of_saved_run(output_dir: str | None) -> int:
-    """Return the option of the run to resume. A run from before this option exists trains on all of its prompts."""
-    import yaml
-
-    try:
-        entries = yaml.safe_load((Path(output_dir or "") / "config.yaml").read_bytes())
-        return int(entries.get("held_out", 0))
-    except (OSError, yaml.YAMLError, AttributeError, ValueError, TypeError):
-        return 0
-
-
-def _check_entries(source: str, entries: dict[str, Any], lists: Collection[str]) -> None:
-    """Check that each value can follow a flag: a word, a number, a list of them, or a mapping that is JSON."""
-    for key, value in entries.items():
-        if isinstance(value, list):
-            if key not in lists:
-                raise UserError(f"{key} in {source}: must be one value, not a list.")
-            for item in value:
-                if isinstance(item, dict | list | None) or str(item).startswith("--"):
-                    raise UserError(f"{key} in {source}: must hold words or numbers, not {shorten(item, 40)}.")
-        elif isinstance(value, dict):
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{key} in {source}: must be writable as JSON ({one_line(error)}).") from error
-
-
-def _as_flags(entries: dict[str, Any]) -> Iterator[str]:
-    for key, value in entries.items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            yield from (f"--{key}", *map(str, value))
-        elif key == "fsdp" and value is True:
-            yield "--fsdp"  # TrainingArguments reads the bare flag, and takes a word after it for an old option.
-        else:
-            yield f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"

@@ -12,7 +12,7 @@ from quarkrl.cli.common import console
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, format_seconds, truncate
 from quarkrl.options import check_options, option
-from quarkrl.runs.records import METRICS_FILE, RUN_FILE, is_in_use, recorded_fact
+from quarkrl.runs.records import METRICS_FILE, RUN_FILE, is_in_use, near_run, recorded_fact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -131,7 +131,8 @@ def read_state(directory: Path) -> RunState:
     options, count = recorded_fact(directory, "options"), recorded_fact(directory, "num_iterations")
     if not isinstance(options, dict) or not isinstance(count, int):
         raise UserError(
-            f"run {str(directory)!r}: must be the directory of a run, with {RUN_FILE}. Name its output_dir."
+            f"run {str(directory)!r}: must be the directory of a run, with {RUN_FILE}."
+            f"{near_run(directory) or ' Name its output_dir.'}"
         )
     scales = options.get("distill_guidance_scale") or [1]
     stages = len(scales) if set(scales) != {1} else 0

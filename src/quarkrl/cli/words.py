@@ -15,6 +15,7 @@ from quarkrl.cli.common import (
     progress_bars,
     quiet_libraries,
 )
+from quarkrl.cli.inputs import check_model, check_prompts, check_rewards
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
@@ -48,13 +49,16 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Sample and score completions of the plain model, and print the words, the most telling ones first."""
+    options, reward_options = options_from(arguments, WordsOptions), options_from(arguments, RewardOptions)
+    sampling = options_from(arguments, SamplingOptions)
+    check_model(arguments.model)
+    check_prompts(options.prompts)
+    check_rewards(reward_options.reward, reward_options.reward_label)
     with busy(f"loading {arguments.model}"):
         from quarkrl.evaluation.phrases import rank_phrases, sample_and_score
         from quarkrl.models.words import CANDIDATES, read_newlines
         from quarkrl.sampling.generator import QuarkGenerator
 
-        options = options_from(arguments, WordsOptions)
-        reward_options, sampling = options_from(arguments, RewardOptions), options_from(arguments, SamplingOptions)
         quiet_libraries()
         scorer = reward_options.scorer()
         phrases = list(map(read_newlines, options.words or CANDIDATES.get(scorer.names[0], ())))

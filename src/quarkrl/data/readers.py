@@ -62,13 +62,22 @@ def read_rows(source: Any, split: str) -> tuple[str, list[Row]]:
         return _read_dataset("the data set", source, split)
     name = os.path.expanduser(os.fspath(source))
     suffix = _format_suffix(name)
-    if not os.path.exists(name):
-        is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or "\\" in name
-        if is_path or suffix in _SUFFIXES or not name:
-            raise UserError(_describe_missing(Path(name), name))
+    check_exists(source)
     if not os.path.isfile(name):
         return _read_dataset(name, _load_dataset(name, split), split)
     return name, _read_file(name, suffix)
+
+
+def check_exists(source: str | os.PathLike) -> None:
+    """Check that a source exists, unless it may be the name of a data set on the hub.
+
+    Raises:
+        UserError: it names a file or directory that does not exist.
+    """
+    name = os.path.expanduser(os.fspath(source))
+    is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or "\\" in name
+    if not os.path.exists(name) and (is_path or _format_suffix(name) in _SUFFIXES or not name):
+        raise UserError(_describe_missing(Path(name), name))
 
 
 def _format_suffix(name: str) -> str:

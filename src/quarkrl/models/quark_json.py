@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from quarkrl.errors import UserError
 from quarkrl.storage.atomic import write_text
 from quarkrl.storage.json import nan_to_null
@@ -35,21 +33,29 @@ def read_quark_json(model: str | os.PathLike) -> dict[str, Any] | None:
     """
     if os.path.isfile(model):
         return None  # A GGUF file.
-    path = cached_file(
-        str(model),
-        FILE_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
+    path = Path(model) / FILE_NAME if os.path.isdir(model) else _path_on_hub(str(model))
+    if path is None or not path.is_file():
         return None
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise damaged(model, str(error)) from error
     if not isinstance(facts, dict):
         raise damaged(model, "not a JSON object")
     return facts
+
+
+def _path_on_hub(name: str) -> Path | None:
+    """The downloaded file of a model on the hub; None if it has none, or the hub cannot be reached."""
+    from transformers.utils import cached_file  # Not at the top: it takes seconds to import.
+
+    path = cached_file(
+        name,
+        FILE_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path and Path(path)
 
 
 def reference_name(model: str | os.PathLike) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from transformers import PreTrainedModel
 
 from quarkrl.errors import UserError
@@ -19,7 +18,7 @@ from quarkrl.models.device import default_device
 from quarkrl.models.loading import load_adapted, load_tokenizer
 from quarkrl.models.quark_json import reference_name, start_name
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.runs.directory import OPTIONS_FILE, model_of_run
+from quarkrl.runs.directory import model_of_run
 from quarkrl.sampling.generator import QuarkGenerator
 
 RESULTS_FILE = "results.parquet"  # The table before/after at the end of a run.
@@ -121,15 +120,3 @@ def telling_prompts(name: str, count: int) -> list[str]:
         prompts = dict.fromkeys(line["prompt"] for line in sorted(before, key=lambda line: line["reward"]))
         return [] if any(prompt.startswith("[{") for prompt in prompts) else [*prompts][:count]  # Chats as JSON.
     return []
-
-
-def recorded_options(name: str) -> dict[str, Any]:
-    """Return the options of the run that a directory, or the directory around it, holds; {} without a run."""
-    for directory in (Path(name), Path(name).resolve().parent):
-        try:
-            options = yaml.safe_load((directory / OPTIONS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue
-        if isinstance(options, dict):
-            return options
-    return {}

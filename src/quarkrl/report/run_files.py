@@ -12,9 +12,7 @@ import yaml
 from quarkrl.errors import UserError
 from quarkrl.report.pool_history import PoolHistory, read_pool_history
 from quarkrl.report.saved_results import SavedResults, read_results
-from quarkrl.runs.checkpoints import list_checkpoints
-from quarkrl.runs.directory import holds_run
-from quarkrl.runs.records import METRICS_FILE, OPTIONS_FILE, RUN_FILE
+from quarkrl.runs.records import METRICS_FILE, OPTIONS_FILE, RUN_FILE, holds_run, list_checkpoints, near_run
 
 RESULTS_FILE = "results.json"
 
@@ -94,7 +92,8 @@ def read_run(directory: str | os.PathLike) -> RunFiles:
     """
     run = Path(directory)
     if not run.is_dir():
-        raise UserError(f"run {str(directory)!r}: must be the directory of a run. Name the --output_dir of one.")
+        hint = near_run(run) or " Name the --output_dir of one."
+        raise UserError(f"run {str(directory)!r}: must be the directory of a run.{hint}")
     if not holds_run(run):
         raise UserError(
             f"run {str(directory)!r}: must hold samples or a model. Name the --output_dir of a run that has begun."

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from quarkrl.errors import UserError, describe_exception
-from quarkrl.models.device import current_gpu
+from quarkrl.models.device import current_gpu, use_gpu
 from quarkrl.rewards.batch import Batch
 from quarkrl.rewards.giving_up import end_frozen_process, kill_children
 from quarkrl.rewards.identity import source_file
@@ -244,7 +242,7 @@ class BackgroundCall:
 
         def run() -> None:
             try:
-                torch.cuda.set_device(gpu)
+                use_gpu(gpu)
                 self._outcome.set_result(function())
             except BaseException as error:  # noqa: BLE001 - `result` raises it.
                 self._outcome.set_exception(error)

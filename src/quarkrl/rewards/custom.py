@@ -34,7 +34,8 @@ def load_function(spec: str) -> Any:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"reward {str(path)!r}: must be an existing file.")
+        near = did_you_mean(path.name, (file.name for file in path.parent.glob("*.py")))
+        raise UserError(f"reward {str(path)!r}: must be an existing file.{near or ' Correct the path.'}")
     path = path.resolve()
     # The module's name contains the hash of the file. So two rewards of one file share a module, and an edited file is
     # loaded again (in a notebook). The name is part of a reward's identity, and is equal on every machine.

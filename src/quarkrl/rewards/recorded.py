@@ -1,5 +1,6 @@
 """From the provenance of a reward, which `quark.json` records, back to the text that names it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -32,6 +33,15 @@ def _spec(identity: Mapping[str, Any]) -> str:
     else:
         kind = base = str(name).removesuffix("-words") if "unit" in identity else str(name)
     if kind not in _SETTINGS and (base not in REWARDS or missing_options(REWARDS[base], {}) or "module" in identity):
-        raise UserError(f"reward {shorten(name)} of training: must be named again. Set --reward.")
+        raise UserError(f"reward {shorten(name)} of training: must be named again. Set --reward {_form_of(identity)}.")
     settings = {key: identity[key] for key in _SETTINGS.get(kind, ()) if identity.get(key) is not None}
     return f"{base}?{urlencode(settings)}" if settings else base
+
+
+def _form_of(identity: Mapping[str, Any]) -> str:
+    """Return how the user may have named a reward: the file of a function has its hash in the name of its module."""
+    module, function = identity.get("module"), identity.get("qualname")
+    if not isinstance(module, str) or not isinstance(function, str):
+        return "FILE.py:FUNCTION"
+    file = re.fullmatch(r"(.+)_[0-9a-f]{12}", module)
+    return f"{file[1]}.py:{function}" if file else f"{module}:{function}"

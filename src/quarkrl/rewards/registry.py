@@ -15,6 +15,7 @@ from quarkrl.rewards.functions.perspective import Perspective
 from quarkrl.rewards.functions.profanity import Profanity
 from quarkrl.rewards.functions.repetition import Repetition
 from quarkrl.rewards.functions.vader import Vader
+from quarkrl.rewards.near_names import own_function_hint
 from quarkrl.rewards.reward import Reward
 from quarkrl.rewards.spec import missing_options, options_of, read_options, split_spec
 
@@ -54,19 +55,37 @@ def resolve(
         UserError: the reward does not exist, or an option is unknown, missing or invalid. So are `label` and `unwanted`
             for a reward that is not a classifier.
     """
-    arguments = {"label": label, "unwanted": unwanted, "device": device}
+    return _prepare(spec, {"label": label, "unwanted": unwanted, "device": device})()
+
+
+def check_reward(spec: str, label: str | None = None) -> None:
+    """Check what can be checked of a reward before its model is loaded. A function of the user's own is imported.
+
+    Args:
+        spec, label: as in `resolve`.
+
+    Raises:
+        UserError: as in `resolve`.
+    """
+    _prepare(spec, {"label": label})
+
+
+def _prepare(spec: Any, arguments: dict[str, Any]) -> Callable[[], Reward]:
+    """Return what makes the reward, with checked options."""
     arguments = {option: value for option, value in arguments.items() if value is not None}
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     if not isinstance(spec, str):
         reward = _checked_callable(spec, repr(spec))
         _refuse_classifier_arguments(arguments, spec)
-        return reward
+        return lambda: reward
     name, option_texts = split_spec(spec)
     if name not in REWARDS and not os.path.isdir(os.path.expanduser(name)) and (":" in name or name.endswith(".py")):
         function = _checked_callable(load_function(name), repr(name))
         _refuse_classifier_arguments(arguments, name)
-        return partial(function, **read_options(name, function, option_texts)) if option_texts else function
+        if option_texts:
+            function = partial(function, **read_options(name, function, option_texts))
+        return lambda: function
     if name in REWARDS:
         factory = REWARDS[name]
     else:
@@ -79,7 +98,7 @@ def resolve(
     if missing := missing_options(factory, options):
         example = "&".join(f"{option}=…" for option in missing)
         raise UserError(f"reward {name!r} options {', '.join(missing)}: must be set. Write '{name}?{example}'.")
-    return factory(**options)
+    return partial(factory, **options)
 
 
 def _refuse_classifier_arguments(arguments: dict[str, Any], spec: Any) -> None:
@@ -107,5 +126,10 @@ def _refuse_misspelt(name: str) -> None:
         return
     if suggestion := did_you_mean(name.lower(), REWARDS, cutoff=0.7):
         raise UserError(f"reward {name!r}: must be a known name.{suggestion} (known: {', '.join(REWARDS)})")
+    if name.isidentifier():  # On the hub, names of classifiers have an owner or a hyphen.
+        raise UserError(
+            f"reward {name!r}: must be one of {', '.join(REWARDS)}, FILE.py:FUNCTION, or a classifier: a directory or "
+            f"OWNER/NAME.{own_function_hint(name)}"
+        )
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise UserError(f"reward {name!r}: must be an existing directory.")

@@ -5,17 +5,15 @@ checkpoint is good if it agrees with its manifest. `states.py` has the training 
 """
 
 import json
-import re
 from pathlib import Path
 
 from quarkrl.errors import UserError
+from quarkrl.runs.records import list_checkpoints
 from quarkrl.runs.states import states_path
 from quarkrl.storage.atomic import remove_directory, sha256
 from quarkrl.storage.json import write_json
 
 MANIFEST = "manifest.json"
-
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(directory: Path) -> None:
@@ -49,17 +47,6 @@ def find_damage(checkpoint: Path) -> str | None:
     if not any(path.exists() for path in states):
         return "it has no optimizer state (save_only_model)"
     return None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the optimizer step in a checkpoint's name; -1 for another name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return a run's checkpoints, damaged ones included, in the order of their steps."""
-    return sorted((path for path in run.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0), key=step_of)
 
 
 def last_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:

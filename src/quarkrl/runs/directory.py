@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,8 +15,17 @@ from transformers import TrainerCallback
 
 from quarkrl.errors import UserError
 from quarkrl.models.quark_json import read_quark_json
-from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint, list_checkpoints, step_of
-from quarkrl.runs.records import LOCK_FILE, OPTIONS_FILE, RUN_FILE
+from quarkrl.runs.checkpoints import find_damage, last_good_checkpoint
+from quarkrl.runs.records import (
+    LOCK_FILE,
+    OPTIONS_FILE,
+    RUN_FILE,
+    check_no_run,
+    check_resumable,
+    holds_run,
+    list_checkpoints,
+    step_of,
+)
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
 from quarkrl.storage.json import write_json
 
@@ -72,8 +81,10 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         UserError: another process holds it, or the directory cannot be written.
     """
     directory = Path(directory)
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
     with report_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        is_new = all(path.name == LOCK_FILE for path in directory.iterdir())
         # Reentrant within a process: `quarkrl train` takes the lock, and so does the trainer that it creates.
         lock = FileLock(directory.resolve() / LOCK_FILE, is_singleton=True)
         try:
@@ -84,13 +95,28 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
             ) from None
     try:
         yield
+    except (UserError, OSError):
+        if is_new:
+            _remove_traces(directory, created)
+        raise
     finally:
         lock.release()
 
 
-def holds_run(directory: Path) -> bool:
-    """Return whether the directory has samples, checkpoints or a final model of a run."""
-    return any((directory / name).exists() for name in ("pool", "final")) or bool(list_checkpoints(directory))
+def _remove_traces(directory: Path, created: Sequence[Path]) -> None:
+    """Remove what a run has left that failed before its first sample, and the directories that it created.
+
+    Otherwise the next command of this name would find the directory of a run that never was. Anything else in the
+    directory, such as the figures of the model before training, keeps all of it.
+    """
+    content = sorted(directory.rglob("*"), reverse=True)  # Files before the directories that hold them.
+    if any(path.is_file() and path.name not in (LOCK_FILE, RUN_FILE, OPTIONS_FILE) for path in content):
+        return
+    for path in content:
+        path.rmdir() if path.is_dir() else path.unlink()
+    for path in created:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def model_of_run(path: str | os.PathLike, form: Literal["final", "checkpoint"]) -> str:
@@ -180,19 +206,6 @@ def _check_checkpoint(checkpoint: Path, directory: Path) -> None:
         raise UserError(f"resume_from_checkpoint {str(checkpoint)!r}: {damage}. Set an undamaged checkpoint.")
 
 
-def check_no_run(directory: Path) -> None:
-    """Check that a directory holds no run.
-
-    Raises:
-        UserError: it does.
-    """
-    if holds_run(directory):
-        raise UserError(
-            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run "
-            "with --resume (resume_from_checkpoint=True)."
-        )
-
-
 def _set_aside(directory: Path, step: int, set_aside: Callable[[int, Path], None]) -> Path:
     """Move what a run wrote after a step into a folder of its own, with copies of its options; return the folder."""
     aside = next(path for n in itertools.count(1) if not (path := directory / f"aside-{n}").exists())
@@ -215,9 +228,8 @@ def _compare_with_saved(directory: Path, identity: RunIdentity) -> Differences:
     """
     path = directory / RUN_FILE
     if not path.exists():
-        if holds_run(directory):
-            raise UserError(f"{path} is missing, so the run cannot be identified. Restore it to resume.")
-        raise UserError(f"output_dir {str(directory)!r}: must hold a run to resume. Start one without --resume.")
+        check_resumable(directory)
+        raise UserError(f"{path} is missing, so the run cannot be identified. Restore it to resume.")
     try:
         return identity.compare(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

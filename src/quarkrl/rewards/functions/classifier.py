@@ -1,24 +1,25 @@
-"""`Classifier`: a Hugging Face sequence classifier as a reward: P(label), 1 - P(label), or the raw logit."""
+"""`Classifier`: a Hugging Face sequence classifier as a reward: P(label), 1 - P(label), or the raw logit.
+
+torch and transformers are imported when a classifier is made: the registry of rewards imports this module, and most
+rewards need neither.
+"""
 
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
-
-import huggingface_hub
-import torch
-import transformers
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from quarkrl.data.chats import message_text, reads_chats, with_completion
 from quarkrl.data.encoding import break_special_tokens, encode_as_text
 from quarkrl.errors import UserError, describe_exception
-from quarkrl.models.batching import left_pad, right_pad
 from quarkrl.models.device import default_device
+from quarkrl.rewards.near_names import own_function_hint
 from quarkrl.storage.atomic import sha256
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Classifier:
@@ -29,7 +30,7 @@ class Classifier:
         label: the name (case-insensitive) or index of the label whose probability is the reward, or "not LABEL" for
             1 - P(LABEL). None for a model with a single output.
         batch_size: texts per forward pass; does not change the scores.
-        device: where the model runs. Default: the accelerator, if there is one.
+        device: where the model runs, a name or a `torch.device`. Default: the accelerator, if there is one.
         max_length: tokens to which a text is truncated, special tokens included. Default: the model's limit.
         unwanted: the name of what 1 - reward measures. Default: derived from "not LABEL".
         text: score the "completion" alone, or "both": prompt and completion, truncated at the start. Chats are
@@ -52,7 +53,7 @@ class Classifier:
         model: str | os.PathLike[str],
         label: str | int | None = None,
         batch_size: int = 64,
-        device: str | torch.device | None = None,
+        device: Any = None,
         max_length: int | None = None,
         unwanted: str | None = None,
         text: Literal["completion", "both"] = "completion",
@@ -67,6 +68,8 @@ class Classifier:
             raise UserError(f"text {text!r}: must be 'completion' or 'both'.")
         if function_to_apply not in (None, "softmax", "sigmoid", "none"):
             raise UserError(f"function_to_apply {function_to_apply!r}: must be 'softmax', 'sigmoid' or 'none'.")
+        import transformers
+
         path = os.path.expanduser(os.fspath(model))
         device, dtype = _device_and_dtype(device, dtype)
         self._model, self._tokenizer, source = _load(path, dtype, revision)
@@ -122,6 +125,8 @@ class Classifier:
         """
         if not completions:
             return []
+        import torch
+
         if self._text == "completion":
             rows = self._encode(completions)
         else:
@@ -132,7 +137,8 @@ class Classifier:
         rows = [row or [filler] for row in rows]
         scores = torch.empty(len(rows), dtype=torch.float64)
         for batch in self._batches(rows):
-            scores[batch] = self._score([rows[i] for i in batch])
+            with torch.inference_mode():
+                scores[batch] = self._score([rows[i] for i in batch])
         return scores.tolist()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -175,13 +181,16 @@ class Classifier:
         for group in groups.values():
             yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
 
-    @torch.inference_mode()
-    def _score(self, rows: list[list[int]]) -> torch.Tensor:
+    def _score(self, rows: list[list[int]]) -> "torch.Tensor":
         """Score a batch as the model scores each row alone.
 
         A decoder reads the last token that is not its PAD. So the model's PAD pads, not the tokenizer's. A model
         without PAD gets an unused id.
         """
+        import torch
+
+        from quarkrl.models.batching import left_pad, right_pad
+
         pad_id = _spare_id(rows, self._model) if self._pad_id is None else self._pad_id
         if pad_id is None:
             return torch.cat([self._score([row]) for row in rows])
@@ -220,8 +229,10 @@ toxicity = shortcut("toxicity", "s-nlp/roberta_toxicity_classifier", label="not 
 sentiment = shortcut("sentiment", "distilbert/distilbert-base-uncased-finetuned-sst-2-english", label="POSITIVE")
 
 
-def _device_and_dtype(device: str | torch.device | None, dtype: str) -> tuple[str | torch.device, str]:
+def _device_and_dtype(device: Any, dtype: str) -> tuple[Any, str]:
     """Replace the defaults: the accelerator if there is one, and the dtype that "auto" means on the device."""
+    import torch
+
     device = device or default_device()
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
@@ -291,6 +302,9 @@ def _spare_id(rows: list[list[int]], model: Any) -> int | None:
 
 def _load(path: str, dtype: str, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the identity of the weights."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     folder, source = (Path(path), {}) if os.path.isdir(path) else _download(path, revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"reward {path!r}: must be a model with a config.json.")
@@ -320,6 +334,9 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
     `from_pretrained` would request file by file, and retry each for half a minute.
     """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
     try:
         folder = huggingface_hub.snapshot_download(
             name,
@@ -332,12 +349,12 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"reward {name!r}: must be a known name, a directory or a model on the Hugging Face hub. "
-            "For a private model, `hf auth login`."
+            f"For a private model, `hf auth login`.{own_function_hint(name)}"
         ) from error
     except Exception as error:
         raise UserError(
             f"reward {name!r}: not a known name or directory, and the Hugging Face hub cannot be reached "
-            f"({describe_exception(error.__cause__ or error)})."
+            f"({describe_exception(error.__cause__ or error)}).{own_function_hint(name)}"
         ) from error
     return Path(folder), {"revision": os.path.basename(folder)}
 
@@ -345,7 +362,8 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' progress bar and its table of missing weights, which become an error of one line."""
-    log = transformers.logging
+    from transformers.utils import logging as log
+
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
