@@ -135,7 +135,11 @@ def test_the_reward_of_training_is_the_default(home, capsys, tmp_path):
     facts = json.loads((trained / "quark.json").read_text(encoding="utf-8"))
     for rewards, code, message in (
         ([{"name": "brevity", "weight": 1.0}], 0, "reward: brevity, as in training"),
-        ([{"name": "few_a", "module": "rewards"}], 2, "reward 'few_a' of training: must be named again. Set --reward."),
+        (
+            [{"name": "few_a", "module": "rewards"}],
+            2,
+            "reward 'few_a' of training: must be named again. Set --reward FILE.py:FUNCTION.",
+        ),
     ):
         (trained / "quark.json").write_text(json.dumps({**facts, "rewards": rewards}), encoding="utf-8")
         assert main(["evaluate", str(trained), "--prompts", str(home / "prompts.txt"), "--samples", "1"]) == code

@@ -306,7 +306,7 @@ MISTAKES = {
     "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml': must map options to values"),
     "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num_iterations 'often': must be an integer"),
     "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
-    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere': no such directory"),
+    "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere': must be an existing directory or file"),
     "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
     "trained before": ((*TRAIN, "--model", "{run}/final"), "already has the reward token"),
     "no such prompts": ((*TRAIN, "--prompts", "{home}/nowhere.txt"), "nowhere.txt"),
@@ -372,7 +372,7 @@ def test_a_process_ends_as_main_does(home):
     """Three real ones: no traceback, no warning of a library beside the line."""
     for arguments, message in (
         (["train", "--config", home / "run.yaml", "--kl_coeff", "1"], "unknown option --kl_coeff"),
-        (["generate", home / "nowhere", "--prompt", "a"], "cannot be loaded"),
+        (["generate", home / "nowhere", "--prompt", "a"], "must be an existing directory"),
     ):
         done = command(*arguments, cwd=home)
         assert (done.returncode, done.stdout) == (2, "")
@@ -386,7 +386,7 @@ def test_training_as_a_process_shows_no_warnings(home, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
-    assert "iteration 0/0" in done.stderr and "reward" in done.stderr
+    assert "iteration 1/1" in done.stderr and "reward" in done.stderr
     last = done.stderr.splitlines()[-3:]
     assert any("final" in line for line in last) and last[-1].endswith("report.html")
 

@@ -62,7 +62,7 @@ def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):
     assert subject.reference is None and subject.scorer is None and subject.examples == []
     no_reference, no_scores = subject.notes
     assert no_reference.startswith("no column before training: model")
-    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward."
+    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward FILE.py:FUNCTION."
 
 
 def test_user_errors_are_one_line(run, capsys, monkeypatch):

@@ -36,10 +36,11 @@ def test_a_sample_is_a_line_with_reward_quantile_iteration_and_text(run, capsys)
     assert main(["samples", run]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "0.100\t0\t0\tHi! → you fool",
-        "0.300\t0\t1\tHello you↵idiot",
-        "0.600\t1\t1\tHi! → sir",
-        "0.900\t1\t0\tHello my dear friend",
+        "reward\tQ\titeration\tprompt and completion",
+        "0.100\t0\t1\tHi! → you fool",
+        "0.300\t0\t2\tHello you↵idiot",
+        "0.600\t1\t2\tHi! → sir",
+        "0.900\t1\t1\tHello my dear friend",
     ]
     assert err == "4 of 4 matching samples; the pool has 4\n"
 
@@ -47,7 +48,7 @@ def test_a_sample_is_a_line_with_reward_quantile_iteration_and_text(run, capsys)
 def test_samples_are_selected_by_iteration_quantile_and_text(run, capsys):
     assert rewards_of(capsys, run, "--iteration", "-1") == [0.3, 0.6]
     assert rewards_of(capsys, run, "--quantile", "best") == [0.6, 0.9]
-    assert rewards_of(capsys, run, "--quantile", "0", "--iteration", "0") == [0.1]
+    assert rewards_of(capsys, run, "--quantile", "0", "--iteration", "1") == [0.1]
     assert rewards_of(capsys, run, "--grep", "FOOL|idiot") == [0.1, 0.3]
     assert rewards_of(capsys, run, "--grep", r"you(?= fool)") == [0.1]  # RE2 has no look-ahead.
 
@@ -63,7 +64,7 @@ def test_samples_are_sorted_and_limited(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iteration", "7"], "iteration 7: must be at most 1, or -1 for the last."),
+        (["--iteration", "7"], "iteration 7: must be from 1 to 2, or -1 for the last."),
         (["--quantile", "top"], "quantile 'top': must be best, worst, or a number."),
         (["--grep", "("], "grep '(': must be a regular expression"),
         (["--sort", "rewards"], "sort 'rewards': must be spread, reward, length or iteration. Did you mean 'reward'?"),

@@ -42,8 +42,8 @@ def test_the_view_has_the_figures_of_each_iteration_and_the_latest_samples(tmp_p
     assert any(line.startswith("reward 0.500 ▁█ 0.750") for line in lines)
     cells = [line.split() for line in lines]
     assert ["iteration", "reward", "±", "KL", "NLL", "loss", "pool"] in cells
-    assert ["0", "0.500", "0.300", "0.250", "2.000", "2.100", "3"] in cells
-    assert ["1", "0.750", "0.200", "-", "-", "-", "6"] in cells
+    assert ["1", "0.500", "0.300", "0.250", "2.000", "2.100", "3"] in cells
+    assert ["2", "0.750", "0.200", "-", "-", "-", "6"] in cells
     assert ["best", "0.900", "You", "c"] in cells and ["worst", "0.100", "You", "a"] in cells
 
 

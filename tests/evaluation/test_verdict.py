@@ -36,9 +36,7 @@ def test_a_change_is_judged_by_its_interval(shift, kind):
     assert change.kind == kind
     # Every prompt has moved by the same amount, so resampled prompts have, too.
     assert change.interval == pytest.approx((shift, shift))
-    assert describe(change, row(BEFORE), row(after)).startswith(
-        f"{kind}: the reward went from 0.300 to {0.3 + shift:.3f}"
-    )
+    assert describe(row(BEFORE), row(after)).startswith(f"{kind}: the reward went from 0.300 to {0.3 + shift:.3f}")
 
 
 def test_prompts_are_compared_with_themselves():
@@ -49,7 +47,7 @@ def test_prompts_are_compared_with_themselves():
 
 def test_half_of_the_prompts_up_and_half_down_is_no_clear_change():
     after = [[a + sign, b + sign] for (a, b), sign in zip(BEFORE, [0.5, -0.5] * 8, strict=True)]
-    sentence = describe(compare(row(BEFORE), row(after)), row(BEFORE), row(after))
+    sentence = describe(row(BEFORE), row(after))
     assert sentence.startswith("no clear change") and "--num_iterations" in sentence
 
 
@@ -58,9 +56,41 @@ def test_a_missing_reward_does_not_count():
     assert compare(row(before), row(after)).interval == (1.0, 1.0)
 
 
-def test_the_verdict_says_what_to_try():
-    after = [[a + 0.3, b + 0.3] for a, b in BEFORE]
-    dear = describe(compare(row(BEFORE), row(after, 15.0)), row(BEFORE), row(after, 15.0))
-    assert dear.startswith("better") and "perplexity is 3.0 times as high: try a higher --kl_coef" in dear
+def shifted(shift: float, perplexity: float = 5.0) -> Row:
+    return row([[a + shift, b + shift] for a, b in BEFORE], perplexity)
+
+
+def test_a_run_that_does_what_it_should_gets_no_advice():
+    assert describe(row(BEFORE), shifted(0.3), shifted(-0.1)) == (
+        "better: the reward went from 0.300 to 0.600 (change +0.300, 95 % interval +0.300 to +0.300) "
+        "on held-out prompts."
+    )
+
+
+def test_better_at_a_high_perplexity_says_so_and_how_to_mend_it():
+    sentence = describe(row(BEFORE), shifted(0.3, 15.0), shifted(-0.1))
+    assert sentence.startswith("better, but perplexity rose: the reward went from 0.300 to 0.600")
+    assert "perplexity went from 5.00 to 15.00. Try a higher --kl_coef or a lower --learning_rate." in sentence
+    assert describe(row(BEFORE), shifted(0.3, 7.0), shifted(-0.1)).startswith("better:")
+
+
+def test_better_with_equal_tokens_says_that_they_do_not_steer():
+    sentence = describe(row(BEFORE), shifted(0.3), shifted(0.3))
+    assert sentence.startswith("better, but the tokens do not steer: ")
+    assert "from the worst to the best token it goes from 0.600 to 0.600 (change +0.000" in sentence
+    assert sentence.endswith("Try more --num_iterations, so that the tokens learn what sets them apart.")
+    both = describe(row(BEFORE), shifted(0.3, 15.0), shifted(0.3))
+    assert both.startswith("better, but perplexity rose and the tokens do not steer: ")
+
+
+@pytest.mark.parametrize(("shift", "perplexity"), [(0.0, 5.0), (0.3, 15.0), (-0.3, 5.0)])
+def test_the_advice_after_too_many_draws_is_that_of_the_warning(shift, perplexity):
+    remedy = "--steps_per_iteration 8, or a higher --samples_per_prompt"
+    sentence = describe(row(BEFORE), shifted(shift, perplexity), shifted(shift), remedy)
+    assert sentence.endswith(f" Each completion was drawn too often: try {remedy}.")
+    assert "--num_iterations" not in sentence and "--learning_rate" not in sentence
+
+
+def test_little_to_gain_is_named():
     full = row([[1.0, 1.0]] * 16)
-    assert "100% of the completions had the highest reward before" in describe(compare(full, full), full, full)
+    assert "100% of the completions had the highest reward before" in describe(full, full)

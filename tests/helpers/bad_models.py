@@ -233,7 +233,7 @@ CASES |= {
             in_last(lambda c: (c / "config.json").write_text((c / "config.json").read_text().replace("g", "h", 1))),
             NONE_GOOD,
         ),
-        ("a sample file is missing", in_pool(drops(FIRST)), "iteration 0 is missing"),
+        ("a sample file is missing", in_pool(drops(FIRST)), "iteration-000000.parquet is missing"),
         ("a sample file is empty", in_pool(writes(FIRST, "")), FIRST),
         ("a sample file cut short", in_pool(cuts(FIRST)), FIRST),
         ("a sample file of text", in_pool(writes(FIRST, "no samples")), FIRST),
@@ -243,7 +243,11 @@ CASES |= {
             FIRST,
         ),
         ("a sample file without number", in_pool(writes("iteration-x.parquet", "")), "iteration-x.parquet"),
-        ("no samples at all", lambda directory: shutil.rmtree(directory / "pool"), "iteration 0 is missing"),
+        (
+            "no samples at all",
+            lambda directory: shutil.rmtree(directory / "pool"),
+            "iteration-000000.parquet is missing",
+        ),
     ]
 }
 CASES |= {

@@ -269,7 +269,7 @@ CASES |= {
     "config is a folder": (["train", "--config", "model"], "config 'model'"),
     "config is a model": (["train", "--config", "model/model.safetensors"], "must be valid YAML"),
     "config is empty": (["train", "--config", ""], "config ''"),
-    "config is missing": (["train", "--config"], "expected one argument"),
+    "config is missing": (["train", "--config"], "must have a value"),
     "config climbs out of the presets": (["train", "--config", "../presets/toxicity"], "config '../presets/toxicity'"),
 }
 
@@ -301,7 +301,7 @@ CASES |= {
         ([*GENERATE, *PROMPT], ["--guidance_scale", "2", "--guidance_from", "nobody"], "nobody"),
         ([*GENERATE, *PROMPT], ["--guidance_scale", "2", "--guidance_from", "best"], "guidance_from 'best'"),
         (GENERATE, ["--prompt", " "], "the prompt is empty"),
-        (GENERATE, ["--prompt"], "expected one argument"),
+        (GENERATE, ["--prompt"], "must have a value"),
         (GENERATE, ["--prompt", "a", "--prompts", "prompts.txt"], "prompt is missing, or both"),
         (GENERATE, ["--prompt", "a", "b"], "argument 'b'"),
         (["generate"], ["", "--prompt", "a"], "cannot be loaded"),
@@ -325,13 +325,13 @@ CASES |= {
         (EVALUATE, ["--corpus", "nowhere.txt"], "nowhere.txt: no such file"),
         (EVALUATE, ["--corpus", "model/config.json"], "config.json"),
         (EVALUATE, ["--max_new_tokens", "128"], "limit"),
-        (SCORE, ["--reward"], "expected at least one argument"),
+        (SCORE, ["--reward"], "must have a value"),
         (SCORE, [*REWARD, "--column", "nothing", "more"], "argument 'more'"),
         (["score", "run/pool"], REWARD, "run/pool"),
-        (["score"], REWARD, "the following arguments are required: file"),
+        (["score"], REWARD, "file is missing"),
         (TRAIN, ["--model", "prompts.txt"], "prompts.txt"),
         (TRAIN, ["--ref_model", "nowhere/at/all"], "nowhere/at/all"),
-        (TRAIN, ["--num_quantiles"], "expected one argument"),
+        (TRAIN, ["--num_quantiles"], "must have a value"),
         (TRAIN, ["extra"], "argument 'extra'"),
         (TRAIN, ["--output_dir", "prompts.txt/run"], "prompts.txt/run"),
         (TRAIN, ["--score_cache", "cache.sqlite"], "good cannot be cached"),
@@ -435,10 +435,10 @@ CASES |= {f"reward {text!r}": spec(text, said) for text, said in SPECS}
 CASES |= {
     "every reward NaN": (
         [*TRAIN, "--reward", "rewards.py:nan"],
-        "4 of 4 rewards in iteration 0 are None or not finite",
+        "4 of 4 rewards in iteration 1 are None or not finite",
     ),
-    "every reward None": ([*TRAIN, "--reward", "rewards.py:none"], "4 of 4 rewards in iteration 0 are None or not"),
-    "every reward too large": ([*TRAIN, "--reward", "rewards.py:huge"], "4 of 4 rewards in iteration 0 are None or"),
+    "every reward None": ([*TRAIN, "--reward", "rewards.py:none"], "4 of 4 rewards in iteration 1 are None or not"),
+    "every reward too large": ([*TRAIN, "--reward", "rewards.py:huge"], "4 of 4 rewards in iteration 1 are None or"),
     "every reward NaN, evaluating": (
         [*EVALUATE, "--reward", "rewards.py:nan"],
         "none of the 8 completions has a reward",

@@ -94,15 +94,15 @@ def test_change_is_good_only_if_intervals_are_apart(tmp_path):
 def test_large_pool_is_sampled_from_every_iteration(tmp_path):
     history = read_run(write_run(tmp_path / "run", completions=[f" {i}" for i in range(40)], iterations=4)).history
     rows = choose_rows(history, lambda: None, limit=60)
-    assert len(rows) == 60 and {row.iteration for row in rows} == {0, 1, 2, 3}
-    first = [row for row in rows if row.iteration == 3 and row.kind == "best"]
+    assert len(rows) == 60 and {row.iteration for row in rows} == {1, 2, 3, 4}
+    first = [row for row in rows if row.iteration == 4 and row.kind == "best"]
     assert [row.rewards[0] for row in first] == [i / 80 for i in (79, 78, 77, 76, 75)]
     assert rows[0] == first[0] and rows[0].quantiles == [2]
 
 
 def test_more_iterations_than_rows_leaves_some_out(tmp_path):
     history = read_run(write_run(tmp_path / "run", completions=[" a", " b"], iterations=9)).history
-    assert {row.iteration for row in choose_rows(history, lambda: None, limit=9)} == {0, 4, 8}
+    assert {row.iteration for row in choose_rows(history, lambda: None, limit=9)} == {1, 5, 9}
 
 
 def test_long_texts_are_truncated_to_two_megabytes(tmp_path):

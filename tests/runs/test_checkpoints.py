@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_note_and_the_run_ends_the_same(c
     flip(copied / "checkpoint-4/model.safetensors")
     again(copied)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"resumed {copied} from iteration 1/1, step 2/4" in said
+    assert f"resumed {copied} from iteration 2/2, step 2/4" in said
     assert "skipped checkpoint-4: model.safetensors is damaged" in said
     assert_same_run(copied, whole)
 

@@ -63,14 +63,14 @@ HARD = [
         "pool 0 samples, 1 explored after that",
     ),  # The checkpoint's.
     (Trap("quarkrl.storage.atomic:os.rename", "after", 1), "pool 0 samples, 1 explored after that"),
-    (Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "after", 1), "iteration 0/2, step 3/12, pool 10 samples"),
-    (Trap(LOG, "amid", 3), "iteration 0/2, step 3/12, pool 10 samples"),
+    (Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "after", 1), "iteration 1/3, step 3/12, pool 10 samples"),
+    (Trap(LOG, "amid", 3), "iteration 1/3, step 3/12, pool 10 samples"),
     (
         Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 4),
-        "iteration 0/2, step 3/12, pool 10 samples, 1 exp",
+        "iteration 1/3, step 3/12, pool 10 samples, 1 exp",
     ),
-    (Trap("quarkrl.runs.checkpoints:remove_directory", "before", 1), "iteration 1/2, step 6/12, pool 20 samples"),
-    (Trap("quarkrl.training.trainer:save_steered", "after", 1), "iteration 2/2, step 9/12, pool 31 samples"),
+    (Trap("quarkrl.runs.checkpoints:remove_directory", "before", 1), "iteration 2/3, step 6/12, pool 20 samples"),
+    (Trap("quarkrl.training.trainer:save_steered", "after", 1), "iteration 3/3, step 9/12, pool 31 samples"),
 ]
 
 
@@ -166,23 +166,23 @@ def test_a_signal_ends_the_command_after_the_batch_and_its_message_resumes_the_r
     argv = [*train, directory]
     # While exploring; while learning; at an iteration's last step, before its evaluation; amid that; at the very last.
     goes = [
-        (Trap(SCORE, "before", 2, signal.SIGINT), 130, "Ctrl-C in iteration 0 after step 0"),
+        (Trap(SCORE, "before", 2, signal.SIGINT), 130, "Ctrl-C in iteration 1 after step 0"),
         (
             Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "after", 2, signal.SIGTERM),
             143,
-            "SIGTERM in iteration 0 ",
+            "SIGTERM in iteration 1 ",
         ),
         (
             Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 2, signal.SIGTERM),
             143,
-            "1 after step 4",
+            "2 after step 4",
         ),
         (
             Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "before", 1, signal.SIGINT),
             130,
-            "iteration 1 after step 4",
+            "iteration 2 after step 4",
         ),
-        (Trap(SCORE, "after", 2, signal.SIGTERM), 143, "iteration 1 after step 4"),
+        (Trap(SCORE, "after", 2, signal.SIGTERM), 143, "iteration 2 after step 4"),
         (Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 8, signal.SIGTERM), 143, "after step 12"),
     ]
     for trap, expected, line in goes:
@@ -218,7 +218,7 @@ def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):
 
     trainer = trainer_of(tmp_path / "run", scorer=scorer)
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM in iteration 0 after step 0") as stopped:
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM in iteration 1 after step 0") as stopped:
         trainer.train()
     assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -275,7 +275,7 @@ def test_what_changes_no_result_is_no_obstacle(copied, capsys):
     harmless |= {"disable_tqdm": True, "generation_batch_size": 3, "save_strategy": "steps", "run_name": "other"}
     harmless |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_unscored_share": 0.9}
     again(copied, **harmless)
-    assert f"resumed {copied} from iteration 1/1, step 4/4, pool 20 samples" in " ".join(
+    assert f"resumed {copied} from iteration 2/2, step 4/4, pool 20 samples" in " ".join(
         capsys.readouterr().err.split()
     )
 
@@ -384,7 +384,7 @@ def test_one_process_resumes_from_a_checkpoint_with_the_states_of_two(copied):
 
 def test_a_checkpoint_may_be_named_by_a_path_object(copied, capsys):
     again(copied, resume=copied / "checkpoint-2")
-    assert f"resumed {copied} from iteration 1/1, step 2/4" in " ".join(capsys.readouterr().err.split())
+    assert f"resumed {copied} from iteration 2/2, step 2/4" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_returned_loss_of_a_resumed_run_is_that_of_the_whole_run(copied):
@@ -434,7 +434,7 @@ def test_scores_are_retried_where_all_were_missing_whatever_share_may_be(tmp_pat
         return [None if is_down else float(sum(ids)) for ids in completion_ids]
 
     options = {"num_iterations": 1, "steps_per_iteration": 1, "eval_strategy": "no", "save_strategy": "no"}
-    with pytest.raises(UserError, match="12 of 12 rewards in iteration 0 are None"):
+    with pytest.raises(UserError, match="12 of 12 rewards in iteration 1 are None"):
         trainer_of(tmp_path / "run", scorer=reward, max_unscored_share=1.0, **options).train()
     is_down.clear()
     resumed = trainer_of(tmp_path / "run", scorer=reward, max_unscored_share=1.0, **options)
@@ -451,7 +451,7 @@ def test_missing_scores_of_a_refused_exploration_are_retried(tmp_path):
         return [sum(ids) / len(ids) if len(asked) < 2 else None for ids in completion_ids]
 
     options = {"num_iterations": 1, "steps_per_iteration": 2, "eval_strategy": "no", "save_strategy": "no"}
-    with pytest.raises(UserError, match="7 of 12 rewards in iteration 0 are None"):
+    with pytest.raises(UserError, match="7 of 12 rewards in iteration 1 are None"):
         trainer_of(tmp_path / "run", scorer=down, **options).train()
     assert asked == [5, 5, 2]
 

@@ -181,5 +181,5 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, stop, options):
 def test_resuming_without_the_pool_is_an_error(tmp_path):
     small_trainer(tmp_path, save_strategy="epoch").train()
     shutil.rmtree(tmp_path / "pool")
-    with pytest.raises(UserError, match="pool: iteration 0 is missing"):
+    with pytest.raises(UserError, match=r"pool: iteration-000000\.parquet is missing"):
         small_trainer(tmp_path, num_iterations=4, save_strategy="epoch").train(resume_from_checkpoint=True)

@@ -32,7 +32,7 @@ def test_a_run_shows_the_best_and_the_worst_completion_and_writes_all_texts(line
     assert [line.split()[1:3] for line in shown] == [[str(i), rank] for i in (0, 1) for rank in ("best", "worst")]
     table = pq.read_table(tmp_path / "pool/iteration-000000.parquet")
     best = table.to_pylist()[table["reward"].to_numpy().argmax()]
-    assert shown[0].startswith(f"iteration 0  best  {best['reward']:.3f}  ")
+    assert shown[0].startswith(f"iteration 1  best  {best['reward']:.3f}  ")
     assert set(table["prompt"].to_pylist()) <= set(PROMPTS)
     # The texts are those that the reward has read: words, of which it counts "a".
     for row in table.to_pylist():

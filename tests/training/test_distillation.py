@@ -84,7 +84,7 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
 def test_the_line_of_an_iteration_of_distillation_has_its_scale_and_no_reward(tmp_path, capfd):
     small_trainer(tmp_path, share_of_a_to_d, disable_tqdm=False, **DISTILLED).train()
     lines = capfd.readouterr().err.splitlines()
-    explored, distilled = (next(line for line in lines if line.startswith(f"iteration {n}/3  ")) for n in (1, 2))
+    explored, distilled = (next(line for line in lines if line.startswith(f"iteration {n}/4  ")) for n in (2, 3))
     assert "reward" in explored and "distils" not in explored
     assert "distils γ 2" in distilled and "reward" not in distilled and "kl" in distilled
 

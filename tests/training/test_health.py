@@ -217,24 +217,24 @@ def of_one_word(model, word: int):
 
 
 COLLAPSED = {
-    "identical": ({"model": 3}, "iteration 0: all 8 completions are identical: 'd d d d d d'"),
-    "empty": ({"model": 9, "min_completion_length": 0}, "iteration 0: all 8 completions are empty"),
+    "identical": ({"model": 3}, "iteration 1: all 8 completions are identical: 'd d d d d d'"),
+    "empty": ({"model": 9, "min_completion_length": 0}, "iteration 1: all 8 completions are empty"),
     "one reward": (
         {"reward": lambda completions: [2.5] * len(completions)},
-        "iteration 0: all 8 samples of the pool have reward 2.5",
+        "iteration 1: all 8 samples of the pool have reward 2.5",
     ),
     "cut off": (
         {"reward": lambda completions: [2.5] * len(completions), "min_completion_length": 6},
-        "iteration 0: all 8 samples of the pool have reward 2.5, and all completions end at max_completion_length 6:",
+        "iteration 1: all 8 samples of the pool have reward 2.5, and all completions end at max_completion_length 6:",
     ),
     "each of two rewards": (
         {"reward": [lambda completions: [1.0] * len(completions), distinct_rewards], "condition_on": "each"}
         | {"reward_ceiling": -2.0},
-        "iteration 0: all 8 samples of the pool have lambda 1, distinct_rewards at or above reward_ceiling -2. Nothing",
+        "iteration 1: all 8 samples of the pool have lambda 1, distinct_rewards at or above reward_ceiling -2. Nothing",
     ),
     "all good enough": (
         {"reward_ceiling": -1.0},
-        "iteration 0: all 8 samples of the pool have reward at or above reward_ceiling -1",
+        "iteration 1: all 8 samples of the pool have reward at or above reward_ceiling -1",
     ),
 }
 
@@ -289,7 +289,7 @@ def test_a_policy_without_entropy_stops_the_run_at_the_end_of_its_iteration(tmp_
     trainer = trainer_of(tmp_path, At({4, 5, 6}, before=sure), model=model, save_strategy="epoch")
     with pytest.raises(UserError) as error:
         trainer.train()
-    assert str(error.value).startswith("iteration 1: the policy's entropy is ")
+    assert str(error.value).startswith("iteration 2: the policy's entropy is ")
     assert "--learning_rate" in str(error.value) and "--kl_coef" in str(error.value)
     assert trainer.state.global_step == 6
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [

@@ -138,7 +138,7 @@ def test_another_number_of_processes_resumes_to_the_same_result_up_to_rounding(t
     end = run_job(directory, before, model=NO_DROPOUT, options=options[before], trap={"0": [LOSS, "after", 8]})
     assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
     end = fine(run_job(directory, after, model=NO_DROPOUT, options=options[after], resume=True))
-    assert "iteration 1/2, step 6/12, pool 20 samples" in end.output
+    assert "iteration 2/3, step 6/12, pool 20 samples" in end.output
     assert_like(directory, one)
     assert final_state(directory)["completions"] == final_state(one)["completions"]
 
@@ -157,7 +157,7 @@ def test_sigterm_stops_all_processes_after_the_batch_and_the_job_resumes(tmp_pat
     trap = {"1": [LOSS, "after", 5, signal.SIGTERM]}  # As a scheduler sends it to each.
     end = run_job(directory, 2, options=TWO, trap=trap)
     assert end.code != 0
-    assert "stopped by SIGTERM in iteration 1 after step 5; everything is saved" in end.output, end.output
+    assert "stopped by SIGTERM in iteration 2 after step 5; everything is saved" in end.output, end.output
     assert (directory / "checkpoint-5").is_dir()
     fine(run_job(directory, 2, options=TWO, resume=True))
     for path in directory.glob("checkpoint-*"):
@@ -176,13 +176,13 @@ def test_the_command_stops_with_one_line_and_resumes_as_one_process(tmp_path):
     argv += ["--reward", f"{home / 'rewards.py'}:reward"]
     end = run_job(directory, 2, argv=argv, trap={"1": [LOSS, "after", 5, signal.SIGTERM]})
     assert "exitcode  : 143" in end.output, end.output
-    assert end.output.count("stopped by SIGTERM in iteration 1 after step 5") == 1, end.output
+    assert end.output.count("stopped by SIGTERM in iteration 2 after step 5") == 1, end.output
     resume = ["train", "--resume", "--output_dir", str(directory)]
     end = run_job(directory, 1, argv=resume)
     assert end.code == 2 and "draws_per_step was 4, is 2" in end.output, end.output
     end = fine(run_job(directory, 1, argv=[*resume, "--per_device_train_batch_size", "4"]))
     assert "ddp_backend and fsdp ignored: there is one process" in end.output, end.output
-    assert "iteration 1/2, step 5/12, pool 20 samples" in end.output, end.output
+    assert "iteration 2/3, step 5/12, pool 20 samples" in end.output, end.output
     assert os.listdir(directory / "checkpoint-12/training").count("process-1.safetensors") == 0
     assert (directory / "final/model.safetensors").is_file()
 
@@ -247,7 +247,7 @@ def test_one_process_resumes_a_sharded_run_and_the_reverse(tmp_path, one, sharde
     assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
     processes, options = goes[1]
     end = fine(run_job(directory, processes, model=NO_DROPOUT, options=options, resume=True))
-    assert "iteration 1/2, step 6/12" in end.output
+    assert "iteration 2/3, step 6/12" in end.output
     assert_like(directory, one)
 
 
@@ -268,7 +268,7 @@ def test_deepspeed_learns_what_one_process_learns_and_resumes_to_the_same_bits(t
     end = run_job(directory, 2, model=NO_DROPOUT, options=options, trap={"1": [LOSS, "before", 8]})
     assert end.code != 0 and (directory / "checkpoint-6").is_dir(), end.output
     end = fine(run_job(directory, 2, model=NO_DROPOUT, options=options, resume=True))
-    assert "iteration 1/2, step 6/12" in end.output
+    assert "iteration 2/3, step 6/12" in end.output
     assert metrics_of(directory) == metrics_of(whole)
     assert (directory / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
     options["deepspeed"]["zero_optimization"]["stage"] = 3

@@ -25,7 +25,7 @@ def test_an_evaluation_within_an_iteration_replaces_the_bar_of_learning():
     state.global_step = 1
     progress.on_step_begin(args, state, None)
     (task,) = progress._bars.tasks
-    assert (task.description, task.completed) == ("iteration 0  learn", 1)
+    assert (task.description, task.completed) == ("iteration 1  learn", 1)
     progress.close()
 
 

@@ -30,5 +30,5 @@ def test_an_iteration_has_begun_once_its_first_step_is_done(directory, step, beg
 def test_a_missing_iteration_that_had_begun_is_an_error(directory):
     (directory / "iteration-000001.parquet").unlink()
     assert len(load_pool(DataPool(2), directory, 3, 3)) == 2
-    with pytest.raises(UserError, match="iteration 1 is missing"):
+    with pytest.raises(UserError, match=r"iteration-000001\.parquet is missing"):
         load_pool(DataPool(2), directory, 4, 3)

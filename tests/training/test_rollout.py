@@ -41,7 +41,7 @@ def test_a_sample_counts_only_with_every_one_of_its_rewards():
 def test_too_many_missing_rewards_are_an_error():
     found = rollout([1.0, np.nan, 2.0, np.nan])
     assert found.scored_indices(0.5, iteration=3).tolist() == [0, 2]
-    with pytest.raises(UserError, match=r"max_unscored_share 0.4: 2 of 4 rewards in iteration 3"):
+    with pytest.raises(UserError, match=r"max_unscored_share 0.4: 2 of 4 rewards in iteration 4"):
         found.scored_indices(0.4, iteration=3)
     with pytest.raises(UserError, match="2 of 2 rewards"):
         rollout([np.nan, np.nan]).scored_indices(1.0, iteration=0)

@@ -76,7 +76,7 @@ def test_progress_says_once_how_long_a_run_takes_and_then_after_each_iteration(c
         progress.on_step_end(args, state, None)
     progress.on_epoch_end(args, state, None)
     # After 5 steps: one exploration of 120 s and 15 steps of 1 s. After 10: the exploration and 10 steps.
-    lines = ["time: about 2 min left, without evaluations", "iteration 0/1  reward 0.500  unscored 0  left 2 min"]
+    lines = ["time: about 2 min left, without evaluations", "iteration 1/2  reward 0.500  unscored 0  left 2 min"]
     assert console.file.getvalue().splitlines() == lines
 
 
@@ -109,11 +109,36 @@ def test_a_plan_that_draws_too_often_warns(tmp_path):
     assert warning.startswith("warning: each completion is drawn 3.0 times") and "--steps_per_iteration 8" in warning
 
 
-def test_the_time_of_a_plan_is_that_of_its_completions_and_draws(tmp_path):
+@pytest.mark.parametrize(
+    ("iterations", "evaluated", "text"),
+    [
+        # 4 x 30 x 0.1 s, and 4 x 40 x 0.2 s.
+        (4, 0, "time: about 44 s (sampling 12, learning 32), and the time of the rewards"),
+        # 10 iterations; 200 completions of 0.1 s, each read in 0.2 / 4 s, and 5 s of the report.
+        (
+            10,
+            200,
+            "time: about 2.4 min (sampling 0.5, learning 1.3, evaluation and report 0.6), and the time of the rewards",
+        ),
+    ],
+)
+def test_the_time_of_a_plan_is_the_sum_of_its_parts(tmp_path, iterations, evaluated, text):
     args = QuarkConfig(
-        output_dir=str(tmp_path), num_iterations=10, steps_per_iteration=5, per_device_train_batch_size=8
+        output_dir=str(tmp_path), num_iterations=iterations, steps_per_iteration=5, per_device_train_batch_size=8
     )
-    text = describe_time(
-        args, num_prompts=30, speed=Speed(per_completion=0.1, per_draw=0.2)
-    )  # 10 x (30 x 0.1 + 40 x 0.2)
-    assert text == "time: about 2 min (sampling 30 s, learning 80 s) and the time of the rewards"
+    assert describe_time(args, 30, Speed(per_completion=0.1, per_draw=0.2), evaluated) == text
+
+
+def test_the_time_of_a_plan_counts_guided_sampling_twice_and_distillation(tmp_path):
+    args = QuarkConfig(
+        output_dir=str(tmp_path),
+        num_iterations=2,
+        explore_guidance_scale=[1, 2],
+        distill_guidance_scale=[2],
+        distill_iterations=1,
+        steps_per_iteration=5,
+        per_device_train_batch_size=8,
+    )
+    # Passes of 30 x 0.1 s: one, and two in the guided iteration and in the one of distillation.
+    text = describe_time(args, 30, Speed(per_completion=0.1, per_draw=0.2))
+    assert text == "time: about 39 s (sampling 15, learning 24), and the time of the rewards"

@@ -532,7 +532,7 @@ def test_too_many_missing_rewards_stop_the_run(tmp_path, share, values):
     def reward(completion_ids, **_):
         return [values[i % 2] for i, _ in enumerate(completion_ids)]
 
-    with pytest.raises(UserError, match=rf"max_unscored_share {share}: \d of 8 rewards in iteration 0"):
+    with pytest.raises(UserError, match=rf"max_unscored_share {share}: \d of 8 rewards in iteration 1"):
         small_trainer(tmp_path, reward, max_unscored_share=share).train()
 
 

@@ -38,6 +38,7 @@ class BeforeAfter:
         options: how to sample and measure.
         directory: of the run.
         keep_special_tokens: whether the rewards read special tokens.
+        fewer_draws: if the run draws each completion too often, the options that mend it.
     """
 
     start: str
@@ -46,6 +47,12 @@ class BeforeAfter:
     options: "EvaluationOptions"
     directory: Path
     keep_special_tokens: bool = False
+    fewer_draws: str = ""
+
+    @property
+    def num_completions(self) -> int:
+        """How many completions are sampled in all: before training, and on the best and the worst token."""
+        return _ROWS * len(self.prompts) * self.options.samples_per_prompt
 
     def measure_before(self) -> "Evaluation":
         """Measure the starting model, unless the directory has its figures already."""
@@ -72,7 +79,7 @@ class BeforeAfter:
         """Measure the trained model on its best and worst quantile, unless the directory has its figures already."""
         from quarkrl.evaluation.evaluate import evaluate
         from quarkrl.evaluation.provenance import weights_digest
-        from quarkrl.evaluation.verdict import compare, describe
+        from quarkrl.evaluation.verdict import describe
 
         known = self._load(RESULTS)
         if known and known.protocol["weights"][0].get("sha256") == weights_digest(final):
@@ -86,8 +93,8 @@ class BeforeAfter:
                 known_rows=baseline.rows,
                 notify=notify,
             )
-        before, best = evaluation.rows[:2]
-        evaluation.protocol["verdict"] = describe(compare(before, best), before, best)
+        before, best, worst = evaluation.rows
+        evaluation.protocol["verdict"] = describe(before, best, worst, self.fewer_draws)
         evaluation.save(self.directory / RESULTS)
         return evaluation
 

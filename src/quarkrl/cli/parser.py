@@ -91,12 +91,10 @@ class Parser(argparse.ArgumentParser):
             from quarkrl.cli.inputs import missing_reward
 
             return missing_reward()
-        action = next(
-            action for action in self._actions if name in (*action.option_strings, action.metavar, action.dest)
-        )
-        described = (action.help or "").split(". ")[0].rstrip(".")
+        known = (action for action in self._actions if name in (*action.option_strings, action.metavar, action.dest))
+        described = (next(known).help or "").split(". ")[0].rstrip(".")
         where = f"Set {name}" if name.startswith("--") else f"Write it behind {self.prog}"
-        return UserError(f"{name.lstrip('-')} is missing. {where}: {described}.")
+        return UserError(f"{name.lstrip('-')} is missing. {where} ({described}).")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as `argparse` does, after replacing hyphens in the names of flags."""

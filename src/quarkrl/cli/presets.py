@@ -16,16 +16,15 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print each preset with the first sentence of its file."""
-    from rich.table import Table
+    """Print the command of each preset, and the first sentence of its file."""
+    from rich.padding import Padding
 
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    out = console(stderr=False)
     for name in preset_names():
-        table.add_row(name, _first_sentence((PRESETS / f"{name}.yaml").read_text(encoding="utf-8")))
-    console(stderr=False).print(table)
-    note("start one: quarkrl train --config NAME   read one: its file in " + str(PRESETS))
+        out.print(f"quarkrl train --config {name}", soft_wrap=True)
+        sentence = _first_sentence((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+        out.print(Padding(sentence, (0, 0, 0, 4), expand=False), style="dim")
+    note(f"A preset is a file: {PRESETS}/NAME.yaml. Any option behind --config takes precedence over it.")
 
 
 def _first_sentence(text: str) -> str:

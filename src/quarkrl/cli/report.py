@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def try_to_report(run: str | os.PathLike) -> Path | None:
     """Write the report of a run that has ended, in its first process. A failure is a note: the run is not at fault."""
-    from quarkrl.report import write_report
-
     if not is_first_process():
         return None
     try:
+        from quarkrl.report import write_report
+
         return write_report(run)
     except Exception as error:  # noqa: BLE001 - whatever the reason, the model and the samples are saved
         note(f"no report was written ({describe_exception(error)}). Try again: quarkrl report {os.fspath(run)}")

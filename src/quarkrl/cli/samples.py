@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 NAME = "samples"
 HELP = "read what a run has sampled, with rewards and quantiles"
 
+_TEXT_TITLE = "prompt and completion"
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplesOptions:
     """Which samples are printed, in which order."""
 
-    iteration: int | None = option(None, "Samples of one iteration; -1 is the last.")
+    iteration: int | None = option(None, "Samples of one iteration, from 1; -1 is the last.")
     quantile: str | None = option(None, "Samples of one quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
     grep: str | None = option(None, "Samples whose text matches a regular expression, in any case.", metavar="TEXT")
     sort: Literal["spread", "reward", "length", "iteration"] = option(
@@ -104,12 +106,15 @@ def print_samples(table: "pa.Table") -> None:
     quantiles = ["quantile"] if len(names) == 1 else [f"quantile.{name}" for name in names]
     out = console(stderr=False)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (*names, "Q", "iteration"):
+    titles = (*names, "Q", "iteration")
+    for name in titles:
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("prompt and completion", overflow="fold")
+    shown.add_column(_TEXT_TITLE, overflow="fold")
+    if not out.is_terminal:
+        print("\t".join([*titles, _TEXT_TITLE]))
     for row in table.to_pylist():
         figures = [f"{row[name]:.3f}" for name in names]
-        figures += ["/".join(str(row[name]) for name in quantiles), str(row["iteration"])]
+        figures += ["/".join(str(row[name]) for name in quantiles), str(row["iteration"] + 1)]
         prompt, completion = map(_on_one_line, displayed(row["prompt"], row["completion"]))
         if out.is_terminal:
             shown.add_row(*figures, Text.assemble((prompt, "dim"), completion))
@@ -127,9 +132,10 @@ def _matches(table: "pa.Table", options: SamplesOptions) -> Any:
     mask = np.ones(len(table), dtype=bool)
     if options.iteration is not None:
         iterations = table["iteration"].to_numpy()
-        number = int(iterations.max()) + 1 + options.iteration if options.iteration < 0 else options.iteration
+        count = int(iterations.max()) + 1
+        number = count + options.iteration if options.iteration < 0 else options.iteration - 1  # Files count from 0.
         if not (iterations == number).any():
-            raise UserError(f"iteration {options.iteration}: must be at most {iterations.max()}, or -1 for the last.")
+            raise UserError(f"iteration {options.iteration}: must be from 1 to {count}, or -1 for the last.")
         mask &= iterations == number
     if options.quantile is not None:
         for name in (name for name in table.column_names if name.partition(".")[0] == "quantile"):

@@ -72,7 +72,7 @@ def run(command: TrainCommand) -> Path | None:
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
         if run.dry_run:
-            note("dry run: nothing was sampled, and nothing was written")
+            note("dry run: nothing was trained or written; a few completions were sampled for the estimate of time")
             return None
         with working_directory(directory):
             baseline = comparison and comparison.measure_before()
@@ -152,9 +152,14 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     if config.raw is False:
         trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
     trainer.prompts_source = run.prompts
-    time = describe_time(config, len(trainer.prompts), speed) if speed else None
-    trainer.progress.start_notes += filter(None, [time, choice, prompts.note])
-    return trainer, _comparison(run, trainer, scorer, prompts.measured)
+    comparison = _comparison(run, trainer, scorer, prompts.measured)
+    if speed:
+        evaluated = comparison.num_completions if comparison else 0
+        if prompts.evaluated and config.eval_strategy == "epoch":
+            evaluated += config.num_iterations * len(prompts.evaluated) * config.eval_samples_per_prompt
+        trainer.progress.start_notes.append(describe_time(config, len(trainer.prompts), speed, evaluated))
+    trainer.progress.start_notes += filter(None, [choice, prompts.note])
+    return trainer, comparison
 
 
 def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> bool | None:
@@ -203,6 +208,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
         trainer.progress.start_notes.append(f"results: {why} are not measured. Use quarkrl evaluate after the run.")
         return None
     from quarkrl.data.hold_out import choose_prompts
+    from quarkrl.training.time_left import fewer_draws
 
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
@@ -217,7 +223,15 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
         bf16=run.dtype == "bfloat16",
     )
     start = model_path(run.model or "")
-    return BeforeAfter(start, prompts, scorer, options, Path(config.output_dir), config.keep_special_tokens)
+    return BeforeAfter(
+        start,
+        prompts,
+        scorer,
+        options,
+        Path(config.output_dir),
+        config.keep_special_tokens,
+        fewer_draws(config, len(trainer.prompts)),
+    )
 
 
 def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> None:

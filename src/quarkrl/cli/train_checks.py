@@ -36,7 +36,7 @@ def check_train(argv: Sequence[str]) -> None:
     check_options(options_from(argparse.Namespace(**values), QuarkOptions))
     directory = (values.get("output_dir") or [None])[0]
     resumes = run.resume or bool(values.get("resume_from_checkpoint"))
-    if resumes and directory is not None:
+    if run.resume and not values.get("resume_from_checkpoint") and directory is not None:
         check_resumable(Path(directory))
     _check_required(run, directory)
     check_model(run.model)

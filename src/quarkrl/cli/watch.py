@@ -226,7 +226,7 @@ def _figures(iterations: list[dict[str, Any]]) -> "RenderableType":
     for name in shown:
         table.add_column(columns[name], justify="right", no_wrap=True)
     for row in iterations[-10:]:
-        table.add_row(str(row["iteration"]), *(_cell(row.get(name)) for name in shown))
+        table.add_row(str(row["iteration"] + 1), *(_cell(row.get(name)) for name in shown))
     return table
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from quarkrl.evaluation.intervals import Interval, Ratio, intervals
 from quarkrl.evaluation.results import Row
 
-# Beyond this factor, the text has suffered more than the reward is worth to most users.
-MAX_PERPLEXITY_RATIO = 2.0
+# Beyond this factor, most users notice that the text has suffered.
+MAX_PERPLEXITY_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -39,36 +39,59 @@ def compare(before: Row, after: Row) -> Change:
     return Change(before.figures["reward"], after.figures["reward"], interval)
 
 
-def describe(change: Change, before: Row, after: Row) -> str:
-    """Return the verdict as a sentence, and what to try if the run has not done what it should."""
+def describe(before: Row, best: Row, worst: Row | None = None, fewer_draws: str = "") -> str:
+    """Return the verdict as a sentence, the figures behind it, and what to try if the run falls short of its purpose.
+
+    Args:
+        before: the model before training.
+        best: the trained model on its best token.
+        worst: the trained model on its worst token, if it has several.
+        fewer_draws: if the run drew each completion too often, the options that mend it. The advice then is no more
+            training, which would make it worse.
+    """
+    change, steering = compare(before, best), worst and compare(worst, best)
+    dear = _perplexity_ratio(before, best) > MAX_PERPLEXITY_RATIO
+    steers = steering is None or steering.kind == "better"
+    faults = ["perplexity rose"] * dear + ["the tokens do not steer"] * (not steers)
+    kind = f"{change.kind}, but {' and '.join(faults)}" if change.kind == "better" and faults else change.kind
+    parts = [f"{kind}: the reward went from {_in_words(change)} on held-out prompts"]
+    if dear:
+        parts.append(f"perplexity went from {before.figures['perplexity']:.2f} to {best.figures['perplexity']:.2f}")
+    if steering is not None and not steers:
+        parts.append(f"from the worst to the best token it goes from {_in_words(steering)}")
+    return "; ".join(parts) + "." + _advice(before, change, dear, steers, fewer_draws)
+
+
+def _in_words(change: Change) -> str:
     low, high = change.interval
-    moved = f"the reward went from {change.before:.3f} to {change.after:.3f} on held-out prompts"
-    moved += f" (change {change.after - change.before:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
-    remedy = _remedy(change, before, after)
-    return f"{change.kind}: {moved}." + (f" {remedy}" if remedy else "")
+    difference = f"change {change.after - change.before:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    return f"{change.before:.3f} to {change.after:.3f} ({difference})"
 
 
-def _remedy(change: Change, before: Row, after: Row) -> str:
-    if change.kind == "worse":
-        return (
-            "Try a lower --learning_rate or a higher --kl_coef. Check by quarkrl score that better texts get higher "
-            "rewards."
-        )
-    perplexity = after.figures["perplexity"] / before.figures["perplexity"]
-    if change.kind == "better":
-        if perplexity > MAX_PERPLEXITY_RATIO:
-            return (
-                f"But perplexity is {perplexity:.1f} times as high: try a higher --kl_coef or a lower --learning_rate."
-            )
+def _perplexity_ratio(before: Row, after: Row) -> float:
+    """The factor by which perplexity rose; NaN if it is not known."""
+    start = before.figures["perplexity"]
+    return after.figures["perplexity"] / start if start else float("nan")
+
+
+def _advice(before: Row, change: Change, dear: bool, steers: bool, fewer_draws: str) -> str:
+    if change.kind == "better" and steers and not dear:
         return ""
     top = float(np.mean(before.rewards == np.nanmax(before.rewards)))
-    if top > _NEARLY_ALL:
+    if change.kind == "no clear change" and top > _NEARLY_ALL:
         return (
-            f"{top:.0%} of the completions had the highest reward before training, so little was left to gain. Try "
+            f" {top:.0%} of the completions had the highest reward before training, so little was left to gain. Try "
             "prompts that provoke what is unwanted, or a finer reward."
         )
+    if fewer_draws:
+        return f" Each completion was drawn too often: try {fewer_draws}."
+    if change.kind == "worse" or dear:
+        check = " Check by quarkrl score that better texts get higher rewards." if change.kind == "worse" else ""
+        return f" Try a higher --kl_coef or a lower --learning_rate.{check}"
+    if change.kind == "better":
+        return " Try more --num_iterations, so that the tokens learn what sets them apart."
     return (
-        "Try more --num_iterations, a higher --learning_rate or a lower --kl_coef; more --held_out for a surer answer."
+        " Try more --num_iterations, a higher --learning_rate or a lower --kl_coef; more --held_out for a surer answer."
     )
 
 

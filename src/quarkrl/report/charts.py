@@ -214,7 +214,7 @@ def lines(
     names = list(series)
     colors = colors or {name: f"var(--s-{i % 6})" for i, name in enumerate(names)}
     rows: list[dict[str, Any]] = [
-        {"x": x, "y": y, "series": name, "order": i, "label": str(i)}
+        {"x": x, "y": y, "series": name, "order": i, "label": str(i + 1)}
         for name in names
         for i, (x, y) in enumerate(series[name])
         if math.isfinite(y)

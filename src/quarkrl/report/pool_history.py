@@ -23,7 +23,7 @@ class PoolHistory:
     Attributes:
         num_quantiles: K.
         attributes: the names of the A rewards that condition the model.
-        numbers: the iterations that the pool has.
+        numbers: the iterations that the pool has, from 1.
         iterations: `(N,)`, the iteration of each sample.
         rewards: `(N, A)`.
         edges: `(I, A, K - 1)`, the edges of the quantiles after each iteration.
@@ -74,7 +74,7 @@ def read_pool_history(directory: Path, options: dict[str, Any]) -> PoolHistory |
         return None
     tables = [_read(path) for path in paths]
     attributes, num_quantiles = attributes_of(tables[0]), options.get("num_quantiles") or 5
-    numbers, sizes = [int(_number(path)) for path in paths], [len(table) for table in tables]
+    numbers, sizes = [int(_number(path)) + 1 for path in paths], [len(table) for table in tables]
     rewards = np.concatenate([np.column_stack([table[name].to_numpy() for name in attributes]) for table in tables])
     edges = np.array(
         [

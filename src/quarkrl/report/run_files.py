@@ -79,8 +79,8 @@ class RunFiles:
         return [(step, value) for step, value in rows if isinstance(step, int) and isinstance(value, int | float)]
 
     def logged_by_iteration(self, name: str) -> list[tuple[float, float]]:
-        """Return iterations and values of a figure that is logged once per iteration, after exploring."""
-        rows = ((row["iteration"], row.get(name)) for row in self.logs if "iteration" in row)
+        """Return iterations, from 1, and values of a figure that is logged once per iteration, after exploring."""
+        rows = ((row["iteration"] + 1, row.get(name)) for row in self.logs if "iteration" in row)
         return [(float(number), float(value)) for number, value in rows if isinstance(value, int | float)]
 
 

@@ -155,7 +155,7 @@ def _title(name: str) -> str:
 
 def _reward_charts(run: RunFiles, history: PoolHistory) -> list[Chart]:
     steps = run.recorded_options.get("steps_per_iteration")
-    held_out = [(step / steps, value) for step, value in run.logged("eval_reward")] if steps else []
+    held_out = [(step / steps + 1, value) for step, value in run.logged("eval_reward")] if steps else []
     result = []
     for a, name in enumerate(history.attributes):
         parts = history.by_iteration(history.rewards[:, a])

@@ -195,8 +195,8 @@ class DurableTrainer(Trainer):
         step = self.state.global_step
         name = {2: "Ctrl-C", 15: "SIGTERM"}[number]
         raise Stopped(
-            f"stopped by {name} in iteration {step // self.steps_per_epoch} after step {step}; everything is saved. "
-            f"Resume with: quarkrl train --resume --output_dir {self.args.output_dir}",
+            f"stopped by {name} in iteration {step // self.steps_per_epoch + 1} after step {step}; everything is "
+            f"saved. Resume with: quarkrl train --resume --output_dir {self.args.output_dir}",
             number,
         )
 

@@ -45,7 +45,7 @@ class CompletionLog(TrainerCallback):
 def _line(number: int, row: dict[str, Any]) -> str:
     figures = " ".join(f"{value:.3f}" for name, value in row.items() if name not in ("rank", "prompt", "completion"))
     text = " ".join("".join(displayed(row["prompt"], row["completion"])).split())
-    return f"iteration {number}  {row['rank']:<5} {figures}  {truncate(text, _WIDTH)}"
+    return f"iteration {number + 1}  {row['rank']:<5} {figures}  {truncate(text, _WIDTH)}"
 
 
 def _send_to_trackers(report_to: list[str], number: int, step: int, rows: list[dict[str, Any]]) -> None:

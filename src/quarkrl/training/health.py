@@ -136,11 +136,13 @@ class Health:
         rows = np.flatnonzero(pool.iterations == iteration)
         completions = [pool[int(row)].completion_ids.tolist() for row in rows]
         if description := describe_identical(completions, (self.decode(ids) for ids in completions)):
-            self._report_collapse(f"iteration {iteration}: all {len(rows)} completions are {description}", iteration)
+            self._report_collapse(
+                f"iteration {iteration + 1}: all {len(rows)} completions are {description}", iteration
+            )
         if names := constant_attributes(pool.rewards, pool.attributes, self.reward_ceiling):
             columns = {name: pool.rewards[:, pool.attributes.index(name)] for name in names}
             values = ", ".join(self._describe_constant(name, column) for name, column in columns.items())
-            problem = f"iteration {iteration}: all {len(pool)} samples of the pool have {values}"
+            problem = f"iteration {iteration + 1}: all {len(pool)} samples of the pool have {values}"
             if all(len(ids) == self.max_length for ids in completions):
                 problem += (
                     f", and all completions end at max_completion_length {self.max_length}: what a longer one would "
@@ -237,7 +239,7 @@ class Health:
         if tokens and entropy / tokens < LEAST_ENTROPY:
             mean = max(entropy, 0.0) / tokens
             self._report_collapse(
-                f"iteration {iteration}: the policy's entropy is {mean:.2g} nats per token", iteration
+                f"iteration {iteration + 1}: the policy's entropy is {mean:.2g} nats per token", iteration
             )
 
     def _report_collapse(self, problem: str, iteration: int | None) -> None:

@@ -121,7 +121,7 @@ class QuarkOptions:
     explore_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
         help="Guidance γ of exploration; 1 is off. Several scales are for one iteration each, the last for all that "
-        "follow. With new tokens, iteration 0 samples the reference without guidance (docs/guide.md).",
+        "follow. With new tokens, the first iteration samples the reference without guidance (docs/guide.md).",
         at_least=0,
         group="exploring",
     )

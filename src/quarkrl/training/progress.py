@@ -102,7 +102,7 @@ class Progress(TrainerCallback):
         """Show the bar of learning at the iteration's first step."""
         if self._bars is None and state.is_world_process_zero:
             bars = self._open()
-            number = state.global_step // args.steps_per_iteration
+            number = state.global_step // args.steps_per_iteration + 1
             self._learn = bars.add_task(f"iteration {number}  learn", total=args.steps_per_iteration, figures="")
             bars.advance(self._learn, state.global_step % args.steps_per_iteration)
         self._time_left.begin_step()
@@ -145,8 +145,8 @@ class Progress(TrainerCallback):
         shown |= {n: self._learned_logs[n] for n in ("nll", "kl") if n in self._learned_logs}
         if seconds := self._time_left.seconds(args, state.global_step):
             shown["left"] = format_seconds(seconds)
-        number, last = (state.global_step - 1) // args.steps_per_iteration, args.total_iterations - 1
-        self._print(f"iteration {number}/{last}", shown)
+        number = -(-state.global_step // args.steps_per_iteration)
+        self._print(f"iteration {number}/{args.total_iterations}", shown)
 
     def _print(self, title: str, figures: dict[str, Any]) -> None:
         text = "  ".join(f"{name} {_format(value)}" for name, value in figures.items())

@@ -28,7 +28,9 @@ def load_pool(pool: DataPool, directory: Path, step: int, steps_per_iteration: i
     iteration_count = count_begun_iterations(step, steps_per_iteration)
     loaded = pool.load(directory, pool.num_quantiles, pool.attributes, before=iteration_count)
     if missing := set(range(iteration_count)) - set(loaded.iterations.tolist()):
-        raise UserError(f"{directory}: iteration {min(missing)} is missing. Restore the run's whole pool to resume.")
+        raise UserError(
+            f"{directory}: iteration-{min(missing):06d}.parquet is missing. Restore the run's whole pool to resume."
+        )
     return loaded
 
 
@@ -63,11 +65,11 @@ def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory:
         directory: the run's `pool/`.
         cached: the number of scores in the cache; None if there is no cache.
     """
-    iteration, last = step // args.steps_per_iteration, args.total_iterations - 1
+    iteration, total = step // args.steps_per_iteration, args.total_iterations
     where = "the beginning (no checkpoint yet)"
     if step:
         max_steps = args.total_iterations * args.steps_per_iteration
-        where = f"iteration {min(iteration, last)}/{last}, step {step}/{max_steps}"
+        where = f"iteration {min(iteration + 1, total)}/{total}, step {step}/{max_steps}"
     facts = [f"resumed {args.output_dir} from {where}", f"pool {len(pool):,} samples"]
     if later := len(list(directory.glob("iteration-*"))) - len(set(pool.iterations.tolist())):
         facts.append(f"{later} explored after that")

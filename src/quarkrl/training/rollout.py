@@ -74,8 +74,8 @@ class Rollout:
         count, unscored = len(self.rows), len(self.rows) - len(indices)
         if too_many_missing(unscored, count, max_unscored_share):
             raise UserError(
-                f"max_unscored_share {max_unscored_share}: {unscored} of {count} rewards in iteration {iteration} are "
-                "None or not finite. Fix the reward or raise the share; it must leave at least one reward."
+                f"max_unscored_share {max_unscored_share}: {unscored} of {count} rewards in iteration {iteration + 1} "
+                "are None or not finite. Fix the reward or raise the share; it must leave at least one reward."
             )
         return indices
 

@@ -3,12 +3,14 @@
 import time
 from typing import Any
 
-from quarkrl.errors import format_seconds
 from quarkrl.training.config import QuarkConfig, at_iteration
 from quarkrl.training.sizing import Speed
 
 # A model overfits completions that it draws more often (docs/guide.md).
 MOST_DRAWS = 2.0
+# A draw costs about this many forward passes: a backward pass takes two, and the reference one (`speed.py`).
+_PASSES_PER_DRAW = 4
+_REPORT_SECONDS = 5.0
 
 
 def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
@@ -25,25 +27,45 @@ def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
 
 def describe_overdraw(args: QuarkConfig, num_prompts: int) -> str | None:
     """Return a warning if a run draws each completion too often, or None."""
-    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
-    if drawn <= MOST_DRAWS * explored:
+    remedy = fewer_draws(args, num_prompts)
+    draws = args.draws_per_iteration / args.explored_per_iteration(num_prompts)
+    if not remedy:
         return None
+    return f"warning: each completion is drawn {draws:.1f} times. Above {MOST_DRAWS:g}, a model overfits. Set {remedy}."
+
+
+def fewer_draws(args: QuarkConfig, num_prompts: int) -> str:
+    """Return the options with which a run draws each completion less often; "" if it does not draw too often."""
+    explored = args.explored_per_iteration(num_prompts)
+    if args.draws_per_iteration <= MOST_DRAWS * explored:
+        return ""
     steps = max(int(MOST_DRAWS * explored / args.draws_per_step), 1)
-    return (
-        f"warning: each completion is drawn {drawn / explored:.1f} times. Above {MOST_DRAWS:g}, a model overfits. Set "
-        f"--steps_per_iteration {steps}, or a higher --samples_per_prompt."
-    )
+    return f"--steps_per_iteration {steps}, or a higher --samples_per_prompt"
 
 
-def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed) -> str:
-    """Return the estimated time of a run in words."""
+def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed, evaluated: int = 0) -> str:
+    """Return the estimated time of a run in words; the parts add up to the whole.
+
+    Args:
+        args: the options of the run.
+        num_prompts: its prompts.
+        speed: of the model.
+        evaluated: the completions that are sampled to measure the model, in all.
+    """
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
-    sampling = speed.seconds(args.num_iterations, explored, 0)
-    learning = speed.seconds(args.num_iterations, 0, drawn)
-    return (
-        f"time: about {format_seconds(sampling + learning)} (sampling {format_seconds(sampling)}, learning "
-        f"{format_seconds(learning)}) and the time of the rewards"
-    )
+    passes = sum(_passes(args, iteration) for iteration in range(args.total_iterations))
+    parts = {
+        "sampling": speed.seconds(passes, explored, 0),
+        "learning": speed.seconds(args.total_iterations, 0, drawn),
+        "evaluation and report": evaluated * (speed.per_completion + speed.per_draw / _PASSES_PER_DRAW)
+        + _REPORT_SECONDS * bool(evaluated),
+    }
+    total = sum(parts.values())
+    unit, seconds, digits = ("s", 1, 0) if total < 120 else ("min", 60, 1) if total < 7200 else ("h", 3600, 1)
+    rounded = {name: round(part / seconds, digits) for name, part in parts.items() if part}
+    listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
+    whole = round(sum(rounded.values()), digits)
+    return f"time: about {whole:g} {unit} ({listed}), and the time of the rewards"
 
 
 def _describe_distillation(args: QuarkConfig) -> str:

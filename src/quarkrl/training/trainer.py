@@ -337,7 +337,7 @@ class QuarkTrainer(DurableTrainer):
         if metrics is None:
             prompts, rows = self.supply.schedule(iteration)
             if prompts.skipped and iteration and self.supply.streamed and self.is_world_process_zero():
-                self.progress.note(f"iteration {iteration}: prompts skipped: {prompts.skipped_in_words}")
+                self.progress.note(f"iteration {iteration + 1}: prompts skipped: {prompts.skipped_in_words}")
             task = Task(
                 prompts=prompts,
                 rows=rows,
@@ -347,7 +347,7 @@ class QuarkTrainer(DurableTrainer):
                 batch_size=self.memory_plan.generation_batch_size,
             )
             self.engine.synchronize()
-            with self.progress.sampling(f"iteration {iteration}", len(task.rows)):
+            with self.progress.sampling(f"iteration {iteration + 1}", len(task.rows)):
                 rollout = self.explorer.roll_out(task, finished)
             scored = rollout.scored_indices(args.max_unscored_share, iteration)
             self.pool.add(
@@ -410,7 +410,7 @@ class QuarkTrainer(DurableTrainer):
             batch_size=self.memory_plan.generation_batch_size,
         )
         start = time.perf_counter()
-        with self.progress.sampling(f"iteration {iteration}", len(rows)), self.teacher.within(policy):
+        with self.progress.sampling(f"iteration {iteration + 1}", len(rows)), self.teacher.within(policy):
             self.engine.synchronize()
             completions = self.explorer.sample(task)
         seconds = time.perf_counter() - start
