@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def _missing(self, name: str) -> UserError:
-        """Return the error for an argument that is required, with what it takes."""
+        """Return the error for an argument that is required, with its help."""
         if name == "--reward":
             from quarkrl.cli.inputs import missing_reward
 
