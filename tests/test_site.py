@@ -1,4 +1,4 @@
-"""The built documentation site in a real browser: no request leaves, search and navigation work, a phone can show it."""
+"""The built documentation site in a real browser: no request leaves, search works, a phone can show it."""
 
 from __future__ import annotations
 

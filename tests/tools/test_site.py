@@ -8,7 +8,9 @@ from tools.site import linked_files
 def test_the_site_has_what_the_first_page_links_to_directly_or_not(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("[guide](docs/guide.md#start), [paper](https://example.com)", encoding="utf-8")
-    (tmp_path / "docs" / "guide.md").write_text("![curve](curve.png) [home](../README.md) `[no](link)`", encoding="utf-8")
+    (tmp_path / "docs" / "guide.md").write_text(
+        "![curve](curve.png) [home](../README.md) `[no](link)`", encoding="utf-8"
+    )
     (tmp_path / "docs" / "curve.png").touch()
     (tmp_path / "docs" / "unlinked.md").touch()
     reached, broken = linked_files(tmp_path / "README.md")
