@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick audit clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -76,6 +76,9 @@ benchmarks: install  ## speed and memory, against the textbook, on an idle machi
 benchmarks-quick: install  ## the same, small: fails where results are wrong, never where they are slow
 	for name in iteration real_model pool overlap scaling; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 	benchmarks/gpu.sh --device cpu --quick --python $(BIN)/python
+
+docs: install  ## the documentation site, into build/site; a broken link fails (python -m http.server -d build/site)
+	$(BIN)/python -m tools.site
 
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit
