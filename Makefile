@@ -80,6 +80,20 @@ benchmarks-quick: install  ## the same, small: fails where results are wrong, ne
 docs: install  ## the documentation site, into build/site; a broken link fails (python -m http.server -d build/site)
 	$(BIN)/python -m tools.site
 
+baselines: install  ## the environments of the baselines: TRL 1.16, and TRL 1.12 for PPO
+	for name in trl trl-ppo; do \
+		test -x $(VENV)-$$name/bin/python || $(PYTHON) -m venv $(VENV)-$$name || exit 1; \
+		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt torch || exit 1; \
+		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+			--requirement benchmarks/baselines/requirements-$$name.txt || exit 1; \
+	done
+
+results: baselines  ## what is left of benchmarks/proof/matrix.yaml, and docs/proof.md: hours, can be stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py
+
+results-quick: baselines  ## every method once, on the built-in model
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --quick
+
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
