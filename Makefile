@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # The stamp is older than these two files if the installation is out of date.
 STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 15
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick audit docs clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines results results-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
