@@ -21,7 +21,7 @@ from quarkrl.cli.main import main
 from quarkrl.cli.train_options import parse_train, preset_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 
 

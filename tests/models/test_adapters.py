@@ -273,7 +273,7 @@ def edit_config(directory, **values):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (damage_base, "its base model .*gone' cannot be loaded"),
+        (damage_base, "its base model .*gone': no such directory"),
         (damage_name, "must name its base model"),
         (damage_cycle, "must name its base model"),
         (damage_weights, "no weights for 1 tensors, among them .*lora_A"),
