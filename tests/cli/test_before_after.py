@@ -69,6 +69,14 @@ def test_a_run_that_is_resumed_measures_nothing_twice(run, capsys):
     assert results_of(run)["protocol"]["verdict"] in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_evaluate_takes_the_held_out_prompts_of_the_run(run, home, capsys, tmp_path):
+    command = ["evaluate", str(run), "--reward", f"{home}/rewards.py:few_a", "--samples", "1"]
+    assert main([*command, "--output", str(tmp_path / "figures.json")]) == 0
+    assert "prompts: 6 held-out prompts of the run. Set --prompts for others." in capsys.readouterr().err
+    prompts = {*pq.read_table(tmp_path / "figures.parquet")["prompt"].to_pylist()}
+    assert prompts == {*pq.read_table(run / "results.parquet")["prompt"].to_pylist()}
+
+
 def test_a_run_from_before_the_option_resumes_with_all_of_its_prompts(tmp_path):
     (tmp_path / "config.yaml").write_text("model: builtin\nprompts: p.txt\nreward: [profanity]\n", encoding="utf-8")
     assert parse_train(["--resume", "--output_dir", str(tmp_path)]).run.held_out == 0

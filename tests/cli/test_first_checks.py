@@ -15,6 +15,7 @@ from quarkrl.cli.main import main
 from quarkrl.cli.train_checks import inherited_options
 from quarkrl.errors import UserError
 from quarkrl.rewards.recorded import specs_of
+from quarkrl.runs.directory import locked
 
 TRAIN = ["train", "--model", "builtin", "--prompts", "builtin", "--output_dir", "new"]
 REWARDS = "def few_e(completions, **_):\n    return [-text.count('e') for text in completions]\n"
@@ -92,3 +93,18 @@ def test_a_recorded_function_is_named_as_the_option_names_it(module, form):
 def test_presets_are_commands_to_paste(capsys):
     assert main(["presets"]) == 0
     assert "quarkrl train --config tiny-toxicity\n    Toxicity unlearning" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_before_its_first_sample_leaves_nothing(tmp_path):
+    directory = tmp_path / "runs" / "new"
+    with pytest.raises(UserError), locked(directory):
+        (directory / "run.json").write_text("{}", encoding="utf-8")
+        (directory / "pool").mkdir()
+        raise UserError("no such label")
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError), locked(directory):
+        (directory / "baseline.json").write_text("{}", encoding="utf-8")
+        raise UserError("no such label")
+    with pytest.raises(UserError), locked(directory):  # Of an earlier command: nothing is removed.
+        raise UserError("no such label")
+    assert (directory / "baseline.json").exists()

@@ -49,7 +49,7 @@ def describe(before: Row, best: Row, worst: Row | None = None, fewer_draws: str 
         fewer_draws: if the run drew each completion too often, the options that mend it. The advice then is no more
             training, which would make it worse.
     """
-    change, steering = compare(before, best), worst and compare(worst, best)
+    change, steering = compare(before, best), None if worst is None else compare(worst, best)
     dear = _perplexity_ratio(before, best) > MAX_PERPLEXITY_RATIO
     steers = steering is None or steering.kind == "better"
     faults = ["perplexity rose"] * dear + ["the tokens do not steer"] * (not steers)
