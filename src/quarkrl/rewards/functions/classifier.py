@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from quarkrl.data.chats import message_text, reads_chats, with_completion
 from quarkrl.data.encoding import break_special_tokens, encode_as_text
-from quarkrl.errors import UserError, describe_exception
+from quarkrl.errors import UserError, describe_exception, one_line
 from quarkrl.models.device import default_device
 from quarkrl.rewards.near_names import own_function_hint
 from quarkrl.storage.atomic import sha256
@@ -352,9 +352,10 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
             f"For a private model, `hf auth login`.{own_function_hint(name)}"
         ) from error
     except Exception as error:
+        cause = error.__cause__ or error
         raise UserError(
             f"reward {name!r}: not a known name or directory, and the Hugging Face hub cannot be reached "
-            f"({describe_exception(error.__cause__ or error)}).{own_function_hint(name)}"
+            f"({type(cause).__name__}: {one_line(cause)}).{own_function_hint(name)}"
         ) from error
     return Path(folder), {"revision": os.path.basename(folder)}
 
