@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 # The stamp is older than these two files if the installation is out of date.
 STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 15
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick audit docs clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines results results-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -79,6 +79,20 @@ benchmarks-quick: install  ## the same, small: fails where results are wrong, ne
 
 docs: install  ## the documentation site, into build/site; a broken link fails (python -m http.server -d build/site)
 	$(BIN)/python -m tools.site
+
+baselines: install  ## the environments of the baselines: TRL 1.16, and TRL 1.12 for PPO
+	for name in trl trl-ppo; do \
+		test -x $(VENV)-$$name/bin/python || $(PYTHON) -m venv $(VENV)-$$name || exit 1; \
+		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt torch || exit 1; \
+		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+			--requirement benchmarks/baselines/requirements-$$name.txt || exit 1; \
+	done
+
+results: baselines  ## what is left of benchmarks/proof/matrix.yaml, and docs/proof.md: hours, can be stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py
+
+results-quick: baselines  ## every method once, on the built-in model
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --quick
 
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit

@@ -372,7 +372,7 @@ def test_a_process_ends_as_main_does(home):
     """Three real ones: no traceback, no warning of a library beside the line."""
     for arguments, message in (
         (["train", "--config", home / "run.yaml", "--kl_coeff", "1"], "unknown option --kl_coeff"),
-        (["generate", home / "nowhere", "--prompt", "a"], "cannot be loaded"),
+        (["generate", home / "nowhere", "--prompt", "a"], "no such directory"),
     ):
         done = command(*arguments, cwd=home)
         assert (done.returncode, done.stdout) == (2, "")

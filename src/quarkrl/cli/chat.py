@@ -13,7 +13,7 @@ from quarkrl.cli.common import busy, model_path, note, quiet_libraries
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import option
-from quarkrl.sampling.options import DecodingOptions
+from quarkrl.sampling.options import GUIDANCE_FROM_HELP, GUIDANCE_SCALE_HELP, DecodingOptions
 
 if TYPE_CHECKING:
     from quarkrl.sampling.generator import QuarkGenerator
@@ -34,8 +34,8 @@ class ChatOptions(DecodingOptions):
     """How the model answers."""
 
     quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
-    guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)
-    guidance_from: str = option("worst", "Guidance steers away from a quantile, or from the reference.", metavar="FROM")
+    guidance_scale: float | None = option(None, GUIDANCE_SCALE_HELP, at_least=0)
+    guidance_from: str | None = option(None, GUIDANCE_FROM_HELP, metavar="FROM")
     max_new_tokens: int = option(256, "Maximum length of an answer in tokens.", at_least=1, group="sampling")
 
 
@@ -52,7 +52,8 @@ class Conversation:
     Attributes:
         generator: the model.
         options: the sampling options.
-        quantile, guidance_scale: of the next answers.
+        quantile: of the next answers.
+        guidance_scale: of the next answers; None for the default of the model.
         system: the system message; None for the default of the chat template.
         messages: of the user and the assistant.
     """
@@ -60,7 +61,7 @@ class Conversation:
     generator: "QuarkGenerator"
     options: ChatOptions
     quantile: str
-    guidance_scale: float
+    guidance_scale: float | None
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -128,7 +129,7 @@ class Conversation:
         except ValueError:
             raise UserError(f"guidance {value!r}: must be a number. 1 is off.") from None
         if scale != 1:  # Fails for a model or a quantile without contrast.
-            self.generator.contrast([[]], scale, self.options.guidance_from, self.quantile)
+            self.generator.contrast([[]], scale, self.options.guidance_from or "worst", self.quantile)
         return scale
 
 
@@ -151,7 +152,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"model {arguments.model!r}: must have a chat template. Use quarkrl generate for texts.")
     conversation = Conversation(generator, options, options.quantile, options.guidance_scale)
     conversation.command(f"/quantile {options.quantile}")
-    conversation.command(f"/guidance {options.guidance_scale}")
+    if options.guidance_scale is not None:
+        conversation.command(f"/guidance {options.guidance_scale}")
     conditioning = generator.conditioning
     levels = f"quantiles 0 (worst) to {conditioning.num_quantiles - 1} (best)" if conditioning else "no quantiles"
     note(f"{arguments.model}: {levels}. /help lists the commands.")

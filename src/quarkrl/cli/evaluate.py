@@ -71,6 +71,11 @@ class InputOptions:
     output: str | None = option(
         None, "Save figures and protocol as JSON, and completions as Parquet beside it.", metavar="FILE", group="output"
     )
+    save_guidance: bool = option(
+        False,
+        "Record the scale of --target with the model: generate, chat and QuarkGenerator then use it.",
+        group="output",
+    )
     plot: str | None = option(None, "Draw the curves: .png, .svg or .pdf.", metavar="FILE", group="output")
 
     def __post_init__(self) -> None:
@@ -120,8 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate, print the tables, and save what the options name."""
     inputs = options_from(arguments, InputOptions)
     models = [model_path(name) for name in arguments.models]
-    if inputs.plot and len(models) > 1:
-        raise UserError(f"plot {inputs.plot!r}: must be left out with several models. Evaluate them one by one.")
+    _check_models(models, inputs, arguments.target)
     with busy(f"loading {' '.join(arguments.models)}"):
         from quarkrl.evaluation.plots import plot_curves
         from quarkrl.evaluation.results import output_paths
@@ -149,6 +153,41 @@ def run(arguments: argparse.Namespace) -> None:
     if plot:
         plot_curves(evaluation, plot)
         note(f"curves: {plot}")
+    if inputs.save_guidance:
+        _save_guidance(models[0], evaluation, options)
+
+
+def _check_models(models: Sequence[str], inputs: InputOptions, target: str | None) -> None:
+    """Check the options that a single model needs, or one in a directory.
+
+    Raises:
+        UserError: the models do not go with them.
+    """
+    for name, value in (("plot", inputs.plot), ("target", target)):
+        if value and len(models) > 1:
+            raise UserError(f"{name} {value!r}: must be left out with several models. Evaluate them one by one.")
+    if inputs.save_guidance and not target:
+        raise UserError("save_guidance: must have a target. Set --target 'toxicity<=0.02', for example.")
+    if inputs.save_guidance and not os.path.isfile(os.path.join(models[0], "quark.json")):
+        raise UserError(
+            f"save_guidance: model {models[0]!r} must be a directory with quark.json. Leave the option out."
+        )
+
+
+def _save_guidance(model: str, evaluation: "Evaluation", options: EvaluationOptions) -> None:
+    """Record the scale that meets the target as the model's default."""
+    from quarkrl.models.model_card import add_facts
+    from quarkrl.models.quark_json import DEFAULT_GUIDANCE
+
+    outcome = evaluation.protocol["target"]
+    if outcome["guidance_scale"] is None:
+        note("default guidance: unchanged, since no γ meets the target")
+        return
+    names = ("guidance_scale", "target")
+    recorded = {name: outcome[name] for name in names}
+    recorded |= {"guidance_from": str(options.guidance_from), "guidance_rule": options.guidance_rule}
+    add_facts(model, **{DEFAULT_GUIDANCE: recorded})
+    note(f"default guidance: γ = {recorded['guidance_scale']:g}, recorded in {os.path.join(model, 'quark.json')}")
 
 
 def _evaluate(

@@ -9,7 +9,13 @@ from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
-from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, SamplingOptions
+from quarkrl.sampling.options import (
+    GUIDANCE_FROM_HELP,
+    GUIDANCE_RULE_HELP,
+    GUIDANCE_SCALE_HELP,
+    GuidanceRule,
+    SamplingOptions,
+)
 
 if TYPE_CHECKING:
     from quarkrl.data.prompts import Prompts
@@ -33,10 +39,9 @@ class GenerateOptions:
     )
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
     json: bool = option(False, "Print one JSON object per line: prompt, completions.")
-    guidance_scale: float = option(1.0, "Guidance γ: 1 is off; larger values steer further.", at_least=0)
-    guidance_from: str = option("worst", "Guidance steers away from a quantile, or from the reference.", metavar="FROM")
-
-    guidance_rule: GuidanceRule = option("both", GUIDANCE_RULE_HELP, metavar="RULE")
+    guidance_scale: float | None = option(None, GUIDANCE_SCALE_HELP, at_least=0)
+    guidance_from: str | None = option(None, GUIDANCE_FROM_HELP, metavar="FROM")
+    guidance_rule: GuidanceRule | None = option(None, f"{GUIDANCE_RULE_HELP} The default is both.", metavar="RULE")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -106,9 +106,17 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
         scorer=scorer,
         examples=prompts,
         keep_special_tokens=keeps_special_tokens(path),
-        defaults={"chat": chat, **({"max_new_tokens": length} if length else {})},
+        defaults={"chat": chat, **_guidance(subject), **({"max_new_tokens": length} if length else {})},
         notes=notes,
     )
+
+
+def _guidance(subject: "Subject") -> dict[str, Any]:
+    """The model's default guidance, if it is away from the worst quantile, as on the page."""
+    default = subject.generator.default_guidance
+    if default.guidance_from != "worst":
+        return {}
+    return {"guidance_scale": default.guidance_scale, "guidance_rule": default.guidance_rule}
 
 
 def _scorer(options: PlayOptions, of_run: dict, recorded: Any, training: dict) -> "Scorer | None":

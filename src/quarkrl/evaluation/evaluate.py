@@ -24,6 +24,7 @@ from quarkrl.evaluation.panel import Completions, Panel, human_texts
 from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
 from quarkrl.evaluation.results import Evaluation, Row, curves, no_curve
+from quarkrl.evaluation.target import SCALES, Target, search
 from quarkrl.models.quark_json import keeps_special_tokens, reference_name
 from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
@@ -99,6 +100,7 @@ def evaluate(  # noqa: PLR0913 - one keyword per choice
     """
     options = options or EvaluationOptions()
     sampling = options.strategy()
+    target = Target.parse(options.target) if options.target else None
     model = locate_model(model)
     models = _load_models(model, options)
     variants = _variants(models, options)
@@ -122,24 +124,62 @@ def evaluate(  # noqa: PLR0913 - one keyword per choice
         human_column=options.human_column,
         max_tokens=sampling.max_new_tokens,
     )
-    rows = []
-    known = {(row.prompts_name, row.name): row for row in known_rows}
+    if target:
+        target.check_metric(panel.metric_names)
     if keep_special_tokens is None:
         keep_special_tokens = keeps_special_tokens(model)
-    for set_name, encoded in sets.items():
-        for variant in variants:
-            if row := known.get((set_name, variant.name)):
-                rows.append(row)
-                continue
-            title = variant.name if len(sets) == 1 else f"{set_name}: {variant.name}"
-            completion_ids = _sample(variant, encoded, models, options, partial(notify, title))
-            rows.append(_measure(variant, set_name, encoded, completion_ids, panel, keep_special_tokens))
+    known = {(row.prompts_name, row.name): row for row in known_rows}
+    bench = _Bench(models, options, panel, sets, known, keep_special_tokens, notify)
+    rows = [bench.measure(variant, name) for name in sets for variant in variants]
+    protocol = _protocol(models, options, sets, corpus, panel)
+    if target:
+        searched, protocol["target"] = bench.search(target)
+        known_ids = set(map(id, rows))
+        rows += [row for row in searched if id(row) not in known_ids]
     corpus_rows = [
         corpus_row(v.name, v.generator, corpus.ids, v.requested, options.batch_size, options.resamples)
         for v in variants
         if corpus and v.guidance_scale == 1
     ]
-    return Evaluation(rows, _protocol(models, options, sets, corpus, panel), sets, corpus_rows)
+    return Evaluation(rows, protocol, sets, corpus_rows)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What measures variants of a model. A row that is known is not measured again."""
+
+    models: _Models
+    options: EvaluationOptions
+    panel: Panel
+    sets: dict[str, Prompts]
+    known: dict[tuple[str, str], Row]
+    keep_special_tokens: bool
+    notify: Notify
+
+    def measure(self, variant: _Variant, set_name: str) -> Row:
+        """Return the row of a variant on a set of prompts."""
+        key = (set_name, variant.name)
+        if key not in self.known:
+            title = variant.name if len(self.sets) == 1 else f"{set_name}: {variant.name}"
+            prompts = self.sets[set_name]
+            ids = _sample(variant, prompts, self.models, self.options, partial(self.notify, title))
+            self.known[key] = _measure(variant, set_name, prompts, ids, self.panel, self.keep_special_tokens)
+        return self.known[key]
+
+    def search(self, target: Target) -> tuple[list[Row], dict[str, Any]]:
+        """Search on the first set; return its rows, those of the chosen scale on the other sets, and the outcome."""
+        first, *others = self.sets
+        scales = self.options.guidance_scales or SCALES
+        choice = search(target, partial(self._measure_scale, set_name=first), scales)
+        scale = (choice.row or choice.nearest).guidance_scale
+        return [*choice.rows, *(self._measure_scale(scale, name) for name in others)], choice.to_json()
+
+    def _measure_scale(self, scale: float, set_name: str) -> Row:
+        """Return the row of the best quantile at a scale. It may have been measured under the quantile's number."""
+        guided = _guided(self.models.policy, scale)
+        rows = [row for (name, _), row in self.known.items() if name == set_name]
+        points = {(row.quantile, row.guidance_scale): row for row in rows}
+        return points.get((guided.quantile, guided.guidance_scale)) or self.measure(guided, set_name)
 
 
 def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Models:
@@ -187,10 +227,10 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
     policy = models.policy
     variants = [_Variant("reference", models.reference, "best")] if models.reference else []
     if policy.conditioning is None:
-        if any(scale != 1 for scale in options.guidance_scales):
+        if options.target or any(scale != 1 for scale in options.guidance_scales):
+            name = "target" if options.target else "guidance_scales"
             raise UserError(
-                f"guidance_scales: {models.policy_name} was not trained with Quark and has no quantiles. Remove the "
-                "option."
+                f"{name}: {models.policy_name} was not trained with Quark and has no quantiles. Remove the option."
             )
         return [*variants, _Variant("model", policy, "best")]
     quantiles: Sequence[str | int] = options.quantiles
@@ -199,13 +239,18 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
     variants += [_Variant(str(quantile), policy, quantile) for quantile in quantiles]
     # `quantile` fails for a quantile that does not exist.
     known = {(variant.quantile, 1.0) for variant in variants if variant.generator is policy}
-    for scale in options.guidance_scales:
-        guided = _Variant("best" if scale == 1 else f"best γ={scale:g}", policy, "best", float(scale))
+    for scale in () if options.target else options.guidance_scales:  # A search measures them one by one.
+        guided = _guided(policy, scale)
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
-    if options.guidance_scales:
+    if options.guides:
         _contrast(models, 1.0, options, [])  # Fail before sampling if there is no contrast.
     return variants
+
+
+def _guided(policy: QuarkGenerator, scale: float) -> _Variant:
+    """The best quantile with guidance."""
+    return _Variant("best" if scale == 1 else f"best γ={scale:g}", policy, "best", float(scale))
 
 
 def _contrast(
@@ -318,8 +363,8 @@ def _protocol(
         "batch_size": options.batch_size,
         "sampling": asdict(options.strategy()),
         "seed": options.seed,
-        "guidance_from": str(options.guidance_from) if options.guidance_scales else None,
-        "guidance_rule": options.guidance_rule if options.guidance_scales else None,
+        "guidance_from": str(options.guidance_from) if options.guides else None,
+        "guidance_rule": options.guidance_rule if options.guides else None,
         "rewards": panel.scorer.identity,
         "judges": {name: judge.identity for name, judge in panel.judges.items()},
         "perplexity": "exp(mean token NLL over the original vocabulary) per completion given its prompt, without "

@@ -39,6 +39,14 @@ class EvaluationOptions(SamplingOptions):
         "worst", "What guidance moves away from: a quantile, or reference.", metavar="FROM", group="models"
     )
     guidance_rule: GuidanceRule = option("both", GUIDANCE_RULE_HELP, metavar="RULE", group="models")
+    target: str | None = option(
+        None,
+        "Find the smallest guidance scale that meets METRIC<=NUMBER or METRIC>=NUMBER, such as 'toxicity<=0.02'. "
+        "METRIC is a name in the printed table. The scales are those of --guidance_scales, in ascending order until "
+        "one meets the target, and further ones between the last two.",
+        metavar="TARGET",
+        group="models",
+    )
     bf16: bool = option(False, "Compute in bfloat16: faster on most GPUs, but other completions.", group="models")
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid or too long prompts, instead of stopping at the first.", group="prompts"
@@ -64,3 +72,8 @@ class EvaluationOptions(SamplingOptions):
     def samples_per_prompt(self) -> int:
         """S: completions per prompt. Greedy decoding has one."""
         return 1 if self.greedy else self.samples
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance is measured."""
+        return bool(self.guidance_scales or self.target)

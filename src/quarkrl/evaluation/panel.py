@@ -16,6 +16,9 @@ from quarkrl.evaluation.perplexity import PerplexityModel
 from quarkrl.evaluation.results import Measurement
 from quarkrl.rewards.scorer import Scorer
 
+# The figures of `diversity_ratios`.
+_TEXT_METRICS = ("dist-1", "dist-2", "dist-3", "rep-2", "rep-3", "rep-4", "diversity", "completion length")
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -82,6 +85,16 @@ class Panel:
     resamples: int = RESAMPLES
     human_column: str | None = None
     max_tokens: int = 20
+
+    @property
+    def metric_names(self) -> list[str]:
+        """The names of the figures of `measure`, in its order."""
+        names: list[str] = []
+        for name, scorer in (("reward", self.scorer), *self.judges.items()):
+            names += score_ratios(name, np.zeros((1, 1)), scorer, self.threshold)
+            if name == "reward" and len(scorer.names) > 1:
+                names += [f"reward: {component}" for component in scorer.names]
+        return [*names, "perplexity", *_TEXT_METRICS, *(["MAUVE"] if self.human_column is not None else [])]
 
     def measure(self, completions: Completions) -> Measurement:
         """Compute all figures of the completions, with their confidence intervals.

@@ -26,6 +26,8 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
         _print_curves(rows, console)
         if several_sets:
             console.print()
+    if target := protocol.get("target"):
+        console.print(f"\n{target['verdict']}", soft_wrap=True, style="bold")
     if evaluation.corpus:
         tokens = evaluation.corpus[0].tokens
         console.print(f"\ncorpus: {protocol['corpus']['count']} texts, {tokens} predicted tokens", style="bold")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quarkrl.models.quark_json import read_quark_json, write_quark_json
+from quarkrl.models.quark_json import DEFAULT_GUIDANCE, read_quark_json, write_quark_json
 from quarkrl.storage.atomic import write_text
 
 FILE_NAME = "README.md"
@@ -92,6 +92,7 @@ def model_card(facts: Mapping[str, Any], is_adapter: bool = False) -> str:
         _results(facts.get("evaluation")),
         _training(facts, rewards),
         _STEERING.replace("{best}", str(best)),
+        _default_guidance(facts.get(DEFAULT_GUIDANCE)),
         _LIMITS,
     ]
     return "\n".join(filter(None, parts))
@@ -171,6 +172,16 @@ def _training(facts: Mapping[str, Any], rewards: list[dict[str, Any]]) -> str:
     )
     text = "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
     return f"{text}\n\n`quark.json` has every option, the digests of the models, and the quantile edges.\n"
+
+
+def _default_guidance(recorded: Any) -> str:
+    """What `QuarkGenerator` does without `guidance_scale`, if the model has a default."""
+    if not isinstance(recorded, dict) or "guidance_scale" not in recorded:
+        return ""
+    return (
+        f"Without `guidance_scale`, `quarkrl` guides the best quantile by γ = {recorded['guidance_scale']}, the "
+        f"smallest measured scale with {recorded.get('target')}. Plain transformers samples without guidance.\n"
+    )
 
 
 def _num_quantiles(facts: Mapping[str, Any]) -> int:

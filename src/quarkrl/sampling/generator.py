@@ -18,7 +18,13 @@ from quarkrl.models.device import default_device
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
-from quarkrl.sampling.guidance import Contrast, GuidanceOptions, check_guidance_scale, make_contrast
+from quarkrl.sampling.guidance import (
+    Contrast,
+    DefaultGuidance,
+    GuidanceOptions,
+    check_guidance_scale,
+    make_contrast,
+)
 from quarkrl.sampling.options import GuidanceRule
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
@@ -34,6 +40,7 @@ class QuarkGenerator:
         conditioning: its reward tokens; None if it has none.
         reference: name or directory of the model before training, which guidance may need.
         trust_remote_code: run the Python code in the reference's repository.
+        default_guidance: of completions of the best quantile, unless a call says otherwise.
 
     Raises:
         UserError: the conditioning does not fit the model.
@@ -49,12 +56,14 @@ class QuarkGenerator:
         conditioning: Conditioning | None,
         reference: str | None = None,
         trust_remote_code: bool = False,
+        default_guidance: DefaultGuidance = DefaultGuidance(),  # noqa: B008 - immutable
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.conditioning = conditioning
         self.reference_name = reference
         self.trust_remote_code = trust_remote_code
+        self.default_guidance = default_guidance
         rows = model.get_input_embeddings().weight.shape[0]
         if conditioning and (highest := max(conditioning.new_token_ids, default=-1)) >= rows:
             raise UserError(
@@ -105,6 +114,7 @@ class QuarkGenerator:
             Conditioning.load(path),
             reference,
             trust_remote_code,
+            DefaultGuidance.load(path),
         )
 
     @cached_property
@@ -128,9 +138,9 @@ class QuarkGenerator:
         quantile: str | int = "best",
         num_return_sequences: int = 1,
         seed: int | None = None,
-        guidance_scale: float = 1.0,
-        guidance_from: str | int = "worst",
-        guidance_rule: GuidanceRule = "both",
+        guidance_scale: float | None = None,
+        guidance_from: str | int | None = None,
+        guidance_rule: GuidanceRule | None = None,
         batch_size: int = 128,
         **generate_kwargs: Any,
     ) -> list[list[str]]:
@@ -142,7 +152,8 @@ class QuarkGenerator:
                 A model without quantiles has only "best".
             num_return_sequences: completions per prompt, S.
             seed: makes the completions repeatable.
-            guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`.
+            guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`. By
+                default, that of `default_guidance` for the best quantile, and 1 for others.
             guidance_from: the contrast: another quantile, or "reference" for the model before training.
             guidance_rule: "both" raises and lowers tokens; "lower" only lowers those that the contrast prefers.
             batch_size: completions per batch.
@@ -167,9 +178,7 @@ class QuarkGenerator:
         prompts = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
         plain_ids = [ids for ids in self._encode_plain(prompts) for _ in range(num_return_sequences)]
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
-        contrast = None
-        if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule)
+        contrast = self._guide(plain_ids, quantile, guidance_scale, guidance_from, guidance_rule)
         self._check_length(max(map(len, prompt_ids), default=0), sampling)
         completion_ids = complete(
             self.model,
@@ -189,9 +198,9 @@ class QuarkGenerator:
         prompt: Prompt,
         quantile: str | int = "best",
         seed: Sequence[int] = (),
-        guidance_scale: float = 1.0,
-        guidance_from: str | int = "worst",
-        guidance_rule: GuidanceRule = "both",
+        guidance_scale: float | None = None,
+        guidance_from: str | int | None = None,
+        guidance_rule: GuidanceRule | None = None,
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yield one completion in pieces of text, as they are sampled.
@@ -209,9 +218,7 @@ class QuarkGenerator:
         (plain_ids,) = self._encode_plain([prompt])
         prompt_ids = self.condition(plain_ids, quantile)
         self._check_length(len(prompt_ids), sampling)
-        contrast = None
-        if check_guidance_scale(guidance_scale) != 1:
-            contrast = self.contrast([plain_ids], guidance_scale, guidance_from, quantile, guidance_rule)
+        contrast = self._guide([plain_ids], quantile, guidance_scale, guidance_from, guidance_rule)
         tokens = stream_tokens(
             self.model,
             prompt_ids,
@@ -233,6 +240,27 @@ class QuarkGenerator:
         (text,) = self.decode([plain_ids], [ids])
         if text.startswith(written) and text != written:
             yield text[len(written) :]
+
+    def _guide(
+        self,
+        plain_ids: Sequence[Sequence[int]],
+        quantile: str | int,
+        guidance_scale: float | None,
+        guidance_from: str | int | None,
+        guidance_rule: GuidanceRule | None,
+    ) -> Contrast | None:
+        """The contrast of prompts, where None stands for the defaults of the model; None without guidance."""
+        default = self.default_guidance
+        if guidance_scale is None:
+            guidance_scale = default.guidance_scale if self._is_best(quantile) else 1.0
+        if check_guidance_scale(guidance_scale) == 1:
+            return None
+        guidance_from = default.guidance_from if guidance_from is None else guidance_from
+        return self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule or default.guidance_rule)
+
+    def _is_best(self, quantile: str | int) -> bool:
+        conditioning = self.conditioning
+        return conditioning is None or conditioning.quantiles_of(quantile) == conditioning.best
 
     def _check_length(self, longest: int, sampling: Sampling) -> None:
         """Check that a prompt of this number of tokens and its completion fit into the context."""

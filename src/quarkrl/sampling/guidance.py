@@ -21,6 +21,7 @@ Self-debiasing (Schick et al. 2021, arXiv 2103.00453) scales the same tokens, by
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
@@ -32,6 +33,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from quarkrl.errors import UserError
 from quarkrl.models.batching import left_pad
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.quark_json import DEFAULT_GUIDANCE, damaged, read_quark_json
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource
 from quarkrl.sampling.options import GuidanceRule
 
@@ -50,6 +52,37 @@ class GuidanceOptions(NamedTuple):
     guidance_from: str | int
     reference: ModelSource
     rule: GuidanceRule = "both"
+
+
+class DefaultGuidance(NamedTuple):
+    """The guidance that a model's `quark.json` records: what `QuarkGenerator` uses unless a call says otherwise.
+
+    `quarkrl evaluate --target … --save_guidance` records it.
+
+    Attributes:
+        guidance_scale: γ; 1 is without guidance.
+        guidance_from: a quantile, or "reference".
+        guidance_rule: both, or lower.
+    """
+
+    guidance_scale: float = 1.0
+    guidance_from: str | int = "worst"
+    guidance_rule: GuidanceRule = "both"
+
+    @classmethod
+    def load(cls, model: str | os.PathLike) -> "DefaultGuidance":
+        """Read what a model records; without a record, guidance is off.
+
+        Raises:
+            UserError: `quark.json` is damaged.
+        """
+        recorded = (read_quark_json(model) or {}).get(DEFAULT_GUIDANCE) or {}
+        try:
+            guidance = cls(**{name: recorded[name] for name in cls._fields if name in recorded})
+            check_guidance_scale(guidance.guidance_scale)
+        except (TypeError, UserError) as error:
+            raise damaged(model, f"{DEFAULT_GUIDANCE} {recorded!r}") from error
+        return guidance
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ GuidanceRule: TypeAlias = Literal["both", "lower"]
 GUIDANCE_RULE_HELP = (
     "Guidance raises and lowers tokens (both), or only lowers those that the contrast prefers (lower): less perplexity."
 )
+GUIDANCE_SCALE_HELP = (
+    "Guidance γ: 1 is off; larger values steer further (default: recorded, or 1). "
+    "quarkrl evaluate --save_guidance records a default for the best quantile."
+)
+GUIDANCE_FROM_HELP = "Guidance steers away from a quantile, or from the reference (default: worst)."
 _AS_TRAINED = "The default is that of training."
 
 
