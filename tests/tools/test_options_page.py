@@ -16,4 +16,4 @@ def test_an_option_has_its_default_limits_and_resume_rule():
     assert entries["draw"].endswith("Valid: uniform or balanced. Resume: from a checkpoint.")
     assert entries["num_iterations"].endswith("Resume: yes.")
     assert entries["eval_top_p"].endswith("Resume: depends.")
-    assert entries["prompts"].startswith("- `prompts` (required): ")
+    assert entries["reward"].startswith("- `reward` (required): ")
