@@ -197,7 +197,11 @@ NONE_GOOD = "every checkpoint is damaged"
 CASES |= {
     f"run: {name}": run(change, said)
     for name, change, said in [
-        ("nothing", lambda directory: (shutil.rmtree(directory), directory.mkdir()), "must hold a run to resume"),
+        (
+            "nothing",
+            lambda directory: (shutil.rmtree(directory), directory.mkdir()),
+            "must be the directory of a run to resume, and holds none",
+        ),
         ("run.json is missing", drops("run.json"), "run.json is missing"),
         ("run.json is empty", writes("run.json", ""), "run.json is damaged"),
         ("run.json cut short", cuts("run.json"), "run.json is damaged"),
@@ -255,7 +259,10 @@ CASES |= {
     "run: from a file": ([*RESUME[:-1], "--resume_from_checkpoint", "prompts.txt"], "prompts.txt"),
     "run: from a model": ([*RESUME[:-1], "--resume_from_checkpoint", "run/final"], "run/final"),
     "run: from nowhere": ([*RESUME[:-1], "--resume_from_checkpoint", "run/checkpoint-9"], "run/checkpoint-9"),
-    "run: nowhere": (["train", "--resume", "--output_dir", "nowhere"], "home/nowhere': must hold config.yaml"),
+    "run: nowhere": (
+        ["train", "--resume", "--output_dir", "nowhere"],
+        "'nowhere': must be the directory of a run to resume",
+    ),
     "run: other quantiles": ([*RESUME, "--num_quantiles", "3"], "num_quantiles was 2, is 3"),
     "run: other prompts": ([*RESUME, "--prompts", "rewards.py"], "rewards.py"),
 }
