@@ -1,4 +1,4 @@
-"""Which device a model is on by default, and which GPU a thread uses. This module imports no torch."""
+"""Which device a model is on by default, and what a thread of its own must know of it. This module imports no torch."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -30,3 +30,12 @@ def use_gpu(index: int) -> None:
         import torch
 
         torch.cuda.set_device(index)
+
+
+def keep_autocast_cache() -> None:
+    """Keep this thread from clearing the cache of autocast, which is one for all threads.
+
+    Otherwise the end of an autocast region in the thread clears it. Without torch there is no cache.
+    """
+    if torch := sys.modules.get("torch"):
+        torch.autocast_increment_nesting()

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from quarkrl.errors import UserError, describe_exception
-from quarkrl.models.device import current_gpu, use_gpu
+from quarkrl.models.device import current_gpu, keep_autocast_cache, use_gpu
 from quarkrl.rewards.batch import Batch
 from quarkrl.rewards.giving_up import end_frozen_process, kill_children
 from quarkrl.rewards.identity import source_file
@@ -243,6 +243,8 @@ class BackgroundCall:
         def run() -> None:
             try:
                 use_gpu(gpu)
+                # Recorded steps of the sampler read from the cache of autocast.
+                keep_autocast_cache()
                 self._outcome.set_result(function())
             except BaseException as error:  # noqa: BLE001 - `result` raises it.
                 self._outcome.set_exception(error)
