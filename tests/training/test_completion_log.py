@@ -29,7 +29,7 @@ def lines(tmp_path):
 
 def test_a_run_shows_the_best_and_the_worst_completion_and_writes_all_texts(lines, tmp_path):
     shown = [line for line in lines() if "  best " in line or "  worst " in line]
-    assert [line.split()[1:3] for line in shown] == [[str(i), rank] for i in (0, 1) for rank in ("best", "worst")]
+    assert [line.split()[1:3] for line in shown] == [[str(i), rank] for i in (1, 2) for rank in ("best", "worst")]
     table = pq.read_table(tmp_path / "pool/iteration-000000.parquet")
     best = table.to_pylist()[table["reward"].to_numpy().argmax()]
     assert shown[0].startswith(f"iteration 1  best  {best['reward']:.3f}  ")
