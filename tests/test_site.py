@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["index.html", "docs/guide.html", "docs/algorithm.html", "docs/results.html", "docs/notebook/index.html"]
+PAGES = [
+    "index.html",
+    "docs/guide.html",
+    "docs/algorithm.html",
+    "docs/api.html",
+    "docs/choosing.html",
+    "docs/results.html",
+    "docs/notebook/index.html",
+]
 
 pytestmark = pytest.mark.slow
 

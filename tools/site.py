@@ -39,7 +39,7 @@ def collect() -> list[str]:
     reached, faults = linked_files(ROOT / "README.md")
     faults += [f"{page}: no page links to it" for page in sorted((ROOT / "docs").rglob("*.md")) if page not in reached]
     shutil.rmtree(PAGES, ignore_errors=True)
-    for path in reached:
+    for path in [*reached, ROOT / "docs" / "site.css"]:
         copy = PAGES / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

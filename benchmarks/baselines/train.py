@@ -4,23 +4,27 @@
 
 A job has a model, a file of prompts, a reward, the number of completions to score, the method and its settings. The
 script writes the trained model to `final/` beside the job, and what the training cost to `cost.json`.
-All methods share the adapter, the completion length, the batch of 128, and a linear schedule with warm-up.
+All methods share the adapter, the completion length, and a linear schedule with warm-up. Online methods take one step
+for each batch of 128 completions; offline ones, which learn from an eighth of the samples, take batches of 32.
 """
 
 import json
+import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from quarkrl.rewards.registry import resolve
 
 BATCH = 128
+OFFLINE_BATCH = 32
 
 
 class Scored:
@@ -74,7 +78,15 @@ class Job:
         with open(self.files["samples"], encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
-    def common(self) -> dict[str, Any]:
+    def ranked(self) -> Iterator[tuple[str, list[tuple[float, str]]]]:
+        """Yield each prompt of the samples with its completions by ascending reward; equal ones in random order."""
+        order = random.Random(self.seed)
+        for row in self.samples():
+            pairs = list(zip(row["rewards"], row["completions"], strict=True))
+            order.shuffle(pairs)
+            yield row["prompt"], sorted(pairs, key=lambda pair: pair[0])
+
+    def common(self, batch: int = BATCH) -> dict[str, Any]:
         """Return the training arguments that all methods share."""
         return {
             "output_dir": str(self.directory / "checkpoints"),
@@ -87,7 +99,7 @@ class Job:
             "disable_tqdm": True,
             "logging_steps": 10,
             "warmup_steps": 0.05,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": batch,
             **self.settings,
         }
 
@@ -123,11 +135,11 @@ def train_dpo(job: Job) -> Any:
     from trl import DPOConfig, DPOTrainer
 
     rows = []
-    for row in job.samples():
-        ranked = sorted(zip(row["rewards"], row["completions"], strict=True))
-        if ranked[0][0] < ranked[-1][0]:
-            rows.append({"prompt": row["prompt"], "chosen": ranked[-1][1], "rejected": ranked[0][1]})
-    arguments = DPOConfig(**job.common(), max_length=None)
+    for prompt, pairs in job.ranked():
+        (lowest, rejected), (highest, chosen) = pairs[0], pairs[-1]
+        if lowest < highest:
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    arguments = DPOConfig(**job.common(OFFLINE_BATCH), max_length=None)
     return DPOTrainer(
         model=job.base,
         args=arguments,
@@ -141,11 +153,8 @@ def train_sft(job: Job) -> Any:
     """Supervised learning on the best of a prompt's completions."""
     from trl import SFTConfig, SFTTrainer
 
-    rows = []
-    for row in job.samples():
-        _, best = max(zip(row["rewards"], row["completions"], strict=True))
-        rows.append({"prompt": row["prompt"], "completion": best})
-    arguments = SFTConfig(**job.common(), completion_only_loss=True, max_length=None)
+    rows = [{"prompt": prompt, "completion": pairs[-1][1]} for prompt, pairs in job.ranked()]
+    arguments = SFTConfig(**job.common(OFFLINE_BATCH), completion_only_loss=True, max_length=None)
     return SFTTrainer(
         model=job.base,
         args=arguments,
@@ -178,14 +187,17 @@ class RewardModel(torch.nn.Module):
 
 
 def train_ppo(job: Job) -> Any:
-    """PPO with a value model that starts as the base, four epochs over each batch, as TRL's defaults have it."""
+    """PPO with a value model that starts as the base, with an adapter of its own, and TRL's four epochs per batch."""
     from transformers import AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    tokenizer = job.tokenizer()
+    tokenizer, model = job.tokenizer(), AutoModelForCausalLM.from_pretrained(job.base)
+    # PPOTrainer makes its own generation settings. What they leave out comes from the model.
+    model.generation_config.suppress_tokens = [tokenizer.eos_token_id]
     dataset = job.prompts().map(
         lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns="prompt"
     )
+    value_adapter = replace(job.adapter, task_type="SEQ_CLS", modules_to_save=["score"])
     value_model = AutoModelForSequenceClassification.from_pretrained(job.base, num_labels=1)
     arguments = PPOConfig(
         **job.common(),
@@ -198,10 +210,10 @@ def train_ppo(job: Job) -> Any:
     return PPOTrainer(
         args=arguments,
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(job.base),
+        model=model,
         ref_model=None,
         reward_model=RewardModel(job.reward, tokenizer, job.length),
-        value_model=value_model,
+        value_model=get_peft_model(value_model, value_adapter),
         train_dataset=dataset,
         eval_dataset=dataset.select(range(BATCH)),
         peft_config=job.adapter,
@@ -217,6 +229,14 @@ METHODS: dict[str, Callable[[Job], Any]] = {
 }
 
 
+def learned(job: Job, trainer: Any) -> int:
+    """Return the number of completions that went through a backward pass, each pass counted."""
+    if job.method == "ppo":
+        return job.scored * int(trainer.args.num_ppo_epochs)
+    batch = trainer.args.per_device_train_batch_size * (2 if job.method == "dpo" else 1)
+    return int(trainer.state.global_step) * batch
+
+
 def main() -> None:
     """Train, merge the adapter, and write the model and its cost."""
     job = Job(Path(sys.argv[1]))
@@ -226,11 +246,12 @@ def main() -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     # PPO's model holds the policy and the value model.
     model = getattr(model, "policy", model).merge_and_unload()
+    model.generation_config.suppress_tokens = None
     final = job.directory / "final"
     model.save_pretrained(final)
     AutoTokenizer.from_pretrained(job.base).save_pretrained(final)
     scored = job.reward.count or sum(len(row["rewards"]) for row in job.samples())
-    cost = {"scored": scored, "steps": trainer.state.global_step, "learned": trainer.state.global_step * BATCH}
+    cost = {"scored": scored, "learned": learned(job, trainer)}
     (job.directory / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
 
 

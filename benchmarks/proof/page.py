@@ -1,62 +1,92 @@
 """Make docs/proof.md and its pictures from the files that `run.py` has written.
 
-The table has, for each method, the point with the least of the unwanted within each limit of perplexity.
+The table has, for each method, the point with the least of the unwanted within each limit of perplexity. The point is
+chosen on the prompts of `select.jsonl`, and its figures are those on `test.jsonl`.
 """
 
 import json
+import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vl_convert
 
 LIMITS = (0.05, 0.10, 0.25)  # rises of perplexity
-NAMES = {"quark": "Quark", "grpo": "GRPO", "rloo": "RLOO", "ppo": "PPO", "dpo": "DPO", "sft": "best-of-8 SFT"}
-COLORS = ["#1f6feb", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280"]
-Row = dict[str, Any]
+NAMES = {
+    "quark": "Quark",
+    "guided": "Quark, guided",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "sft": "best-of-8 SFT",
+}
+COLORS = ["#1f6feb", "#7cb1ff", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280"]
+Figures = dict[str, float]
 
 
-def points(results: Path) -> tuple[Row, list[Row]]:
-    """Return the figures of a task's base, and one row for each point of each method, from its directory of files."""
-    base: Row = {}
-    rows = []
+@dataclass(frozen=True)
+class Point:
+    """A model, or a scale of guidance of a model, with its figures.
+
+    Attributes:
+        method: a key of `NAMES`, or base.
+        settings: of the training, and γ.
+        cost: of the training.
+        select: the figures on the prompts by which a setting is chosen.
+        test, intervals: the figures on the other prompts, and their intervals.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    cost: dict[str, float]
+    select: Figures
+    test: Figures
+    intervals: dict[str, tuple[float, float]]
+
+
+def points(results: Path) -> tuple[Point | None, list[Point]]:
+    """Return a task's base, and the points of every method, from its directory of files."""
+    found = []
     for file in sorted(results.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        for row in record["rows"]:
-            shown = row["figures"] | {"intervals": row["intervals"], "guidance": row["guidance_scale"]}
-            shown |= {name: record.get(name, {}) for name in ("method", "settings", "seed", "cost")}
-            if record["method"] == "base":
-                base = shown
-            else:
-                rows.append(shown)
-    return base, rows
+        rows = {(row["prompts"], row["guidance_scale"]): row for row in record["rows"]}
+        for scale in sorted({scale for _, scale in rows}):
+            select, test = rows["select", scale], rows["test", scale]
+            guided = {} if scale == 1 else {"γ": scale}
+            method, settings = "guided" if guided else record["method"], record["settings"] | guided
+            cost = record.get("cost", {})
+            found.append(Point(method, settings, cost, select["figures"], test["figures"], test["intervals"]))
+    base = next((point for point in found if point.method == "base"), None)
+    return base, [point for point in found if point.method != "base"]
 
 
-def judge_of(row: Row, figure: str) -> str:
+def judge_of(base: Point, figure: str) -> str:
     """Return the name of the independent judge's figure."""
-    return next(name for name in row if name.endswith(": " + figure))
+    return next(name for name in base.test if name.endswith(": " + figure))
 
 
-def draw(base: Row, rows: list[Row], figure: str, file: Path) -> None:
+def draw(base: Point, found: list[Point], figure: str, file: Path) -> None:
     """Draw a figure against perplexity, one colour for each method, the base as a cross."""
-    methods = [method for method in NAMES if any(row["method"] == method for row in rows)]
+    names = [name for method, name in NAMES.items() if any(point.method == method for point in found)]
     values = [
         {
-            "method": NAMES[row["method"]],
-            "perplexity": 100 * (row["perplexity"] / base["perplexity"] - 1),
-            "value": row[figure],
-            "low": row["intervals"][figure][0],
-            "high": row["intervals"][figure][1],
+            "method": NAMES[point.method],
+            "perplexity": 100 * rise(point.test, base.test, "perplexity"),
+            "value": point.test[figure],
+            "low": point.intervals[figure][0],
+            "high": point.intervals[figure][1],
         }
-        for row in rows
-        if row["perplexity"] < 2 * base["perplexity"]
+        for point in found
+        if rise(point.test, base.test, "perplexity") < 1
     ]
     color = {
         "field": "method",
         "type": "nominal",
         "title": None,
-        "sort": [NAMES[method] for method in methods],
-        "scale": {"domain": [NAMES[method] for method in methods], "range": COLORS[: len(methods)]},
+        "scale": {"domain": names, "range": [COLORS[list(NAMES.values()).index(name)] for name in names]},
     }
     x = {"field": "perplexity", "type": "quantitative", "title": "rise of perplexity, %"}
     y = {"field": "value", "type": "quantitative", "title": figure, "scale": {"zero": True}}
@@ -66,7 +96,7 @@ def draw(base: Row, rows: list[Row], figure: str, file: Path) -> None:
     }
     dots = {"mark": {"type": "point", "filled": True, "size": 55}, "encoding": {"x": x, "y": y, "color": color}}
     start = {
-        "data": {"values": [{"perplexity": 0, "value": base[figure]}]},
+        "data": {"values": [{"perplexity": 0, "value": base.test[figure]}]},
         "mark": {"type": "point", "shape": "cross", "filled": True, "size": 110, "color": "#222222"},
         "encoding": {"x": x, "y": y},
     }
@@ -84,60 +114,59 @@ def draw(base: Row, rows: list[Row], figure: str, file: Path) -> None:
     file.write_text(vl_convert.vegalite_to_svg(spec, vl_version="5.20") + "\n", encoding="utf-8")
 
 
-def best_within(base: Row, rows: list[Row], method: str, limit: float, figure: str) -> Row | None:
-    """Return a method's point with the lowest figure, among those within a rise of perplexity."""
-    allowed = [r for r in rows if r["method"] == method and r["perplexity"] <= (1 + limit) * base["perplexity"]]
-    return min(allowed, key=lambda row: (row[figure], row["perplexity"]), default=None)
+def rise(figures: Figures, base: Figures, name: str) -> float:
+    """Return the relative change of a figure from the base."""
+    return figures[name] / base[name] - 1
 
 
-def table(base: Row, rows: list[Row], figure: str) -> Iterator[str]:
+def best_within(base: Point, found: list[Point], method: str, limit: float, figure: str) -> Point | None:
+    """Return a method's point with the lowest figure within a rise of perplexity, both on the prompts to choose by."""
+    own = [point for point in found if point.method == method]
+    allowed = [point for point in own if rise(point.select, base.select, "perplexity") <= limit]
+    return min(allowed, key=lambda point: (point.select[figure], point.select["perplexity"]), default=None)
+
+
+def table(base: Point, found: list[Point], figure: str) -> Iterator[str]:
     """Yield the lines of a table: per method and limit of perplexity the lowest figure, and what it is at."""
     judge = judge_of(base, figure)
-    yield f"| method | perplexity | {figure} | the same, judge | dist-2 | tokens | settings |"
-    yield "|---|---|---|---|---|---|---|"
-    yield (
-        f"| base | {base['perplexity']:.1f} | {base[figure]:.3f} | {base[judge]:.3f} | {base['dist-2']:.3f} "
-        f"| {base['completion length']:.1f} | |"
-    )
+    yield f"| method | perplexity | {figure} | by the judge | dist-2 | settings |"
+    yield "|---|---|---|---|---|---|"
+    shown = [f"{base.test[name]:.3f}" for name in (figure, judge, "dist-2")]
+    yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(shown)} | |"
     for method, name in NAMES.items():
-        shown: list[Row] = []
-        for limit in LIMITS:
-            row = best_within(base, rows, method, limit, figure)
-            if row is None or row in shown:
-                continue
-            shown.append(row)
-            low, high = row["intervals"][figure]
-            settings = ", ".join(f"{key} {value:g}" for key, value in row["settings"].items())
-            guided = f", γ {row['guidance']:g}" if row["guidance"] != 1 else ""
-            yield (
-                f"| {name} | {100 * (row['perplexity'] / base['perplexity'] - 1):+.1f} % "
-                f"| {row[figure]:.3f} [{low:.3f}, {high:.3f}] | {row[judge]:.3f} "
-                f"| {100 * (row['dist-2'] / base['dist-2'] - 1):+.1f} % | {row['completion length']:.1f} "
-                f"| {settings}{guided} |"
-            )
+        chosen = [best_within(base, found, method, limit, figure) for limit in LIMITS]
+        for number, point in enumerate(chosen):
+            if point is not None and point not in chosen[:number]:
+                yield _line(name, point, base, figure, judge)
 
 
-def costs(rows: list[Row]) -> Iterator[str]:
-    """Yield the lines of a table of what a training costs."""
+def _line(name: str, point: Point, base: Point, figure: str, judge: str) -> str:
+    low, high = point.intervals[figure]
+    settings = ", ".join(f"{key} {value:g}" for key, value in point.settings.items())
+    return (
+        f"| {name} | {100 * rise(point.test, base.test, 'perplexity'):+.1f} % "
+        f"| {point.test[figure]:.3f} [{low:.3f}, {high:.3f}] | {point.test[judge]:.3f} "
+        f"| {100 * rise(point.test, base.test, 'dist-2'):+.1f} % | {settings} |"
+    )
+
+
+def costs(found: list[Point]) -> Iterator[str]:
+    """Yield the lines of a table of what a training costs: medians over runs, and the highest peak of memory."""
     yield "| method | runs | scored | learned | CPU minutes | peak memory, GB |"
     yield "|---|---|---|---|---|---|"
     for method, name in NAMES.items():
-        found = {json.dumps([row["settings"], row["seed"]]): row["cost"] for row in rows if row["method"] == method}
-        if not found:
-            continue
-        first = next(iter(found.values()))
-        minutes = sorted(cost["cpu_seconds"] / 60 for cost in found.values())
-        peak = max(cost["peak_gb"] for cost in found.values())
-        yield (
-            f"| {name} | {len(found)} | {first['scored']:,} | {first['learned']:,} "
-            f"| {minutes[len(minutes) // 2]:.1f} | {peak:.2f} |"
-        )
+        runs = [point.cost for point in found if point.method == method and method != "guided"]
+        if runs:
+            minutes = statistics.median(cost["cpu_seconds"] / 60 for cost in runs)
+            peak = max(cost["peak_gb"] for cost in runs)
+            scored, learned = runs[0]["scored"], statistics.median(cost["learned"] for cost in runs)
+            yield f"| {name} | {len(runs)} | {scored:,} | {learned:,.0f} | {minutes:.1f} | {peak:.2f} |"
 
 
 def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> Iterator[str]:
     """Yield the lines of a task's part of the page, and draw its pictures."""
-    base, rows = points(results)
-    if not base or not rows:
+    base, found = points(results)
+    if base is None or not found:
         return
     figure = f"{facts['unwanted']} probability"
     yield f"## {task}"
@@ -148,12 +177,12 @@ def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> It
     yield ""
     for name, shown in {"reward": figure, "judge": judge_of(base, figure)}.items():
         file = images / f"proof-{task}-{name}.svg"
-        draw(base, rows, shown, file)
+        draw(base, found, shown, file)
         yield f"![{shown} against perplexity, by method]({images.name}/{file.name})"
         yield ""
-    yield from table(base, rows, figure)
+    yield from table(base, found, figure)
     yield ""
-    yield from costs(rows)
+    yield from costs(found)
     yield ""
 
 

@@ -10,6 +10,7 @@ Each run trains in the method's own environment, is measured by `quarkrl evaluat
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 GENERATIONS = 8  # completions of a prompt, for methods that compare them
+OFFLINE = ("dpo", "sft")
 FIGURES = ("{unwanted} probability", "average maximum {unwanted}", "{unwanted} share", "reward", "perplexity")
 FIGURES += ("dist-2", "dist-3", "completion length")
 
@@ -90,19 +92,23 @@ def call(command: list[str], log: Path) -> tuple[float, float, float]:
 
 
 def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
-    """Write the non-toxic training and test prompts of a task, one JSON object per line."""
-    files = {"train": directory / "train.jsonl", "test": directory / "test.jsonl"}
-    sources = {"train": task["train_prompts"], "test": [task["test_prompts"]]}
+    """Write the non-toxic prompts of a task: to train on, to choose a setting by, and to report, one per line."""
     directory.mkdir(parents=True, exist_ok=True)
-    for split, names in sources.items():
-        lines = [line for name in names for line in Path(name).read_text(encoding="utf-8").splitlines()]
-        prompts = [json.loads(line)["prompt"] for line in lines]
-        rows = [{"text": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-        texts = [row["text"] for row in rows if (row.get("toxicity") or 0) < 0.5]
-        limit = task["test_limit"] if split == "test" else None
-        written = [json.dumps({"prompt": text}) + "\n" for text in texts[:limit]]
-        files[split].write_text("".join(written), encoding="utf-8")
-    return files
+    training, held_out = read_prompts(task["train_prompts"]), read_prompts(task["test_prompts"])
+    chosen, limit = task["select_limit"], task["test_limit"]
+    splits = {"train": training, "select": held_out[:chosen], "test": held_out[chosen : chosen + limit]}
+    for split, texts in splits.items():
+        lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {split: directory / f"{split}.jsonl" for split in splits}
+
+
+def read_prompts(files: list[str]) -> list[str]:
+    """Return the prompts of files, without those that are toxic themselves."""
+    lines = [line for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    rows = [{"text": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [row["text"] for row in rows if (row.get("toxicity") or 0) < 0.5]
 
 
 def quarkrl(*arguments: Any) -> list[str]:
@@ -116,49 +122,62 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [str(part) for name, values in pairs for part in (name, *values)]
 
 
-def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> Path:
-    """Sample the base on the training prompts and score the completions, for the methods that learn offline."""
-    file = directory / "samples.jsonl"
-    if not file.is_file():
+def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple[Path, float]:
+    """Sample the base and score the completions, for the methods that learn offline; return file and CPU seconds."""
+    file, cost = directory / "samples.jsonl", directory / "samples.cost.json"
+    if not cost.is_file():
         count = task["scored"] // GENERATIONS
         some = directory / "prompts.some.jsonl"
         some.write_text("".join(prompts.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
         arguments = [task["model"], some, task["reward"], task["length"], file]
-        call([sys.executable, str(HERE / "samples.py"), *map(str, arguments)], directory / "samples.log")
-    return file
+        command = [sys.executable, str(HERE / "samples.py"), *map(str, arguments)]
+        cost.write_text(json.dumps(call(command, directory / "samples.log")[1]), encoding="utf-8")
+    return file, json.loads(cost.read_text(encoding="utf-8"))
 
 
-def train(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Train a run; return what it cost."""
-    files = write_prompts(task, directory.parent)
-    if run.method == "quark":
-        own = {**options["options"], **run.settings, "lora_rank": task["lora_rank"], "seed": run.seed}
-        own |= {"max_completion_length": task["length"], "min_completion_length": task["length"]}
-        own |= {"per_device_train_batch_size": 128, "warmup_steps": 0.05, "save_strategy": "no", "held_out": 0}
-        names = {"model": task["model"], "prompts": files["train"], "reward": task["reward"], "output_dir": directory}
-        seconds, cpu, peak = call(quarkrl("train", *flags(names | own)), directory / "train.log")
-        draws = own["steps_per_iteration"] * 128 * (own["num_iterations"] + len(own.get("distill_guidance_scale", [])))
-        cost = {"scored": own["num_iterations"] * own["prompts_per_iteration"], "learned": draws}
-    else:
-        samples = score_samples(task, files["train"], directory.parent)
-        job = {"method": run.method, "settings": {**options.get("options", {}), **run.settings}, "seed": run.seed}
-        job |= {name: task[name] for name in ("model", "reward", "scored", "length", "lora_rank")}
-        job |= {"prompts": str(files["train"]), "samples": str(samples)}
-        (directory / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
-        python = ROOT / options["environment"] / "bin" / "python"
-        script = [str(HERE.parent / "baselines" / "train.py"), str(directory / "job.json")]
-        seconds, cpu, peak = call([str(python), *script], directory / "train.log")
-        cost = json.loads((directory / "cost.json").read_text(encoding="utf-8"))
-    if cost["scored"] != task["scored"]:
-        sys.exit(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
-    return {**cost, "seconds": round(seconds), "cpu_seconds": round(cpu), "peak_gb": round(peak, 2)}
+def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Train with quarkrl; return what it cost."""
+    own = {**options["options"], **run.settings, "lora_rank": task["lora_rank"], "seed": run.seed}
+    own |= {"max_completion_length": task["length"], "min_completion_length": task["length"]}
+    own |= {"per_device_train_batch_size": 128, "warmup_steps": 0.05, "save_strategy": "no", "held_out": 0}
+    names = {"model": task["model"], "reward": task["reward"], "prompts": directory.parent / "train.jsonl"}
+    run_directory = directory / "run"
+    seconds, cpu, peak = call(
+        quarkrl("train", *flags(names | own), "--output_dir", run_directory), directory / "train.log"
+    )
+    (run_directory / "final").rename(directory / "final")
+    iterations = own["num_iterations"] + len(own.get("distill_guidance_scale", [])) * own.get("distill_iterations", 1)
+    cost = {
+        "scored": own["num_iterations"] * own["prompts_per_iteration"],
+        "learned": iterations * own["steps_per_iteration"] * 128,
+    }
+    return cost | {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}
+
+
+def train_baseline(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Train with TRL, in its own environment; return what it cost, with the sampling that it learns from."""
+    job = {"method": run.method, "settings": {**options.get("options", {}), **run.settings}, "seed": run.seed}
+    job |= {name: task[name] for name in ("model", "reward", "scored", "length", "lora_rank")}
+    job |= {"prompts": str(directory.parent / "train.jsonl"), "samples": ""}
+    sampling = 0.0
+    if run.method in OFFLINE:
+        samples, sampling = score_samples(task, directory.parent / "train.jsonl", directory.parent)
+        job["samples"] = str(samples)
+    (directory / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+    python = ROOT / options["environment"] / "bin" / "python"
+    script = [str(HERE.parent / "baselines" / "train.py"), str(directory / "job.json")]
+    seconds, cpu, peak = call([str(python), *script], directory / "train.log")
+    cost = json.loads((directory / "cost.json").read_text(encoding="utf-8"))
+    return cost | {"seconds": seconds + sampling, "cpu_seconds": cpu + sampling, "peak_gb": peak}
 
 
 def measure(task: dict[str, Any], model: Path | str, scales: list[float], directory: Path) -> dict[str, Any]:
-    """Measure a model on the test prompts, with guidance if `scales` has some; return its rows and the protocol."""
+    """Measure a model on both files of held-out prompts, with guidance if `scales` has some."""
     output = directory / "results.json"
-    common = {"prompts": directory.parent / "test.jsonl", "reward": task["reward"], "judges": task["judge"]}
-    common |= {"samples": task["samples"], "perplexity_model": task["model"], "reference": "none", "output": output}
+    files = [directory.parent / f"{name}.jsonl" for name in ("select", "test")]
+    common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
+    common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"]}
+    common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
     if scales:
         common |= {"quantiles": "best", "guidance_scales": scales}
     call(quarkrl("evaluate", model, "--batch_size", 512, *flags(common)), directory / "evaluate.log")
@@ -167,7 +186,8 @@ def measure(task: dict[str, Any], model: Path | str, scales: list[float], direct
     for row in found["results"]:
         kept = {name: value for name, value in row["figures"].items() if _is_kept(name, task["unwanted"])}
         intervals = {name: row["intervals"][name] for name in kept if name in row["intervals"]}
-        rows.append({"guidance_scale": row["guidance_scale"], "figures": kept, "intervals": intervals})
+        described = {"prompts": row["prompts"], "guidance_scale": row["guidance_scale"]}
+        rows.append({**described, "figures": kept, "intervals": intervals})
     names = ("samples_per_prompt", "sampling", "perplexity", "threshold", "versions", "intervals")
     return {"rows": rows, "protocol": {name: found["protocol"][name] for name in names}}
 
@@ -180,19 +200,38 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     """Train and measure a run, and write its file."""
     task, options = matrix["tasks"][run.task], matrix["methods"].get(run.method, {})
     directory = folders.work / run.task / run.name
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # What an interrupted run has left.
+    directory.mkdir(parents=True)
+    write_prompts(task, directory.parent)
     record: dict[str, Any] = {"task": run.task, "method": run.method, "settings": run.settings, "seed": run.seed}
+    record["digest"] = digest(run, matrix)
     if run.method == "base":
-        write_prompts(task, directory.parent)
         record |= measure(task, task["model"], [], directory)
     else:
-        record["cost"] = train(run, task, options, directory)
+        train = train_quark if run.method == "quark" else train_baseline
+        cost = record["cost"] = train(run, task, options, directory)
+        if cost["scored"] != task["scored"]:
+            sys.exit(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
         record["options"] = options.get("options", {})
         record |= measure(task, directory / "final", options.get("guidance_scales", []), directory)
     record |= {"date": date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS")}
     result = folders.result(run)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+
+
+def digest(run: Run, matrix: dict[str, Any]) -> str:
+    """Return what a run's figures depend on, so that they are not kept when it changes."""
+    method = {name: value for name, value in matrix["methods"].get(run.method, {}).items() if name != "grid"}
+    task = {name: value for name, value in matrix["tasks"][run.task].items() if name != "seeds"}
+    text = json.dumps([task, method, run.settings, run.seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_done(run: Run, matrix: dict[str, Any], folders: Folders) -> bool:
+    """Return whether the figures of a run are there, and are those of this matrix."""
+    file = folders.result(run)
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["digest"] == digest(run, matrix)
 
 
 def _rounded(value: Any) -> Any:
@@ -219,7 +258,7 @@ def main() -> None:
     matrix = yaml.safe_load((HERE / ("quick.yaml" if arguments.quick else "matrix.yaml")).read_text(encoding="utf-8"))
     runs = [run for run in runs_of(matrix) if any(part in f"{run.task}/{run.name}" for part in arguments.only)]
     for number, run in enumerate(runs, 1):
-        done = folders.result(run).is_file()
+        done = is_done(run, matrix, folders)
         print(f"{number} of {len(runs)}: {run.task}/{run.name}{': done' if done else ''}", flush=True)
         if not (done or arguments.list):
             perform(run, matrix, folders)

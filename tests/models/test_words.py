@@ -41,6 +41,8 @@ def test_a_common_reward_has_words_for_five_quantiles_and_none_for_the_best(rewa
         (["a", "b"], ["mine", "other"], 2, "one for each quantile of each of 2 rewards, worst first; there are 2"),
         (["a", "b", "a"], ["mine"], 3, "words 'a': must differ"),
         (["a", "b", "", ""], ["mine", "other"], 2, "words '': must differ"),
+        (["a", "b", "a", "b"], ["mine", "other"], 2, "words: must differ between rewards, and two have 'a'"),
+        (None, ["profanity", "perspective"], 5, "words: must differ between rewards"),
     ],
 )
 def test_words_that_do_not_fit_the_quantiles_are_refused(words, rewards, quantiles, message):

@@ -158,6 +158,7 @@ def test_the_lowest_fifth_of_the_range_is_low():
 
 def test_low_scores_are_marked_in_words_and_missing_ones_named():
     html = columns_html([column_of(0.0, 1.0, None)], "", "")
+    assert "▼" in columns_html([column_of(-1.0, 4.0)], "", "")  # Up to 0 is low.
     assert html.count("q-low ") + html.count('q-low"') == 1 and html.count("▼") == 2  # The mark, and its legend.
     assert "r <b>0.00</b>" in html and "r <b>no score</b>" in html and "mean 0.50" in html
 

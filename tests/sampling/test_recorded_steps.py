@@ -82,6 +82,7 @@ def test_what_cannot_be_recorded_is_sampled_all_the_same_and_said_once(monkeypat
     monkeypatch.setattr(recorded_steps, "_NOT_RECORDABLE", set())
     for _ in range(2):
         assert completions(model, steps) == completions(model, not_recorded())
+    assert not steps._steps  # Its cache is free again.
     (record,) = caplog.records
     assert record.message.startswith("LlamaForCausalLM: sampling is not recorded, and slower: operation not")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tools.site import linked_files
+import re
+
+import quarkrl
+from tools.site import ROOT, linked_files
 
 
 def test_the_site_has_what_the_first_page_links_to_directly_or_not(tmp_path):
@@ -25,3 +28,8 @@ def test_a_link_to_a_missing_file_is_reported(tmp_path):
         f"{page}: the link docs/guide.md leads to no file",
         f"{page}: the link curve.png leads to no file",
     ]
+
+
+def test_the_page_of_the_python_api_has_each_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^::: quarkrl\.(\w+)$", page, re.M)) == set(quarkrl.__all__)

@@ -81,6 +81,13 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
     assert trainer.state.global_step == 80
 
 
+def test_guidance_from_the_reference_is_distilled_after_a_kl_term_that_was_guided_from_words(tmp_path):
+    words = {"conditioning": "soft", "words": ["a", "b"], "num_quantiles": 2, "kl_guidance_scale": 1.5}
+    trainer = small_trainer(tmp_path, share_of_a_to_d, guidance_from="reference", **words, **DISTILLED)
+    trainer.train()
+    assert trainer.collate.with_reference and trainer.collate.contrast is None
+
+
 def test_the_line_of_an_iteration_of_distillation_has_its_scale_and_no_reward(tmp_path, capfd):
     small_trainer(tmp_path, share_of_a_to_d, disable_tqdm=False, **DISTILLED).train()
     lines = capfd.readouterr().err.splitlines()

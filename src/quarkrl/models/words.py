@@ -97,7 +97,7 @@ class Words:
                     f"words: must be given for {num_quantiles} quantiles of {missing[0]}, worst first. The default "
                     f"words are for 5 quantiles of {', '.join(DEFAULT_WORDS)}. Set --words."
                 )
-            return cls(kind, tuple(texts))
+            return cls(kind, _checked_rows(texts))
         words = [read_newlines(text) for text in words]
         if len(words) != len(rewards) * num_quantiles:
             each = f" of each of {len(rewards)} rewards" if len(rewards) > 1 else ""
@@ -109,7 +109,7 @@ class Words:
         for row in rows:
             if twice := [text for text in row if row.count(text) > 1]:
                 raise UserError(f"words {twice[0]!r}: must differ from those of the other quantiles of the reward.")
-        return cls(kind, rows)
+        return cls(kind, _checked_rows(rows))
 
     def max_length(self, tokenizer: "PreTrainedTokenizerBase") -> int:
         """Return the number of tokens of the longest prefix of all attributes together."""
@@ -140,3 +140,10 @@ class Words:
 def read_newlines(text: str) -> str:
     r"""Return a text with a newline for each `\n`: a shell passes these two characters on as they are."""
     return text.replace("\\n", "\n")
+
+
+def _checked_rows(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """Return the words of each attribute, which must differ: the model could not tell the attributes apart."""
+    if twice := [row for row in rows if rows.count(row) > 1]:
+        raise UserError(f"words: must differ between rewards, and two have {twice[0][0]!r}. Set --words.")
+    return tuple(rows)

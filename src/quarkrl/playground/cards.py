@@ -16,7 +16,8 @@ def columns_html(columns: Sequence[Column], prompt: str, query: str) -> str:
     """
     low = low_score(list(columns))
     body = "".join(_column_html(column, prompt, low) for column in columns)
-    legend = '<p class="q-legend">▼ marks the lowest fifth of the range of scores on this page.</p>' if low else ""
+    legend = "▼ marks the lowest fifth of the range of scores on this page."
+    legend = "" if low is None else f'<p class="q-legend">{legend}</p>'
     return f'<div class="q-columns" data-query="{escape(query)}">{body}</div>{legend}'
 
 

@@ -337,7 +337,7 @@ def _layer(mark: dict[str, Any], y: dict[str, Any], y2: str | None = None) -> di
 
 def _iterations(numbers: Iterable[int]) -> dict[str, Any]:
     """The x axis of iterations, with whole numbers only."""
-    ordered = sorted(set(numbers))
+    ordered = sorted(set(numbers)) or [0]
     step = max(1, -(-len(ordered) // 12))
     axis = {"values": ordered[::step], "format": "d"}
     scale = {"zero": False, "nice": False, "domain": [ordered[0] - 0.5, ordered[-1] + 0.5]}

@@ -245,6 +245,9 @@ class BackgroundCall:
         def run() -> None:
             try:
                 torch.cuda.set_device(gpu)
+                # The cache of autocast is one for all threads, and recorded steps of the sampler read from it. Without
+                # this, the end of an autocast region of the function would clear it.
+                torch.autocast_increment_nesting()
                 self._outcome.set_result(function())
             except BaseException as error:  # noqa: BLE001 - `result` raises it.
                 self._outcome.set_exception(error)

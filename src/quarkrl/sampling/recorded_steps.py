@@ -97,10 +97,11 @@ class RecordedStep:
         self._used += 1
         if self._tokens.device.type != "cuda":
             return self._forward()
-        if self._recorded is None:
-            self._recorded = self._record()
-        graph, logits = self._recorded
-        graph.replay()
+        with torch.cuda.device(self._tokens.device):  # Streams are those of the current device.
+            if self._recorded is None:
+                self._recorded = self._record()
+            graph, logits = self._recorded
+            graph.replay()
         return logits
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -113,9 +114,16 @@ class RecordedStep:
         for layer in self._cache.layers:
             layer.cumulative_length.sub_(1)
         graph = torch.cuda.CUDAGraph()
-        # A reward may use the GPU in another thread meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._forward()
+        try:
+            # A reward may use the GPU in another thread meanwhile.
+            with torch.cuda.graph(graph, stream=other, capture_error_mode="thread_local"):
+                logits = self._forward()
+        except BaseException:
+            # After a failed recording, PyTorch leaves its stream current, and random numbers in the state of recording.
+            torch.cuda.set_stream(current)
+            generator = torch.cuda.default_generators[self._tokens.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph, logits
 
     def _forward(self) -> Tensor:
@@ -156,6 +164,7 @@ class RecordedSteps:
         decoder = RecordedDecoder.for_prompts(model, prompts, device)
         length = max(map(len, prompts)) + num_steps
         decoder.find_step = partial(self._find_step, model, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        decoder.drop_step = partial(self._drop_step, model)
         return decoder
 
     def _find_step(self, model: PreTrainedModel, length: int, cache: Cache, batch_size: int) -> RecordedStep | None:
@@ -172,12 +181,17 @@ class RecordedSteps:
         self._steps[model, batch_size] = step  # The latest is the last.
         return step
 
+    def _drop_step(self, model: PreTrainedModel, batch_size: int) -> None:
+        """Free the memory of a step that could not be recorded."""
+        self._steps.pop((model, batch_size), None)
+
 
 class RecordedDecoder(CachedDecoder):
     """A `CachedDecoder` whose steps are recorded. `RecordedSteps.decoder` creates it."""
 
     min_share_to_remove = 1 / 2  # A smaller batch is recorded again.
     find_step: Callable[[Cache, int], RecordedStep | None]
+    drop_step: Callable[[int], None]
     _step: RecordedStep | None = None
     _is_ordinary = False
 
@@ -193,12 +207,15 @@ class RecordedDecoder(CachedDecoder):
                 logger.warning(f"{type(self._model).__name__}: sampling is not recorded, and slower: {error}")
                 if not isinstance(error, torch.OutOfMemoryError):
                     _NOT_RECORDABLE.add(type(self._model))
+                self.drop_step(self.batch_size)
+                del step
             else:
                 self._step = step
                 for layer in self._cache.layers:  # The recorded step has a copy.
                     layer.keys = layer.values = layer.keys.new_empty(0)
                 return logits
         self._is_ordinary = True
+        self.min_share_to_remove = CachedDecoder.min_share_to_remove
         return super().step(tokens)
 
     def select(self, rows: Tensor) -> None:

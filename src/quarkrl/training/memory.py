@@ -125,6 +125,7 @@ def size_of_run(
     whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 0)
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
+    other += trained if options.distills else 0  # The teacher.
     other += num_completions * options.num_iterations * (4 * length + 30) if cpu else 0  # The pool is in main memory.
     batch = options.per_device_train_batch_size
     if positions := positions_of_parts(options):

@@ -440,6 +440,7 @@ class QuarkTrainer(DurableTrainer):
         self.collate.samples = samples
         self.collate.draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
         self.collate.with_reference = args.guidance_from == "reference"
+        self.collate.contrast = None  # The KL term of the last iteration may have had one.
         if not self.collate.with_reference:
             contrast = self.conditioning.quantiles_of(args.guidance_from)
             self.collate.contrast = partial(self.conditioning.prefix, quantiles=contrast)
