@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The stamp is older than these two files if the installation is out of date.
 STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --durations 15
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 15
 
 .PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines results results-quick audit docs clean
 .DEFAULT_GOAL := help
@@ -51,7 +51,7 @@ test-floor:  ## the trainer, resume and command-line tests with the oldest suppo
 	test -x $(VENV)-floor/bin/python || $(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
 	$(VENV)-floor/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable '.[gguf,test]'
-	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -n auto --maxprocesses 4 --dist loadgroup \
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -n auto --maxprocesses 4 \
 		tests/contract tests/training/test_trainer.py tests/runs tests/cli/test_main.py tests/models/test_gguf.py
 
 check: install prose  ## what CI runs besides the tests: lint, format, types, import contracts, prose

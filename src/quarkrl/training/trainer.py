@@ -597,7 +597,10 @@ class QuarkTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log` does. With the loss go the means of its parts since the last time, and β and α."""
         if "loss" in logs:
-            logs = {**logs, **self.loss_means.drain(self.accelerator), **({} if self.distils else self.coefs.current)}
+            means = self.loss_means.drain(self.accelerator)
+            if not (self.args.kl_coef or self.distils):
+                del means["kl"]  # It was not computed.
+            logs = {**logs, **means, **({} if self.distils else self.coefs.current)}
         super().log(logs, start_time)
 
     # Save and resume.
