@@ -64,8 +64,9 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
 
 
 def judge_of(base: Point, figure: str) -> str:
-    """Return the name of the independent judge's figure."""
-    return next(name for name in base.test if name.endswith(": " + figure))
+    """Return the name of the same figure by the independent judge, or of the first that it has."""
+    judged = [name for name in base.test if ": " in name]
+    return next((name for name in judged if name.endswith(": " + figure)), judged[0])
 
 
 def draw(base: Point, found: list[Point], figure: str, file: Path) -> None:

@@ -193,7 +193,8 @@ def measure(task: dict[str, Any], model: Path | str, scales: list[float], direct
 
 
 def _is_kept(figure: str, unwanted: str) -> bool:
-    return any(figure.endswith(name.format(unwanted=unwanted)) for name in FIGURES)
+    is_judged = ": " in figure and figure.endswith((" share", " probability"))
+    return is_judged or any(figure.endswith(name.format(unwanted=unwanted)) for name in FIGURES)
 
 
 def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:

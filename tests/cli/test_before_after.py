@@ -69,6 +69,19 @@ def test_a_run_that_is_resumed_measures_nothing_twice(run, capsys):
     assert results_of(run)["protocol"]["verdict"] in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_figures_of_a_run_that_has_not_begun_are_measured_again(run, home):
+    """They may be of another model."""
+    (home / "again").mkdir()
+    for name in ("baseline.json", "baseline.parquet"):
+        (home / "again" / name).write_bytes((run / name).read_bytes())
+    edited = results_of(home / "again", "baseline")
+    edited["results"][0]["figures"]["reward"] = 5.0
+    (home / "again" / "baseline.json").write_text(json.dumps(edited), encoding="utf-8")
+    assert main(["train", "--config", f"{home}/run.yaml", "--output_dir", f"{home}/again"]) == 0
+    first, second = (results_of(path)["results"][0]["figures"]["reward"] for path in (run, home / "again"))
+    assert first == second
+
+
 def test_a_run_from_before_the_option_resumes_with_all_of_its_prompts(tmp_path):
     (tmp_path / "config.yaml").write_text("model: builtin\nprompts: p.txt\nreward: [profanity]\n", encoding="utf-8")
     assert parse_train(["--resume", "--output_dir", str(tmp_path)]).run.held_out == 0

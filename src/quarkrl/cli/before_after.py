@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quarkrl.cli.common import console, note, progress_bars
 from quarkrl.errors import truncate
+from quarkrl.runs.records import RUN_FILE
 
 if TYPE_CHECKING:
     from quarkrl.data.prompts import Prompts
@@ -48,11 +49,14 @@ class BeforeAfter:
     keep_special_tokens: bool = False
 
     def measure_before(self) -> "Evaluation":
-        """Measure the starting model, unless the directory has its figures already."""
+        """Measure the starting model, unless the directory has its figures already.
+
+        Figures of a run that has not begun may be those of another model or chat template, and do not count.
+        """
         from quarkrl.evaluation.evaluate import evaluate
         from quarkrl.evaluation.options import NO_REFERENCE
 
-        if known := self._load(BASELINE):
+        if (self.directory / RUN_FILE).is_file() and (known := self._load(BASELINE)):
             return known
         options = replace(self.options, reference=NO_REFERENCE, quantiles=("best",))
         with progress_bars("evaluate") as notify:

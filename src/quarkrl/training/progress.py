@@ -148,7 +148,8 @@ class Progress(TrainerCallback):
         elif "nll" in logs:
             self._learned_logs = logs
             if self._bars:
-                self._bars.update(self._learn, figures=f"nll {logs['nll']:.3f}  kl {logs['kl']:.3f}")
+                figures = "  ".join(f"{name} {logs[name]:.3f}" for name in ("nll", "kl") if name in logs)
+                self._bars.update(self._learn, figures=figures)
         elif any(name.startswith("eval_") for name in logs) and self.enabled and state.is_world_process_zero:
             self._print("  held out", {n: v for n, v in logs.items() if "reward" in n})
 
