@@ -134,7 +134,7 @@ def choices_of(field: dataclasses.Field, kind: Any) -> tuple[Any, ...]:
 def _without_none(kind: Any) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         kinds = [member for member in get_args(kind) if member is not type(None)]
-        return kinds[0] if len(kinds) == 1 else kind
+        return kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007 - of a list that is made here
     return kind
 
 
@@ -143,6 +143,8 @@ def _broken_limit(field: dataclasses.Field, choices: Sequence[Any], value: Any) 
     metadata = field.metadata
     if choices:
         return "" if value in choices else join_words(choices)
+    if isinstance(value, str):
+        return ""  # An option that takes a number or a text checks its texts itself.
     words = limits_in_words(metadata)
     if isinstance(value, float) and not math.isfinite(value):
         if metadata.get("infinite"):

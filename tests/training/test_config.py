@@ -72,7 +72,7 @@ def test_every_own_option_is_read_somewhere(name):
     """Official Quark parses --num-samples and --response-length and never reads them."""
     files = [path for path in SOURCE.rglob("*.py") if path.name != "config.py"]
     used = [path.name for path in files if re.search(rf"(args|config)\.{name}\b", path.read_text(encoding="utf-8"))]
-    for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling):
+    for method in (QuarkConfig.sampling, QuarkConfig.eval_sampling, QuarkConfig.exploring_scale):
         if re.search(rf"self\.{name}\b", inspect.getsource(method)):
             used.append(method.__name__)
     if name in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 from quarkrl import QuarkConfig
 from quarkrl.errors import format_seconds
 from quarkrl.training import time_left
+from quarkrl.training.config import at_iteration
 from quarkrl.training.progress import Progress
 from quarkrl.training.sizing import Speed
 from quarkrl.training.time_left import TimeLeft, describe_overdraw, describe_plan, describe_time
@@ -27,6 +29,7 @@ def options(**changes):
     values = {"steps_per_iteration": 10, "num_iterations": 3, "world_size": 1, "conditioning": "tokens"}
     values["explore_guidance_scale"] = [1.0, 1.3]
     values |= changes
+    values["exploring_scale"] = partial(at_iteration, values["explore_guidance_scale"])
     return SimpleNamespace(**values, total_iterations=values["num_iterations"])
 
 

@@ -14,7 +14,13 @@ from quarkrl.cli.inputs import check_model
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import option
-from quarkrl.sampling.options import GUIDANCE_FROM_HELP, GUIDANCE_SCALE_HELP, DecodingOptions
+from quarkrl.sampling.options import (
+    GUIDANCE_FROM_HELP,
+    GUIDANCE_SCALE_HELP,
+    DecodingOptions,
+    GuidanceScale,
+    read_scale,
+)
 
 if TYPE_CHECKING:
     from quarkrl.sampling.generator import QuarkGenerator
@@ -35,7 +41,7 @@ class ChatOptions(DecodingOptions):
     """How the model answers."""
 
     quantile: str = option("best", "Quantile: best, worst, or 0 (worst) to K-1.", metavar="Q")
-    guidance_scale: float | None = option(None, GUIDANCE_SCALE_HELP, at_least=0)
+    guidance_scale: GuidanceScale | None = option(None, GUIDANCE_SCALE_HELP, at_least=0, metavar="X|NAME=X,…")
     guidance_from: str | None = option(None, GUIDANCE_FROM_HELP, metavar="FROM")
     max_new_tokens: int = option(256, "Maximum length of an answer in tokens.", at_least=1, group="sampling")
 
@@ -62,7 +68,7 @@ class Conversation:
     generator: "QuarkGenerator"
     options: ChatOptions
     quantile: str
-    guidance_scale: float | None
+    guidance_scale: GuidanceScale | None
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -120,18 +126,16 @@ class Conversation:
             return f"quantile: {value}"
         if name == "/guidance":
             self.guidance_scale = self._read_guidance(value)
-            return f"guidance: {self.guidance_scale:g}"
+            scale = self.guidance_scale
+            return f"guidance: {scale if isinstance(scale, str) else f'{scale:g}'}"
         names = ("/quantile", "/guidance", "/system", "/reset", "/quit", "/help")
         raise UserError(f"command {name}: must be one of {', '.join(names)}.{did_you_mean(name, names)}")
 
-    def _read_guidance(self, value: str) -> float:
-        try:
-            scale = float(value)
-        except ValueError:
-            raise UserError(f"guidance {value!r}: must be a number. 1 is off.") from None
+    def _read_guidance(self, value: str) -> GuidanceScale:
+        scale = read_scale(value, "guidance")
         if scale != 1:  # Fails for a model or a quantile without contrast.
-            self.generator.contrast([[]], scale, self.options.guidance_from or "worst", self.quantile)
-        return scale
+            self.generator.contrast([[]], value, self.options.guidance_from or "worst", self.quantile)
+        return value if isinstance(scale, dict) else scale
 
 
 def run(arguments: argparse.Namespace) -> None:

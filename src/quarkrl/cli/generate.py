@@ -15,7 +15,9 @@ from quarkrl.sampling.options import (
     GUIDANCE_RULE_HELP,
     GUIDANCE_SCALE_HELP,
     GuidanceRule,
+    GuidanceScale,
     SamplingOptions,
+    read_scale,
 )
 
 if TYPE_CHECKING:
@@ -40,12 +42,14 @@ class GenerateOptions:
     )
     num_return_sequences: int = option(1, "Completions per prompt.", at_least=1)
     json: bool = option(False, "Print one JSON object per line: prompt, completions.")
-    guidance_scale: float | None = option(None, GUIDANCE_SCALE_HELP, at_least=0)
+    guidance_scale: GuidanceScale | None = option(None, GUIDANCE_SCALE_HELP, at_least=0, metavar="X|NAME=X,…")
     guidance_from: str | None = option(None, GUIDANCE_FROM_HELP, metavar="FROM")
     guidance_rule: GuidanceRule | None = option(None, f"{GUIDANCE_RULE_HELP} The default is both.", metavar="RULE")
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.guidance_scale is not None:
+            read_scale(self.guidance_scale)
 
 
 def add_options(parser: Parser) -> None:

@@ -217,6 +217,8 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
             )
         if kind is bool:
             raise argparse.ArgumentTypeError(f"{text!r}: must be true or false.")
+        if kind == float | str:
+            return float(text) if _is_number(text) else text
         if kind in (int, float):
             try:
                 return kind(text)
@@ -226,6 +228,14 @@ def reader(kind: Any, choices: Sequence[Any] = ()) -> Callable[[str], Any]:
         return text
 
     return read
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_bool(text: str) -> bool:

@@ -119,7 +119,7 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
 def _guidance(subject: "Subject") -> dict[str, Any]:
     """The model's default guidance, if it is away from the worst quantile, as on the page."""
     default = subject.generator.default_guidance
-    if default.guidance_from != "worst":
+    if default.guidance_from != "worst" or isinstance(default.guidance_scale, str):  # The slider has one number.
         return {}
     return {"guidance_scale": default.guidance_scale, "guidance_rule": default.guidance_rule}
 

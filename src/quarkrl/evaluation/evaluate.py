@@ -7,6 +7,7 @@
 The protocol in the result records the settings that the figures depend on.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
+from quarkrl.sampling.options import GuidanceScale, read_scale
 from quarkrl.sampling.sampler import complete
 
 Notify = Callable[[str, int, int], None]
@@ -56,7 +58,12 @@ class _Variant:
     name: str
     generator: QuarkGenerator
     requested: str | int
-    guidance_scale: float = 1.0
+    scale: GuidanceScale = 1.0
+
+    @property
+    def guidance_scale(self) -> float:
+        """γ; NaN if each attribute has its own."""
+        return math.nan if isinstance(self.scale, str) else self.scale
 
     @property
     def quantile(self) -> int | None:
@@ -169,7 +176,7 @@ class _Bench:
     def search(self, target: Target) -> tuple[list[Row], dict[str, Any]]:
         """Search on the first set; return its rows, those of the chosen scale on the other sets, and the outcome."""
         first, *others = self.sets
-        scales = self.options.guidance_scales or SCALES
+        scales = [float(scale) for scale in self.options.guidance_scales] or SCALES
         choice = search(target, partial(self._measure_scale, set_name=first), scales)
         scale = (choice.row or choice.nearest).guidance_scale
         return [*choice.rows, *(self._measure_scale(scale, name) for name in others)], choice.to_json()
@@ -243,18 +250,21 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         guided = _guided(policy, scale)
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
-    if options.guides:
-        _contrast(models, 1.0, options, [])  # Fail before sampling if there is no contrast.
+    for scale in options.guidance_scales or ((1.0,) if options.target else ()):
+        _contrast(models, scale, options, [])  # Fail before sampling if there is no contrast.
     return variants
 
 
-def _guided(policy: QuarkGenerator, scale: float) -> _Variant:
+def _guided(policy: QuarkGenerator, scale: GuidanceScale) -> _Variant:
     """The best quantile with guidance."""
-    return _Variant("best" if scale == 1 else f"best γ={scale:g}", policy, "best", float(scale))
+    if isinstance(read_scale(scale), dict):
+        return _Variant(f"best γ: {scale}", policy, "best", scale)
+    number = float(scale)
+    return _Variant("best" if number == 1 else f"best γ={number:g}", policy, "best", number)
 
 
 def _contrast(
-    models: _Models, guidance_scale: float, options: EvaluationOptions, plain_ids: Sequence[Sequence[int]]
+    models: _Models, guidance_scale: GuidanceScale, options: EvaluationOptions, plain_ids: Sequence[Sequence[int]]
 ) -> Contrast:
     """The distribution that guidance of the best quantile moves away from.
 
@@ -301,8 +311,8 @@ def _sample(
         on_progress(finished, len(plain_ids))
 
     contrast = None
-    if variant.guidance_scale != 1:
-        contrast = _contrast(models, variant.guidance_scale, options, plain_ids)
+    if variant.scale != 1:
+        contrast = _contrast(models, variant.scale, options, plain_ids)
     return complete(
         generator.model,
         [generator.condition(ids, variant.requested) for ids in plain_ids],

@@ -5,8 +5,9 @@ This module imports no torch, so `quarkrl evaluate --help` is fast.
 
 from dataclasses import dataclass
 
+from quarkrl.errors import UserError
 from quarkrl.options import option
-from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, SamplingOptions
+from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, GuidanceScale, SamplingOptions, read_scale
 
 # A value of `reference`: evaluate the model without its reference.
 NO_REFERENCE = "none"
@@ -32,8 +33,12 @@ class EvaluationOptions(SamplingOptions):
     quantiles: tuple[str | int, ...] = option(
         ("best", "worst"), "Quantiles to request, one row each; all: every quantile.", metavar="Q", group="models"
     )
-    guidance_scales: tuple[float, ...] = option(
-        (), "Guidance scales on the best quantile, one row each; 1 is unguided.", at_least=0, group="models"
+    guidance_scales: tuple[GuidanceScale, ...] = option(
+        (),
+        "Guidance scales on the best quantile, one row each; 1 is unguided. NAME=γ,NAME=γ is one for each reward.",
+        at_least=0,
+        metavar="X",
+        group="models",
     )
     guidance_from: str | int = option(
         "worst", "What guidance moves away from: a quantile, or reference.", metavar="FROM", group="models"
@@ -67,6 +72,12 @@ class EvaluationOptions(SamplingOptions):
     resamples: int = option(
         RESAMPLES, "Bootstrap resamples for the confidence intervals.", at_least=1, metavar="N", group="metrics"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for scale in self.guidance_scales:
+            if isinstance(read_scale(scale, "guidance_scales"), dict) and self.target:
+                raise UserError(f"guidance_scales {scale}: must be numbers with a target. Leave it out.")
 
     @property
     def samples_per_prompt(self) -> int:

@@ -78,7 +78,7 @@ class Row(Measurement):
         completions: S texts for each prompt.
         prompts_name: name of the set of prompts.
         quantile: number of the requested quantile; None for a model without quantiles.
-        guidance_scale: γ; 1 is unguided.
+        guidance_scale: γ; 1 is unguided. NaN if each reward has its own, which the name says.
     """
 
     name: str
@@ -178,7 +178,7 @@ def curves(rows: Sequence[AnyPoint]) -> list[tuple[str, list[tuple[float, AnyPoi
     The requested quantile with three or more points, and the guidance scale with two or more.
     """
     unguided = {row.quantile: row for row in rows if row.quantile is not None and row.guidance_scale == 1}
-    guided = [row for row in rows if row.guidance_scale != 1]
+    guided = [row for row in rows if row.guidance_scale != 1 and not math.isnan(row.guidance_scale)]
     labelled: list[tuple[str, list[tuple[float, AnyPoint]]]] = []
     if len(unguided) > 2:
         labelled.append(("requested quantile", [(float(q), unguided[q]) for q in sorted(unguided)]))
@@ -275,7 +275,7 @@ def _read_row(entry: dict[str, Any], table: pa.Table) -> Row:
         completions=[texts[start : start + samples] for start in range(0, len(texts), samples)],
         prompts_name=entry["prompts"],
         quantile=entry["quantile"],
-        guidance_scale=entry["guidance_scale"],
+        guidance_scale=math.nan if entry["guidance_scale"] is None else entry["guidance_scale"],
         figures={name: math.nan if value is None else value for name, value in entry["figures"].items()},
         intervals={name: _to_interval(ends) for name, ends in entry["intervals"].items()},
         left_out=entry["left_out"],

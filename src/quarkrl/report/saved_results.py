@@ -97,7 +97,7 @@ def _row(entry: dict[str, Any]) -> SavedRow:
         name=str(entry["name"]),
         prompts_name=str(entry["prompts"]),
         quantile=entry["quantile"],
-        guidance_scale=float(entry["guidance_scale"]),
+        guidance_scale=_number(entry["guidance_scale"]),
         figures={str(name): _number(value) for name, value in entry["figures"].items()},
         intervals={str(name): _pair(ends) for name, ends in entry["intervals"].items()},
     )

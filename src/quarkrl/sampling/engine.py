@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.options import GuidanceRule
+from quarkrl.sampling.options import GuidanceRule, GuidanceScale
 from quarkrl.sampling.prepared_weights import prepare_weights_once
 from quarkrl.sampling.recorded_steps import RecordedSteps
 from quarkrl.sampling.sampler import sample, sample_best
@@ -37,11 +37,13 @@ class SamplingEngine(Protocol):
     def reference(self) -> AbstractContextManager[Complete]:
         """Yield what completes prompts with p_0. Iteration 0 explores so, before the policy has learned."""
 
-    def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> AbstractContextManager[Complete]:
+    def policy(
+        self, guidance_scale: GuidanceScale, guidance_rule: GuidanceRule = "both"
+    ) -> AbstractContextManager[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens.
 
         Args:
-            guidance_scale: γ; 1 is without guidance.
+            guidance_scale: γ, or "NAME=γ,NAME=γ"; 1 is without guidance.
             guidance_rule: both, or lower.
         """
 
@@ -81,7 +83,7 @@ class BuiltinEngine:
             yield partial(sample, reference, end_ids=self.end_ids, vocab_size=vocab_size, steps=steps)
 
     @contextmanager
-    def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
+    def policy(self, guidance_scale: GuidanceScale, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens."""
         guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model, guidance_rule)
         # Guidance away from the reference switches the adapter off and on within each token.

@@ -22,10 +22,9 @@ from quarkrl.sampling.guidance import (
     Contrast,
     DefaultGuidance,
     GuidanceOptions,
-    check_guidance_scale,
     make_contrast,
 )
-from quarkrl.sampling.options import GuidanceRule
+from quarkrl.sampling.options import GuidanceRule, GuidanceScale, read_scale
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.streaming import stream_tokens
@@ -138,7 +137,7 @@ class QuarkGenerator:
         quantile: str | int = "best",
         num_return_sequences: int = 1,
         seed: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: GuidanceScale | None = None,
         guidance_from: str | int | None = None,
         guidance_rule: GuidanceRule | None = None,
         batch_size: int = 128,
@@ -152,8 +151,9 @@ class QuarkGenerator:
                 A model without quantiles has only "best".
             num_return_sequences: completions per prompt, S.
             seed: makes the completions repeatable.
-            guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`. By
-                default, that of `default_guidance` for the best quantile, and 1 for others.
+            guidance_scale: γ of `guidance`: 1 is without guidance, larger moves further from `guidance_from`. One
+                for each of several rewards: "polite=2,short=1.5". By default, that of `default_guidance` for the best
+                quantile, and 1 for others.
             guidance_from: the contrast: another quantile, or "reference" for the model before training.
             guidance_rule: "both" raises and lowers tokens; "lower" only lowers those that the contrast prefers.
             batch_size: completions per batch.
@@ -198,7 +198,7 @@ class QuarkGenerator:
         prompt: Prompt,
         quantile: str | int = "best",
         seed: Sequence[int] = (),
-        guidance_scale: float | None = None,
+        guidance_scale: GuidanceScale | None = None,
         guidance_from: str | int | None = None,
         guidance_rule: GuidanceRule | None = None,
         sampling: Sampling | None = None,
@@ -245,7 +245,7 @@ class QuarkGenerator:
         self,
         plain_ids: Sequence[Sequence[int]],
         quantile: str | int,
-        guidance_scale: float | None,
+        guidance_scale: GuidanceScale | None,
         guidance_from: str | int | None,
         guidance_rule: GuidanceRule | None,
     ) -> Contrast | None:
@@ -253,7 +253,7 @@ class QuarkGenerator:
         default = self.default_guidance
         if guidance_scale is None:
             guidance_scale = default.guidance_scale if self._is_best(quantile) else 1.0
-        if check_guidance_scale(guidance_scale) == 1:
+        if read_scale(guidance_scale) == 1:
             return None
         guidance_from = default.guidance_from if guidance_from is None else guidance_from
         return self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule or default.guidance_rule)
@@ -335,7 +335,7 @@ class QuarkGenerator:
     def contrast(
         self,
         plain_ids: Sequence[Sequence[int]],
-        guidance_scale: float,
+        guidance_scale: GuidanceScale,
         guidance_from: str | int = "worst",
         quantile: str | int = "best",
         guidance_rule: GuidanceRule = "both",
@@ -344,7 +344,7 @@ class QuarkGenerator:
 
         Args:
             plain_ids: token ids of the prompts, without reward tokens.
-            guidance_scale: γ.
+            guidance_scale: γ, or "NAME=γ,NAME=γ".
             guidance_from: a quantile, or "reference".
             quantile: the quantile of the wanted distribution.
             guidance_rule: "both" or "lower".

@@ -1,6 +1,10 @@
 """Guidance: sample each token from the contrast of two distributions, the wanted one and another.
 
-    log p_wanted  +  (γ - 1) (log p_wanted  -  log p_contrast)
+    log p_wanted  +  Σ_i (γ_i - 1) (log p_wanted  -  log p_contrast_i)
+
+There usually is one contrast. Where several rewards condition, each attribute i can have its own γ_i. Its contrast then
+differs from the wanted quantiles in attribute i alone. Sums of this form are the conjunction of Liu et al. (2022, arXiv
+2206.01714).
 
 This is computed over the original vocabulary, before temperature and nucleus. γ = 1 is the wanted distribution, γ = 0
 the contrast, and γ > 1 moves further away from the contrast. This is classifier-free guidance (Sanchez et al. 2023,
@@ -20,7 +24,6 @@ Self-debiasing (Schick et al. 2021, arXiv 2103.00453) scales the same tokens, by
     model.generate(**inputs, logits_processor=[guidance], do_sample=True, top_p=0.9)
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,20 +38,20 @@ from quarkrl.models.batching import left_pad
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.quark_json import DEFAULT_GUIDANCE, damaged, read_quark_json
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource
-from quarkrl.sampling.options import GuidanceRule
+from quarkrl.sampling.options import GuidanceRule, GuidanceScale, check_attributes, read_number, read_scale
 
 
 class GuidanceOptions(NamedTuple):
     """Guidance as a user requests it.
 
     Attributes:
-        guidance_scale: γ; 1 is without guidance.
+        guidance_scale: γ; 1 is without guidance; "NAME=γ,NAME=γ" for one of each attribute.
         guidance_from: the quantile of the contrast, "worst", "best" or a number; or "reference".
         reference: the model before training.
         rule: both, or lower.
     """
 
-    guidance_scale: float
+    guidance_scale: GuidanceScale
     guidance_from: str | int
     reference: ModelSource
     rule: GuidanceRule = "both"
@@ -65,7 +68,7 @@ class DefaultGuidance(NamedTuple):
         guidance_rule: both, or lower.
     """
 
-    guidance_scale: float = 1.0
+    guidance_scale: GuidanceScale = 1.0
     guidance_from: str | int = "worst"
     guidance_rule: GuidanceRule = "both"
 
@@ -79,7 +82,7 @@ class DefaultGuidance(NamedTuple):
         recorded = (read_quark_json(model) or {}).get(DEFAULT_GUIDANCE) or {}
         try:
             guidance = cls(**{name: recorded[name] for name in cls._fields if name in recorded})
-            check_guidance_scale(guidance.guidance_scale)
+            read_scale(guidance.guidance_scale)
         except (TypeError, UserError) as error:
             raise damaged(model, f"{DEFAULT_GUIDANCE} {recorded!r}") from error
         return guidance
@@ -87,31 +90,44 @@ class DefaultGuidance(NamedTuple):
 
 @dataclass(frozen=True)
 class Contrast:
-    """The other distribution of guidance, for a batch of prompts.
+    """The other distribution of guidance, for a batch of n prompts; or m of them, one for each guided attribute.
 
     Attributes:
-        guidance_scale: γ; 1 is without guidance, and the contrast is not computed.
-        prompt_ids: token ids of the prompts, as the contrast model gets them.
-        model: the contrast model; None for the model that samples, which then processes both in one batch.
+        guidance_scale: γ, or m of them; 1 is without guidance, and the contrast is not computed.
+        prompt_ids: token ids of the n prompts, as the contrast model gets them; m · n, contrast after contrast.
+        model: the contrast model; None for the model that samples, which then processes all in one batch.
         rule: both, or lower.
 
     Raises:
         UserError: γ is negative or not finite, or there is no such rule.
     """
 
-    guidance_scale: float
+    guidance_scale: float | tuple[float, ...]
     prompt_ids: Sequence[Sequence[int]]
     model: ModelSource | None = None
     rule: GuidanceRule = "both"
 
     def __post_init__(self) -> None:
-        check_guidance_scale(self.guidance_scale)
+        for scale in self.scales:
+            check_guidance_scale(scale)
         if self.rule not in get_args(GuidanceRule):
             raise UserError(f"guidance_rule {self.rule!r}: must be {' or '.join(get_args(GuidanceRule))}.")
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """γ of each of the m contrasts."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no contrast counts."""
+        return all(scale == 1 for scale in self.scales)
+
     def select(self, rows: Sequence[int]) -> "Contrast":
         """Return the contrast for a part of the batch."""
-        return replace(self, prompt_ids=[self.prompt_ids[row] for row in rows])
+        count = len(self.prompt_ids) // max(len(self.scales), 1)
+        starts = range(0, count * len(self.scales), count) if count else ()
+        return replace(self, prompt_ids=[self.prompt_ids[start + row] for start in starts for row in rows])
 
 
 def check_guidance_scale(guidance_scale: float, name: str = "guidance_scale") -> float:
@@ -120,9 +136,7 @@ def check_guidance_scale(guidance_scale: float, name: str = "guidance_scale") ->
     Raises:
         UserError: it is negative or not finite.
     """
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise UserError(f"{name} {guidance_scale}: must be finite and at least 0. Set 1 to sample without guidance.")
-    return guidance_scale
+    return read_number(guidance_scale, guidance_scale, name)
 
 
 def make_contrast(
@@ -140,17 +154,50 @@ def make_contrast(
         quantile: the quantile of the wanted distribution.
 
     Raises:
-        UserError: there is no such quantile, it is the wanted one, or γ is negative or not finite.
+        UserError: there is no such quantile or attribute, the quantile is the wanted one, or γ is negative or not
+            finite.
     """
+    scale = read_scale(options.guidance_scale)
+    if isinstance(scale, dict):
+        return _contrast_of_each(conditioning, plain_ids, options, scale, quantile)
     if options.guidance_from == "reference":
-        return Contrast(options.guidance_scale, [list(ids) for ids in plain_ids], options.reference, options.rule)
+        return Contrast(scale, [list(ids) for ids in plain_ids], options.reference, options.rule)
     quantiles = conditioning.quantiles_of(options.guidance_from)
     if quantiles == conditioning.quantiles_of(quantile):
         raise UserError(
             f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r}. The default is worst."
         )
     prompt_ids = [conditioning.prefix(ids, quantiles) for ids in plain_ids]
-    return Contrast(options.guidance_scale, prompt_ids, rule=options.rule)
+    return Contrast(scale, prompt_ids, rule=options.rule)
+
+
+def _contrast_of_each(
+    conditioning: Conditioning,
+    plain_ids: Sequence[Sequence[int]],
+    options: GuidanceOptions,
+    scales: dict[str, float],
+    quantile: str | int,
+) -> Contrast:
+    """The contrasts of attributes with their own γ: each differs from the wanted quantiles in its attribute alone."""
+    text, attributes = options.guidance_scale, conditioning.attributes
+    check_attributes(text, attributes)
+    if options.guidance_from == "reference":
+        raise UserError(
+            f"guidance_scale {text!r}: must be one number if guidance is from the reference, which has no quantiles. "
+            "Set --guidance_from worst."
+        )
+    wanted, others = conditioning.quantiles_of(quantile), conditioning.quantiles_of(options.guidance_from)
+    guided = [(a, scales[name]) for a, name in enumerate(attributes) if scales.get(name, 1.0) != 1]
+    prompt_ids: list[list[int]] = []
+    for a, _ in guided:
+        if wanted[a] == others[a]:
+            raise UserError(
+                f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r} in "
+                f"{attributes[a]}. Leave it out of guidance_scale."
+            )
+        quantiles = (*wanted[:a], others[a], *wanted[a + 1 :])
+        prompt_ids += [conditioning.prefix(ids, quantiles) for ids in plain_ids]
+    return Contrast(tuple(scale for _, scale in guided), prompt_ids, rule=options.rule)
 
 
 def guided_logits(
@@ -167,9 +214,18 @@ def guided_logits(
     Returns:
         `(batch, vocab)` logits, -inf where `wanted` is.
     """
-    wanted, contrast = wanted.log_softmax(-1), contrast.log_softmax(-1)
-    difference = wanted - contrast
-    logits = wanted + (guidance_scale - 1) * (difference if rule == "both" else difference.clamp(max=0))
+    return combine_logits(wanted, [contrast], [guidance_scale], rule)
+
+
+def combine_logits(
+    wanted: Tensor, contrasts: Sequence[Tensor], scales: Sequence[float | Tensor], rule: GuidanceRule = "both"
+) -> Tensor:
+    """Combine the logits of a distribution and of several contrasts, each with its γ; see `guided_logits`."""
+    wanted = wanted.log_softmax(-1)
+    logits = wanted
+    for contrast, scale in zip(contrasts, scales, strict=True):
+        difference = wanted - contrast.log_softmax(-1)
+        logits = logits + (scale - 1) * (difference if rule == "both" else difference.clamp(max=0))
     # A token is usually ruled out on both sides (EOS before min_new_tokens), and -inf minus -inf is NaN.
     return logits.masked_fill(wanted == -torch.inf, -torch.inf)
 
@@ -180,7 +236,7 @@ class GuidedDecoder:
     Args:
         model: the model of the wanted distribution.
         prompt_ids: token ids of n prompts, as `model` gets them.
-        contrast: the contrast for the same prompts. Without a model of its own, both share a batch of 2n rows.
+        contrast: the contrast for the same prompts. Without a model of its own, all share a batch of (1 + m) n rows.
         vocab_size: size of the original vocabulary.
         make_decoder: creates a decoder for a model, prompts and a device.
     """
@@ -193,7 +249,7 @@ class GuidedDecoder:
         vocab_size: int,
         make_decoder: Callable[..., CachedDecoder] = CachedDecoder.for_prompts,
     ):
-        self._guidance_scale, self._rule = contrast.guidance_scale, contrast.rule
+        self._scales, self._rule = contrast.scales, contrast.rule
         self._vocab_size = vocab_size
         self._shares_batch = contrast.model is None
         batches: list[tuple[ModelSource, Sequence[Sequence[int]]]]
@@ -214,20 +270,22 @@ class GuidedDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each completion, `(n,)`; return the `(n, vocab_size)` guided logits of the next token."""
-        tokens = tokens.repeat(2) if self._shares_batch else tokens
+        tokens = tokens.repeat(1 + len(self._scales)) if self._shares_batch else tokens
         return self._guide([decoder.step(tokens) for decoder in self._decoders])
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by the completions with these indices."""
         if self._shares_batch:
-            rows = torch.cat((rows, rows + self._decoders[0].batch_size // 2))
+            parts = 1 + len(self._scales)
+            size = self._decoders[0].batch_size // parts
+            rows = torch.cat([rows + part * size for part in range(parts)])
         for decoder in self._decoders:
             decoder.select(rows)
 
     def _guide(self, logits: list[Tensor]) -> Tensor:
-        wanted, contrast = logits[0].chunk(2) if self._shares_batch else logits
-        wanted, contrast = (side[:, : self._vocab_size].float() for side in (wanted, contrast))
-        return guided_logits(wanted, contrast, self._guidance_scale, self._rule)
+        sides = logits[0].chunk(1 + len(self._scales)) if self._shares_batch else logits
+        wanted, *contrasts = (side[:, : self._vocab_size].float() for side in sides)
+        return combine_logits(wanted, contrasts, self._scales, self._rule)
 
 
 class Guidance(LogitsProcessor):

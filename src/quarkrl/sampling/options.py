@@ -1,5 +1,7 @@
 """Options of commands that sample from a finished model. This module imports no torch, so `--help` is fast."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -10,6 +12,7 @@ from quarkrl.data.chat_defaults import (
     LastTurn,
     read_template_kwargs,
 )
+from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import check_options, option
 
 if TYPE_CHECKING:
@@ -19,12 +22,71 @@ GuidanceRule: TypeAlias = Literal["both", "lower"]
 GUIDANCE_RULE_HELP = (
     "Guidance raises and lowers tokens (both), or only lowers those that the contrast prefers (lower): less perplexity."
 )
+GuidanceScale: TypeAlias = float | str  # A number, or "polite=2,short=1": one for each attribute.
 GUIDANCE_SCALE_HELP = (
     "Guidance γ: 1 is off; larger values steer further (default: recorded, or 1). "
+    "NAME=γ,NAME=γ guides each of several rewards by its own. "
     "quarkrl evaluate --save_guidance records a default for the best quantile."
 )
 GUIDANCE_FROM_HELP = "Guidance steers away from a quantile, or from the reference (default: worst)."
 _AS_TRAINED = "The default is that of training."
+
+
+def read_scale(value: GuidanceScale, name: str = "guidance_scale") -> float | dict[str, float]:
+    """Return γ as a number, or the number of each attribute that "NAME=γ,NAME=γ" names.
+
+    Args:
+        value: the scale.
+        name: of the option, for messages.
+
+    Raises:
+        UserError: it is neither, or a number is negative or not finite.
+    """
+    if isinstance(value, str) and "=" in value:
+        pairs = [part.strip().rpartition("=") for part in value.split(",")]
+        scales = {attribute: read_number(text, value, name) for attribute, _, text in pairs}
+        if "" in scales or len(scales) < len(pairs):
+            raise UserError(f"{name} {value!r}: must have one NAME=γ for each reward, such as polite=2,short=1.5.")
+        return scales
+    return read_number(value, value, name)
+
+
+def check_attributes(scale: GuidanceScale, attributes: Sequence[str], name: str = "guidance_scale") -> None:
+    """Check that γ of each reward names rewards that condition.
+
+    Raises:
+        UserError: it names another one.
+    """
+    scales = read_scale(scale, name)
+    for attribute in scales if isinstance(scales, dict) else ():
+        if attribute not in attributes:
+            raise UserError(
+                f"{name} {scale!r}: must name rewards that condition, which are {', '.join(attributes)}."
+                f"{did_you_mean(attribute, attributes)}"
+            )
+
+
+def count_passes(scale: GuidanceScale) -> int:
+    """Return the forward passes per token of sampling with γ: one, and one for each contrast."""
+    scales = read_scale(scale)
+    return 1 + sum(number != 1 for number in (scales.values() if isinstance(scales, dict) else [scales]))
+
+
+def read_number(text: GuidanceScale, value: GuidanceScale, name: str) -> float:
+    """Return one γ of a value.
+
+    Raises:
+        UserError: it is no number, negative or not finite.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        raise UserError(
+            f"{name} {value!r}: must be a number, or NAME=γ,NAME=γ. Set 1 to sample without guidance."
+        ) from None
+    if not (math.isfinite(number) and number >= 0):
+        raise UserError(f"{name} {value}: must be finite and at least 0. Set 1 to sample without guidance.")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

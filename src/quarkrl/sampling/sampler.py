@@ -51,7 +51,7 @@ def sample(
     length, device = sampling.max_new_tokens, model.device
     make_decoder = partial((steps or RecordedSteps()).decoder, num_steps=length - 1)
     decoder: CachedDecoder | GuidedDecoder
-    if contrast is None or contrast.guidance_scale == 1:
+    if contrast is None or contrast.is_off:
         decoder = make_decoder(model, prompt_ids, device)
     else:
         decoder = GuidedDecoder(model, prompt_ids, contrast, vocab_size, make_decoder)

@@ -34,7 +34,7 @@ def stream_tokens(
         UserError: the model's logits are not finite.
     """
     decoder: CachedDecoder | GuidedDecoder
-    if contrast is None or contrast.guidance_scale == 1:
+    if contrast is None or contrast.is_off:
         decoder = CachedDecoder.for_prompts(model, [prompt_ids], model.device)
     else:
         decoder = GuidedDecoder(model, [prompt_ids], contrast, vocab_size)

@@ -19,7 +19,7 @@ from quarkrl.errors import UserError
 from quarkrl.models.adapters import merge
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.sampling.engine import BuiltinEngine, Complete
-from quarkrl.sampling.options import GuidanceRule
+from quarkrl.sampling.options import GuidanceRule, GuidanceScale
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.vllm_backends import Backend
 
@@ -89,7 +89,7 @@ class VllmEngine:
                 yield complete
 
     @contextmanager
-    def policy(self, guidance_scale: float, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
+    def policy(self, guidance_scale: GuidanceScale, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens; the run refuses another γ than 1."""
         yield partial(self._complete, True)
 

@@ -17,6 +17,7 @@ from quarkrl.data.chat_defaults import read_template_kwargs
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options, join_words
+from quarkrl.sampling.options import GuidanceScale, read_scale
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
 
@@ -107,7 +108,8 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 f"guidance_from {self.guidance_from!r}: must be worst, reference or a quantile from 0 to "
                 f"{quantiles[-1]}."
             )
-        if self.guidance_from != "worst" and set(self.guidance_scales) == {1}:
+        self._check_guidance_of_each()
+        if self.guidance_from != "worst" and set(self.guidance_scales) == {1} and not self.explore_guidance_of:
             raise UserError(
                 f"guidance_from {self.guidance_from!r}: must be left out if guidance is off. Set "
                 "--explore_guidance_scale, --eval_guidance_scale or --distill_guidance_scale."
@@ -119,6 +121,24 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
                 f"distill_temperature: has {temperatures} values, and must have at most one for each value of "
                 f"distill_guidance_scale, which has {stages}. Leave some out."
             )
+
+    def _check_guidance_of_each(self) -> None:
+        text = self.explore_guidance_of
+        if text is None:
+            return
+        if not isinstance(read_scale(text, "explore_guidance_of"), dict):
+            raise UserError(
+                f"explore_guidance_of {text!r}: must be NAME=γ,NAME=γ. Use --explore_guidance_scale for one γ."
+            )
+        remedies = {
+            "condition_on": (self.condition_on == "each", "each"),
+            "explore_guidance_scale": (self.explore_guidance_scale == [1], 1),
+            "guidance_from": (self.guidance_from != "reference", "worst"),
+            "engine": (self.engine == "builtin", "builtin"),
+        }
+        for name, (is_fit, value) in remedies.items():
+            if not is_fit:
+                raise UserError(f"explore_guidance_of {text!r}: must have {name} {value}. Set --{name} {value}.")
 
     def _check_combinations(self) -> None:
         for name in ("kl", "entropy"):
@@ -236,8 +256,12 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
 
     @property
     def guidance_scales(self) -> tuple[float, ...]:
-        """Every γ of the run; 1 is without guidance."""
+        """Every γ of the run that holds for all rewards; 1 is without guidance."""
         return (*self.explore_guidance_scale, self.eval_guidance_scale, *self.distill_guidance_scale)
+
+    def exploring_scale(self, iteration: int) -> GuidanceScale:
+        """Return γ of exploration in an iteration; 1 is without guidance."""
+        return self.explore_guidance_of or at_iteration(self.explore_guidance_scale, iteration)
 
     @property
     def distills(self) -> bool:

@@ -19,6 +19,7 @@ from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
 from quarkrl.models.head_access import is_one_product
 from quarkrl.models.token_rows import trained_rows
+from quarkrl.sampling.options import count_passes
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.runtime_tuning import positions_of_parts
 
@@ -119,7 +120,7 @@ def size_of_run(
     # Rows that an adapter trains beside the embedding need none.
     tables = 2 * (head.requires_grad and trained_rows(output) is None)
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
-    passes = 2 if any(scale != 1 for scale in options.guidance_scales) else 1
+    passes = max(map(count_passes, (*options.guidance_scales, options.explore_guidance_of or 1)))
     # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation.
     whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 0)
     other = weights // 2 if number_bytes < head.element_size() else 0

@@ -125,6 +125,14 @@ class QuarkOptions:
         at_least=0,
         group="exploring",
     )
+    explore_guidance_of: str | None = option(
+        None,
+        "Guidance γ of each reward, in place of explore_guidance_scale: polite=2,short=1.5. Rewards that are not named "
+        "have 1. Only with condition_on each.",
+        metavar="NAME=X,…",
+        group="exploring",
+        rare=True,
+    )
     guidance_from: str = option(
         "worst",
         "Guidance steers away from worst, a quantile's number, or reference.",

@@ -3,7 +3,8 @@
 import time
 from typing import Any
 
-from quarkrl.training.config import QuarkConfig, at_iteration
+from quarkrl.sampling.options import count_passes
+from quarkrl.training.config import QuarkConfig
 from quarkrl.training.sizing import Speed
 
 # A model overfits completions that it draws more often (docs/guide.md).
@@ -109,4 +110,4 @@ class TimeLeft:
 def _passes(args: QuarkConfig, iteration: int) -> int:
     """Return the forward passes per token of an exploration: guidance takes a second one."""
     samples_policy = iteration or args.conditioning != "tokens"
-    return 2 if samples_policy and at_iteration(args.explore_guidance_scale, iteration) != 1 else 1
+    return count_passes(args.exploring_scale(iteration)) if samples_policy else 1

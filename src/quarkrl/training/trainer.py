@@ -61,6 +61,7 @@ from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
+from quarkrl.sampling.options import check_attributes
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training.collation import Collator
 from quarkrl.training.completion_log import CompletionLog
@@ -147,7 +148,7 @@ class QuarkTrainer(DurableTrainer):
             weights, condition_on = args.reward_weights, args.condition_on
             reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
         self.scorer = reward_funcs
-        check_metric(args.metric_for_best_model, self.scorer.attributes, self.scorer.names)
+        _check_names(args, self.scorer)
         words = Words.choose(args.conditioning, args.words, self.scorer.attribute_rewards, args.num_quantiles)
         self._prefix_length = words.max_length(self.plain_tokenizer)
         self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
@@ -373,7 +374,7 @@ class QuarkTrainer(DurableTrainer):
         """
         if not iteration and self.args.conditioning == "tokens":
             return self.engine.reference()
-        return self.engine.policy(at_iteration(self.args.explore_guidance_scale, iteration), self.args.guidance_rule)
+        return self.engine.policy(self.args.exploring_scale(iteration), self.args.guidance_rule)
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -713,6 +714,12 @@ class QuarkTrainer(DurableTrainer):
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with the longest prefix."""
         return [] if prompts is None else [len(ids) + self._prefix_length for ids in prompts.ids]
+
+
+def _check_names(args: QuarkConfig, scorer: Scorer) -> None:
+    """Check the options that name rewards."""
+    check_metric(args.metric_for_best_model, scorer.attributes, scorer.names)
+    check_attributes(args.explore_guidance_of or 1, scorer.attributes, "explore_guidance_of")
 
 
 def _check_quantiles(args: QuarkConfig, num_prompts: int) -> None:
