@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers.reward_token_models import reward_tokens
@@ -20,8 +21,8 @@ def collator() -> Collator:
     numbers = range(1_000)
     pool.add([[i] for i in numbers], [[i, i] for i in numbers], [float(i) for i in numbers], iteration=0)
     pool.quantize()
-    made = Collator(reward_tokens(("reward",), ((5_000, 5_001),), (), 5_000), with_reference=True)
-    made.samples, made.draws = pool, torch.tensor([2, 0, 2]).numpy()
+    made = Collator(reward_tokens(("reward",), ((5_000, 5_001),), (), 5_000))
+    made.set_iteration(pool, np.array([2, 0, 2]), with_reference=True, contrast=None)
     return made
 
 

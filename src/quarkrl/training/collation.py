@@ -20,19 +20,31 @@ class Collator:
 
     Args:
         conditioning: the reward tokens.
-        with_reference: whether a batch has the inputs of the reference.
 
     Attributes:
-        samples: the pool, quantized.
-        draws: `(n,)`, indices into `samples`; an iteration learns from them.
-        contrast: makes the prompts of the same samples for the contrast of guidance; None for no such inputs.
+        samples, draws, with_reference, contrast: of the current iteration, as in `set_iteration`.
     """
 
-    def __init__(self, conditioning: Conditioning, with_reference: bool):
-        self.conditioning, self.with_reference = conditioning, with_reference
-        self.samples: DataPool | Sequence[Sample] = ()
-        self.draws: np.ndarray = np.zeros(0, dtype=np.int64)
-        self.contrast: Callable[[list[int]], list[int]] | None = None
+    def __init__(self, conditioning: Conditioning):
+        self.conditioning = conditioning
+        self.set_iteration((), np.zeros(0, dtype=np.int64), with_reference=False, contrast=None)
+
+    def set_iteration(
+        self,
+        samples: DataPool | Sequence[Sample],
+        draws: np.ndarray,
+        with_reference: bool,
+        contrast: Callable[[list[int]], list[int]] | None,
+    ) -> None:
+        """Set what an iteration learns from.
+
+        Args:
+            samples: the pool, quantized, or the samples of a teacher.
+            draws: `(n,)`, indices into `samples`.
+            with_reference: whether a batch has the inputs of the reference.
+            contrast: makes the prompts of the same samples for the contrast of guidance; None for no such inputs.
+        """
+        self.samples, self.draws, self.with_reference, self.contrast = samples, draws, with_reference, contrast
 
     def __call__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Make a batch of the draws of the given numbers.

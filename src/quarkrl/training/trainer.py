@@ -173,7 +173,7 @@ class QuarkTrainer(DurableTrainer):
 
         self.pool = DataPool(args.num_quantiles, self.scorer.attributes)
         self.pool_directory = Path(args.output_dir) / "pool"
-        self.collate = Collator(self.conditioning, with_reference=bool(args.kl_coef))
+        self.collate = Collator(self.conditioning)
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
@@ -437,29 +437,27 @@ class QuarkTrainer(DurableTrainer):
         best = self.conditioning.best
         samples, draws = draw_completions(prompts, completions, best, args.draws_per_iteration, rng)
         lengths = np.array([len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples])
-        self.collate.samples = samples
-        self.collate.draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
-        self.collate.with_reference = args.guidance_from == "reference"
-        self.collate.contrast = None  # The KL term of the last iteration may have had one.
-        if not self.collate.with_reference:
-            contrast = self.conditioning.quantiles_of(args.guidance_from)
-            self.collate.contrast = partial(self.conditioning.prefix, quantiles=contrast)
+        from_reference, contrast = args.guidance_from == "reference", None
+        if not from_reference:
+            quantiles = self.conditioning.quantiles_of(args.guidance_from)
+            contrast = partial(self.conditioning.prefix, quantiles=quantiles)
+        draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
+        self.collate.set_iteration(samples, draws, from_reference, contrast)
 
     # Quantize.
 
     def quantize(self, iteration: int) -> None:
         """Cut the whole pool into quantiles, and draw the samples that this iteration learns from."""
-        args = self.args
+        args, contrast = self.args, None
         self.pool.quantize(args.reward_ceiling)
+        self._iteration = iteration
         rng = np.random.default_rng((args.seed, iteration, 1))
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
-        self.collate.samples = self.pool
-        self._iteration = iteration
-        self.collate.contrast = None
+        draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
         if args.kl_coef and at_iteration(args.kl_guidance_scale, iteration) != 1:
             worst = self.conditioning.quantiles_of("worst")
-            self.collate.contrast = partial(self.conditioning.in_words.prefix, quantiles=worst)
-        self.collate.draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
+            contrast = partial(self.conditioning.in_words.prefix, quantiles=worst)
+        self.collate.set_iteration(self.pool, draws, bool(args.kl_coef), contrast)
 
     # Learn.
 
@@ -620,7 +618,7 @@ class QuarkTrainer(DurableTrainer):
         """Restore the pool, its quantiles and draws, the sums of the loss, β and α, and `metrics.jsonl`."""
         step, steps_per_iteration = self.state.global_step, self.args.steps_per_iteration
         self.loss_means.drop_step()  # An error may have ended this trainer's last run within a step.
-        self.teacher, self.collate.contrast, self.collate.with_reference = None, None, bool(self.args.kl_coef)
+        self.teacher = None
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
         explored_until = min(step, self.args.num_iterations * steps_per_iteration)  # Distillation explores nothing.
