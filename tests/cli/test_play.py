@@ -28,7 +28,7 @@ def run(tmp_path):
     conditioning.save(
         final,
         reference={"name": str(tmp_path / "before")},
-        rewards=[{"name": "mine", "module": "mine_1", "qualname": "mine"}],
+        rewards=[{"name": "mine", "module": "mine_55a7f81b5454", "qualname": "mine"}],
         config={"max_completion_length": 7, "condition_on": "sum"},
     )
     (tmp_path / "mine.py").write_text("def mine(completions, **_): return [1.0] * len(completions)\n", encoding="utf-8")
@@ -43,7 +43,8 @@ def test_a_run_gives_its_reference_its_reward_and_its_held_out_prompts(run, wher
     subject = load_subject(str(run / where), PlayOptions())
     assert subject.reference is not None and subject.scorer.names == ("mine",)
     assert subject.examples == [f"prompt {n}" for n in range(0, 16, 2)]
-    assert subject.defaults == {"chat": False, "max_new_tokens": 7} and subject.notes == []
+    guidance = {"guidance_scale": 1.0, "guidance_rule": "both"}
+    assert subject.defaults == {"chat": False, "max_new_tokens": 7, **guidance} and subject.notes == []
 
 
 def test_the_prompts_that_scored_lowest_before_training_come_first(run):
@@ -62,7 +63,7 @@ def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):
     assert subject.reference is None and subject.scorer is None and subject.examples == []
     no_reference, no_scores = subject.notes
     assert no_reference.startswith("no column before training: model")
-    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward FILE.py:FUNCTION."
+    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward mine.py:mine."
 
 
 def test_user_errors_are_one_line(run, capsys, monkeypatch):

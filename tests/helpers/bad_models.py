@@ -255,7 +255,7 @@ CASES |= {
     ]
 }
 CASES |= {
-    "run: a new one where one is": ([*TRAIN[:-1], "run"], "home/run': must not hold a run already"),
+    "run: a new one where one is": ([*TRAIN[:-1], "run"], "output_dir 'run': must not hold a run already"),
     "run: from a file": ([*RESUME[:-1], "--resume_from_checkpoint", "prompts.txt"], "prompts.txt"),
     "run: from a model": ([*RESUME[:-1], "--resume_from_checkpoint", "run/final"], "run/final"),
     "run: from nowhere": ([*RESUME[:-1], "--resume_from_checkpoint", "run/checkpoint-9"], "run/checkpoint-9"),

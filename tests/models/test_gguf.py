@@ -224,4 +224,4 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("quarkrl.models.gguf_reading.is_gguf_available", lambda: False)
     assert main(["generate", str(tmp_path / "bad.gguf"), "--prompt", "a"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and "must be a file" in lines[1] and 'pip install "quarkrl[gguf]"' in lines[2]
+    assert len(lines) == 3 and "must be an existing" in lines[1] and 'pip install "quarkrl[gguf]"' in lines[2]

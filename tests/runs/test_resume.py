@@ -416,7 +416,7 @@ def test_a_trainer_that_has_learned_does_not_start_again_from_the_beginning(tmp_
 
 
 def test_nothing_to_resume_is_an_error_and_so_is_a_new_run_on_an_old_one(tmp_path, copied):
-    with pytest.raises(UserError, match=r"nowhere': must hold a run to resume"):
+    with pytest.raises(UserError, match=r"nowhere': must be the directory of a run to resume, and holds none"):
         again(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"output_dir .*: must not hold a run already"):
         again(copied, resume=False)

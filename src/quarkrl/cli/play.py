@@ -12,6 +12,7 @@ from quarkrl.cli.common import (
     REWARD_LABEL_HELP,
     PromptSource,
     RewardOptions,
+    busy,
     model_path,
     note,
     quiet_libraries,
@@ -64,10 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_model(arguments.model)
     check_prompts(options.prompts)
     check_rewards(options.reward or [])
-    note(f"loading {arguments.model} …")
-    _prepare_gradio()
-    quiet_libraries()
-    subject = load_subject(arguments.model, options)
+    with busy(f"loading {arguments.model}"):
+        _prepare_gradio()
+        quiet_libraries()
+        subject = load_subject(arguments.model, options)
     for line in subject.notes:
         note(line)
     serve(subject, options)
