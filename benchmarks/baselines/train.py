@@ -86,6 +86,11 @@ class Job:
             order.shuffle(pairs)
             yield row["prompt"], sorted(pairs, key=lambda pair: pair[0])
 
+    def learner(self, dataset: Dataset) -> dict[str, Any]:
+        """Return what every trainer gets: the base, its tokenizer, the adapter, and the data."""
+        names = {"model": self.base, "processing_class": self.tokenizer(), "peft_config": self.adapter}
+        return {**names, "train_dataset": dataset}
+
     def common(self, batch: int = BATCH) -> dict[str, Any]:
         """Return the training arguments that all methods share."""
         return {
@@ -120,14 +125,7 @@ def train_online(job: Job) -> Any:
         # No method may learn to stop at once, which many rewards would like.
         generation_kwargs={"min_new_tokens": job.length},
     )
-    return trainer(
-        model=job.base,
-        reward_funcs=job.reward,
-        args=arguments,
-        train_dataset=job.prompts(),
-        processing_class=job.tokenizer(),
-        peft_config=job.adapter,
-    )
+    return trainer(reward_funcs=job.reward, args=arguments, **job.learner(job.prompts()))
 
 
 def train_dpo(job: Job) -> Any:
@@ -140,13 +138,7 @@ def train_dpo(job: Job) -> Any:
         if lowest < highest:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     arguments = DPOConfig(**job.common(OFFLINE_BATCH), max_length=None)
-    return DPOTrainer(
-        model=job.base,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer(),
-        peft_config=job.adapter,
-    )
+    return DPOTrainer(args=arguments, **job.learner(Dataset.from_list(rows)))
 
 
 def train_sft(job: Job) -> Any:
@@ -155,13 +147,7 @@ def train_sft(job: Job) -> Any:
 
     rows = [{"prompt": prompt, "completion": pairs[-1][1]} for prompt, pairs in job.ranked()]
     arguments = SFTConfig(**job.common(OFFLINE_BATCH), completion_only_loss=True, max_length=None)
-    return SFTTrainer(
-        model=job.base,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer(),
-        peft_config=job.adapter,
-    )
+    return SFTTrainer(args=arguments, **job.learner(Dataset.from_list(rows)))
 
 
 class RewardModel(torch.nn.Module):

@@ -58,7 +58,7 @@ class RunOptions(AdapterOptions):
     )
     defaults: Literal["size", "paper"] | None = option(
         None,
-        "Defaults by the model's size (docs/guide.md), or the paper's. The default is size, or paper with a preset.",
+        "Defaults by the model's size (docs/choosing.md), or the paper's. The default is size, or paper with a preset.",
         group="model",
     )
 

@@ -121,7 +121,7 @@ class QuarkOptions:
     explore_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
         help="Guidance γ of exploration; 1 is off. Several scales are for one iteration each, the last for all that "
-        "follow. With new tokens, the first iteration samples the reference without guidance (docs/guide.md).",
+        "follow. With new tokens, the first iteration samples the reference without guidance (docs/guidance.md).",
         at_least=0,
         group="exploring",
     )
@@ -221,7 +221,7 @@ class QuarkOptions:
     distill_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
         help="End the run by distilling guidance γ into the best token; 1 is off. No reward is called. Several scales "
-        "are for one stage each: a stage distils what the one before has made (docs/guide.md).",
+        "are for one stage each: a stage distils what the one before has made (docs/guidance.md).",
         at_least=0,
         group="learning",
     )

@@ -1,7 +1,7 @@
 """Defaults by model size, prompts and time, for options that neither a flag nor a file sets.
 
 `quarkrl train` applies them. `QuarkConfig` has the paper's defaults. In Python, `size_defaults` returns those of a
-size. docs/guide.md says which rows were measured.
+size. docs/choosing.md says which rows were measured.
 """
 
 import re

@@ -7,7 +7,7 @@ from quarkrl.sampling.options import count_passes
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.sizing import Speed
 
-# A model overfits completions that it draws more often (docs/guide.md).
+# A model overfits completions that it draws more often (docs/guide.md, Guard against overfitting).
 MOST_DRAWS = 2.0
 # A draw costs about this many forward passes: a backward pass takes two, and the reference one (`speed.py`).
 _PASSES_PER_DRAW = 4
