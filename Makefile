@@ -84,7 +84,7 @@ baselines: install  ## the environments of the baselines: TRL 1.16, and TRL 1.12
 	for name in trl trl-ppo; do \
 		test -x $(VENV)-$$name/bin/python || $(PYTHON) -m venv $(VENV)-$$name || exit 1; \
 		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt torch || exit 1; \
-		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[offline]' \
 			--requirement benchmarks/baselines/requirements-$$name.txt || exit 1; \
 	done
 

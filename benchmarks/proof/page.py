@@ -22,18 +22,19 @@ NAMES = {
     "ppo": "PPO",
     "dpo": "DPO",
     "sft": "best-of-8 SFT",
+    "base": "base, cooler",
 }
-COLORS = ["#1f6feb", "#7cb1ff", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280"]
+COLORS = ["#1f6feb", "#7cb1ff", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280", "#b0b0b0"]
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model, or a scale of guidance of a model, with its figures.
+    """A model at a scale of guidance and a temperature, with its figures.
 
     Attributes:
         method: a key of `NAMES`, or base.
-        settings: of the training, and γ.
+        settings: of the training, and of decoding: γ and T.
         cost: of the training.
         select: the figures on the prompts by which a setting is chosen.
         test, intervals: the figures on the other prompts, and their intervals.
@@ -52,15 +53,16 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
     found = []
     for file in sorted(results.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        rows = {(row["prompts"], row["guidance_scale"]): row for row in record["rows"]}
-        for scale in sorted({scale for _, scale in rows}):
-            select, test = rows["select", scale], rows["test", scale]
+        rows = {(row["prompts"], row["guidance_scale"], row["temperature"]): row for row in record["rows"]}
+        for scale, temperature in sorted({key[1:] for key in rows}):
+            select, test = rows["select", scale, temperature], rows["test", scale, temperature]
             guided = {} if scale == 1 else {"γ": scale}
             method, settings = "guided" if guided else record["method"], record["settings"] | guided
+            settings |= {} if temperature == 1 else {"T": temperature}
             cost = record.get("cost", {})
             found.append(Point(method, settings, cost, select["figures"], test["figures"], test["intervals"]))
-    base = next((point for point in found if point.method == "base"), None)
-    return base, [point for point in found if point.method != "base"]
+    base = next((point for point in found if point.method == "base" and not point.settings), None)
+    return base, [point for point in found if point is not base]
 
 
 def judge_of(base: Point, figure: str) -> str:
@@ -156,7 +158,10 @@ def costs(found: list[Point]) -> Iterator[str]:
     yield "| method | runs | scored | learned | CPU minutes | peak memory, GB |"
     yield "|---|---|---|---|---|---|"
     for method, name in NAMES.items():
-        runs = [point.cost for point in found if point.method == method and method != "guided"]
+        models = [
+            point for point in found if point.method == method and method != "guided" and "T" not in point.settings
+        ]
+        runs = [point.cost for point in models if point.cost]
         if runs:
             minutes = statistics.median(cost["cpu_seconds"] / 60 for cost in runs)
             peak = max(cost["peak_gb"] for cost in runs)

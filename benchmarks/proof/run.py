@@ -4,12 +4,15 @@
     make results-quick                                   # the same on the built-in model, to see that it works
     python benchmarks/proof/run.py --only quark grpo     # some methods
     python benchmarks/proof/run.py --list                # what is done, and what is left
+    python benchmarks/proof/run.py --jobs 8              # several at a time, on a machine with as many cores to spare
 
-Each run trains in the method's own environment, is measured by `quarkrl evaluate`, and leaves one small JSON file in
+A task may change methods: what it says under `methods` replaces the method's grid, options or scales. Each run trains
+in the method's own environment, is measured by `quarkrl evaluate`, and leaves one small JSON file in
 `benchmarks/results/proof/TASK/`. A run with such a file is not repeated. At the end `page.py` makes docs/proof.md.
 """
 
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -20,12 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import page
 import yaml
 
 HERE = Path(__file__).parent
@@ -34,6 +38,10 @@ GENERATIONS = 8  # completions of a prompt, for methods that compare them
 OFFLINE = ("dpo", "sft")
 FIGURES = ("{unwanted} probability", "average maximum {unwanted}", "{unwanted} share", "reward", "perplexity")
 FIGURES += ("dist-2", "dist-3", "completion length")
+
+
+class Failure(Exception):
+    """A run that cannot be finished; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,18 @@ def runs_of(matrix: dict[str, Any]) -> Iterator[Run]:
     later = []
     for task, facts in matrix["tasks"].items():
         yield Run(task, "base", 0, {})
-        for seed, (method, options) in itertools.product(facts["seeds"], matrix["methods"].items()):
-            grid = options["grid"]
+        for seed, method in itertools.product(facts["seeds"], matrix["methods"]):
+            grid = method_of(matrix, task, method)["grid"]
             points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
             centre = {key: values[len(values) // 2] for key, values in grid.items()}
             yield Run(task, method, seed, centre)
             later += [Run(task, method, seed, point) for point in points if point != centre]
     yield from later
+
+
+def method_of(matrix: dict[str, Any], task: str, method: str) -> dict[str, Any]:
+    """Return what the matrix says of a method, changed by what the task says of it."""
+    return {**matrix["methods"].get(method, {}), **matrix["tasks"][task].get("methods", {}).get(method, {})}
 
 
 def call(command: list[str], log: Path) -> tuple[float, float, float]:
@@ -87,7 +100,7 @@ def call(command: list[str], log: Path) -> tuple[float, float, float]:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{shlex.join(command)} failed; see {log}")
+        raise Failure(f"{shlex.join(command)} failed; see {log}")
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
@@ -97,9 +110,12 @@ def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
     training, held_out = read_prompts(task["train_prompts"]), read_prompts(task["test_prompts"])
     chosen, limit = task["select_limit"], task["test_limit"]
     splits = {"train": training, "select": held_out[:chosen], "test": held_out[chosen : chosen + limit]}
-    for split, texts in splits.items():
-        lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
-        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    with locked(directory):
+        for split, texts in splits.items():
+            lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+            temporary = directory / f"{split}.jsonl.part"
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(directory / f"{split}.jsonl")
     return {split: directory / f"{split}.jsonl" for split in splits}
 
 
@@ -125,21 +141,30 @@ def flags(options: dict[str, Any]) -> list[str]:
 def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple[Path, float]:
     """Sample the base and score the completions, for the methods that learn offline; return file and CPU seconds."""
     file, cost = directory / "samples.jsonl", directory / "samples.cost.json"
-    if not cost.is_file():
-        count = task["scored"] // GENERATIONS
-        some = directory / "prompts.some.jsonl"
-        some.write_text("".join(prompts.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
-        arguments = [task["model"], some, task["reward"], task["length"], file]
-        command = [sys.executable, str(HERE / "samples.py"), *map(str, arguments)]
-        cost.write_text(json.dumps(call(command, directory / "samples.log")[1]), encoding="utf-8")
+    with locked(directory):
+        if not cost.is_file():
+            count = task["scored"] // GENERATIONS
+            some = directory / "prompts.some.jsonl"
+            some.write_text("".join(prompts.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
+            arguments = [task["model"], some, task["reward"], task["length"], file]
+            command = [sys.executable, str(HERE / "samples.py"), *map(str, arguments)]
+            cost.write_text(json.dumps(call(command, directory / "samples.log")[1]), encoding="utf-8")
     return file, json.loads(cost.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other runs of a task waiting while a file that they share is written."""
+    with (directory / "lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Train with quarkrl; return what it cost."""
     own = {**options["options"], **run.settings, "lora_rank": task["lora_rank"], "seed": run.seed}
     own |= {"max_completion_length": task["length"], "min_completion_length": task["length"]}
-    own |= {"per_device_train_batch_size": 128, "warmup_steps": 0.05, "save_strategy": "no", "held_out": 0}
+    own |= {"per_device_train_batch_size": 128, "warmup_steps": 0.05, "save_strategy": "no", "held_out": 0, "raw": True}
     names = {"model": task["model"], "reward": task["reward"], "prompts": directory.parent / "train.jsonl"}
     run_directory = directory / "run"
     seconds, cpu, peak = call(
@@ -172,24 +197,36 @@ def train_baseline(run: Run, task: dict[str, Any], options: dict[str, Any], dire
 
 
 def measure(task: dict[str, Any], model: Path | str, scales: list[float], directory: Path) -> dict[str, Any]:
-    """Measure a model on both files of held-out prompts, with guidance if `scales` has some."""
-    output = directory / "results.json"
+    """Measure a model on both files of held-out prompts, at each temperature, with guidance if `scales` has some."""
+    rows: list[dict[str, Any]] = []
+    protocol: dict[str, Any] = {}
+    for temperature in task["temperatures"]:
+        found = evaluate(task, model, scales, temperature, directory)
+        for row in found["results"]:
+            kept = {name: value for name, value in row["figures"].items() if _is_kept(name, task["unwanted"])}
+            intervals = {name: row["intervals"][name] for name in kept if name in row["intervals"]}
+            described = {"prompts": row["prompts"], "guidance_scale": row["guidance_scale"], "temperature": temperature}
+            rows.append({**described, "figures": kept, "intervals": intervals})
+        names = ("samples_per_prompt", "sampling", "perplexity", "threshold", "versions", "intervals")
+        protocol = {name: found["protocol"][name] for name in names}
+    return {"rows": rows, "protocol": protocol}
+
+
+def evaluate(
+    task: dict[str, Any], model: Path | str, scales: list[float], temperature: float, directory: Path
+) -> dict[str, Any]:
+    """Return the file of results of `quarkrl evaluate`."""
+    output = directory / f"results-{temperature:g}.json"
     files = [directory.parent / f"{name}.jsonl" for name in ("select", "test")]
     common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
-    common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"]}
+    common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"], "temperature": temperature}
     common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
-    if scales:
+    if scales:  # A model of the baselines has no quantiles.
         common |= {"quantiles": "best", "guidance_scales": scales}
-    call(quarkrl("evaluate", model, "--batch_size", 512, *flags(common)), directory / "evaluate.log")
-    found = json.loads(output.read_text(encoding="utf-8"))
-    rows = []
-    for row in found["results"]:
-        kept = {name: value for name, value in row["figures"].items() if _is_kept(name, task["unwanted"])}
-        intervals = {name: row["intervals"][name] for name in kept if name in row["intervals"]}
-        described = {"prompts": row["prompts"], "guidance_scale": row["guidance_scale"]}
-        rows.append({**described, "figures": kept, "intervals": intervals})
-    names = ("samples_per_prompt", "sampling", "perplexity", "threshold", "versions", "intervals")
-    return {"rows": rows, "protocol": {name: found["protocol"][name] for name in names}}
+    command = quarkrl("evaluate", model, "--raw", "--batch_size", 512, *flags(common))
+    call(command, directory / f"evaluate-{temperature:g}.log")
+    found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return found
 
 
 def _is_kept(figure: str, unwanted: str) -> bool:
@@ -199,7 +236,7 @@ def _is_kept(figure: str, unwanted: str) -> bool:
 
 def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     """Train and measure a run, and write its file."""
-    task, options = matrix["tasks"][run.task], matrix["methods"].get(run.method, {})
+    task, options = matrix["tasks"][run.task], method_of(matrix, run.task, run.method)
     directory = folders.work / run.task / run.name
     shutil.rmtree(directory, ignore_errors=True)  # What an interrupted run has left.
     directory.mkdir(parents=True)
@@ -209,13 +246,13 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     if run.method == "base":
         record |= measure(task, task["model"], [], directory)
     else:
-        train = train_quark if run.method == "quark" else train_baseline
+        train = train_baseline if "environment" in options else train_quark
         cost = record["cost"] = train(run, task, options, directory)
         if cost["scored"] != task["scored"]:
-            sys.exit(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
+            raise Failure(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
         record["options"] = options.get("options", {})
         record |= measure(task, directory / "final", options.get("guidance_scales", []), directory)
-    record |= {"date": date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS")}
+    record |= {"date": date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS"), "device": device()}
     result = folders.result(run)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
@@ -223,8 +260,8 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
 
 def digest(run: Run, matrix: dict[str, Any]) -> str:
     """Return what a run's figures depend on, so that they are not kept when it changes."""
-    method = {name: value for name, value in matrix["methods"].get(run.method, {}).items() if name != "grid"}
-    task = {name: value for name, value in matrix["tasks"][run.task].items() if name != "seeds"}
+    method = {name: value for name, value in method_of(matrix, run.task, run.method).items() if name != "grid"}
+    task = {name: value for name, value in matrix["tasks"][run.task].items() if name not in ("seeds", "methods")}
     text = json.dumps([task, method, run.settings, run.seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -233,6 +270,13 @@ def is_done(run: Run, matrix: dict[str, Any], folders: Folders) -> bool:
     """Return whether the figures of a run are there, and are those of this matrix."""
     file = folders.result(run)
     return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["digest"] == digest(run, matrix)
+
+
+def device() -> str:
+    """Return the name of the GPU that runs use, or cpu."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
 def _rounded(value: Any) -> Any:
@@ -246,25 +290,42 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     """Do what is left of the matrix, and make the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--matrix", type=Path, default=HERE / "matrix.yaml", help="what to run")
     parser.add_argument("--quick", action="store_true", help="quick.yaml, from nothing, into runs/proof-quick")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of tasks, methods or runs")
     parser.add_argument("--list", action="store_true", help="print the runs, without doing any")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
+    matrix = yaml.safe_load((HERE / "quick.yaml" if arguments.quick else arguments.matrix).read_text(encoding="utf-8"))
     os.chdir(ROOT)
     folders = Folders(Path("runs/proof"), Path("benchmarks/results/proof"), Path("docs"))
     if arguments.quick:
         quick = Path("runs/proof-quick")
         shutil.rmtree(quick, ignore_errors=True)
         folders = Folders(quick, quick / "results", quick)
-    matrix = yaml.safe_load((HERE / ("quick.yaml" if arguments.quick else "matrix.yaml")).read_text(encoding="utf-8"))
     runs = [run for run in runs_of(matrix) if any(part in f"{run.task}/{run.name}" for part in arguments.only)]
-    for number, run in enumerate(runs, 1):
-        done = is_done(run, matrix, folders)
-        print(f"{number} of {len(runs)}: {run.task}/{run.name}{': done' if done else ''}", flush=True)
-        if not (done or arguments.list):
+    left = [run for run in runs if not is_done(run, matrix, folders)]
+    print(f"{len(runs)} runs, {len(left)} to do", flush=True)
+
+    if arguments.list:
+        return print(*(f"{run.task}/{run.name}" for run in left), sep="\n")
+
+    def attempt(run: Run) -> bool:
+        print(f"{run.task}/{run.name}", flush=True)
+        try:
             perform(run, matrix, folders)
-    if not arguments.list:
-        print(page.write(matrix, folders.results, folders.docs))
+        except Failure as failure:
+            print(failure, file=sys.stderr, flush=True)
+            return False
+        return True
+
+    with ThreadPoolExecutor(arguments.jobs) as threads:  # Each waits for the processes of a run.
+        succeeded = all(list(threads.map(attempt, left)))
+    import page  # Its library is not needed where runs are.
+
+    print(page.write(matrix, folders.results, folders.docs))
+    if not succeeded:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
