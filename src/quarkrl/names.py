@@ -1,6 +1,18 @@
-"""Names of things of one kind: rewards, judges, sets of prompts."""
+"""Names: of models, and of things of one kind, such as rewards, judges and sets of prompts."""
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
+
+
+def is_missing_path(name: str) -> bool:
+    """Return whether a model's name is a path at which there is nothing, and so no name on the hub.
+
+    A name on the hub is NAME or OWNER/NAME. An owner that is a directory here is meant as one.
+    """
+    path = Path(name).expanduser()
+    has_form_of_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    is_path = has_form_of_path or name.endswith(".gguf") or ("/" in name and path.parent.is_dir())
+    return is_path and not path.exists()
 
 
 def unique_names(names: Iterable[str], taken: Collection[str] = ()) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from quarkrl.builtin import BUILTIN, locate_prompts
 from quarkrl.cli.common import working_directory
 from quarkrl.errors import UserError, did_you_mean
+from quarkrl.names import is_missing_path
 
 
 def check_model(name: str | None, option: str = "model") -> None:
@@ -21,11 +22,8 @@ def check_model(name: str | None, option: str = "model") -> None:
     """
     if name is None or name == BUILTIN:
         return
-    path = Path(os.path.expanduser(name))
-    has_form_of_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    # On the hub, a name is NAME or OWNER/NAME. An owner that is a directory here is meant as one.
-    is_path = has_form_of_path or name.endswith(".gguf") or ("/" in name and path.parent.is_dir())
-    if is_path and not path.exists():
+    if is_missing_path(name):
+        path = Path(name).expanduser()
         names = [entry.name for entry in path.parent.glob("*")]
         hint = did_you_mean(path.name, names, "" if path.parent == Path() else f"{path.parent}/")
         raise UserError(

@@ -35,6 +35,7 @@ from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
+from quarkrl.names import is_missing_path
 
 
 def load_model(
@@ -110,7 +111,7 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if _is_missing_directory(Path(path)):
+        if is_missing_path(str(path)):
             text = f"model {str(path)!r}: no such directory. Name an existing one, or a model on the hub."
             raise UserError(text) from error
         # transformers and peft raise a dozen types of exception for a damaged model, above all for a damaged config.
@@ -118,12 +119,6 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
             f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a causal language model, by its directory "
             "or its name on the hub."
         ) from error
-
-
-def _is_missing_directory(path: Path) -> bool:
-    """Whether what cannot be loaded is a path and not a name on the hub, such as `runs/x` where `runs` exists."""
-    is_path = path.is_absolute() or (path.parent != Path() and path.parent.is_dir())
-    return is_path and not path.exists()
 
 
 def quantization_of_4_bits() -> Any:
