@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 15
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines results results-quick audit docs clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results results-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -87,6 +87,9 @@ baselines: install  ## the environments of the baselines: TRL 1.16, and TRL 1.12
 		$(VENV)-$$name/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[offline]' \
 			--requirement benchmarks/baselines/requirements-$$name.txt || exit 1; \
 	done
+
+judges: install  ## the classifiers of the proof that no reward has seen, into models: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/judges.py
 
 results: baselines  ## what is left of benchmarks/proof/matrix.yaml, and docs/proof.md: hours, can be stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py
