@@ -33,7 +33,7 @@ def rewards(tmp_path) -> Path:
 def score(capsys, source: object, *arguments: object) -> tuple[list[str], str]:
     """The rewards and texts that a command has scored, and the text of standard error."""
     out, err = printed(capsys, source, *arguments, "--json")
-    rows = map(json.loads, out.splitlines())
+    rows = [{"text": row.get("completion"), **row} for row in map(json.loads, out.splitlines())]
     return [f"{'-' if row['reward'] is None else format(row['reward'], '.4f')}\t{row['text']}" for row in rows], err
 
 

@@ -45,7 +45,7 @@ def distinct_rewards(completion_ids, **_):
 
 def small_trainer(directory: Path, rewards=share_of_a, model=None, prompts=PROMPTS, kind=QuarkTrainer, **options):
     """A trainer of a small run: 2 iterations of 3 steps of 8 samples, 6 tokens each, unless `options` say otherwise."""
-    names = ("eval_dataset", "ref_model", "peft_config", "callbacks", "processing_class")
+    names = ("eval_dataset", "ref_model", "peft_config", "callbacks", "processing_class", "scored_data")
     others = {name: options.pop(name) for name in names if name in options}
     config = QuarkConfig(output_dir=str(directory), **{**SMALL_RUN, "num_quantiles": 3, "seed": 0, **options})
     others.setdefault("processing_class", TOKENIZER)

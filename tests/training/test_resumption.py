@@ -23,12 +23,12 @@ def directory(tmp_path):
 @pytest.mark.parametrize(("step", "begun"), [(0, 0), (1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3), (9, 3)])
 def test_an_iteration_has_begun_once_its_first_step_is_done(directory, step, begun):
     assert count_begun_iterations(step, 3) == begun
-    pool = load_pool(DataPool(2), directory, step, 3)
+    pool = load_pool(DataPool(2), directory, count_begun_iterations(step, 3))
     assert pool.iterations.tolist() == [iteration for iteration in range(begun) for _ in range(2)]
 
 
 def test_a_missing_iteration_that_had_begun_is_an_error(directory):
     (directory / "iteration-000001.parquet").unlink()
-    assert len(load_pool(DataPool(2), directory, 3, 3)) == 2
+    assert len(load_pool(DataPool(2), directory, 1)) == 2
     with pytest.raises(UserError, match=r"iteration-000001\.parquet is missing"):
-        load_pool(DataPool(2), directory, 4, 3)
+        load_pool(DataPool(2), directory, 2)

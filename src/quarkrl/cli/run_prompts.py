@@ -20,44 +20,64 @@ class RunPrompts(NamedTuple):
     """The prompts of a run.
 
     Attributes:
-        training: to explore.
+        training: to explore; None in a run on scored data alone.
         evaluated: held out, and evaluated after each iteration; None if there are none.
         measured: those of the table before/after; None to take some of the prompts to explore.
         note: a line about the table's prompts, for the user.
+        scored: the samples that the run starts from, if any.
     """
 
     training: Any
     evaluated: "Prompts | None"
     measured: "Prompts | None"
     note: str
+    scored: "Prompts | None" = None
+
+    @property
+    def read(self) -> "list[Prompts]":
+        """All prompts that the model learns from, without a stream."""
+        return [prompts for prompts in (self.training, self.scored) if hasattr(prompts, "prompts")]
 
 
 def load_run_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> RunPrompts:
     """Load the prompts of a run, and choose those of the table before/after (`held_out`)."""
     from quarkrl.data.hold_out import choose_prompts, hold_out
 
-    training = train_prompts(run, skip_bad, tokenizer)
+    training = None if run.prompts is None and run.scored_data else train_prompts(run, skip_bad, tokenizer)
+    scored = None if run.scored_data is None else _load_scored(run, skip_bad)
     evaluated = held_out_prompts(run, skip_bad, tokenizer) if run.eval_prompts else None
-    count = run.held_out or 0
+    loaded, count = RunPrompts(training, evaluated, None, "", scored), run.held_out or 0
     if not count:
-        return RunPrompts(training, evaluated, None, "held out: no prompts, so no table before/after (--held_out 64)")
+        return loaded._replace(note="held out: no prompts, so no table before/after (--held_out 64)")
+    if training is None and run.reward is None:
+        return loaded._replace(note="before/after: no table, because no reward measures the model (--reward)")
     if evaluated is not None:
         measured = choose_prompts(evaluated, count)
-        return RunPrompts(training, evaluated, measured, f"before/after: {len(measured)} prompts of {run.eval_prompts}")
+        return loaded._replace(measured=measured, note=f"before/after: {len(measured)} prompts of {run.eval_prompts}")
     if run.prompts in (BUILTIN, BUILTIN_CHATS):
         source = PromptSource(run.prompts, run.prompt_column, run.prompt_split, tokens=run.prompt_tokens)
         measured = choose_prompts(source.load(skip_bad, tokenizer), count)
-        return RunPrompts(training, None, measured, f"before/after: {len(measured)} held-out prompts of {run.prompts}")
+        text = f"before/after: {len(measured)} held-out prompts of {run.prompts}"
+        return loaded._replace(measured=measured, note=text)
     if run.stream_prompts:
-        return RunPrompts(
-            training, None, None, "before/after: prompts of the first iteration. Set --eval_prompts for others."
-        )
-    kept, measured = hold_out(training, count)
+        return loaded._replace(note="before/after: prompts of the first iteration. Set --eval_prompts for others.")
+    kept, measured = hold_out(scored if training is None else training, count)
     if not len(measured):
         text = "before/after: the prompts of the run, because there are too few to hold some out. Set --eval_prompts."
-        return RunPrompts(training, None, None, text)
+        return loaded._replace(note=text)
+    if training is None:
+        text = f"before/after: the samples of {len(measured)} prompts are held out, not trained on (--held_out 0: none)"
+        return loaded._replace(scored=kept, measured=measured, note=text)
     text = f"before/after: {len(measured)} of {len(training)} prompts are held out, not trained on (--held_out 0: none)"
-    return RunPrompts(kept, None, measured, text)
+    if scored is not None:
+        scored = scored.where([prompt not in measured.prompts for prompt in scored.prompts])
+    return loaded._replace(training=kept, scored=scored, measured=measured, note=text)
+
+
+def _load_scored(run: RunOptions, skip_bad: bool) -> "Prompts":
+    from quarkrl.data.scored import restore_chats
+
+    return restore_chats(PromptSource(run.scored_data or "", run.prompt_column, run.prompt_split).load(skip_bad))
 
 
 def train_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Any:

@@ -37,7 +37,11 @@ class ScoreOptions:
 
     column: str | None = option(None, "Column that holds the text (default: completions, completion, text or prompt).")
     skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
-    json: bool = option(False, "Print one JSON object per line: text, reward, and what rewards log.")
+    json: bool = option(
+        False,
+        "Print one JSON object per line: text (or prompt and completion, if there are prompts), reward, and what rewards "
+        "log.",
+    )
     output: str | None = option(None, "Save every text with its reward: .jsonl, .csv or .parquet.", metavar="FILE")
     limit: int = option(3, "Best and worst texts to print, so many of each.", at_least=0)
     reward_timeout: float = option(
@@ -124,7 +128,7 @@ def _score(rows: "Prompts", scorer: "Scorer", options: ScoreOptions, notify: Any
         part = slice(start, start + BATCH_SIZE)
         others = {name: values[part] for name, values in rows.columns.items()}
         scores = scorer(prompts[part], texts[part], [[] for _ in texts[part]], others)
-        new = _rows(texts[part], scores)
+        new = _rows([_texts_of(rows, i) for i in range(len(texts))[part]], scores)
         for row in new if options.json else ():
             print_json(row)
         scored.rows += new
@@ -136,7 +140,14 @@ def _score(rows: "Prompts", scorer: "Scorer", options: ScoreOptions, notify: Any
     return scored
 
 
-def _rows(texts: Sequence[str], scores: "Scores") -> list[dict[str, Any]]:
+def _texts_of(rows: "Prompts", index: int) -> dict[str, Any]:
+    """The text of a row by the name that `quarkrl train --scored_data` reads: with its prompt, it is a completion."""
+    text = str(rows.prompts[index])
+    prompt = rows.columns["prompt"][index] if "prompt" in rows.columns else None
+    return {"text": text} if prompt is None else {"prompt": _prompt_text(prompt), "completion": text}
+
+
+def _rows(texts: Sequence[dict[str, Any]], scores: "Scores") -> list[dict[str, Any]]:
     return [
         _row(
             text,
@@ -150,8 +161,11 @@ def _rows(texts: Sequence[str], scores: "Scores") -> list[dict[str, Any]]:
 
 def _save(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one row per text, in the format that the suffix names; scores of several rewards become columns."""
+    from quarkrl.data.chats import prompt_text
+
     flat = [
-        {"text": row["text"], "reward": row["reward"]}
+        {name: value for name, value in row.items() if name not in ("scores", "extra")}
+        | ({"prompt": prompt_text(row["prompt"])} if "prompt" in row else {})
         | {f"score.{name}": value for name, value in row.get("scores", {}).items()}
         | {f"extra.{name}": value for name, value in row.get("extra", {}).items()}
         for row in rows
@@ -202,7 +216,8 @@ def _print_report(scored: _Scored, details: list[str], limit: int) -> None:
     for title, indices in (("best", best), ("worst", worst)):
         for i in indices:
             terms = "".join(f"  {name} {values[i]:.3g}" for name, values in scored.terms.items())
-            text = truncate(" ".join(scored.rows[i]["text"].split()), 200)
+            row = scored.rows[i]
+            text = truncate(" ".join(row.get("completion", row.get("text", "")).split()), 200)
             out.print(f"{title:<5}  {scored.rewards[i]:.4g}{terms}  {text}", soft_wrap=True)
 
 
@@ -228,9 +243,11 @@ def _distribution(rewards: "np.ndarray") -> list[str]:
     return lines
 
 
-def _row(text: str, reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> dict[str, Any]:
+def _row(
+    texts: dict[str, Any], reward: float, terms: dict[str, float], extra: dict[str, str | None]
+) -> dict[str, Any]:
     """A text with its reward, the score of each of several rewards, and the columns that rewards have logged."""
-    row: dict[str, Any] = {"text": text, "reward": _rounded(reward)}
+    row: dict[str, Any] = {**texts, "reward": _rounded(reward)}
     if terms:
         row["scores"] = {name: _rounded(score) for name, score in terms.items()}
     if extra:

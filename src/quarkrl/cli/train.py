@@ -113,7 +113,7 @@ def _without_new_directories(output_dir: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, BeforeAfter | None]":
+def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrainer, BeforeAfter | None]":
     """Load model and prompts, choose the options that follow from them, and make the trainer and what measures it."""
     from transformers import EarlyStoppingCallback
 
@@ -129,11 +129,12 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
     model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
     tokenizer = load_tokenizer(path, run.trust_remote_code)
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
-    speed = None if run.resume else _speed(run, config, model, tokenizer, prompts.training)
-    num_prompts = None if run.stream_prompts else len(prompts.training)
-    command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed)
+    speed = None if run.resume else _speed(run, config, model, tokenizer, prompts.read)
+    num_scored = len(prompts.scored or ()) if prompts.training is None else None
+    num_prompts = None if run.stream_prompts else len(prompts.training or ())
+    command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored)
     run, config = command.run, command.config
-    config.raw = _is_raw(run, config, prompts.training, tokenizer)
+    config.raw = _is_raw(run, config, prompts.read, tokenizer)
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
@@ -148,21 +149,25 @@ def _prepare(command: TrainCommand, scorer: "Scorer") -> "tuple[QuarkTrainer, Be
             ConfigFile(command.non_default_options),
             *([EarlyStoppingCallback(patience)] if patience else []),
         ],
+        scored_data=prompts.scored,
     )
     if config.raw is False:
         trainer.progress.start_notes.append(IN_TEMPLATE_NOTE)
-    trainer.prompts_source = run.prompts
+    trainer.prompts_source, trainer.scored_source = run.prompts, run.scored_data
     comparison = _comparison(run, trainer, scorer, prompts.measured)
     if speed:
         evaluated = comparison.num_completions if comparison else 0
         if prompts.evaluated and config.eval_strategy == "epoch":
             evaluated += config.num_iterations * len(prompts.evaluated) * config.eval_samples_per_prompt
-        trainer.progress.start_notes.append(describe_time(config, len(trainer.prompts), speed, evaluated))
+        data = len(trainer.prompts), speed, evaluated, len(trainer.scored or ()), trainer.explores
+        trainer.progress.start_notes.append(describe_time(config, *data))
     trainer.progress.start_notes += filter(None, [choice, prompts.note])
     return trainer, comparison
 
 
-def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "PreTrainedTokenizerBase") -> bool | None:
+def _is_raw(
+    run: RunOptions, config: "QuarkConfig", sources: "Sequence[Prompts]", tokenizer: "PreTrainedTokenizerBase"
+) -> bool | None:
     """Return the option `raw`: False for a chat model's texts, unless it is set. A resumed run keeps what it had."""
     from quarkrl.data.chats import reads_chats
     from quarkrl.runs.records import recorded_fact
@@ -172,11 +177,14 @@ def _is_raw(run: RunOptions, config: "QuarkConfig", prompts: Any, tokenizer: "Pr
     if run.resume or config.resume_from_checkpoint:
         options = recorded_fact(Path(config.output_dir), "options")
         return options.get("raw") if isinstance(options, dict) else None  # `open_run` reports a damaged file.
-    wraps = reads_chats(tokenizer) if run.stream_prompts else has_plain_texts(prompts, tokenizer)
+    has_texts = any(has_plain_texts(prompts, tokenizer) for prompts in sources)
+    wraps = has_texts or (run.stream_prompts and reads_chats(tokenizer))
     return False if wraps else None
 
 
-def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, prompts: "Prompts") -> "Speed | None":
+def _speed(
+    run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, sources: "Sequence[Prompts]"
+) -> "Speed | None":
     """Measure the model's speed, where one process has the whole model.
 
     Raises:
@@ -190,7 +198,7 @@ def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, p
     if is_simple and not run.stream_prompts:
         tokenizer = with_chat_defaults(tokenizer, config.system_prompt, config.chat_template_kwargs)
         with suppress(UserError):  # The trainer reports it, with the limit that its reward tokens need.
-            speed = measure_speed(model, tokenizer, prompts, config)
+            speed = measure_speed(model, tokenizer, sources[0], config)
     if run.budget and not speed:
         raise UserError(
             f"budget {run.budget!r}: must be left out where the speed of the model is not known: several processes, "
@@ -199,9 +207,9 @@ def _speed(run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, p
     return speed
 
 
-def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prompts: "Prompts | None") -> Any:
+def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None", prompts: "Prompts | None") -> Any:
     """Return what measures the model before and after training, in the first process; None if the run does without."""
-    if not run.held_out or not is_first_process():
+    if scorer is None or not run.held_out or not is_first_process():
         return None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or run.load_in_4bit:
         why = "4-bit weights" if run.load_in_4bit else "sharded weights"
@@ -213,7 +221,9 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
     prompts = replace(prompts, in_template=config.raw is False)
-    explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
+    explored, scored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations, trainer.scored
+    if not trainer.explores:
+        explored = len(scored or ())
     options = evaluation_options(
         config,
         explored,
@@ -230,7 +240,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer", prom
         options,
         Path(config.output_dir),
         config.keep_special_tokens,
-        fewer_draws(config, len(trainer.prompts)),
+        fewer_draws(config, len(trainer.prompts), len(scored or ()), trainer.explores),
     )
 
 
@@ -254,7 +264,10 @@ def _compare(comparison: BeforeAfter, baseline: "Evaluation", final: Path) -> No
         add_facts(final, evaluation=summary(evaluation))
 
 
-def _scorer(run: RunOptions, config: "QuarkConfig") -> "Scorer":
+def _scorer(run: RunOptions, config: "QuarkConfig") -> "Scorer | None":
+    """Return the rewards of a run; None if it names none, because all of its samples have scores."""
+    if run.reward is None:
+        return None
     rewards = RewardOptions(run.reward or [], run.reward_label, config.score_cache)
     weights, condition_on = config.reward_weights, config.condition_on
     return rewards.scorer(weights=weights, condition_on=condition_on, timeout=config.reward_timeout)

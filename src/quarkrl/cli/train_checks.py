@@ -41,7 +41,7 @@ def check_train(argv: Sequence[str]) -> None:
     _check_required(run, directory)
     check_model(run.model)
     check_model(run.ref_model, "ref_model")
-    check_prompts(run.prompts, run.eval_prompts)
+    check_prompts(run.prompts, run.scored_data, run.eval_prompts)
     check_rewards(run.reward or [], run.reward_label)
     if directory is not None and not resumes:
         check_no_run(Path(directory))
@@ -78,7 +78,14 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_required(run: RunOptions, directory: str | None) -> None:
-    for name in ("model", "prompts", "reward"):
+    only_scored = run.scored_data is not None and run.prompts is None
+    for name in ("prompt_tokens", "stream_prompts") if only_scored else ():
+        if getattr(run, name):
+            raise UserError(f"{name} {getattr(run, name)}: must be left out of a run without prompts. Set --prompts.")
+    needed = ["model", "prompts", "reward"]
+    if only_scored:  # A reward only measures, then.
+        needed = ["model", *(["reward"] if run.eval_prompts else [])]
+    for name in needed:
         if getattr(run, name) is not None:
             continue
         if run.resume:

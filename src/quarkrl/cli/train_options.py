@@ -21,7 +21,15 @@ from quarkrl.models.options import AdapterOptions
 from quarkrl.options import check_options, option, takes_list, typed_fields
 from quarkrl.training import sizing
 from quarkrl.training.options import GROUPS, QuarkOptions
-from quarkrl.training.sizing import describe_defaults, fit_to_budget, fit_to_prompts, parse_duration, size_defaults
+from quarkrl.training.sizing import (
+    SAMPLED,
+    describe_defaults,
+    fit_to_budget,
+    fit_to_prompts,
+    fit_to_samples,
+    parse_duration,
+    size_defaults,
+)
 
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
@@ -77,6 +85,13 @@ class RunOptions(AdapterOptions):
     prompt_split: str = option("train", "Split of a data set, such as train[:5000].", group="prompts", metavar="SPLIT")
     prompt_tokens: int | None = option(
         None, "Truncate texts to their first N tokens, and skip shorter texts.", at_least=1, group="prompts"
+    )
+    scored_data: str | None = option(
+        None,
+        "Samples to start from: prompt, completion, reward. They take the place of the first exploration. Without "
+        "--prompts, the run learns from them alone (docs/offline.md).",
+        group="prompts",
+        metavar="SOURCE",
     )
     stream_prompts: bool = option(
         False,
@@ -157,7 +172,11 @@ class TrainCommand(NamedTuple):
     parsed: "ParsedValues"
 
     def with_defaults(
-        self, parameters: int, num_prompts: int | None = None, speed: "Speed | None" = None
+        self,
+        parameters: int,
+        num_prompts: int | None = None,
+        speed: "Speed | None" = None,
+        num_scored: int | None = None,
     ) -> tuple["TrainCommand", str | None]:
         """Set the options that depend on model and prompts, except those that a flag or the file sets.
 
@@ -165,6 +184,7 @@ class TrainCommand(NamedTuple):
             parameters: the number of the model's parameters.
             num_prompts: the prompts of the run; None if they are streamed.
             speed: of the model, which `budget` needs.
+            num_scored: the samples of a run that explores nothing; None of one that explores.
 
         Returns:
             The command, and a line for the user about what was chosen, or None.
@@ -177,7 +197,11 @@ class TrainCommand(NamedTuple):
         if not self.config.do_sample:
             fixed["samples_per_prompt"] = 1  # Greedy completions of a prompt are equal.
         per_batch = self.config.gradient_accumulation_steps * self.config.world_size
-        if num_prompts is not None:
+        if num_scored is not None:
+            fit_to_samples(options, num_scored, fixed, per_batch)
+            if speed and self.run.budget:
+                fit_to_budget(options, 0, fixed, speed, parse_duration(self.run.budget), per_batch)
+        elif num_prompts is not None:
             fit_to_prompts(options, num_prompts, fixed, per_batch)
             if speed and self.run.budget:
                 fit_to_budget(options, num_prompts, fixed, speed, parse_duration(self.run.budget), per_batch)
@@ -185,6 +209,8 @@ class TrainCommand(NamedTuple):
         command = _make_command(
             parsed._replace(values={**parsed.values, **chosen}, unset=frozenset(), recorded=frozenset(sizing.NAMES))
         )
+        if num_scored is not None:  # It samples only to distil.
+            chosen = {name: value for name, value in chosen.items() if name not in SAMPLED}
         return command, describe_defaults(parameters, chosen)
 
     def ignored_options_note(self) -> str | None:

@@ -67,6 +67,17 @@ def prompt_text(prompt: str | Chat) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=str)
 
 
+def read_prompt_text(text: Any) -> Any:
+    """Return the prompt that `prompt_text` has written: the messages of a chat, or the text as it is."""
+    if not (isinstance(text, str) and text.startswith("[{")):
+        return text
+    try:
+        chat = json.loads(text)
+    except ValueError:
+        return text
+    return text if find_fault(chat) else chat
+
+
 def displayed(prompt: str, completion: str) -> tuple[str, str]:
     """Return a prompt that `prompt_text` has written and a completion, as people read them one after the other.
 

@@ -152,7 +152,7 @@ class Prompts:
                 prompts[i] = prompt[:-1]
             else:
                 results[i] = _ENDS_WITH_ASSISTANT
-        return replace(self, prompts=prompts, ids=[]).skip(_reasons_to_skip(self.locations, results, skip_bad))
+        return replace(self, prompts=prompts, ids=[]).skip(reasons_to_skip(self.locations, results, skip_bad))
 
     def encode(
         self,
@@ -194,7 +194,7 @@ class Prompts:
         good = [i for i, bad in enumerate(results) if bad is None]
         for i, ids in zip(good, try_encode_prompts(tokenizer, [prompts[i] for i in good]), strict=True):
             results[i] = _check_ids(prompts[i], ids, max_length, is_bad_start) or ids
-        reasons = _reasons_to_skip(ended.locations, results, skip_bad)
+        reasons = reasons_to_skip(ended.locations, results, skip_bad)
         encoded = ended.skip(reasons)
         encoded.ids = [ids for ids, reason in zip(results, reasons, strict=True) if reason is None]
         warn_of_second_bos(tokenizer, encoded.as_encoded, encoded.ids)
@@ -257,7 +257,7 @@ def check_rows(rows: Sequence[Row], column: str, *, skip_bad: bool, allow_empty:
     """
     results = [row if isinstance(row, BadRow) else _check_row(row, column, allow_empty) for _, row in rows]
     locations = [location for location, _ in rows]
-    reasons = _reasons_to_skip(locations, results, skip_bad)
+    reasons = reasons_to_skip(locations, results, skip_bad)
     good: list[Any] = [("", {}) if reason else row for row, reason in zip(results, reasons, strict=True)]
     names = dict.fromkeys(key for _, others in good for key in others)
     columns = {key: [others.get(key) for _, others in good] for key in names}
@@ -277,7 +277,7 @@ def choose_column(name: str, rows: Sequence[object], column: str | Sequence[str]
     return (existing or requested)[0]
 
 
-def _reasons_to_skip(locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:
+def reasons_to_skip(locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:
     """Return for each result the reason to skip it, or None.
 
     Raises:

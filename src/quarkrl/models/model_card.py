@@ -156,9 +156,13 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 def _training(facts: Mapping[str, Any], rewards: list[dict[str, Any]]) -> str:
     config, data = facts.get("config") or {}, facts.get("prompts")
     lines = [f"started from: {_title(facts)}"]
-    if isinstance(data, dict) and data.get("count"):
+    scored = facts.get("scored_data")
+    if isinstance(scored, dict):
+        name = f" of `{_short(scored['source'])}`" if isinstance(scored.get("source"), str) else ""
+        lines.append(f"data: {scored.get('samples', 0):,} scored samples{name}, whose completions came with the data")
+    if isinstance(data, dict) and data.get("count") and (not scored or data.get("explored", True)):
         source = data.get("source")
-        name = f" of `{source if _is_on_hub(source) else Path(source).name}`" if isinstance(source, str) else ""
+        name = f" of `{_short(source)}`" if isinstance(source, str) else ""
         lines.append(f"data: {data['count']:,} prompts{name}; the completions are the model's own")
     for reward in rewards:
         details = ", ".join(f"{key} {value}" for key, value in reward.items() if key in ("weight", "label", "revision"))
@@ -199,6 +203,11 @@ def _start(facts: Mapping[str, Any]) -> str | None:
 
 def _is_builtin(name: str) -> bool:
     return name == "builtin" or Path(name).parts[-3:] == ("quarkrl", "builtin", "model")
+
+
+def _short(source: str) -> str:
+    """The name of a data set on the hub, or that of a file."""
+    return source if _is_on_hub(source) else Path(source).name
 
 
 def _is_on_hub(name: str) -> bool:

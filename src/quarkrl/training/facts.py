@@ -17,6 +17,7 @@ def run_facts(
     identities: dict[str, dict[str, Any]],
     best_checkpoint: str | os.PathLike | None = None,
     prompts: dict[str, Any] | None = None,
+    scored_data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
 
@@ -30,6 +31,7 @@ def run_facts(
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
         prompts: name and number of the prompts to explore, and whether they are texts or chats to the model.
+        scored_data: name and number of the samples that the run started from, if any.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
@@ -38,6 +40,7 @@ def run_facts(
         **identities,
         "rewards": rewards,
         "prompts": prompts,
+        **({"scored_data": scored_data} if scored_data else {}),
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": options,
     }

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from quarkrl.data.chats import is_dated
+from quarkrl.data.scored import ScoredSamples
 from quarkrl.errors import truncate
 from quarkrl.runs.collectives import broadcast
 from quarkrl.runs.directory import Differences
@@ -20,7 +21,13 @@ from quarkrl.runs.records import recorded_fact
 from quarkrl.training.config import QuarkConfig, resume_rules
 
 # Facts that are compared as a whole, and what the user calls them.
-_KINDS = {"model": "model", "reference": "reference model", "prompts": "prompts", "adapter": "adapter"}
+_KINDS = {
+    "model": "model",
+    "reference": "reference model",
+    "prompts": "prompts",
+    "scored_data": "scored data",
+    "adapter": "adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class QuarkIdentity:
         names = [name for name in before.keys() & after.keys() if before[name] != after[name]]
         options = {name: _change(name, before[name], after[name]) for name in sorted(names)}
         obstacles = [options.pop(name) for name in sorted(names) if rules.get(name) == "fixed"]
-        obstacles += [f"other {kind}" for name, kind in _KINDS.items() if saved.get(name) != now[name]]
+        obstacles += [f"other {kind}" for name, kind in _KINDS.items() if saved.get(name) != now.get(name)]
         digests = saved.get("eval_prompts"), now["eval_prompts"]
         if all(digests) and digests[0] != digests[1]:  # None if the run does not keep its best checkpoint.
             obstacles.append("other held-out prompts")
@@ -72,7 +79,8 @@ def run_identity(  # noqa: PLR0913 - all that a result depends on
     rewards: list[dict[str, Any]],
     adapter: Any | None,
     chat_date: datetime | None = None,
-    streamed: bool = False,
+    kind_of_prompts: str = "",
+    scored: ScoredSamples | None = None,
 ) -> QuarkIdentity:
     """Return the identity of a run.
 
@@ -84,7 +92,8 @@ def run_identity(  # noqa: PLR0913 - all that a result depends on
         rewards: identity of each reward (`Scorer.identity`).
         adapter: the `peft` configuration of an adapter, or None.
         chat_date: the date that the chats of the run have (`find_chat_date`).
-        streamed: whether the prompts are streamed.
+        kind_of_prompts: "stream", "unexplored", or "" for prompts in memory that the run explores.
+        scored: the samples that the run starts from, if any.
     """
     chooses = config.load_best_model_at_end and eval_prompts is not None
     facts = {
@@ -92,7 +101,8 @@ def run_identity(  # noqa: PLR0913 - all that a result depends on
         "num_iterations": config.num_iterations,
         "model": model,
         "reference": reference,
-        "prompts": ("stream " if streamed else "") + _digest(prompts),
+        "prompts": f"{kind_of_prompts} {_digest(prompts)}".lstrip(),
+        "scored_data": None if scored is None else _digest_samples(scored),
         "eval_prompts": _digest(eval_prompts or ()) if chooses else None,
         "rewards": rewards,
         "adapter": None if adapter is None else adapter.to_dict(),
@@ -139,6 +149,11 @@ def _digest(prompts: Sequence[Sequence[int]]) -> str:
     for ids in prompts:
         digest.update(np.array(ids, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _digest_samples(samples: ScoredSamples) -> str:
+    ids = _digest([*samples.prompts.ids, *samples.completions])
+    return hashlib.sha256(ids.encode() + samples.rewards.tobytes()).hexdigest()
 
 
 def _change(name: str, before: Any, after: Any) -> str:

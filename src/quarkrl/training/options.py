@@ -55,6 +55,15 @@ class QuarkOptions:
     condition_on: Literal["sum", "each"] = option(
         "sum", "Reward tokens for the weighted sum, or for each reward.", resume="fixed", group="reward"
     )
+    reward_columns: list[str] | None = option(
+        None,
+        "Columns of scored_data that hold the rewards. The default is reward, or with condition_on each the names of "
+        "the rewards.",
+        group="reward",
+        metavar="NAME",
+        resume="fixed",
+        rare=True,
+    )
     reward_ceiling: float | None = option(
         None,
         "Rewards above the ceiling count as equal to it. They then share the best quantile (docs/algorithm.md).",

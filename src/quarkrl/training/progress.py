@@ -127,6 +127,8 @@ class Progress(TrainerCallback):
                 self._time_left.explored(args, logs)
         elif "distill_guidance_scale" in logs:  # There are no rewards, and the latest would look like this iteration's.
             self._explored_logs = {"distils γ": logs["distill_guidance_scale"]}
+        elif "pool_size" in logs:  # Nothing was explored.
+            self._explored_logs = {"pool_size": logs["pool_size"]}
         elif "nll" in logs:
             self._learned_logs = logs
             if self._bars:

@@ -28,6 +28,11 @@ def encode_prompts_of(name: str, source: Any, encode: Callable[..., Prompts], sk
     Raises:
         UserError: the source has several splits or cannot be read, or a prompt is bad.
     """
+    return encode(read_prompts_of(name, source, skip_bad))
+
+
+def read_prompts_of(name: str, source: Any, skip_bad: bool) -> Prompts:
+    """Load prompts from any source that fits into memory; see `encode_prompts_of`."""
     if isinstance(source, DatasetDict | IterableDatasetDict):
         split = next(iter(source), "train")
         raise UserError(
@@ -36,8 +41,7 @@ def encode_prompts_of(name: str, source: Any, encode: Callable[..., Prompts], sk
         )
     if isinstance(source, str):
         source = locate_prompts(source, "eval" if name == "eval_dataset" else "train") or source
-    prompts = source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
-    return encode(prompts)
+    return source if isinstance(source, Prompts) else load_prompts(source, skip_bad=skip_bad)
 
 
 class PromptSupply:

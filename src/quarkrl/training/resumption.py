@@ -13,19 +13,17 @@ from quarkrl.errors import UserError
 from quarkrl.training.config import QuarkConfig
 
 
-def load_pool(pool: DataPool, directory: Path, step: int, steps_per_iteration: int) -> DataPool:
-    """Read the samples that a run had at a step.
+def load_pool(pool: DataPool, directory: Path, iteration_count: int) -> DataPool:
+    """Read the samples of the first iterations of a run.
 
     Args:
         pool: an empty pool of the run's quantiles and attributes.
         directory: the run's `pool/`.
-        step: optimizer steps so far.
-        steps_per_iteration: optimizer steps in an iteration.
+        iteration_count: how many iterations.
 
     Raises:
-        UserError: an iteration whose learning had begun is missing.
+        UserError: one of them is missing.
     """
-    iteration_count = count_begun_iterations(step, steps_per_iteration)
     loaded = pool.load(directory, pool.num_quantiles, pool.attributes, before=iteration_count)
     if missing := set(range(iteration_count)) - set(loaded.iterations.tolist()):
         raise UserError(

@@ -59,6 +59,11 @@ class Rollout:
             },
         )
 
+    @classmethod
+    def of_data(cls, completions: list[list[int]], rewards: np.ndarray) -> "Rollout":
+        """Return completions that came with their rewards, each of a prompt of its own."""
+        return cls(list(range(len(completions))), completions, rewards, seconds_sample=0.0, seconds_score=0.0)
+
     @property
     def has_rewards(self) -> np.ndarray:
         """`(n,)` bool: whether a completion has every reward."""

@@ -45,12 +45,14 @@ SIZES = (
     ModelSize(1e9, 16, 3e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
     ModelSize(float("inf"), 16, 2e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
 )
+SAMPLED = ("prompts_per_iteration", "samples_per_prompt")  # Options that say how much an iteration samples.
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
 NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, "samples_per_prompt", *_ALL_SIZES)
 # With fewer prompts than an iteration explores, several completions of each are sampled, up to this number.
 MOST_SAMPLES_PER_PROMPT = 16
 # Fewer steps than this learn little, so the batch gets smaller first. A run in a short time has at least so many
 # iterations and prompts.
+PASSES = 4  # Of a run over scored samples that explores nothing (docs/offline.md).
 LEAST_STEPS, LEAST_BATCH, LEAST_ITERATIONS, LEAST_PROMPTS = 8, 8, 8, 64
 
 
@@ -103,27 +105,44 @@ def fit_to_prompts(options: dict[str, Any], num_prompts: int, fixed: dict[str, A
     _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
 
 
+def fit_to_samples(options: dict[str, Any], num_samples: int, fixed: dict[str, Any], per_batch: int = 1) -> None:
+    """Change the amounts of `size_defaults` for a run that explores nothing: an iteration is a pass over the samples.
+
+    Args:
+        options: by name; changed in place.
+        num_samples: the scored samples of the run.
+        fixed, per_batch: as in `fit_to_prompts`.
+    """
+    options.update({"num_iterations": PASSES, "prompts_per_iteration": None})
+    options.update({name: fixed[name] for name in fixed.keys() & options.keys()})
+    _set_steps(options, fixed, num_samples / (options["per_device_train_batch_size"] * per_batch))
+
+
 def fit_to_budget(
     options: dict[str, Any], num_prompts: int, fixed: dict[str, Any], speed: Speed, seconds: float, per_batch: int = 1
 ) -> None:
     """Reduce the amounts until a run takes at most so many seconds: first the iterations, then what each samples.
 
     Args:
-        options, num_prompts, fixed, per_batch: as in `fit_to_prompts`, which comes before.
+        options, fixed, per_batch: as in `fit_to_prompts` or `fit_to_samples`, which comes before.
+        num_prompts: the prompts of the run; 0 of a run that explores nothing.
         speed: of the model.
         seconds: the time of the run, without rewards.
     """
     share = seconds / time_of(options, num_prompts, speed, per_batch)
     if share < 1 and "num_iterations" not in fixed:
         iterations = options["num_iterations"]
-        options["num_iterations"] = max(int(iterations * share), min(LEAST_ITERATIONS, iterations))
+        least = min(LEAST_ITERATIONS if num_prompts else 1, iterations)
+        options["num_iterations"] = max(int(iterations * share), least)
         share = seconds / time_of(options, num_prompts, speed, per_batch)
     if share < 1 and "samples_per_prompt" not in fixed and options["samples_per_prompt"] > 1:
         samples = max(int(options["samples_per_prompt"] * share), 1)
         _set_steps(options, fixed, options["steps_per_iteration"] * samples / options["samples_per_prompt"])
         options["samples_per_prompt"] = samples
         share = seconds / time_of(options, num_prompts, speed, per_batch)
-    if share < 1 and "prompts_per_iteration" not in fixed:
+    if share < 1 and not num_prompts:  # Nothing is explored.
+        _set_steps(options, fixed, options["steps_per_iteration"] * share)
+    elif share < 1 and "prompts_per_iteration" not in fixed:
         prompts = min(options["prompts_per_iteration"], num_prompts)
         options["prompts_per_iteration"] = max(int(prompts * share), min(LEAST_PROMPTS, prompts))
         _set_steps(options, fixed, options["steps_per_iteration"] * options["prompts_per_iteration"] / prompts)

@@ -9,34 +9,65 @@ from quarkrl.training.sizing import Speed
 
 # A model overfits completions that it draws more often (docs/guide.md, Guard against overfitting).
 MOST_DRAWS = 2.0
+MOST_DRAWS_OF_SCORED = 8.0  # In a run that explores nothing (docs/offline.md).
 # A draw costs about this many forward passes: a backward pass takes two, and the reference one (`speed.py`).
 _PASSES_PER_DRAW = 4
 _REPORT_SECONDS = 5.0
 
 
-def describe_plan(args: QuarkConfig, num_prompts: int) -> str:
-    """Say how many completions a run samples and how often it learns from each."""
+def describe_plan(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str:
+    """Say how many completions a run samples and how often it learns from each.
+
+    Args:
+        args: the options of the run.
+        num_prompts: its prompts.
+        num_scored: the scored samples that it starts from.
+        explores: whether it explores, too.
+    """
+    if not explores:
+        draws = draws_of_scored(args, num_scored)
+        return (
+            f"plan: {args.num_iterations} iterations learn from {num_scored:,} scored samples, each in "
+            f"{args.steps_per_iteration} steps of {args.draws_per_step}. Nothing is explored, and each sample is drawn "
+            f"{draws:.1f} times in all, into {args.output_dir}" + _describe_distillation(args)
+        )
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
     prompts, samples = explored // args.samples_per_prompt, args.samples_per_prompt
+    first = f" The first learns from {num_scored:,} scored samples instead." if num_scored else ""
+    iterations = args.num_iterations - bool(num_scored)
     return (
         f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each "
-        f"of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}. "
-        f"In all {explored * args.num_iterations:,} completions, each drawn {drawn / explored:.1f} times, into "
+        f"of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}."
+        f"{first} In all {explored * iterations:,} completions, each drawn {drawn / explored:.1f} times, into "
         f"{args.output_dir}" + _describe_distillation(args)
     )
 
 
-def describe_overdraw(args: QuarkConfig, num_prompts: int) -> str | None:
-    """Return a warning if a run draws each completion too often, or None."""
-    remedy = fewer_draws(args, num_prompts)
-    draws = args.draws_per_iteration / args.explored_per_iteration(num_prompts)
+def describe_overdraw(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str | None:
+    """Return a warning if a run draws each completion too often, or None; see `describe_plan`."""
+    remedy = fewer_draws(args, num_prompts, num_scored, explores)
     if not remedy:
         return None
-    return f"warning: each completion is drawn {draws:.1f} times. Above {MOST_DRAWS:g}, a model overfits. Set {remedy}."
+    if explores:
+        draws, most = args.draws_per_iteration / args.explored_per_iteration(num_prompts), MOST_DRAWS
+    else:
+        draws, most = draws_of_scored(args, num_scored), MOST_DRAWS_OF_SCORED
+    return f"warning: each completion is drawn {draws:.1f} times. Above {most:g}, a model overfits. Set {remedy}."
 
 
-def fewer_draws(args: QuarkConfig, num_prompts: int) -> str:
+def draws_of_scored(args: QuarkConfig, num_scored: int) -> float:
+    """Return how often a run that explores nothing draws each of its samples."""
+    return args.num_iterations * args.draws_per_iteration / num_scored
+
+
+def fewer_draws(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str:
     """Return the options with which a run draws each completion less often; "" if it does not draw too often."""
+    if not explores:
+        most = MOST_DRAWS_OF_SCORED * num_scored / args.draws_per_iteration
+        if args.num_iterations <= most:
+            return ""
+        steps = max(int(most * args.steps_per_iteration), 1)
+        return f"--num_iterations {int(most)}" if most >= 1 else f"--num_iterations 1 --steps_per_iteration {steps}"
     explored = args.explored_per_iteration(num_prompts)
     if args.draws_per_iteration <= MOST_DRAWS * explored:
         return ""
@@ -44,7 +75,14 @@ def fewer_draws(args: QuarkConfig, num_prompts: int) -> str:
     return f"--steps_per_iteration {steps}, or a higher --samples_per_prompt"
 
 
-def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed, evaluated: int = 0) -> str:
+def describe_time(
+    args: QuarkConfig,
+    num_prompts: int,
+    speed: Speed,
+    evaluated: int = 0,
+    num_scored: int = 0,
+    explores: bool = True,
+) -> str:
     """Return the estimated time of a run in words; the parts add up to the whole.
 
     Args:
@@ -52,9 +90,11 @@ def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed, evaluated: 
         num_prompts: its prompts.
         speed: of the model.
         evaluated: the completions that are sampled to measure the model, in all.
+        num_scored, explores: as in `describe_plan`.
     """
     explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
-    passes = sum(_passes(args, iteration) for iteration in range(args.total_iterations))
+    unexplored = bool(num_scored) if explores else args.num_iterations
+    passes = sum(_passes(args, iteration) for iteration in range(unexplored, args.total_iterations))
     parts = {
         "sampling": speed.seconds(passes, explored, 0),
         "learning": speed.seconds(args.total_iterations, 0, drawn),
@@ -66,7 +106,8 @@ def describe_time(args: QuarkConfig, num_prompts: int, speed: Speed, evaluated: 
     rounded = {name: round(part / seconds, digits) for name, part in parts.items() if part}
     listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
     whole = round(sum(rounded.values()), digits)
-    return f"time: about {whole:g} {unit} ({listed}), and the time of the rewards"
+    rewards = ", and the time of the rewards" if explores or evaluated else ""
+    return f"time: about {whole:g} {unit} ({listed}){rewards}"
 
 
 def _describe_distillation(args: QuarkConfig) -> str:

@@ -46,9 +46,11 @@ from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
+from quarkrl.data.scored import Ends, ScoredSamples, check_any_left, check_scored, distinct_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import split_by_length
 from quarkrl.models.completion_logits import Projection
+from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import bos_of_chats, new_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
@@ -57,7 +59,7 @@ from quarkrl.models.loading import context_length, eos_ids
 from quarkrl.models.model_card import write_model_card
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.models.words import Words
-from quarkrl.rewards.scorer import Scorer
+from quarkrl.rewards.scorer import Scorer, ScoresOfData
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
@@ -78,7 +80,7 @@ from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LogEachIteration, LossMeans, MetricsFile
 from quarkrl.training.prefix_rate import scale_rate_of_rows
 from quarkrl.training.progress import Progress
-from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
+from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of, read_prompts_of
 from quarkrl.training.resumption import (
     count_begun_iterations,
     describe_resumption,
@@ -86,7 +88,7 @@ from quarkrl.training.resumption import (
     recall_iteration,
     set_aside_later_files,
 )
-from quarkrl.training.rollout import FinishedBatches
+from quarkrl.training.rollout import FinishedBatches, Rollout
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches, positions_of_parts
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
@@ -106,15 +108,19 @@ class QuarkTrainer(DurableTrainer):
         model: a model, or the name or directory of one, which is loaded in float32. It is changed in place:
             reward-token rows are added. A `PeftModel` is merged, and a new adapter like its own is trained.
         reward_funcs: one or several of: a callable with TRL's signature, sync or async; the name of a reward; a
-            Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better.
+            Hugging Face sequence classifier; `module:function`; `file.py:function`. Higher is better. None if all
+            samples are in `scored_data`.
         args: the options; `QuarkConfig()` by default.
         train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path. Or a
-            `datasets.IterableDataset`, of which each iteration takes the next `prompts_per_iteration` prompts.
+            `datasets.IterableDataset`, of which each iteration takes the next `prompts_per_iteration` prompts. None
+            explores nothing: the run learns from `scored_data` alone.
         eval_dataset: held-out prompts of the same types, except a stream. `evaluate` samples them on the best token.
         processing_class: the tokenizer; that of `model` by default.
         ref_model: the reference p_0, of the same types as `model`; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
         callbacks, optimizers: as in `transformers.Trainer`.
+        scored_data: samples with columns prompt, completion and reward, of the same types as `eval_dataset`. They take
+            the place of the first exploration (docs/offline.md).
 
     Raises:
         UserError: the arguments do not work together.
@@ -127,7 +133,7 @@ class QuarkTrainer(DurableTrainer):
     def __init__(  # noqa: PLR0913 - Trainer's own arguments
         self,
         model: Any,
-        reward_funcs: Rewards | Scorer,
+        reward_funcs: Rewards | Scorer | None,
         args: QuarkConfig | None = None,
         train_dataset: PromptSource | IterableDataset | None = None,
         eval_dataset: PromptSource | None = None,
@@ -136,6 +142,7 @@ class QuarkTrainer(DurableTrainer):
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        scored_data: PromptSource | None = None,
     ):
         self.args = args = args or QuarkConfig()
         self._recorded_options = args.recorded_options()  # DurableTrainer clears save_total_limit while it saves.
@@ -144,30 +151,35 @@ class QuarkTrainer(DurableTrainer):
         ref_model = load_reference(ref_model)
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
-        if not isinstance(reward_funcs, Scorer):
-            weights, condition_on = args.reward_weights, args.condition_on
-            reward_funcs = Scorer(reward_funcs, weights, condition_on, args.score_cache, args.reward_timeout)
-        self.scorer = reward_funcs
+        self.explores = train_dataset is not None or scored_data is None
+        self.scorer = _make_scorer(reward_funcs, args, calls_rewards=self.explores or eval_dataset is not None)
         _check_names(args, self.scorer)
         words = Words.choose(args.conditioning, args.words, self.scorer.attribute_rewards, args.num_quantiles)
         self._prefix_length = words.max_length(self.plain_tokenizer)
         self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
         self._encode = self._make_encoder(words)
-        self.supply = PromptSupply(train_dataset, self._encode, args)
+        scored_prompts = None if scored_data is None else self._load_scored(scored_data)
+        explored = train_dataset if self.explores or scored_prompts is None else distinct_prompts(scored_prompts)
+        self.supply = PromptSupply(explored, self._encode, args)
         self.prompts = self.supply.first
-        self.prompts_source = train_dataset if isinstance(train_dataset, str) else None  # For the model card.
+        # For the model card.
+        self.prompts_source = train_dataset if isinstance(train_dataset, str) else None
+        self.scored_source = scored_data if isinstance(scored_data, str) else None
         self.eval_prompts = None if eval_dataset is None else self._load_held_out(eval_dataset)
-        _check_quantiles(args, len(self.prompts))
+        if self.explores:
+            _check_quantiles(args, len(self.prompts))
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes, words)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
+        self.scored = None if scored_prompts is None else self._encode_scored(scored_prompts)
+        read = [self.prompts, *([self.scored.prompts] if self.scored else [])]
         steered_tokenizer = check_served_ids(
             self.plain_tokenizer,
             models.steered_tokenizer,
             self.conditioning,
             model.config,
-            self.prompts,
+            Prompts.join(read),
             self.chat_date,
         )
 
@@ -181,11 +193,13 @@ class QuarkTrainer(DurableTrainer):
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
-        lengths = self._conditioned_lengths(self.prompts), self._conditioned_lengths(self.eval_prompts)
+        lengths = self._conditioned_lengths(Prompts.join(read)), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
+        data = len(self.prompts), len(self.scored or ()), self.explores
         notes = [
-            describe_plan(args, len(self.prompts)),
-            describe_overdraw(args, len(self.prompts)),
+            self.scored.note if self.scored else None,
+            describe_plan(args, *data),
+            describe_overdraw(args, *data),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
             chat_date_note(self.chat_date, self.prompts.as_encoded),
@@ -205,7 +219,8 @@ class QuarkTrainer(DurableTrainer):
                 self.scorer.identity,
                 peft_config,
                 self.chat_date,
-                streamed=self.supply.streamed,
+                kind_of_prompts="stream" if self.supply.streamed else "" if self.explores else "unexplored",
+                scored=self.scored,
             ),
             steps_per_epoch=args.steps_per_iteration,
             model=models.policy,
@@ -310,10 +325,14 @@ class QuarkTrainer(DurableTrainer):
         if iteration >= self.args.num_iterations:
             self.distil(iteration)
             return
-        if not (self.pool.iterations == iteration).any():
+        explores = self.explores or not iteration  # In iteration 0, scored data counts as explored.
+        if explores and not (self.pool.iterations == iteration).any():
             self.explore(iteration)
         self.quantize(iteration)
-        self.health.check_exploration(self.pool, iteration)
+        if explores:
+            self.health.check_exploration(self.pool, iteration)
+        else:
+            self.log({"iteration": iteration, "pool_size": len(self.pool)})
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `DurableTrainer.train`."""
@@ -327,7 +346,8 @@ class QuarkTrainer(DurableTrainer):
     def explore(self, iteration: int) -> None:
         """Sample a completion for each of the iteration's prompts, score it, and add it to the pool.
 
-        An interrupted exploration resumes with the first batch that is not on disk.
+        An interrupted exploration resumes with the first batch that is not on disk. In iteration 0, scored data takes
+        the place of an exploration.
 
         Raises:
             UserError: more rewards are missing or not finite than `max_unscored_share` allows.
@@ -336,20 +356,10 @@ class QuarkTrainer(DurableTrainer):
         finished = FinishedBatches(self.pool_directory / f"partial-{iteration:06d}")
         metrics, seconds = recall_iteration(self.pool, self.pool_directory, iteration, args.world_size), {}
         if metrics is None:
-            prompts, rows = self.supply.schedule(iteration)
-            if prompts.skipped and iteration and self.supply.streamed and self.is_world_process_zero():
-                self.progress.note(f"iteration {iteration + 1}: prompts skipped: {prompts.skipped_in_words}")
-            task = Task(
-                prompts=prompts,
-                rows=rows,
-                sampling=args.sampling(iteration),
-                sampler=partial(self.exploring_sampler, iteration),
-                seed=(args.seed, iteration),
-                batch_size=self.memory_plan.generation_batch_size,
-            )
-            self.engine.synchronize()
-            with self.progress.sampling(f"iteration {iteration + 1}", len(task.rows)):
-                rollout = self.explorer.roll_out(task, finished)
+            if self.scored and not iteration:
+                prompts, rollout = self.scored.prompts, Rollout.of_data(self.scored.completions, self.scored.rewards)
+            else:
+                prompts, rollout = self._roll_out(iteration, finished)
             scored = rollout.scored_indices(args.max_unscored_share, iteration)
             self.pool.add(
                 [prompts.ids[rollout.rows[i]] for i in scored],
@@ -359,13 +369,32 @@ class QuarkTrainer(DurableTrainer):
                 terms={name: values[scored] for name, values in rollout.terms.items()},
             )
             metrics = rollout.metrics(attributes, self.end_ids)
-            seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
+            if not (self.scored and self.explores and not iteration):  # Otherwise it is no estimate for the next ones.
+                seconds = {"seconds_sample": rollout.seconds_sample, "seconds_score": rollout.seconds_score}
             if self.is_world_process_zero():
                 texts = self.explorer.texts_of(prompts, rollout, scored)
                 self.pool.save(self.pool_directory, {iteration: metrics}, {iteration: texts})
         if self.is_world_process_zero():
             finished.clear()
         self.log({"iteration": iteration, **metrics, "pool_size": len(self.pool), **seconds})
+
+    def _roll_out(self, iteration: int, finished: FinishedBatches) -> tuple[Prompts, Rollout]:
+        """Sample and score completions of an iteration's prompts."""
+        args = self.args
+        prompts, rows = self.supply.schedule(iteration)
+        if prompts.skipped and iteration and self.supply.streamed and self.is_world_process_zero():
+            self.progress.note(f"iteration {iteration + 1}: prompts skipped: {prompts.skipped_in_words}")
+        task = Task(
+            prompts=prompts,
+            rows=rows,
+            sampling=args.sampling(iteration),
+            sampler=partial(self.exploring_sampler, iteration),
+            seed=(args.seed, iteration),
+            batch_size=self.memory_plan.generation_batch_size,
+        )
+        self.engine.synchronize()
+        with self.progress.sampling(f"iteration {iteration + 1}", len(task.rows)):
+            return prompts, self.explorer.roll_out(task, finished)
 
     def exploring_sampler(self, iteration: int) -> AbstractContextManager[Complete]:
         """Return the context of what completes plain prompts: the policy asked for the best quantile.
@@ -621,9 +650,11 @@ class QuarkTrainer(DurableTrainer):
         self.teacher = None
         if self.is_world_process_zero():
             self.metrics_file.truncate(state.get("metrics_bytes", 0), self.state.log_history)
-        explored_until = min(step, self.args.num_iterations * steps_per_iteration)  # Distillation explores nothing.
-        self.pool = load_pool(self.pool, self.pool_directory, explored_until, steps_per_iteration)
-        if iteration_count := count_begun_iterations(explored_until, steps_per_iteration):
+        # Distillation explores nothing, and neither does a run on scored data alone after its first iteration.
+        iteration_count = min(count_begun_iterations(step, steps_per_iteration), self.args.num_iterations)
+        explored_count = iteration_count if self.explores else min(iteration_count, 1)
+        self.pool = load_pool(self.pool, self.pool_directory, explored_count)
+        if iteration_count:
             self.quantize(iteration_count - 1)
         if self.is_world_process_zero():
             line = describe_resumption(self.args, step, self.pool, self.pool_directory, self.scorer.cache_size)
@@ -703,8 +734,46 @@ class QuarkTrainer(DurableTrainer):
                 "source": self.prompts_source,
                 "count": len(self.prompts),
                 "reads": "chats" if self.prompts.are_chats else "texts",
+                **({} if self.explores else {"explored": False}),
             },
+            scored_data=self.scored and {"source": self.scored_source, "samples": len(self.scored)},
         )
+
+    def _load_scored(self, source: PromptSource) -> Prompts:
+        """Load scored samples, and encode their prompts."""
+        args, columns = self.args, self.args.reward_columns or self.scorer.attributes
+        if len(columns) != len(self.scorer.attributes):
+            raise UserError(
+                f"reward_columns {' '.join(columns)}: must be {len(self.scorer.attributes)}, one for each of "
+                f"{', '.join(self.scorer.attributes)}. Set as many."
+            )
+        prompts = check_scored(
+            read_prompts_of("scored_data", source, args.skip_bad_prompts), columns, args.skip_bad_prompts
+        )
+        encoded = self._encode(prompts, allow_none=True)
+        check_any_left(encoded)
+        return encoded
+
+    def _encode_scored(self, prompts: Prompts) -> ScoredSamples:
+        """Encode the completions of scored samples."""
+        eos, turn = self.plain_tokenizer.eos_token_id, end_of_turn_id(self.plain_tokenizer)
+        first = next(iter(self.end_ids), None)
+        of_text = eos if eos in self.end_ids else first
+        ends = Ends(
+            max_length=self.args.max_completion_length,
+            min_length=self.args.min_completion_length,
+            of_text=of_text,
+            of_chat=turn if turn in self.end_ids else of_text,
+            all_ids=self.end_ids,
+            keep_special_tokens=self.args.keep_special_tokens,
+        )
+        samples = ScoredSamples.encode(prompts, self.plain_tokenizer, ends)
+        if len(samples) < self.args.num_quantiles:
+            raise UserError(
+                f"num_quantiles {self.args.num_quantiles}: must be at most {len(samples)}, the samples of scored_data. "
+                "Add samples, or lower --num_quantiles."
+            )
+        return samples
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
         return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)
@@ -712,6 +781,19 @@ class QuarkTrainer(DurableTrainer):
     def _conditioned_lengths(self, prompts: Prompts | None) -> list[int]:
         """Return the length in tokens of each prompt with the longest prefix."""
         return [] if prompts is None else [len(ids) + self._prefix_length for ids in prompts.ids]
+
+
+def _make_scorer(rewards: Rewards | Scorer | None, args: QuarkConfig, calls_rewards: bool) -> Scorer:
+    """Return what scores completions, or what stands for it in a run that calls no reward."""
+    if isinstance(rewards, Scorer):
+        return rewards
+    if rewards is not None:
+        return Scorer(rewards, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout)
+    if calls_rewards:
+        raise UserError("reward_funcs (--reward) is missing: only a run on scored_data alone needs none. Set it.")
+    if args.condition_on == "each" and not args.reward_columns:
+        raise UserError("reward_columns is missing: must name the rewards with condition_on each. Set --reward_columns.")
+    return ScoresOfData(args.reward_columns or ["reward"], args.condition_on)
 
 
 def _check_names(args: QuarkConfig, scorer: Scorer) -> None:
