@@ -34,9 +34,9 @@ class RunPrompts(NamedTuple):
     scored: "Prompts | None" = None
 
     @property
-    def read(self) -> "list[Prompts]":
+    def read(self) -> list[Any]:
         """All prompts that the model learns from, without a stream."""
-        return [prompts for prompts in (self.training, self.scored) if hasattr(prompts, "prompts")]
+        return [prompts for prompts in (self.training, self.scored) if hasattr(prompts, "locations")]
 
 
 def load_run_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedTokenizerBase | None" = None) -> RunPrompts:
@@ -61,7 +61,8 @@ def load_run_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedToke
         return loaded._replace(measured=measured, note=text)
     if run.stream_prompts:
         return loaded._replace(note="before/after: prompts of the first iteration. Set --eval_prompts for others.")
-    kept, measured = hold_out(scored if training is None else training, count)
+    rows: Any = scored if training is None else training
+    kept, measured = hold_out(rows, count)
     if not len(measured):
         text = "before/after: the prompts of the run, because there are too few to hold some out. Set --eval_prompts."
         return loaded._replace(note=text)

@@ -39,7 +39,7 @@ class ScoreOptions:
     skip_bad_prompts: bool = option(False, "Skip invalid rows, and count them.")
     json: bool = option(
         False,
-        "Print one JSON object per line: text (or prompt and completion, if there are prompts), reward, and what rewards "
+        "Print one JSON object per line: text, or prompt and completion if there are prompts; reward, and what rewards "
         "log.",
     )
     output: str | None = option(None, "Save every text with its reward: .jsonl, .csv or .parquet.", metavar="FILE")
@@ -243,9 +243,7 @@ def _distribution(rewards: "np.ndarray") -> list[str]:
     return lines
 
 
-def _row(
-    texts: dict[str, Any], reward: float, terms: dict[str, float], extra: dict[str, str | None]
-) -> dict[str, Any]:
+def _row(texts: dict[str, Any], reward: float, terms: dict[str, float], extra: dict[str, str | None]) -> dict[str, Any]:
     """A text with its reward, the score of each of several rewards, and the columns that rewards have logged."""
     row: dict[str, Any] = {**texts, "reward": _rounded(reward)}
     if terms:

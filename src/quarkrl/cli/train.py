@@ -159,8 +159,8 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
         evaluated = comparison.num_completions if comparison else 0
         if prompts.evaluated and config.eval_strategy == "epoch":
             evaluated += config.num_iterations * len(prompts.evaluated) * config.eval_samples_per_prompt
-        data = len(trainer.prompts), speed, evaluated, len(trainer.scored or ()), trainer.explores
-        trainer.progress.start_notes.append(describe_time(config, *data))
+        data: dict[str, Any] = {"num_scored": len(trainer.scored or ()), "explores": trainer.explores}
+        trainer.progress.start_notes.append(describe_time(config, len(trainer.prompts), speed, evaluated, **data))
     trainer.progress.start_notes += filter(None, [choice, prompts.note])
     return trainer, comparison
 
@@ -221,9 +221,9 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
     prompts = replace(prompts, in_template=config.raw is False)
-    explored, scored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations, trainer.scored
-    if not trainer.explores:
-        explored = len(scored or ())
+    explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
+    if trainer.scored and not trainer.explores:
+        explored = len(trainer.scored)
     options = evaluation_options(
         config,
         explored,
@@ -240,7 +240,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None
         options,
         Path(config.output_dir),
         config.keep_special_tokens,
-        fewer_draws(config, len(trainer.prompts), len(scored or ()), trainer.explores),
+        fewer_draws(config, *trainer.data_sizes),
     )
 
 

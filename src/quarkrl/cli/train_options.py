@@ -72,7 +72,7 @@ class RunOptions(AdapterOptions):
 
     budget: str | None = option(
         None,
-        "Time that the run may take, such as 30m: fewer iterations, prompts and steps, if they are not set.",
+        "Time that the run may take, such as 30m. It lowers the iterations, prompts and steps that are not set.",
         group="model",
         metavar="TIME",
     )

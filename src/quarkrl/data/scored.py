@@ -80,14 +80,18 @@ class ScoredSamples:
         texts = [_without_end(text, end_tokens) for text in prompts.columns[COMPLETION]]
         encoded = _encode(tokenizer, prompts, texts, ends)
         chats = [not isinstance(prompt, str) for prompt in prompts.as_encoded]
-        finished = [_finish(ids, ends.of_chat if chat else ends.of_text, ends) for ids, chat in zip(encoded, chats, strict=True)]
+        finished = [
+            _finish(ids, ends.of_chat if chat else ends.of_text, ends) for ids, chat in zip(encoded, chats, strict=True)
+        ]
         reasons = [_fault(ids, done, ends) for ids, done in zip(encoded, finished, strict=True)]
         kept = [i for i, reason in enumerate(reasons) if reason is None]
         samples = replace(prompts.skip(reasons), ids=[prompts.ids[i] for i in kept])
         check_any_left(samples)
         lengths = [len(encoded[i] or ()) for i in kept]
         columns = [values for name, values in samples.columns.items() if name != COMPLETION]
-        note = _describe(samples, sum(n > ends.max_length for n in lengths), sum(n < ends.min_length for n in lengths), ends)
+        note = _describe(
+            samples, sum(n > ends.max_length for n in lengths), sum(n < ends.min_length for n in lengths), ends
+        )
         return cls(samples, [finished[i] for i in kept], np.array(columns, dtype=float).T, note)
 
 
@@ -110,8 +114,8 @@ def check_scored(prompts: Prompts, columns: Sequence[str], skip_bad: bool = Fals
     missing += [] if COMPLETION in prompts.columns else [COMPLETION]
     if missing:
         raise UserError(
-            f"scored_data: must have a column {missing[-1]!r} beside the prompt, and has {quote_names(prompts.columns)}. "
-            "Rename the columns, or set --reward_columns."
+            f"scored_data: must have a column {missing[-1]!r} beside the prompt, and has "
+            f"{quote_names(prompts.columns)}. Rename the columns, or set --reward_columns."
         )
     rows: list[Any] = []
     for i, completion in enumerate(prompts.columns[COMPLETION]):

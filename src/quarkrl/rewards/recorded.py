@@ -32,7 +32,9 @@ def _spec(identity: Mapping[str, Any]) -> str:
         kind, base = "classifier", identity["model"]
     else:
         kind = base = str(name).removesuffix("-words") if "unit" in identity else str(name)
-    if kind not in _SETTINGS and (base not in REWARDS or missing_options(REWARDS[base], {}) or {"module", "column"} & {*identity}):
+    if kind not in _SETTINGS and (
+        base not in REWARDS or missing_options(REWARDS[base], {}) or {"module", "column"} & {*identity}
+    ):
         raise UserError(f"reward {shorten(name)} of training: must be named again. Set --reward {_form_of(identity)}.")
     settings = {key: identity[key] for key in _SETTINGS.get(kind, ()) if identity.get(key) is not None}
     return f"{base}?{urlencode(settings)}" if settings else base

@@ -189,7 +189,8 @@ class ScoresOfData(Scorer):
     def __init__(self, columns: Sequence[str], condition_on: str = "sum"):
         if condition_on == "sum" and len(columns) > 1:
             raise UserError(
-                f"reward_columns {' '.join(columns)}: must be one column with condition_on sum. Set --condition_on each."
+                f"reward_columns {' '.join(columns)}: must be one column with condition_on sum. Set --condition_on "
+                "each."
             )
         self._rewards, self._weights, self._caller, self._cache = [], [], RewardCaller(None), None
         self._cache_counts = CacheCounts()

@@ -8,7 +8,7 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.models.quark_json import read_quark_json
 
 
-def run_facts(
+def run_facts(  # noqa: PLR0913 - the facts
     options: dict[str, Any],
     step: int,
     pool: DataPool,

@@ -46,11 +46,10 @@ from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.data.chat_defaults import with_chat_defaults
 from quarkrl.data.chats import with_fixed_date
 from quarkrl.data.prompts import Prompts
-from quarkrl.data.scored import Ends, ScoredSamples, check_any_left, check_scored, distinct_prompts
+from quarkrl.data.scored import distinct_prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import split_by_length
 from quarkrl.models.completion_logits import Projection
-from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import bos_of_chats, new_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
@@ -59,7 +58,7 @@ from quarkrl.models.loading import context_length, eos_ids
 from quarkrl.models.model_card import write_model_card
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.models.words import Words
-from quarkrl.rewards.scorer import Scorer, ScoresOfData
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
 from quarkrl.runs.fsdp import shard_frozen_model
 from quarkrl.sampling.engine import BuiltinEngine, Complete, SamplingEngine
@@ -80,7 +79,7 @@ from quarkrl.training.memory import plan_memory
 from quarkrl.training.metrics_log import LogEachIteration, LossMeans, MetricsFile
 from quarkrl.training.prefix_rate import scale_rate_of_rows
 from quarkrl.training.progress import Progress
-from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of, read_prompts_of
+from quarkrl.training.prompt_supply import PromptSupply, encode_prompts_of
 from quarkrl.training.resumption import (
     count_begun_iterations,
     describe_resumption,
@@ -90,11 +89,11 @@ from quarkrl.training.resumption import (
 )
 from quarkrl.training.rollout import FinishedBatches, Rollout
 from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_caches, positions_of_parts
+from quarkrl.training.scored_data import Rewards, encode_scored, load_scored, make_scorer
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
 from quarkrl.training.time_left import describe_overdraw, describe_plan
 
-Rewards: TypeAlias = Callable | str | Sequence[Callable | str]
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
 
 # Evaluation samples with this seed in the place of an iteration's number, which is always smaller.
@@ -152,34 +151,32 @@ class QuarkTrainer(DurableTrainer):
         self.chat_date = find_chat_date(tokenizer, Path(args.output_dir), args.world_size)
         self.plain_tokenizer = with_fixed_date(tokenizer, self.chat_date) if self.chat_date else tokenizer
         self.explores = train_dataset is not None or scored_data is None
-        self.scorer = _make_scorer(reward_funcs, args, calls_rewards=self.explores or eval_dataset is not None)
+        self.scorer = make_scorer(reward_funcs, args, calls_rewards=self.explores or eval_dataset is not None)
         _check_names(args, self.scorer)
         words = Words.choose(args.conditioning, args.words, self.scorer.attribute_rewards, args.num_quantiles)
         self._prefix_length = words.max_length(self.plain_tokenizer)
         self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
         self._encode = self._make_encoder(words)
-        scored_prompts = None if scored_data is None else self._load_scored(scored_data)
-        explored = train_dataset if self.explores or scored_prompts is None else distinct_prompts(scored_prompts)
-        self.supply = PromptSupply(explored, self._encode, args)
+        scored = None if scored_data is None else load_scored(scored_data, args, self.scorer.attributes, self._encode)
+        self.supply = PromptSupply(
+            distinct_prompts(scored) if scored and not self.explores else train_dataset, self._encode, args
+        )
         self.prompts = self.supply.first
         # For the model card.
-        self.prompts_source = train_dataset if isinstance(train_dataset, str) else None
-        self.scored_source = scored_data if isinstance(scored_data, str) else None
+        self.prompts_source, self.scored_source = map(_name_of_source, (train_dataset, scored_data))
         self.eval_prompts = None if eval_dataset is None else self._load_held_out(eval_dataset)
-        if self.explores:
-            _check_quantiles(args, len(self.prompts))
+        _check_quantiles(args, len(self.prompts), self.explores)
         models = prepare_models(model, tokenizer, ref_model, peft_config, args, self.scorer.attributes, words)
         self.ref_model, self.conditioning = models.reference, models.conditioning
         self.identities = {"start": models.start_identity, "reference": models.reference_identity}
         self.end_ids = eos_ids(model, self.plain_tokenizer, self.conditioning.vocab_size)
-        self.scored = None if scored_prompts is None else self._encode_scored(scored_prompts)
-        read = [self.prompts, *([self.scored.prompts] if self.scored else [])]
+        self.scored = None if scored is None else encode_scored(scored, self.plain_tokenizer, self.end_ids, args)
         steered_tokenizer = check_served_ids(
             self.plain_tokenizer,
             models.steered_tokenizer,
             self.conditioning,
             model.config,
-            Prompts.join(read),
+            self._prompts_to_read,
             self.chat_date,
         )
 
@@ -193,13 +190,12 @@ class QuarkTrainer(DurableTrainer):
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
-        lengths = self._conditioned_lengths(Prompts.join(read)), self._conditioned_lengths(self.eval_prompts)
+        lengths = self._conditioned_lengths(self._prompts_to_read), self._conditioned_lengths(self.eval_prompts)
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
-        data = len(self.prompts), len(self.scored or ()), self.explores
         notes = [
             self.scored.note if self.scored else None,
-            describe_plan(args, *data),
-            describe_overdraw(args, *data),
+            describe_plan(args, *self.data_sizes),
+            describe_overdraw(args, *self.data_sizes),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
             chat_date_note(self.chat_date, self.prompts.as_encoded),
@@ -253,7 +249,17 @@ class QuarkTrainer(DurableTrainer):
         if self.is_world_process_zero():
             try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
-    def _make_encoder(self, words: Words) -> Callable[[Prompts], Prompts]:
+    @property
+    def data_sizes(self) -> tuple[int, int, bool]:
+        """The number of prompts and of scored samples, and whether the run explores."""
+        return len(self.prompts), len(self.scored or ()), self.explores
+
+    @property
+    def _prompts_to_read(self) -> Prompts:
+        """The prompts to explore, those of later groups of a stream excluded, and the prompts of scored samples."""
+        return Prompts.join([self.prompts, *([self.scored.prompts] if self.scored else [])])
+
+    def _make_encoder(self, words: Words) -> Callable[..., Prompts]:
         bos_id = bos_of_chats(self.plain_tokenizer)
         return partial(
             Prompts.encode,
@@ -736,44 +742,8 @@ class QuarkTrainer(DurableTrainer):
                 "reads": "chats" if self.prompts.are_chats else "texts",
                 **({} if self.explores else {"explored": False}),
             },
-            scored_data=self.scored and {"source": self.scored_source, "samples": len(self.scored)},
+            scored_data={"source": self.scored_source, "samples": len(self.scored)} if self.scored else None,
         )
-
-    def _load_scored(self, source: PromptSource) -> Prompts:
-        """Load scored samples, and encode their prompts."""
-        args, columns = self.args, self.args.reward_columns or self.scorer.attributes
-        if len(columns) != len(self.scorer.attributes):
-            raise UserError(
-                f"reward_columns {' '.join(columns)}: must be {len(self.scorer.attributes)}, one for each of "
-                f"{', '.join(self.scorer.attributes)}. Set as many."
-            )
-        prompts = check_scored(
-            read_prompts_of("scored_data", source, args.skip_bad_prompts), columns, args.skip_bad_prompts
-        )
-        encoded = self._encode(prompts, allow_none=True)
-        check_any_left(encoded)
-        return encoded
-
-    def _encode_scored(self, prompts: Prompts) -> ScoredSamples:
-        """Encode the completions of scored samples."""
-        eos, turn = self.plain_tokenizer.eos_token_id, end_of_turn_id(self.plain_tokenizer)
-        first = next(iter(self.end_ids), None)
-        of_text = eos if eos in self.end_ids else first
-        ends = Ends(
-            max_length=self.args.max_completion_length,
-            min_length=self.args.min_completion_length,
-            of_text=of_text,
-            of_chat=turn if turn in self.end_ids else of_text,
-            all_ids=self.end_ids,
-            keep_special_tokens=self.args.keep_special_tokens,
-        )
-        samples = ScoredSamples.encode(prompts, self.plain_tokenizer, ends)
-        if len(samples) < self.args.num_quantiles:
-            raise UserError(
-                f"num_quantiles {self.args.num_quantiles}: must be at most {len(samples)}, the samples of scored_data. "
-                "Add samples, or lower --num_quantiles."
-            )
-        return samples
 
     def _load_held_out(self, source: PromptSource) -> Prompts:
         return encode_prompts_of("eval_dataset", source, self._encode, self.args.skip_bad_prompts)
@@ -783,28 +753,19 @@ class QuarkTrainer(DurableTrainer):
         return [] if prompts is None else [len(ids) + self._prefix_length for ids in prompts.ids]
 
 
-def _make_scorer(rewards: Rewards | Scorer | None, args: QuarkConfig, calls_rewards: bool) -> Scorer:
-    """Return what scores completions, or what stands for it in a run that calls no reward."""
-    if isinstance(rewards, Scorer):
-        return rewards
-    if rewards is not None:
-        return Scorer(rewards, args.reward_weights, args.condition_on, args.score_cache, args.reward_timeout)
-    if calls_rewards:
-        raise UserError("reward_funcs (--reward) is missing: only a run on scored_data alone needs none. Set it.")
-    if args.condition_on == "each" and not args.reward_columns:
-        raise UserError("reward_columns is missing: must name the rewards with condition_on each. Set --reward_columns.")
-    return ScoresOfData(args.reward_columns or ["reward"], args.condition_on)
-
-
 def _check_names(args: QuarkConfig, scorer: Scorer) -> None:
     """Check the options that name rewards."""
     check_metric(args.metric_for_best_model, scorer.attributes, scorer.names)
     check_attributes(args.explore_guidance_of or 1, scorer.attributes, "explore_guidance_of")
 
 
-def _check_quantiles(args: QuarkConfig, num_prompts: int) -> None:
+def _name_of_source(source: Any) -> str | None:
+    return source if isinstance(source, str) else None
+
+
+def _check_quantiles(args: QuarkConfig, num_prompts: int, explores: bool) -> None:
     """Check that an iteration has a sample for each quantile."""
-    if (samples := args.explored_per_iteration(num_prompts)) < args.num_quantiles:
+    if explores and (samples := args.explored_per_iteration(num_prompts)) < args.num_quantiles:
         raise UserError(
             f"num_quantiles {args.num_quantiles}: must be at most {samples}, the samples of an iteration. "
             "Explore more prompts, or lower --num_quantiles."
