@@ -19,6 +19,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 PRINTED = {
     "control_curve": [r"reference .*reward", r"\b0 .*reward", r"\b3 .*reward", r"best γ=3 .*reward"],
     "keep_word_out": [r"before: +\d+%", r"after: +\d+%", r"after, guided: +\d+%"],
+    "offline": [r"before: [+-]\d\.\d+", r"worst: [+-]\d\.\d+", r"best: [+-]\d\.\d+"],
     "own_reward": [r"before: +\d\.\d+ × and", r"worst: +\d\.\d+ × and", r"guided: +\d\.\d+ × and"],
     "pool_in_pandas": [r"iteration +", r"correlation of the two rewards: -?\d", r"worst:\n", r"best:\n"],
     "two_rewards": [r"profanity=best,vader=best +\S+ +\S+", r"profanity=worst,vader=worst +\S+ +\S+"],

@@ -2,8 +2,8 @@
 
     {"prompt": "Once upon a time", "completion": " there was a cat.", "reward": 0.7}
 
-A completion becomes the token ids that the sampler could have made: they continue the ids of the prompt, and EOS ends
-them unless the limit of the length comes first. A completion may also be one message of the assistant, as in TRL.
+A completion becomes the token ids that the sampler could have made. They continue the ids of the prompt. EOS ends them,
+unless the limit of the length comes first. A completion may also be one message of the assistant, as in TRL.
 """
 
 import math
@@ -65,8 +65,8 @@ class ScoredSamples:
     def encode(cls, prompts: Prompts, tokenizer: Any, ends: Ends) -> "ScoredSamples":
         """Encode the completions of prompts that are encoded already.
 
-        A completion that cannot be the model's own is skipped: an empty one without EOS, one with EOS in the middle,
-        and one that no token ids write behind the ids of its prompt.
+        A completion that cannot be the model's own is skipped. It is empty, or has EOS in the middle, or no token ids
+        write it behind the ids of its prompt.
 
         Args:
             prompts: from `check_scored`, encoded.
@@ -199,9 +199,9 @@ def _without_end(text: str, end_tokens: Sequence[str | None]) -> str:
 def _encode(tokenizer: Any, prompts: Prompts, texts: Sequence[str], ends: Ends) -> list[list[int] | None]:
     """Encode texts that continue the ids of prompts; None where no ids do.
 
-    Prompt and completion are encoded as one. Where the ids do not begin with those of the prompt, because a token spans
-    both, the completion is encoded alone: as it is, or behind a line break, which keeps SentencePiece from adding a
-    space. Such ids count only if they decode to the text.
+    Prompt and completion are encoded as one. If a token spans both, the ids do not begin with those of the prompt. The
+    completion is then encoded alone, or behind a line break, which keeps SentencePiece from adding a space. Such ids
+    count only if they decode to the text.
     """
     questions = prompts.as_encoded
     wholes = [
