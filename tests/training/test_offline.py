@@ -165,7 +165,9 @@ def test_each_of_several_rewards_has_a_column(tmp_path):
     assert trainer.pool.rewards[5].tolist() == [-5, 5]
     with pytest.raises(UserError, match=r"reward_columns is missing: must name the rewards"):
         offline_trainer(tmp_path, rows=rows, **options)
-    with pytest.raises(UserError, match=r"reward_columns x: must be 2, one for each of share_of_a, distinct_rewards"):
+    with pytest.raises(
+        UserError, match=r"reward_columns x: must be 2 columns, one for each of share_of_a, distinct_rewards"
+    ):
         rewards = [share_of_a, distinct_rewards]
         small_trainer(tmp_path, rewards, scored_data=rows, reward_columns=["x"], **options)
     with pytest.raises(UserError, match=r"reward_columns x y: must be one column with condition_on sum"):

@@ -51,10 +51,10 @@ def load_scored(source: Any, args: QuarkConfig, attributes: Sequence[str], encod
         UserError: the source cannot be read, a column is missing, a row is bad, or none is left.
     """
     columns = args.reward_columns or list(attributes)
-    if len(columns) != len(attributes):
+    if len({*columns}) != len(columns) or len(columns) != len(attributes):
         raise UserError(
-            f"reward_columns {' '.join(columns)}: must be {len(attributes)}, one for each of {', '.join(attributes)}. "
-            "Set as many."
+            f"reward_columns {' '.join(columns)}: must be {len(attributes)} columns, one for each of "
+            f"{', '.join(attributes)}. Set as many."
         )
     rows = read_prompts_of("scored_data", source, args.skip_bad_prompts)
     encoded = encode(check_scored(rows, columns, args.skip_bad_prompts), allow_none=True)
