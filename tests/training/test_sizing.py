@@ -101,6 +101,19 @@ def test_a_budget_takes_iterations_first_and_then_samples_and_prompts():
     assert amounts(500, "--budget", "5m", speed=speed)[3:] == (5000, 3)  # Samples go down before prompts.
 
 
+def test_a_budget_that_is_exceeded_is_a_warning():
+    def warning(*flags: str) -> str:
+        return parse_train([*COMMAND, *flags]).with_defaults(1e6, 20_000, Speed(0.01, 50 / 6400))[1].partition("\n")[2]
+
+    fixed = ["--num_iterations", "24", "--prompts_per_iteration", "5000", "--steps_per_iteration", "50"]
+    assert warning("--budget", "20m", *fixed) == (
+        "warning: sampling and learning exceed --budget 20m. "
+        "Lower or leave out num_iterations, steps_per_iteration, prompts_per_iteration."
+    )
+    assert "exceed --budget 1s. A run has no fewer iterations" in warning("--budget", "1s")
+    assert warning("--budget", "20m") == warning(*fixed) == ""
+
+
 @pytest.mark.parametrize("text", ["", "soon", "0m", "5 apples", "-3m"])
 def test_a_budget_is_a_time(text):
     assert (parse_duration("90s"), parse_duration("1h30m"), parse_duration("0.5h")) == (90, 5400, 1800)

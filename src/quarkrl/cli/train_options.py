@@ -24,6 +24,7 @@ from quarkrl.training.options import GROUPS, QuarkOptions
 from quarkrl.training.sizing import (
     SAMPLED,
     describe_defaults,
+    describe_excess,
     fit_to_budget,
     fit_to_prompts,
     fit_to_samples,
@@ -197,6 +198,7 @@ class TrainCommand(NamedTuple):
         if not self.config.do_sample:
             fixed["samples_per_prompt"] = 1  # Greedy completions of a prompt are equal.
         per_batch = self.config.gradient_accumulation_steps * self.config.world_size
+        excess = ""
         if num_scored is not None:
             fit_to_samples(options, num_scored, fixed, per_batch)
             if speed and self.run.budget:
@@ -205,13 +207,14 @@ class TrainCommand(NamedTuple):
             fit_to_prompts(options, num_prompts, fixed, per_batch)
             if speed and self.run.budget:
                 fit_to_budget(options, num_prompts, fixed, speed, parse_duration(self.run.budget), per_batch)
+                excess = describe_excess(options, num_prompts, fixed, speed, self.run.budget, per_batch)
         chosen = {name: value for name, value in options.items() if name in parsed.unset}
         command = _make_command(
             parsed._replace(values={**parsed.values, **chosen}, unset=frozenset(), recorded=frozenset(sizing.NAMES))
         )
         if num_scored is not None:  # It samples only to distil.
             chosen = {name: value for name, value in chosen.items() if name not in SAMPLED}
-        return command, describe_defaults(parameters, chosen)
+        return command, describe_defaults(parameters, chosen) + excess
 
     def ignored_options_note(self) -> str | None:
         """Return a message about options that `QuarkConfig` ignores in a single process, or None."""
@@ -288,7 +291,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     if values["budget"] is not None and not by_size and not values["resume"]:
         raise UserError(
             f"budget {values['budget']!r}: must be left out of a preset and of --defaults paper, which set amounts. "
-            "Set --defaults size, or --num_iterations."
+            "Leave those out, or set --num_iterations."
         )
     return _make_command(ParsedValues(values, defaults, by_size, recorded=frozenset(sizing.NAMES) - unset))
 

@@ -54,6 +54,8 @@ MOST_SAMPLES_PER_PROMPT = 16
 # iterations and prompts.
 PASSES = 4  # Of a run over scored samples that explores nothing (docs/offline.md).
 LEAST_STEPS, LEAST_BATCH, LEAST_ITERATIONS, LEAST_PROMPTS = 8, 8, 8, 64
+_AMOUNTS = ("num_iterations", "steps_per_iteration", "prompts_per_iteration", "samples_per_prompt")
+_TOLERANCE = 1.2  # By which factor the estimate may exceed a budget without a warning.
 
 
 def size_defaults(parameters: float, lora_rank: int | None = None) -> dict[str, Any]:
@@ -146,6 +148,17 @@ def fit_to_budget(
         prompts = min(options["prompts_per_iteration"], num_prompts)
         options["prompts_per_iteration"] = max(int(prompts * share), min(LEAST_PROMPTS, prompts))
         _set_steps(options, fixed, options["steps_per_iteration"] * options["prompts_per_iteration"] / prompts)
+
+
+def describe_excess(
+    options: dict[str, Any], num_prompts: int, fixed: dict[str, Any], speed: Speed, budget: str, per_batch: int = 1
+) -> str:
+    """Return a warning if the amounts that `fit_to_budget` leaves exceed the budget; else ""."""
+    if time_of(options, num_prompts, speed, per_batch) <= _TOLERANCE * parse_duration(budget):
+        return ""
+    amounts = [name for name in _AMOUNTS if name in fixed]
+    remedy = f"Lower or leave out {', '.join(amounts)}" if amounts else "A run has no fewer iterations and prompts"
+    return f"\nwarning: sampling and learning exceed --budget {budget}. {remedy}."
 
 
 def _set_steps(options: dict[str, Any], fixed: dict[str, Any], steps: float) -> None:
