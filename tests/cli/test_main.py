@@ -151,6 +151,8 @@ def test_generate_writes_prompt_and_completion(run, home, capsys):
         assert [row["prompt"] for row in rows] == ["a b", "c", "d e f", "h g"]
         assert all(len(row["completions"]) == 1 and len(row["completions"][0].split()) <= 4 for row in rows)
     assert said(capsys, *generate, "0") == said(capsys, *generate, "worst") != said(capsys, *generate, "best")
+    texts = said(capsys, "generate", "--quantile", "worst", final, "a b", "--seed", "1", "c")
+    assert [line[0] for line in texts.splitlines()] == ["a", "c"]
     greedy = said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "1")
     assert greedy == said(capsys, "generate", final, "--prompt", "a b", "--greedy", "--seed", "2")
 
@@ -245,7 +247,6 @@ TRAIN = ("train", "--config", "{home}/run.yaml", "--output_dir", "{new}")
 GENERATE = ("generate", "{run}/final", "--prompt", "a")
 EVALUATE = ("evaluate", "{run}/final", "--prompts", "{home}/prompts.txt", "--reward", "{home}/rewards.py:few_a")
 MISTAKES = {
-    "no command": ((), "COMMAND is missing"),
     "unknown command": (
         ("tran",),
         "COMMAND 'tran': must be one of demo, presets, train, generate",
@@ -443,6 +444,23 @@ def test_only_resume_true_reads_the_config_of_the_run(tmp_path):
     options = ["--output_dir", str(tmp_path), "--resume"]
     found = {value: parse_train([*options, *value]).config.num_quantiles for value in ((), ("true",), ("false",))}
     assert found == {(): 7, ("true",): 7, ("false",): 5}
+
+
+def test_no_command_prints_the_overview(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 0
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch, capsys):
+    for policy, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy or "")
+        if policy is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        assert main(["presets"]) == 0
+        assert os.environ["OMP_WAIT_POLICY"] == expected
 
 
 def test_both_modules_are_the_command():

@@ -65,7 +65,8 @@ def test_samples_are_sorted_and_limited(run, capsys):
     ("arguments", "message"),
     [
         (["--iteration", "7"], "iteration 7: must be from 1 to 2, or -1 for the last."),
-        (["--quantile", "top"], "quantile 'top': must be best, worst, or a number."),
+        (["--quantile", "top"], "quantile 'top': must be best, worst, or one with samples: 0, "),
+        (["--quantile", "9"], "quantile '9': must be best, worst, or one with samples: 0, "),
         (["--grep", "("], "grep '(': must be a regular expression"),
         (["--sort", "rewards"], "sort 'rewards': must be spread, reward, length or iteration. Did you mean 'reward'?"),
     ],

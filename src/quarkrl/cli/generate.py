@@ -62,11 +62,12 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate and print."""
-    texts = [*arguments.text, *(arguments.prompt or [])]
+    if arguments.text and arguments.prompt:
+        raise UserError(f"{arguments.text[0]!r}: must not be set together with --prompt. Quote a text with spaces.")
+    texts = arguments.text or arguments.prompt or []
     if bool(texts) == (arguments.prompts is not None):
-        raise UserError(
-            "prompt is missing, or both texts and --prompts are set. Give 'a text' behind the model, or --prompts FILE."
-        )
+        problem = "must not be set together with --prompts" if texts else "is missing"
+        raise UserError(f"prompt {problem}. Give 'a text' behind the model, or --prompts FILE.")
     options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
     check_model(arguments.model)
     check_prompts(options.prompts)

@@ -108,6 +108,8 @@ class Parser(argparse.ArgumentParser):
             UserError: a flag is unknown (the message names the nearest known one) or has an invalid value.
         """
         arguments, unknown = self.parse_known_args(argv)
+        if unknown and not unknown[0].startswith("-"):  # argparse reads no more texts after a flag.
+            arguments, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
             if not flag.startswith("-"):

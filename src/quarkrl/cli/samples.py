@@ -139,8 +139,7 @@ def _matches(table: "pa.Table", options: SamplesOptions) -> Any:
         mask &= iterations == number
     if options.quantile is not None:
         for name in (name for name in table.column_names if name.partition(".")[0] == "quantile"):
-            values = table[name].to_numpy()
-            mask &= values == _quantile_number(options.quantile, values)
+            mask &= _in_quantile(table[name].to_numpy(), options.quantile)
     if options.grep is not None:
         texts = pc.binary_join_element_wise(table["prompt"], table["completion"], "")
         try:
@@ -151,12 +150,15 @@ def _matches(table: "pa.Table", options: SamplesOptions) -> Any:
     return mask
 
 
-def _quantile_number(name: str, values: "np.ndarray") -> int:
-    if name in ("best", "worst"):
-        return int(values.max()) if name == "best" else int(values.min())
-    if not name.isdecimal():
-        raise UserError(f"quantile {name!r}: must be best, worst, or a number. Set --quantile worst.")
-    return int(name)
+def _in_quantile(values: "np.ndarray", quantile: str) -> "np.ndarray":
+    """A mask of the samples in a quantile; those with equal rewards share one, so that others may be empty."""
+    import numpy as np
+
+    numbers = [str(number) for number in np.unique(values)]
+    names = {"worst": numbers[0], "best": numbers[-1]}
+    if (number := names.get(quantile, quantile)) not in numbers:
+        raise UserError(f"quantile {quantile!r}: must be best, worst, or one with samples: {', '.join(numbers)}.")
+    return values == int(number)
 
 
 def _order(table: "pa.Table", options: SamplesOptions) -> Any:
