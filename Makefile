@@ -23,6 +23,7 @@ install: $(STAMP)  ## create .venv with all dependencies
 
 demo: install  ## unlearn toxicity on the built-in model: minutes on a laptop
 	$(BIN)/quarkrl demo
+	@echo "quarkrl is in $(BIN). To call it by its name: . $(BIN)/activate"
 
 test: install  ## the fast tests
 	$(PYTEST)

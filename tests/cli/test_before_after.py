@@ -66,7 +66,9 @@ def test_a_run_that_is_resumed_measures_nothing_twice(run, capsys):
     capsys.readouterr()
     assert main(["train", "--resume", "--output_dir", str(run)]) == 0
     assert times == {name: (run / name).stat().st_mtime_ns for name in times}
-    assert results_of(run)["protocol"]["verdict"] in capsys.readouterr().out.replace("\n", " ")
+    out = capsys.readouterr().out
+    assert results_of(run)["protocol"]["verdict"] in out.replace("\n", " ")
+    assert out.split()[:5] == ["before", "best", "quantile", "worst", "quantile"]
 
 
 def test_evaluate_takes_the_held_out_prompts_of_the_run(run, home, capsys, tmp_path):

@@ -77,7 +77,7 @@ def test_better_at_a_high_perplexity_says_so_and_how_to_mend_it():
 def test_better_with_equal_tokens_says_that_they_do_not_steer():
     sentence = describe(row(BEFORE), shifted(0.3), shifted(0.3))
     assert sentence.startswith("better, but the tokens do not steer: ")
-    assert "from the worst to the best token it goes from 0.600 to 0.600 (change +0.000" in sentence
+    assert "from the worst to the best quantile it goes from 0.600 to 0.600 (change +0.000" in sentence
     assert sentence.endswith("Try more --num_iterations, so that the tokens learn what sets them apart.")
     both = describe(row(BEFORE), shifted(0.3, 15.0), shifted(0.3))
     assert both.startswith("better, but perplexity rose and the tokens do not steer: ")

@@ -170,8 +170,10 @@ def show_after(evaluation: "Evaluation", final: Path) -> None:
     """Print the table, three prompts with their completions, the verdict, and what to do next."""
     from quarkrl.evaluation.tables import print_side_by_side, print_table
 
-    print_table(evaluation, console(stderr=False))
-    print_side_by_side(evaluation, 3, console(stderr=False))
+    titled = [replace(row, name="before" if row.name == REFERENCE else row.name) for row in evaluation.rows]
+    shown = replace(evaluation, rows=titled)
+    print_table(shown, console(stderr=False))
+    print_side_by_side(shown, 3, console(stderr=False))
     console(stderr=False).print(evaluation.protocol["verdict"], soft_wrap=True, style="bold")
     note(f"figures: {final.parent / RESULTS}   completions: {final.parent / 'results.parquet'}")
     for command in next_commands(evaluation, final):

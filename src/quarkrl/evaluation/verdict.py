@@ -58,7 +58,7 @@ def describe(before: Row, best: Row, worst: Row | None = None, fewer_draws: str 
     if dear:
         parts.append(f"perplexity went from {before.figures['perplexity']:.2f} to {best.figures['perplexity']:.2f}")
     if steering is not None and not steers:
-        parts.append(f"from the worst to the best token it goes from {_in_words(steering)}")
+        parts.append(f"from the worst to the best quantile it goes from {_in_words(steering)}")
     return "; ".join(parts) + "." + _advice(before, change, dear, steers, fewer_draws)
 
 

@@ -140,7 +140,7 @@ def choose_side_by_side(results: SavedResults, rude: int = 4, random: int = 4) -
     Returns:
         The names of the rows that are compared, and the prompts.
     """
-    named = {"reference": results.before, "best quantile": results.after, "worst quantile": results.worst}
+    named = {"before": results.before, "best quantile": results.after, "worst quantile": results.worst}
     rows = {name: row for name, row in named.items() if row}
     if results.completions is None or len(rows) < 2:
         return [], []

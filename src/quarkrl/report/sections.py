@@ -147,7 +147,7 @@ def _figures(results: SavedResults) -> tuple[list[str], list[tuple[str, list[tup
 def _title(name: str) -> str:
     if name.isdecimal():
         return f"quantile {name}"
-    return {"best": "best quantile", "worst": "worst quantile"}.get(name, name)
+    return {"reference": "before", "best": "best quantile", "worst": "worst quantile"}.get(name, name)
 
 
 # Charts
