@@ -113,7 +113,9 @@ def describe_time(
 def _describe_distillation(args: QuarkConfig) -> str:
     count = args.total_iterations - args.num_iterations
     scales = ", ".join(f"{scale:g}" for scale in args.distill_guidance_scale)
-    return f". Then {count} more distil guidance γ = {scales}, without rewards" if count else ""
+    if not count:
+        return ""
+    return f". Then {count} more iterations train guidance γ = {scales} into the best quantile, without rewards"
 
 
 class TimeLeft:
