@@ -102,6 +102,7 @@ FIXED = {
     "words",
     "num_quantiles",
     "condition_on",
+    "reward_columns",
     "reward_weights",
     "steps_per_iteration",
     "draws_per_step",

@@ -232,7 +232,7 @@ def test_a_reward_measures_a_run_on_data_on_prompts_that_are_held_out_of_it(home
     assert main([*TRAIN, *arguments, "--result_samples", "1"]) == 0
     out, err = capsys.readouterr()
     assert "the samples of 4 prompts are held out" in err and f"{len(rows) - 12} samples" in err
-    assert "reference" in out
+    assert "before" in out
 
 
 def test_other_commands_write_files_that_a_run_reads(home, capsys):
