@@ -6,7 +6,7 @@ chosen on the prompts of `select.jsonl`, and its figures are those on `test.json
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,22 +129,25 @@ def best_within(base: Point, found: list[Point], method: str, limit: float, figu
     return min(allowed, key=lambda point: (point.select[figure], point.select["perplexity"]), default=None)
 
 
-def table(base: Point, found: list[Point], figure: str) -> Iterator[str]:
-    """Yield the lines of a table: per method and limit of perplexity the lowest figure, and what it is at."""
+def chosen_points(base: Point, found: list[Point], figure: str) -> Iterator[Point]:
+    """Yield, per method and limit of perplexity, the point with the lowest figure, each once."""
+    for method in NAMES:
+        chosen = [best_within(base, found, method, limit, figure) for limit in LIMITS]
+        yield from (p for number, p in enumerate(chosen) if p is not None and p not in chosen[:number])
+
+
+def table(base: Point, shown: Iterable[Point], figure: str) -> Iterator[str]:
+    """Yield the lines of a table of points, after the base."""
     judge = judge_of(base, figure)
     yield f"| method | perplexity | {figure} | by the judge | dist-2 | settings |"
     yield "|---|---|---|---|---|---|"
-    shown = [f"{base.test[name]:.3f}" for name in (figure, judge, "dist-2")]
-    yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(shown)} | |"
-    for method, name in NAMES.items():
-        chosen = [best_within(base, found, method, limit, figure) for limit in LIMITS]
-        for number, point in enumerate(chosen):
-            if point is not None and point not in chosen[:number]:
-                yield _line(name, point, base, figure, judge)
+    figures = [f"{base.test[name]:.3f}" for name in (figure, judge, "dist-2")]
+    yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(figures)} | |"
+    yield from (_line(point, base, figure, judge) for point in shown)
 
 
-def _line(name: str, point: Point, base: Point, figure: str, judge: str) -> str:
-    low, high = point.intervals[figure]
+def _line(point: Point, base: Point, figure: str, judge: str) -> str:
+    name, (low, high) = NAMES[point.method], point.intervals[figure]
     settings = ", ".join(f"{key} {value:g}" for key, value in point.settings.items())
     return (
         f"| {name} | {100 * rise(point.test, base.test, 'perplexity'):+.1f} % "
@@ -186,9 +189,13 @@ def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> It
         draw(base, found, shown, file)
         yield f"![{shown} against perplexity, by method]({images.name}/{file.name})"
         yield ""
-    yield from table(base, found, figure)
+    yield from table(base, chosen_points(base, found, figure), figure)
     yield ""
     yield from costs(found)
+    yield ""
+    yield "All points, by perplexity:"
+    yield ""
+    yield from table(base, sorted(found, key=lambda point: point.test["perplexity"]), figure)
     yield ""
 
 
