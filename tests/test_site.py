@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -31,11 +33,17 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site():
+def site(tmp_path_factory):
     """The address of the site, built anew and served on loopback."""
     pytest.importorskip("zensical")
-    built = subprocess.run([sys.executable, "-m", "tools.site"], cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    # The processes of pytest-xdist share the folder of the site: the first one builds it for all.
+    run, shared = os.environ.get("PYTEST_XDIST_TESTRUNUID"), tmp_path_factory.getbasetemp().parent
+    is_built = shared / f"site-{run}"
+    with FileLock(shared / "site.lock"):
+        if run is None or not is_built.exists():
+            built = subprocess.run([sys.executable, "-m", "tools.site"], cwd=ROOT, capture_output=True, text=True)
+            assert built.returncode == 0, built.stdout + built.stderr
+            is_built.touch()
     handler = functools.partial(QuietHandler, directory=str(ROOT / "build" / "site"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
