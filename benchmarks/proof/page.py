@@ -149,11 +149,15 @@ def table(base: Point, shown: Iterable[Point], figure: str) -> Iterator[str]:
 def _line(point: Point, base: Point, figure: str, judge: str) -> str:
     name, (low, high) = NAMES[point.method], point.intervals[figure]
     settings = ", ".join(f"{key} {value:g}" for key, value in point.settings.items())
-    return (
-        f"| {name} | {100 * rise(point.test, base.test, 'perplexity'):+.1f} % "
-        f"| {point.test[figure]:.3f} [{low:.3f}, {high:.3f}] | {point.test[judge]:.3f} "
-        f"| {100 * rise(point.test, base.test, 'dist-2'):+.1f} % | {settings} |"
+    perplexity, diversity = (
+        f"{100 * rise(point.test, base.test, changed):+.1f} %" for changed in ("perplexity", "dist-2")
     )
+    line = (
+        f"| {name} | {perplexity} "
+        f"| {point.test[figure]:.3f} [{low:.3f}, {high:.3f}] | {point.test[judge]:.3f} "
+        f"| {diversity} | {settings} |"
+    )
+    return line.replace(" -", " −")
 
 
 def costs(found: list[Point]) -> Iterator[str]:
