@@ -454,13 +454,14 @@ def test_no_command_prints_the_overview(capsys):
     assert all(f"\n  {name} " in overview for name in COMMANDS)
 
 
-def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch, capsys):
-    for policy, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        monkeypatch.setenv("OMP_WAIT_POLICY", policy or "")
-        if policy is None:
-            monkeypatch.delenv("OMP_WAIT_POLICY")
+def test_threads_soon_stop_waiting_actively_unless_the_user_says_otherwise(monkeypatch):
+    for own, expected in (({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, own.get(name, ""))  # So that it is restored after the test.
+            if name not in own:
+                monkeypatch.delenv(name)
         assert main(["presets"]) == 0
-        assert os.environ["OMP_WAIT_POLICY"] == expected
+        assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_both_modules_are_the_command():

@@ -124,8 +124,9 @@ def _set_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # While other programs run, a thread that waits actively takes the core of the thread that it waits for. On two busy
-    # cores, the estimate for a small run was 57 hours, and 42 minutes with passive waiting.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # While other programs run, a thread that waits actively takes the core of the thread that it waits for. The default
+    # is 300,000 rounds. Measured in docs/performance.md.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Warnings of libraries about settings that no option of ours changes.
     warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|is_gradient_checkpointing|find_unused).*")
