@@ -12,7 +12,6 @@ in the method's own environment, is measured by `quarkrl evaluate`, and leaves o
 """
 
 import argparse
-import fcntl
 import hashlib
 import itertools
 import json
@@ -24,13 +23,13 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -110,7 +109,7 @@ def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
     training, held_out = read_prompts(task["train_prompts"]), read_prompts(task["test_prompts"])
     chosen, limit = task["select_limit"], task["test_limit"]
     splits = {"train": training, "select": held_out[:chosen], "test": held_out[chosen : chosen + limit]}
-    with locked(directory):
+    with FileLock(directory / "lock"):  # Other runs of the task wait.
         for split, texts in splits.items():
             lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
             temporary = directory / f"{split}.jsonl.part"
@@ -141,7 +140,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple[Path, float]:
     """Sample the base and score the completions, for the methods that learn offline; return file and CPU seconds."""
     file, cost = directory / "samples.jsonl", directory / "samples.cost.json"
-    with locked(directory):
+    with FileLock(directory / "lock"):  # Other runs of the task wait.
         if not cost.is_file():
             count = task["scored"] // GENERATIONS
             some = directory / "prompts.some.jsonl"
@@ -150,14 +149,6 @@ def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple
             command = [sys.executable, str(HERE / "samples.py"), *map(str, arguments)]
             cost.write_text(json.dumps(call(command, directory / "samples.log")[1]), encoding="utf-8")
     return file, json.loads(cost.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep other runs of a task waiting while a file that they share is written."""
-    with (directory / "lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
