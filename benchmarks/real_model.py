@@ -296,7 +296,7 @@ def main() -> None:
         prompts = make_prompts(directory, task["batches"] * task["batch_size"], shape)
         (Path(work) / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
         task |= {"directory": str(directory), "prompts": str(Path(work) / "prompts.txt")}
-        few = {**task, "batch_size": 8, "batches": 1}
+        few = {**task, "batch_size": 8, "batches": 1, "bf16": False}  # The loop that it is compared with is float32.
         if options.quick and (differences := disagreements(directory, prompts[:8], few)):
             sys.exit("\n".join(["loop and quarkrl differ:", *differences]))
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides}
