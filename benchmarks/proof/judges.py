@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from quarkrl.models.precision import bf16_is_fast
 from quarkrl.rewards.registry import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,7 @@ def train(start: Path, pairs: Labelled, labels: list[str], output: Path) -> None
             warmup_steps=0.1,
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
+            bf16=bf16_is_fast(),
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
