@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The fast tests use one process per core, up to four.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 15
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results results-quick audit docs clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results ablations results-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -94,6 +94,9 @@ judges: install  ## the classifiers of the proof that no reward has seen, into m
 
 results: baselines  ## what is left of benchmarks/proof/matrix.yaml, and docs/proof.md: hours, can be stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py
+
+ablations: install  ## what is left of benchmarks/proof/ablations.yaml, and docs/ablations.md: two hours, can be stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --matrix benchmarks/proof/ablations.yaml
 
 results-quick: baselines  ## every method once, on the built-in model
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --quick

@@ -55,7 +55,8 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
         record = json.loads(file.read_text(encoding="utf-8"))
         rows = {(row["prompts"], row["guidance_scale"], row["temperature"]): row for row in record["rows"]}
         for scale, temperature in sorted({key[1:] for key in rows}):
-            select, test = rows["select", scale, temperature], rows["test", scale, temperature]
+            test = rows["test", scale, temperature]
+            select = rows.get(("select", scale, temperature), test)
             guided = {} if scale == 1 else {"γ": scale}
             method, settings = "guided" if guided else record["method"], record["settings"] | guided
             settings |= {} if temperature == 1 else {"T": temperature}
@@ -71,12 +72,12 @@ def judge_of(base: Point, figure: str) -> str:
     return next((name for name in judged if name.endswith(": " + figure)), judged[0])
 
 
-def draw(base: Point, found: list[Point], figure: str, file: Path) -> None:
-    """Draw a figure against perplexity, one colour for each method, the base as a cross."""
-    names = [name for method, name in NAMES.items() if any(point.method == method for point in found)]
+def draw(base: Point, found: list[Point], figure: str, file: Path, names: dict[str, str]) -> None:
+    """Draw a figure against perplexity, one colour for each method of `names`, the base as a cross."""
+    shown = [name for method, name in names.items() if any(point.method == method for point in found)]
     values = [
         {
-            "method": NAMES[point.method],
+            "method": names[point.method],
             "perplexity": 100 * rise(point.test, base.test, "perplexity"),
             "value": point.test[figure],
             "low": point.intervals[figure][0],
@@ -89,7 +90,7 @@ def draw(base: Point, found: list[Point], figure: str, file: Path) -> None:
         "field": "method",
         "type": "nominal",
         "title": None,
-        "scale": {"domain": names, "range": [COLORS[list(NAMES.values()).index(name)] for name in names]},
+        "scale": {"domain": shown, "range": [COLORS[list(names.values()).index(name)] for name in shown]},
     }
     x = {"field": "perplexity", "type": "quantitative", "title": "rise of perplexity, %"}
     y = {"field": "value", "type": "quantitative", "title": figure, "scale": {"zero": True}}
@@ -136,18 +137,18 @@ def chosen_points(base: Point, found: list[Point], figure: str) -> Iterator[Poin
         yield from (p for number, p in enumerate(chosen) if p is not None and p not in chosen[:number])
 
 
-def table(base: Point, shown: Iterable[Point], figure: str) -> Iterator[str]:
+def table(base: Point, shown: Iterable[Point], figure: str, names: dict[str, str]) -> Iterator[str]:
     """Yield the lines of a table of points, after the base."""
     judge = judge_of(base, figure)
     yield f"| method | perplexity | {figure} | by the judge | dist-2 | settings |"
     yield "|---|---|---|---|---|---|"
     figures = [f"{base.test[name]:.3f}" for name in (figure, judge, "dist-2")]
     yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(figures)} | |"
-    yield from (_line(point, base, figure, judge) for point in shown)
+    yield from (_line(point, base, figure, judge, names[point.method]) for point in shown)
 
 
-def _line(point: Point, base: Point, figure: str, judge: str) -> str:
-    name, (low, high) = NAMES[point.method], point.intervals[figure]
+def _line(point: Point, base: Point, figure: str, judge: str, name: str) -> str:
+    low, high = point.intervals[figure]
     settings = ", ".join(f"{key} {value:g}" for key, value in point.settings.items())
     perplexity, diversity = (
         f"{100 * rise(point.test, base.test, changed):+.1f} %" for changed in ("perplexity", "dist-2")
@@ -190,16 +191,16 @@ def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> It
     yield ""
     for name, shown in {"reward": figure, "judge": judge_of(base, figure)}.items():
         file = images / f"proof-{task}-{name}.svg"
-        draw(base, found, shown, file)
+        draw(base, found, shown, file, NAMES)
         yield f"![{shown} against perplexity, by method]({images.name}/{file.name})"
         yield ""
-    yield from table(base, chosen_points(base, found, figure), figure)
+    yield from table(base, chosen_points(base, found, figure), figure, NAMES)
     yield ""
     yield from costs(found)
     yield ""
     yield "All points, by perplexity:"
     yield ""
-    yield from table(base, sorted(found, key=lambda point: point.test["perplexity"]), figure)
+    yield from table(base, sorted(found, key=lambda point: point.test["perplexity"]), figure, NAMES)
     yield ""
 
 

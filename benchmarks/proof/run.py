@@ -5,14 +5,17 @@
     python benchmarks/proof/run.py --only quark grpo     # some methods
     python benchmarks/proof/run.py --list                # what is done, and what is left
     python benchmarks/proof/run.py --jobs 8              # several at a time, on a machine with as many cores to spare
+    make ablations                                       # variants of Quark, in ablations.yaml
 
 A task may change methods: what it says under `methods` replaces the method's grid, options or scales. Each run trains
 in the method's own environment, is measured by `quarkrl evaluate`, and leaves one small JSON file in
-`benchmarks/results/proof/TASK/`. A run with such a file is not repeated. At the end `page.py` makes docs/proof.md.
+`benchmarks/results/proof/TASK/`. A run with such a file is not repeated. At the end `page.py` makes docs/proof.md, or
+what the matrix names as `page`.
 """
 
 import argparse
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -104,7 +107,7 @@ def call(command: list[str], log: Path) -> tuple[float, float, float]:
 
 
 def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
-    """Write the non-toxic prompts of a task: to train on, to choose a setting by, and to report, one per line."""
+    """Write the non-toxic prompts of a task: to train on, to choose a setting by (maybe none), and to report."""
     directory.mkdir(parents=True, exist_ok=True)
     training, held_out = read_prompts(task["train_prompts"]), read_prompts(task["test_prompts"])
     chosen, limit = task["select_limit"], task["test_limit"]
@@ -153,19 +156,20 @@ def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple
 
 def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Train with quarkrl; return what it cost."""
-    own = {**options["options"], **run.settings, "lora_rank": task["lora_rank"], "seed": run.seed}
+    own = {"lora_rank": task["lora_rank"], "per_device_train_batch_size": 128, "warmup_steps": 0.05}
+    own |= {**options["options"], **run.settings, "seed": run.seed}
     own |= {"max_completion_length": task["length"], "min_completion_length": task["length"]}
-    own |= {"per_device_train_batch_size": 128, "warmup_steps": 0.05, "save_strategy": "no", "held_out": 0, "raw": True}
+    own |= {"save_strategy": "no", "held_out": 0, "raw": True}
     names = {"model": task["model"], "reward": task["reward"], "prompts": directory.parent / "train.jsonl"}
     run_directory = directory / "run"
-    seconds, cpu, peak = call(
-        quarkrl("train", *flags(names | own), "--output_dir", run_directory), directory / "train.log"
-    )
+    train = ["train", *flags(names | own), "--output_dir", str(run_directory)]
+    script = [str(HERE / "variants.py"), variant] if (variant := options.get("variant")) else ["-m", "quarkrl"]
+    seconds, cpu, peak = call([sys.executable, *script, *train], directory / "train.log")
     (run_directory / "final").rename(directory / "final")
     iterations = own["num_iterations"] + len(own.get("distill_guidance_scale", [])) * own.get("distill_iterations", 1)
     cost = {
-        "scored": own["num_iterations"] * own["prompts_per_iteration"],
-        "learned": iterations * own["steps_per_iteration"] * 128,
+        "scored": own["num_iterations"] * own["prompts_per_iteration"] * own.get("samples_per_prompt", 1),
+        "learned": iterations * own["steps_per_iteration"] * own["per_device_train_batch_size"],
     }
     return cost | {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}
 
@@ -208,7 +212,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the file of results of `quarkrl evaluate`."""
     output = directory / f"results-{temperature:g}.json"
-    files = [directory.parent / f"{name}.jsonl" for name in ("select", "test")]
+    files = [file for name in ("select", "test") if (file := directory.parent / f"{name}.jsonl").stat().st_size]
     common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
     common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"], "temperature": temperature}
     common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
@@ -312,8 +316,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as threads:  # Each waits for the processes of a run.
         succeeded = all(list(threads.map(attempt, left)))
-    import page  # Its library is not needed where runs are.
-
+    page = importlib.import_module(matrix.get("page", "page"))  # Its library is not needed where runs are.
     print(page.write(matrix, folders.results, folders.docs))
     if not succeeded:
         sys.exit(1)

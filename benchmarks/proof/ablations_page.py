@@ -1,0 +1,41 @@
+"""Make docs/ablations.md and its pictures from the files that `run.py --matrix ablations.yaml` has written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from page import Point, draw, points, table
+
+
+def write(matrix: dict[str, Any], results: Path, docs: Path) -> Path:
+    """Write the page and its pictures into `docs`; return its file."""
+    images = docs / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    lines = [(Path(__file__).parent / "ablations.md").read_text(encoding="utf-8")]
+    for task, facts in matrix["tasks"].items():
+        base, found = points(results / task)
+        if base is not None:
+            for group in dict.fromkeys(method["group"] for method in matrix["methods"].values()):
+                lines += section(group, matrix["methods"], base, found, f"{facts['unwanted']} probability", images)
+    file = docs / "ablations.md"
+    file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return file
+
+
+def section(
+    group: str, methods: dict[str, Any], base: Point, found: list[Point], figure: str, images: Path
+) -> Iterator[str]:
+    """Yield the lines of a group of variants, and draw its picture; the first of all methods is in every group."""
+    first = next(iter(methods))
+    names = {key: method["name"] for key, method in methods.items() if key == first or method["group"] == group}
+    shown = [point for key in names for point in found if point.method == key]
+    if group == methods[first]["group"] or len(shown) < 2:
+        return
+    file = images / f"ablation-{group.replace(' ', '-')}.svg"
+    draw(base, shown, figure, file, names)
+    yield f"## {group[0].upper()}{group[1:]}"
+    yield ""
+    yield f"![{figure} against perplexity: {group}]({images.name}/{file.name})"
+    yield ""
+    yield from table(base, shown, figure, names)
+    yield ""
