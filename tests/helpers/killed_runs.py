@@ -92,8 +92,7 @@ class Trap:
 
     # One or two functions for each phase of a run.
     places = (
-        *("quarkrl.sampling.engine:sample", "quarkrl.sampling.engine:sample_best"),
-        "quarkrl.training.exploration:CompletionScorer.score",
+        *("quarkrl.sampling.engine:sample", "quarkrl.training.exploration:CompletionScorer.score"),
         *("quarkrl.training.rollout:FinishedBatches.keep", "quarkrl.training.rollout:FinishedBatches.clear"),
         *(
             "quarkrl.storage.parquet:pq.write_table",

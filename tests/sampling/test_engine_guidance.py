@@ -14,13 +14,11 @@ from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.sampling.engine_guidance import (
     PairMember,
-    RequestedGuidance,
     choose_tokens,
-    contrast_prompt,
     guide_rows,
     read_guidance,
 )
-from quarkrl.sampling.guidance import GuidanceOptions, make_contrast
+from quarkrl.sampling.guidance import GuidanceOptions, contrast_prompts, make_contrast
 from quarkrl.sampling.sampler import sample
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.vllm_guidance import PAIR, GuidanceLogitsProcessor
@@ -50,7 +48,7 @@ def engine_completions(model, conditioning, **options) -> list[list[int]]:
     for i, (ids, scale) in enumerate(zip(PROMPTS, SCALES, strict=True)):
         best = conditioning.prefix(ids, conditioning.best)
         main = replace(MAIN, pair_id=str(i), scale=scale, vocab_size=conditioning.vocab_size, **options)
-        sequences += [best, contrast_prompt(conditioning, best, "worst")]
+        sequences += [best, *contrast_prompts(conditioning, [best], "worst")]
         members += [main, replace(main, is_main=False)]
     order = [3, 0, 5, 1, 2, 4]  # The rows of a pair are not adjacent.
     for _ in range(LENGTH):
@@ -66,7 +64,7 @@ def engine_completions(model, conditioning, **options) -> list[list[int]]:
 def built_in_completions(model, conditioning, sampling: Sampling, uniforms: np.ndarray | None) -> list[list[int]]:
     completions = []
     for i, (ids, scale) in enumerate(zip(PROMPTS, SCALES, strict=True)):
-        contrast = make_contrast(conditioning, [ids], GuidanceOptions(scale, "worst", model))
+        contrast = make_contrast(conditioning, [ids], GuidanceOptions(scale))
         numbers = None if uniforms is None else uniforms[i : i + 1]
         best = conditioning.prefix(ids, conditioning.best)
         options = {"end_ids": [], "vocab_size": conditioning.vocab_size, "contrast": contrast}
@@ -133,8 +131,8 @@ def test_each_completion_has_its_own_sampling_options(options, tokens):
         (None, None),
         ({"other": 1}, None),
         ({"guidance_scale": 1}, None),
-        ({"guidance_scale": 2}, RequestedGuidance(2.0, "worst")),
-        ({"guidance_scale": 0.5, "guidance_from": 1}, RequestedGuidance(0.5, 1)),
+        ({"guidance_scale": 2}, GuidanceOptions(2.0, "worst")),
+        ({"guidance_scale": 0.5, "guidance_from": 1}, GuidanceOptions(0.5, 1)),
     ],
 )
 def test_the_arguments_of_a_request(arguments, expected):
@@ -158,19 +156,19 @@ def test_wrong_arguments_of_a_request(arguments, message):
 def test_the_contrast_of_a_prompt(trained):
     conditioning = trained[1]
     best = conditioning.prefix([10, 20], conditioning.best)
-    assert contrast_prompt(conditioning, best, "worst") == [conditioning.prefixes[0][0][0], 10, 20]
-    assert contrast_prompt(conditioning, best, 1) == [conditioning.prefixes[0][1][0], 10, 20]
+    assert contrast_prompts(conditioning, [best], "worst") == [[conditioning.prefixes[0][0][0], 10, 20]]
+    assert contrast_prompts(conditioning, [best], 1) == [[conditioning.prefixes[0][1][0], 10, 20]]
 
 
 def test_a_prompt_that_has_no_contrast(trained):
     conditioning = trained[1]
     best = conditioning.prefix([10, 20], conditioning.best)
     with pytest.raises(UserError, match="guidance_from 'best': must differ from the quantile of the prompt"):
-        contrast_prompt(conditioning, best, "best")
-    with pytest.raises(UserError, match="must be used with a prompt that starts with its reward tokens"):
-        contrast_prompt(conditioning, [10, 20], "worst")
+        contrast_prompts(conditioning, [best], "best")
+    with pytest.raises(UserError, match="must be used with prompts that start with reward tokens"):
+        contrast_prompts(conditioning, [[10, 20]], "worst")
     with pytest.raises(UserError, match="must be used with a model that Quark trained"):
-        contrast_prompt(None, [10, 20], "worst")
+        contrast_prompts(None, [[10, 20]], "worst")
 
 
 # The processor, as vLLM's second model runner calls it. tests/sampling/test_vllm_guidance.py runs vLLM itself.

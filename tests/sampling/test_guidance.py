@@ -72,22 +72,24 @@ def left_padded(rows):
 def test_the_formula_by_hand():
     """Of .5 .3 .2 against .25 .25 .5, γ = 2 is p²/q: 1, .36, .08; γ = 3 is p³/q²: 2, .432, .032."""
     wanted, contrast = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
-    assert guided_logits(wanted, contrast, 2.0).exp()[0].tolist() == pytest.approx([1.0, 0.36, 0.08])
-    assert guided_logits(wanted, contrast, 3.0).exp()[0].tolist() == pytest.approx([2.0, 0.432, 0.032])
-    assert guided_logits(wanted, contrast, 1.0).exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
-    assert guided_logits(wanted, contrast, 0.0).exp()[0].tolist() == pytest.approx([0.25, 0.25, 0.5])
+    assert guided_logits(wanted, [contrast], [2.0]).exp()[0].tolist() == pytest.approx([1.0, 0.36, 0.08])
+    assert guided_logits(wanted, [contrast], [3.0]).exp()[0].tolist() == pytest.approx([2.0, 0.432, 0.032])
+    assert guided_logits(wanted, [contrast], [1.0]).exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert guided_logits(wanted, [contrast], [0.0]).exp()[0].tolist() == pytest.approx([0.25, 0.25, 0.5])
     # Logits need not be normalised.
-    torch.testing.assert_close(guided_logits(wanted + 7, contrast - 3, 2.0), guided_logits(wanted, contrast, 2.0))
+    torch.testing.assert_close(
+        guided_logits(wanted + 7, [contrast - 3], [2.0]), guided_logits(wanted, [contrast], [2.0])
+    )
 
 
 def test_the_rule_lower_by_hand():
     """Of .5 .3 .2 against .25 .25 .5, only the last token is more likely in the contrast: .2 becomes .2²/.5 = .08."""
     wanted, contrast = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
-    assert guided_logits(wanted, contrast, 2.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.08])
-    assert guided_logits(wanted, contrast, 3.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.032])
-    assert guided_logits(wanted, contrast, 1.0, "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert guided_logits(wanted, [contrast], [2.0], "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.08])
+    assert guided_logits(wanted, [contrast], [3.0], "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.032])
+    assert guided_logits(wanted, [contrast], [1.0], "lower").exp()[0].tolist() == pytest.approx([0.5, 0.3, 0.2])
     scales = torch.tensor([[1.0], [2.0]])
-    rows = guided_logits(wanted.repeat(2, 1), contrast.repeat(2, 1), scales, "lower")
+    rows = guided_logits(wanted.repeat(2, 1), [contrast.repeat(2, 1)], [scales], "lower")
     assert rows.exp().flatten().tolist() == pytest.approx([0.5, 0.3, 0.2, 0.5, 0.3, 0.08])
 
 
@@ -96,7 +98,7 @@ def test_the_rule_lower_by_hand():
 def test_what_cannot_come_stays_out(scale, rule):
     ruled_out = torch.tensor([[0.0, -torch.inf, 1.0]])
     for contrast in (ruled_out, torch.zeros(1, 3)):
-        assert guided_logits(ruled_out, contrast, scale, rule).isfinite().tolist() == [[True, False, True]]
+        assert guided_logits(ruled_out, [contrast], [scale], rule).isfinite().tolist() == [[True, False, True]]
 
 
 # Every road, against the loop
@@ -299,7 +301,7 @@ def test_an_adapter_guides_from_its_worst_token_and_from_the_model_without_it():
         with model.disable_adapter():
             yield model
 
-    contrast = make_contrast(conditioning, PROMPTS, GuidanceOptions(3.0, "reference", switched_off))
+    contrast = make_contrast(conditioning, PROMPTS, GuidanceOptions(3.0, "reference"), reference=switched_off)
     away = run(model, wanted, contrast=contrast)
     expected = [by_hand(model, w, p, 3.0, 6, base)[0] for w, p in zip(wanted, PROMPTS, strict=True)]
     assert away == expected != found
@@ -310,7 +312,7 @@ def test_what_guidance_is_from():
     model = object()
 
     def contrast_from(guidance_from):
-        return make_contrast(conditioning, [[5]], GuidanceOptions(2.0, guidance_from, model))
+        return make_contrast(conditioning, [[5]], GuidanceOptions(2.0, guidance_from), reference=model)
 
     assert contrast_from("worst") == Contrast(2.0, [[257, 5]])
     assert contrast_from(1) == Contrast(2.0, [[258, 5]])
@@ -364,7 +366,7 @@ def test_between_wants_reward_tokens_and_another_quantile_than_theirs():
     best, _ = pairs(conditioning, [[10]])
     with pytest.raises(UserError, match="guidance_from 'best': must differ from the quantile of the prompts"):
         Guidance.between(model, conditioning, torch.tensor(best), guidance_scale=2.0, guidance_from="best")
-    with pytest.raises(UserError, match="input_ids: each prompt must have its reward tokens"):
+    with pytest.raises(UserError, match="prompts that start with reward tokens"):
         Guidance.between(model, conditioning, torch.tensor([[10, 20]]), guidance_scale=2.0)
 
 

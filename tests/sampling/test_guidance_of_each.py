@@ -8,7 +8,7 @@ from helpers.errors import error_message
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.guidance import Contrast, GuidanceOptions, combine_logits, guided_logits, make_contrast
+from quarkrl.sampling.guidance import Contrast, GuidanceOptions, guided_logits, make_contrast
 from quarkrl.sampling.options import count_passes, read_scale
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
@@ -27,7 +27,7 @@ def trained(*attributes):
 
 def run(model, conditioning, scale, sampling=GREEDY, quantile="best", guidance_from="worst", **options):
     """Completions of the prompts, guided."""
-    contrast = make_contrast(conditioning, PROMPTS, GuidanceOptions(scale, guidance_from, None), quantile)
+    contrast = make_contrast(conditioning, PROMPTS, GuidanceOptions(scale, guidance_from), quantile)
     wanted = [conditioning.prefix(ids, conditioning.quantiles_of(quantile)) for ids in PROMPTS]
     options = {"end_ids": [256], "vocab_size": 257, "seed": 0, **options}
     return complete(model, wanted, sampling, contrast=contrast, **options)
@@ -37,14 +37,12 @@ def test_one_attribute_is_guided_exactly_as_by_a_number():
     model, conditioning = trained("polite")
     for sampling in (GREEDY, CHANCE):
         assert run(model, conditioning, "polite=3", sampling) == run(model, conditioning, 3.0, sampling)
-    wanted, contrast = torch.randn(2, 5), torch.randn(2, 5)
-    assert torch.equal(combine_logits(wanted, [contrast], [3.0]), guided_logits(wanted, contrast, 3.0))
 
 
 def test_the_formula_of_two_contrasts_by_hand():
     """Of .5 .5, γ = 2 against .8 .2 multiplies by .5/.8 and .5/.2; γ = 3 against .25 .75 by 2² and (2/3)²."""
     wanted, first, second = (torch.tensor([p]).log() for p in ([0.5, 0.5], [0.8, 0.2], [0.25, 0.75]))
-    both = combine_logits(wanted, [first, second], [2.0, 3.0]).exp()[0]
+    both = guided_logits(wanted, [first, second], [2.0, 3.0]).exp()[0]
     assert both.tolist() == pytest.approx([0.5 * 0.625 * 4, 0.5 * 2.5 * 4 / 9])
 
 
@@ -82,12 +80,12 @@ def test_batches_do_not_change_the_completions():
 def test_a_scale_of_1_for_all_is_unguided():
     model, conditioning = trained("polite", "short")
     assert run(model, conditioning, "polite=1,short=1", CHANCE) == run(model, conditioning, 1.0, CHANCE)
-    assert make_contrast(conditioning, [[5]], GuidanceOptions("polite=1", "worst", None)).is_off
+    assert make_contrast(conditioning, [[5]], GuidanceOptions("polite=1")).is_off
 
 
 def test_the_wanted_quantile_of_an_unguided_attribute_may_be_any():
     _, conditioning = trained("polite", "short")
-    options = GuidanceOptions("polite=2", "worst", None)
+    options = GuidanceOptions("polite=2")
     contrast = make_contrast(conditioning, [[5]], options, "polite=best,short=worst")
     assert contrast == Contrast((2.0,), [conditioning.prefix([5], (0, 0))])
 
@@ -109,7 +107,7 @@ def test_the_wanted_quantile_of_an_unguided_attribute_may_be_any():
 )
 def test_an_invalid_scale_is_an_error_with_the_remedy(scale, guidance_from, piece):
     _, conditioning = trained("polite", "short")
-    options = GuidanceOptions(scale, guidance_from, None)
+    options = GuidanceOptions(scale, guidance_from)
     error_message(lambda: make_contrast(conditioning, [[5]], options), piece)
 
 

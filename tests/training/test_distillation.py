@@ -72,7 +72,7 @@ def test_the_best_token_alone_becomes_what_the_teacher_was_with_guidance(tmp_pat
             with trainer.reference() as reference:
                 rows = [reference(torch.tensor([ids])).logits[0, -1] for ids in trainer.prompts.ids]
             logits["worst"] = torch.stack(rows)[:, : trainer.conditioning.vocab_size]
-    guided = guided_logits(logits["best"], logits["worst"], 2.0).log_softmax(-1)
+    guided = guided_logits(logits["best"], [logits["worst"]], [2.0]).log_softmax(-1)
     before, after = divergence(guided, logits["best"]), divergence(guided, student)
     assert after < 0.5 * before, (before, after)
     torch.testing.assert_close(next_tokens(trainer)["best"], student)  # The policy has its own weights again.
@@ -106,7 +106,7 @@ def test_a_temperature_and_a_rule_are_distilled_too(tmp_path):
         logits = next_tokens(trainer)
     distances = {
         (rule, temperature): divergence(
-            (guided_logits(logits["best"], logits["worst"], 2.0, rule) / temperature).log_softmax(-1), student
+            (guided_logits(logits["best"], [logits["worst"]], [2.0], rule) / temperature).log_softmax(-1), student
         )
         for rule in ("both", "lower")
         for temperature in (1.0, 1.5)

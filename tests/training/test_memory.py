@@ -155,6 +155,15 @@ def test_an_adapted_output_layer_needs_all_logits(tmp_path):
     assert size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=8).logits == 3 * 4 * 6 * 13
 
 
+def test_a_guided_reference_needs_the_logits_of_its_contrast(tmp_path):
+    runs = []
+    for name, scale in (("plain", 1.0), ("guided", [1.0, 2.0])):
+        trainer = small_trainer(tmp_path / name, conditioning="text", words=["a", "b", "c"], kl_guidance_scale=scale)
+        runs.append(size_of_run(trainer.model, trainer.args, prompt_length=6, num_completions=8))
+    # Logits of the reference and of the contrast, and four arrays to combine them; six tokens, ten words.
+    assert runs[0].logits == 0 and runs[1].logits == 6 * 4 * 6 * 10
+
+
 # The memory of the device
 
 

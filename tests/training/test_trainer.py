@@ -35,8 +35,7 @@ from quarkrl.errors import UserError
 from quarkrl.models.completion_logits import completion_logits
 from quarkrl.models.conditioning import reward_token
 from quarkrl.sampling.generator import QuarkGenerator
-from quarkrl.sampling.guidance import GuidanceOptions
-from quarkrl.sampling.sampler import sample_best
+from quarkrl.sampling.sampler import sample as complete_batch
 from quarkrl.sampling.strategy import Sampling
 
 # Explore
@@ -477,16 +476,9 @@ def test_an_adapter_samples_what_it_does_without_its_rows_in_the_tables(tmp_path
     policy, sampling = trainer.model, Sampling(12, 12, do_sample=False)
     with trainer.exploring_sampler(1) as complete:
         found = complete([[0, 1], [2]], sampling, None)
-    wanted = sample_best(
-        policy,
-        trainer.conditioning,
-        GuidanceOptions(1.0, "worst", None),
-        [[0, 1], [2]],
-        sampling,
-        None,
-        end_ids=trainer.end_ids,
-    )
-    assert found == wanted
+    prompts = [trainer.conditioning.prefix_named(ids, "best") for ids in ([0, 1], [2])]
+    options = {"end_ids": trainer.end_ids, "vocab_size": trainer.conditioning.vocab_size}
+    assert found == complete_batch(policy, prompts, sampling, None, **options)
 
 
 @pytest.mark.parametrize(

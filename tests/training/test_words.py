@@ -145,7 +145,7 @@ def kl_by_hand(trainer, sample, scale) -> list[float]:
         plain = log_p(reference, prompt)
         contrast = log_p(reference, [*TOKENIZER("h h")["input_ids"], *prompt])
     policy = log_p(trainer.model.eval(), conditioning.prefix(prompt, sample.quantiles.tolist()))
-    target = guided_logits(plain, contrast, scale).log_softmax(-1)
+    target = guided_logits(plain, [contrast], [scale]).log_softmax(-1)
     return (policy.exp() * (policy - target)).sum(-1).tolist()
 
 

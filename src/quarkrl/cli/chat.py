@@ -133,8 +133,8 @@ class Conversation:
 
     def _read_guidance(self, value: str) -> GuidanceScale:
         scale = read_scale(value, "guidance")
-        if scale != 1:  # Fails for a model or a quantile without contrast.
-            self.generator.contrast([[]], value, self.options.guidance_from or "worst", self.quantile)
+        # Fails for a model or a quantile without contrast.
+        self.generator.contrast([[]], value, self.options.guidance_from, self.quantile)
         return value if isinstance(scale, dict) else scale
 
 

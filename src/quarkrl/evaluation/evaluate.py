@@ -30,7 +30,7 @@ from quarkrl.models.quark_json import keeps_special_tokens, reference_name
 from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
-from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
+from quarkrl.sampling.guidance import Contrast
 from quarkrl.sampling.options import GuidanceScale, read_scale
 from quarkrl.sampling.sampler import complete
 
@@ -64,6 +64,11 @@ class _Variant:
     def guidance_scale(self) -> float:
         """γ; NaN if each attribute has its own."""
         return math.nan if isinstance(self.scale, str) else self.scale
+
+    def contrast(self, plain_ids: Sequence[Sequence[int]], options: EvaluationOptions) -> Contrast | None:
+        """Return the contrast of guidance for prompts; None without guidance."""
+        guidance_from, rule = options.guidance_from, options.guidance_rule
+        return self.generator.contrast(plain_ids, self.scale, guidance_from, self.requested, rule)
 
     @property
     def quantile(self) -> int | None:
@@ -169,7 +174,7 @@ class _Bench:
         if key not in self.known:
             title = variant.name if len(self.sets) == 1 else f"{set_name}: {variant.name}"
             prompts = self.sets[set_name]
-            ids = _sample(variant, prompts, self.models, self.options, partial(self.notify, title))
+            ids = _sample(variant, prompts, self.options, partial(self.notify, title))
             self.known[key] = _measure(variant, set_name, prompts, ids, self.panel, self.keep_special_tokens)
         return self.known[key]
 
@@ -197,6 +202,8 @@ def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Model
     ref_name = reference_name(model) if options.reference is None else str(options.reference)
     ref_name = None if options.reference == NO_REFERENCE else ref_name
     reference = _load_reference(ref_name, model, policy, load_options) if ref_name else None
+    if reference:  # It need not be the one that quark.json names.
+        policy.reference = reference.model
     perplexity_name = str(options.perplexity_model or ref_name or model)
     if reference and perplexity_name == ref_name:
         perplexity_model = reference
@@ -250,8 +257,8 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
         guided = _guided(policy, scale)
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
-    for scale in options.guidance_scales or ((1.0,) if options.target else ()):
-        _contrast(models, scale, options, [])  # Fail before sampling if there is no contrast.
+    for scale in SCALES if options.target else options.guidance_scales:
+        _guided(policy, scale).contrast([], options)  # Fail before sampling if there is no contrast.
     return variants
 
 
@@ -261,22 +268,6 @@ def _guided(policy: QuarkGenerator, scale: GuidanceScale) -> _Variant:
         return _Variant(f"best γ: {scale}", policy, "best", scale)
     number = float(scale)
     return _Variant("best" if number == 1 else f"best γ={number:g}", policy, "best", number)
-
-
-def _contrast(
-    models: _Models, guidance_scale: GuidanceScale, options: EvaluationOptions, plain_ids: Sequence[Sequence[int]]
-) -> Contrast:
-    """The distribution that guidance of the best quantile moves away from.
-
-    Raises:
-        UserError: no such quantile, or it is the best one, or no reference.
-    """
-    policy, guidance_from = models.policy, options.guidance_from
-    if guidance_from == "reference" and models.reference and policy.conditioning:
-        # The reference of this evaluation, which need not be the one that quark.json names.
-        guidance = GuidanceOptions(guidance_scale, guidance_from, models.reference.model, options.guidance_rule)
-        return make_contrast(policy.conditioning, plain_ids, guidance)
-    return policy.contrast(plain_ids, guidance_scale, guidance_from, guidance_rule=options.guidance_rule)
 
 
 def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, options: EvaluationOptions) -> Prompts:
@@ -296,7 +287,6 @@ def _encode(prompts: Prompts, policy: QuarkGenerator, max_length: int, options: 
 def _sample(
     variant: _Variant,
     prompts: Prompts,
-    models: _Models,
     options: EvaluationOptions,
     on_progress: Callable[[int, int], None],
 ) -> list[list[int]]:
@@ -310,9 +300,6 @@ def _sample(
         finished += count
         on_progress(finished, len(plain_ids))
 
-    contrast = None
-    if variant.scale != 1:
-        contrast = _contrast(models, variant.scale, options, plain_ids)
     return complete(
         generator.model,
         [generator.condition(ids, variant.requested) for ids in plain_ids],
@@ -322,7 +309,7 @@ def _sample(
         seed=options.seed,
         batch_size=options.batch_size,
         on_batch=on_batch,
-        contrast=contrast,
+        contrast=variant.contrast(plain_ids, options),
     )
 
 

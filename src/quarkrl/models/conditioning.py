@@ -170,6 +170,10 @@ class Conditioning:
         start = self.position(prompt_ids)
         return [*prompt_ids[:start], *self.ids_of(quantiles), *prompt_ids[start:]]
 
+    def prefix_named(self, prompt_ids: Sequence[int], quantile: str | int) -> list[int]:
+        """Return the prompt's ids behind the prefixes of a quantile, which `quantiles_of` reads."""
+        return self.prefix(prompt_ids, self.quantiles_of(quantile))
+
     def strip(self, ids: Sequence[int]) -> list[int]:
         """Return the ids without prefix: the inverse of `prefix`.
 

@@ -14,7 +14,7 @@ from quarkrl.storage.atomic import write_text
 from quarkrl.storage.json import nan_to_null
 
 FILE_NAME = "quark.json"
-DEFAULT_GUIDANCE = "default_guidance"  # The key of what `sampling.guidance.DefaultGuidance` reads.
+DEFAULT_GUIDANCE = "default_guidance"  # The key of what `sampling.guidance.GuidanceOptions` reads.
 
 
 def write_quark_json(directory: str | os.PathLike, facts: Mapping[str, Any]) -> None:

@@ -140,11 +140,9 @@ def _sample(subject: Subject, settings: Settings, side: Side, plain_ids: list[in
         assert subject.reference is not None
         with subject.reference() as model:
             return complete(model, [plain_ids] * count, settings.strategy(), **options)
-    contrast = None
-    if side.guidance_scale != 1:
-        contrast = generator.contrast(
-            [plain_ids] * count, side.guidance_scale, quantile=side.quantile, guidance_rule=settings.guidance_rule
-        )
+    contrast = generator.contrast(
+        [plain_ids] * count, side.guidance_scale, "worst", side.quantile, settings.guidance_rule
+    )
     prompt_ids = [generator.condition(plain_ids, side.quantile)] * count
     return complete(generator.model, prompt_ids, settings.strategy(), contrast=contrast, **options)
 

@@ -20,7 +20,7 @@ from quarkrl.models.quark_json import reference_name, start_name
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.directory import model_of_run
 from quarkrl.sampling.generator import QuarkGenerator
-from quarkrl.sampling.guidance import DefaultGuidance
+from quarkrl.sampling.guidance import GuidanceOptions
 
 RESULTS_FILE = "results.parquet"  # The table before/after at the end of a run.
 
@@ -79,7 +79,7 @@ def load_models(name: str, path: str, trust_remote_code: bool = False) -> Subjec
     if start_name(path) == reference_name(path) and (adapted := load_adapted(path, trust_remote_code)):
         model = adapted.to(default_device()).eval()
         tokenizer, conditioning = load_tokenizer(path, trust_remote_code), Conditioning.load(path)
-        default = DefaultGuidance.load(path)
+        default = GuidanceOptions.load(path)
         generator = QuarkGenerator(model, tokenizer, conditioning, reference_name(path), trust_remote_code, default)
         return Subject(name, generator, partial(_without_adapter, model))
     generator = QuarkGenerator.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -13,11 +13,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.guidance import GuidanceOptions
+from quarkrl.sampling.guidance import GuidanceOptions, make_contrast
 from quarkrl.sampling.options import GuidanceRule, GuidanceScale
 from quarkrl.sampling.prepared_weights import prepare_weights_once
 from quarkrl.sampling.recorded_steps import RecordedSteps
-from quarkrl.sampling.sampler import sample, sample_best
+from quarkrl.sampling.sampler import sample
 from quarkrl.sampling.strategy import Sampling
 
 # Completes plain prompts: (prompt ids, sampling options, random numbers) to completions as token ids.
@@ -85,12 +85,30 @@ class BuiltinEngine:
     @contextmanager
     def policy(self, guidance_scale: GuidanceScale, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
         """Yield what completes prompts with the policy on its best reward tokens."""
-        guidance = GuidanceOptions(guidance_scale, self.guidance_from, self.reference_model, guidance_rule)
+        guidance = GuidanceOptions(guidance_scale, self.guidance_from, guidance_rule)
         # Guidance away from the reference switches the adapter off and on within each token.
         merges = self.merges_adapters and (guidance_scale == 1 or self.guidance_from != "reference")
         with self._ready_to_sample(merges):
-            arguments = self.policy_model(), self.conditioning, guidance
-            yield partial(sample_best, *arguments, end_ids=self.end_ids, steps=RecordedSteps())
+            yield partial(self._complete_best, guidance, RecordedSteps())
+
+    def _complete_best(
+        self,
+        guidance: GuidanceOptions,
+        steps: RecordedSteps,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        uniforms: np.ndarray | None,
+    ) -> list[list[int]]:
+        return sample(
+            self.policy_model(),
+            [self.conditioning.prefix_named(ids, "best") for ids in prompt_ids],
+            sampling,
+            uniforms,
+            end_ids=self.end_ids,
+            vocab_size=self.conditioning.vocab_size,
+            contrast=make_contrast(self.conditioning, prompt_ids, guidance, reference=self.reference_model),
+            steps=steps,
+        )
 
     @contextmanager
     def _ready_to_sample(self, merge_adapters: bool = False) -> Iterator[None]:

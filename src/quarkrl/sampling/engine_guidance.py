@@ -17,26 +17,13 @@ import torch
 from torch import Tensor
 
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.guidance import check_guidance_scale, guided_logits
+from quarkrl.sampling.guidance import GuidanceOptions, guided_logits
+from quarkrl.sampling.options import read_scale
 from quarkrl.sampling.strategy import keep_nucleus, sample_by_inverse_transform
 
 # Arguments of a request, which a client of vLLM sends as `vllm_xargs`.
 SCALE, FROM = "guidance_scale", "guidance_from"
 _GREEDY_BELOW = 1e-5  # A temperature below it is greedy decoding, as in vLLM.
-
-
-@dataclass(frozen=True)
-class RequestedGuidance:
-    """Guidance as the arguments of a request name it.
-
-    Attributes:
-        scale: γ.
-        contrast: the quantile to move away from: "worst", "best" or a number.
-    """
-
-    scale: float
-    contrast: str | int
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class PairMember:
     min_p: float
 
 
-def read_guidance(arguments: Mapping[str, Any] | None) -> RequestedGuidance | None:
+def read_guidance(arguments: Mapping[str, Any] | None) -> GuidanceOptions | None:
     """Read the guidance arguments of a request; None without guidance, which includes γ = 1.
 
     Raises:
@@ -82,31 +69,7 @@ def read_guidance(arguments: Mapping[str, Any] | None) -> RequestedGuidance | No
         raise UserError(
             f"{FROM} {contrast!r}: must be worst, best or the number of a quantile. An engine serves no reference."
         )
-    return None if check_guidance_scale(scale, SCALE) == 1 else RequestedGuidance(float(scale), contrast)
-
-
-def contrast_prompt(conditioning: Conditioning | None, prompt_ids: Sequence[int], contrast: str | int) -> list[int]:
-    """Return the ids of a prompt with the reward tokens of another quantile in place of its own.
-
-    Args:
-        conditioning: the reward tokens of the model; None if it has none.
-        prompt_ids: the prompt, as the tokenizer of the model encodes it.
-        contrast: the other quantile.
-
-    Raises:
-        UserError: the model or the prompt has no reward tokens, or the quantile is unknown or that of the prompt.
-    """
-    if conditioning is None:
-        raise UserError(f"{SCALE}: must be used with a model that Quark trained. This one has no quark.json.")
-    if not conditioning.is_prefixed(prompt_ids):
-        raise UserError(
-            f"{SCALE}: must be used with a prompt that starts with its reward tokens. Send text, and let the model's "
-            "own tokenizer encode it."
-        )
-    ids = conditioning.prefix(conditioning.strip(prompt_ids), conditioning.quantiles_of(contrast))
-    if ids == list(prompt_ids):
-        raise UserError(f"{FROM} {contrast!r}: must differ from the quantile of the prompt. The default is worst.")
-    return ids
+    return None if read_scale(scale) == 1 else GuidanceOptions(float(scale), contrast)
 
 
 def guide_rows(logits: Tensor, rows: Mapping[int, tuple[PairMember, int]]) -> Tensor:
@@ -130,9 +93,8 @@ def guide_rows(logits: Tensor, rows: Mapping[int, tuple[PairMember, int]]) -> Te
     main_rows, members, lengths, contrast_rows = zip(*pairs, strict=True)
     vocab_size = members[0].vocab_size
     scales = logits.new_tensor([[member.scale] for member in members])
-    guided = guided_logits(
-        logits[list(main_rows), :vocab_size], logits[list(contrast_rows), :vocab_size], scales
-    )  # (pairs, vocab_size)
+    sides = logits[list(main_rows)], logits[list(contrast_rows)]
+    guided = guided_logits(sides[0], [sides[1]], [scales], vocab_size=vocab_size)  # (pairs, vocab_size)
     tokens = choose_tokens(guided, members, lengths)
     both = [*main_rows, *contrast_rows]
     logits[both] = -torch.inf

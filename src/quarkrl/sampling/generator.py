@@ -18,12 +18,7 @@ from quarkrl.models.device import default_device
 from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
-from quarkrl.sampling.guidance import (
-    Contrast,
-    DefaultGuidance,
-    GuidanceOptions,
-    make_contrast,
-)
+from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
 from quarkrl.sampling.options import GuidanceRule, GuidanceScale, read_scale
 from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
@@ -55,7 +50,7 @@ class QuarkGenerator:
         conditioning: Conditioning | None,
         reference: str | None = None,
         trust_remote_code: bool = False,
-        default_guidance: DefaultGuidance = DefaultGuidance(),  # noqa: B008 - immutable
+        default_guidance: GuidanceOptions = GuidanceOptions(),  # noqa: B008 - immutable
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -113,7 +108,7 @@ class QuarkGenerator:
             Conditioning.load(path),
             reference,
             trust_remote_code,
-            DefaultGuidance.load(path),
+            GuidanceOptions.load(path),
         )
 
     @cached_property
@@ -178,7 +173,7 @@ class QuarkGenerator:
         prompts = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
         plain_ids = [ids for ids in self._encode_plain(prompts) for _ in range(num_return_sequences)]
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
-        contrast = self._guide(plain_ids, quantile, guidance_scale, guidance_from, guidance_rule)
+        contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule)
         self._check_length(max(map(len, prompt_ids), default=0), sampling)
         completion_ids = complete(
             self.model,
@@ -218,7 +213,7 @@ class QuarkGenerator:
         (plain_ids,) = self._encode_plain([prompt])
         prompt_ids = self.condition(plain_ids, quantile)
         self._check_length(len(prompt_ids), sampling)
-        contrast = self._guide([plain_ids], quantile, guidance_scale, guidance_from, guidance_rule)
+        contrast = self.contrast([plain_ids], guidance_scale, guidance_from, quantile, guidance_rule)
         tokens = stream_tokens(
             self.model,
             prompt_ids,
@@ -240,27 +235,6 @@ class QuarkGenerator:
         (text,) = self.decode([plain_ids], [ids])
         if text.startswith(written) and text != written:
             yield text[len(written) :]
-
-    def _guide(
-        self,
-        plain_ids: Sequence[Sequence[int]],
-        quantile: str | int,
-        guidance_scale: GuidanceScale | None,
-        guidance_from: str | int | None,
-        guidance_rule: GuidanceRule | None,
-    ) -> Contrast | None:
-        """The contrast of prompts, where None stands for the defaults of the model; None without guidance."""
-        default = self.default_guidance
-        if guidance_scale is None:
-            guidance_scale = default.guidance_scale if self._is_best(quantile) else 1.0
-        if read_scale(guidance_scale) == 1:
-            return None
-        guidance_from = default.guidance_from if guidance_from is None else guidance_from
-        return self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule or default.guidance_rule)
-
-    def _is_best(self, quantile: str | int) -> bool:
-        conditioning = self.conditioning
-        return conditioning is None or conditioning.quantiles_of(quantile) == conditioning.best
 
     def _check_length(self, longest: int, sampling: Sampling) -> None:
         """Check that a prompt of this number of tokens and its completion fit into the context."""
@@ -325,7 +299,7 @@ class QuarkGenerator:
             UserError: there is no such quantile.
         """
         if self.conditioning is not None:
-            return self.conditioning.prefix(plain_ids, self.conditioning.quantiles_of(quantile))
+            return self.conditioning.prefix_named(plain_ids, quantile)
         if quantile != "best":
             raise UserError(
                 f"quantile {quantile!r}: must be 'best', because Quark did not train this model. It has no quantiles."
@@ -335,32 +309,37 @@ class QuarkGenerator:
     def contrast(
         self,
         plain_ids: Sequence[Sequence[int]],
-        guidance_scale: GuidanceScale,
-        guidance_from: str | int = "worst",
+        guidance_scale: GuidanceScale | None = None,
+        guidance_from: str | int | None = None,
         quantile: str | int = "best",
-        guidance_rule: GuidanceRule = "both",
-    ) -> Contrast:
-        """Build the contrast of guidance for prompts.
+        guidance_rule: GuidanceRule | None = None,
+    ) -> Contrast | None:
+        """Build the contrast of guidance for prompts; None without guidance.
 
         Args:
             plain_ids: token ids of the prompts, without reward tokens.
-            guidance_scale: γ, or "NAME=γ,NAME=γ".
-            guidance_from: a quantile, or "reference".
             quantile: the quantile of the wanted distribution.
-            guidance_rule: "both" or "lower".
+            guidance_scale, guidance_from, guidance_rule: as in `generate`.
 
         Raises:
             UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
                 no reward tokens.
         """
-        if self.conditioning is None:
+        default, conditioning = self.default_guidance, self.conditioning
+        if guidance_scale is None:
+            is_best = conditioning is None or conditioning.quantiles_of(quantile) == conditioning.best
+            guidance_scale = default.guidance_scale if is_best else 1.0
+        if read_scale(guidance_scale) == 1:
+            return None
+        guidance_from = default.guidance_from if guidance_from is None else guidance_from
+        if conditioning is None:
             raise UserError(
                 f"guidance_from {guidance_from!r}: must be used with a model that Quark trained. "
                 "This one has no quantiles."
             )
-        reference = self.reference if guidance_from == "reference" else self.model
-        guidance = GuidanceOptions(guidance_scale, guidance_from, reference, guidance_rule)
-        return make_contrast(self.conditioning, plain_ids, guidance, quantile)
+        guidance = GuidanceOptions(guidance_scale, guidance_from, guidance_rule or default.guidance_rule)
+        reference = self.reference if guidance_from == "reference" else None
+        return make_contrast(conditioning, plain_ids, guidance, quantile, reference)
 
     def decode(
         self,

@@ -42,29 +42,14 @@ from quarkrl.sampling.options import GuidanceRule, GuidanceScale, check_attribut
 
 
 class GuidanceOptions(NamedTuple):
-    """Guidance as a user requests it.
+    """Guidance as a user requests it, or as a model records it.
+
+    `quarkrl evaluate --target … --save_guidance` records it in `quark.json`. `QuarkGenerator` uses the record unless a
+    call says otherwise.
 
     Attributes:
         guidance_scale: γ; 1 is without guidance; "NAME=γ,NAME=γ" for one of each attribute.
         guidance_from: the quantile of the contrast, "worst", "best" or a number; or "reference".
-        reference: the model before training.
-        rule: both, or lower.
-    """
-
-    guidance_scale: GuidanceScale
-    guidance_from: str | int
-    reference: ModelSource
-    rule: GuidanceRule = "both"
-
-
-class DefaultGuidance(NamedTuple):
-    """The guidance that a model's `quark.json` records: what `QuarkGenerator` uses unless a call says otherwise.
-
-    `quarkrl evaluate --target … --save_guidance` records it.
-
-    Attributes:
-        guidance_scale: γ; 1 is without guidance.
-        guidance_from: a quantile, or "reference".
         guidance_rule: both, or lower.
     """
 
@@ -73,7 +58,7 @@ class DefaultGuidance(NamedTuple):
     guidance_rule: GuidanceRule = "both"
 
     @classmethod
-    def load(cls, model: str | os.PathLike) -> "DefaultGuidance":
+    def load(cls, model: str | os.PathLike) -> "GuidanceOptions":
         """Read what a model records; without a record, guidance is off.
 
         Raises:
@@ -109,7 +94,7 @@ class Contrast:
 
     def __post_init__(self) -> None:
         for scale in self.scales:
-            check_guidance_scale(scale)
+            read_number(scale, scale, "guidance_scale")
         if self.rule not in get_args(GuidanceRule):
             raise UserError(f"guidance_rule {self.rule!r}: must be {' or '.join(get_args(GuidanceRule))}.")
 
@@ -130,20 +115,12 @@ class Contrast:
         return replace(self, prompt_ids=[self.prompt_ids[start + row] for start in starts for row in rows])
 
 
-def check_guidance_scale(guidance_scale: float, name: str = "guidance_scale") -> float:
-    """Return the scale.
-
-    Raises:
-        UserError: it is negative or not finite.
-    """
-    return read_number(guidance_scale, guidance_scale, name)
-
-
 def make_contrast(
     conditioning: Conditioning,
     plain_ids: Sequence[Sequence[int]],
     options: GuidanceOptions,
     quantile: str | int = "best",
+    reference: ModelSource | None = None,
 ) -> Contrast:
     """Build the contrast for prompts of a policy.
 
@@ -152,82 +129,110 @@ def make_contrast(
         plain_ids: token ids of the prompts, without reward tokens.
         options: γ, and what to move away from.
         quantile: the quantile of the wanted distribution.
+        reference: the model before training.
 
     Raises:
         UserError: there is no such quantile or attribute, the quantile is the wanted one, or γ is negative or not
             finite.
     """
-    scale = read_scale(options.guidance_scale)
-    if isinstance(scale, dict):
-        return _contrast_of_each(conditioning, plain_ids, options, scale, quantile)
-    if options.guidance_from == "reference":
-        return Contrast(scale, [list(ids) for ids in plain_ids], options.reference, options.rule)
-    quantiles = conditioning.quantiles_of(options.guidance_from)
-    if quantiles == conditioning.quantiles_of(quantile):
-        raise UserError(
-            f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r}. The default is worst."
-        )
-    prompt_ids = [conditioning.prefix(ids, quantiles) for ids in plain_ids]
-    return Contrast(scale, prompt_ids, rule=options.rule)
-
-
-def _contrast_of_each(
-    conditioning: Conditioning,
-    plain_ids: Sequence[Sequence[int]],
-    options: GuidanceOptions,
-    scales: dict[str, float],
-    quantile: str | int,
-) -> Contrast:
-    """The contrasts of attributes with their own γ: each differs from the wanted quantiles in its attribute alone."""
-    text, attributes = options.guidance_scale, conditioning.attributes
-    check_attributes(text, attributes)
-    if options.guidance_from == "reference":
-        raise UserError(
-            f"guidance_scale {text!r}: must be one number if guidance is from the reference, which has no quantiles. "
-            "Set --guidance_from worst."
-        )
-    wanted, others = conditioning.quantiles_of(quantile), conditioning.quantiles_of(options.guidance_from)
-    guided = [(a, scales[name]) for a, name in enumerate(attributes) if scales.get(name, 1.0) != 1]
+    text, guidance_from, rule = options
+    scale = read_scale(text)
+    check_attributes(text, conditioning.attributes)
+    if guidance_from == "reference":
+        if isinstance(scale, dict):
+            raise UserError(
+                f"guidance_scale {text!r}: must be one number if guidance is from the reference, which has no "
+                "quantiles. Set --guidance_from worst."
+            )
+        return Contrast(scale, [list(ids) for ids in plain_ids], reference, rule)
+    wanted, others = conditioning.quantiles_of(quantile), conditioning.quantiles_of(guidance_from)
+    if not isinstance(scale, dict):
+        if wanted == others:
+            raise _no_contrast(guidance_from, f"quantile {quantile!r}")
+        return Contrast(scale, [conditioning.prefix(ids, others) for ids in plain_ids], rule=rule)
+    # Each contrast differs from the wanted quantiles in its attribute alone.
+    guided = [(a, scale[name]) for a, name in enumerate(conditioning.attributes) if scale.get(name, 1.0) != 1]
     prompt_ids: list[list[int]] = []
     for a, _ in guided:
         if wanted[a] == others[a]:
-            raise UserError(
-                f"guidance_from {options.guidance_from!r}: must differ from quantile {quantile!r} in "
-                f"{attributes[a]}. Leave it out of guidance_scale."
-            )
-        quantiles = (*wanted[:a], others[a], *wanted[a + 1 :])
-        prompt_ids += [conditioning.prefix(ids, quantiles) for ids in plain_ids]
-    return Contrast(tuple(scale for _, scale in guided), prompt_ids, rule=options.rule)
+            place = f"quantile {quantile!r} in {conditioning.attributes[a]}"
+            raise _no_contrast(guidance_from, place, "Leave it out of guidance_scale.")
+        prompt_ids += [conditioning.prefix(ids, (*wanted[:a], others[a], *wanted[a + 1 :])) for ids in plain_ids]
+    return Contrast(tuple(number for _, number in guided), prompt_ids, rule=rule)
+
+
+def contrast_prompts(
+    conditioning: Conditioning | None, prompt_ids: Sequence[Sequence[int]], guidance_from: str | int
+) -> list[list[int]]:
+    """Return prompts with the reward tokens of another quantile in place of their own.
+
+    Args:
+        conditioning: the reward tokens of the model; None if it has none.
+        prompt_ids: prompts that start with reward tokens, as the tokenizer of the model encodes them.
+        guidance_from: the other quantile: "worst", "best", or 0 (worst) to K - 1 (best).
+
+    Raises:
+        UserError: there is no such quantile, the model or a prompt has no reward tokens, or all prompts request that
+            quantile.
+    """
+    if conditioning is None:
+        raise UserError("guidance_scale: must be used with a model that Quark trained. This one has no quark.json.")
+    prompts = [list(ids) for ids in prompt_ids]
+    if not all(map(conditioning.is_prefixed, prompts)):
+        raise UserError(
+            "guidance_scale: must be used with prompts that start with reward tokens. Send text, and let the model's "
+            "own tokenizer encode it."
+        )
+    contrasts = [conditioning.prefix_named(conditioning.strip(ids), guidance_from) for ids in prompts]
+    if contrasts == prompts:
+        raise _no_contrast(guidance_from, "the quantile of the prompts")
+    return contrasts
+
+
+def _no_contrast(guidance_from: str | int, wanted: str, remedy: str = "The default is worst.") -> UserError:
+    return UserError(f"guidance_from {guidance_from!r}: must differ from {wanted}. {remedy}")
 
 
 def guided_logits(
-    wanted: Tensor, contrast: Tensor, guidance_scale: float | Tensor, rule: GuidanceRule = "both"
+    wanted: Tensor,
+    contrasts: Sequence[Tensor],
+    scales: Sequence[float | Tensor],
+    rule: GuidanceRule = "both",
+    vocab_size: int | None = None,
 ) -> Tensor:
-    """Combine the logits of two distributions by the formula of this module.
+    """Combine the logits of a distribution and its contrasts by the formula of this module.
 
     Args:
         wanted: `(batch, vocab)` logits; -inf for a token that is ruled out.
-        contrast: `(batch, vocab)` logits of the same tokens.
-        guidance_scale: γ, one for all or `(batch, 1)`.
+        contrasts: m times `(batch, vocab)` logits of the same tokens.
+        scales: m times γ, one for all or `(batch, 1)`.
         rule: both, or lower.
+        vocab_size: tokens with ids from here on, such as reward tokens, are left out.
 
     Returns:
-        `(batch, vocab)` logits, -inf where `wanted` is.
+        `(batch, vocab_size)` logits in float32, -inf where `wanted` is.
     """
-    return combine_logits(wanted, [contrast], [guidance_scale], rule)
-
-
-def combine_logits(
-    wanted: Tensor, contrasts: Sequence[Tensor], scales: Sequence[float | Tensor], rule: GuidanceRule = "both"
-) -> Tensor:
-    """Combine the logits of a distribution and of several contrasts, each with its γ; see `guided_logits`."""
-    wanted = wanted.log_softmax(-1)
-    logits = wanted
+    wanted = wanted[:, :vocab_size].float().log_softmax(-1)
+    logits = wanted.clone()
     for contrast, scale in zip(contrasts, scales, strict=True):
-        difference = wanted - contrast.log_softmax(-1)
-        logits = logits + (scale - 1) * (difference if rule == "both" else difference.clamp(max=0))
+        difference = wanted - contrast[:, :vocab_size].float().log_softmax(-1)
+        # In place, because each of these arrays is as large as the logits of the batch.
+        logits += (difference if rule == "both" else difference.clamp_(max=0)).mul_(scale - 1)
     # A token is usually ruled out on both sides (EOS before min_new_tokens), and -inf minus -inf is NaN.
-    return logits.masked_fill(wanted == -torch.inf, -torch.inf)
+    return logits.masked_fill_(wanted == -torch.inf, -torch.inf)
+
+
+def make_decoder(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    contrast: Contrast | None,
+    vocab_size: int,
+    decoder: Callable[..., CachedDecoder] = CachedDecoder.for_prompts,
+) -> "CachedDecoder | GuidedDecoder":
+    """Return what decodes prompts, with guidance if there is any; see `GuidedDecoder`."""
+    if contrast is None or contrast.is_off:
+        return decoder(model, prompt_ids, model.device)
+    return GuidedDecoder(model, prompt_ids, contrast, vocab_size, decoder)
 
 
 class GuidedDecoder:
@@ -283,9 +288,8 @@ class GuidedDecoder:
             decoder.select(rows)
 
     def _guide(self, logits: list[Tensor]) -> Tensor:
-        sides = logits[0].chunk(1 + len(self._scales)) if self._shares_batch else logits
-        wanted, *contrasts = (side[:, : self._vocab_size].float() for side in sides)
-        return combine_logits(wanted, contrasts, self._scales, self._rule)
+        wanted, *contrasts = logits[0].chunk(1 + len(self._scales)) if self._shares_batch else logits
+        return guided_logits(wanted, contrasts, self._scales, self._rule, self._vocab_size)
 
 
 class Guidance(LogitsProcessor):
@@ -318,7 +322,7 @@ class Guidance(LogitsProcessor):
         rule: GuidanceRule = "both",
     ):
         self.rule = rule
-        self.guidance_scale = check_guidance_scale(guidance_scale)
+        self.guidance_scale = read_number(guidance_scale, guidance_scale, "guidance_scale")
         self.model = model
         self.vocab_size = vocab_size
         self._prompts = contrast_ids, torch.ones_like(contrast_ids) if contrast_mask is None else contrast_mask
@@ -353,17 +357,8 @@ class Guidance(LogitsProcessor):
             UserError: there is no such quantile, a prompt has no reward tokens, or all prompts request that quantile.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        quantiles = conditioning.quantiles_of(guidance_from)
         prompts = [ids[counts.bool()].tolist() for ids, counts in zip(input_ids, mask, strict=True)]
-        if not all(map(conditioning.is_prefixed, prompts)):
-            raise UserError(
-                "input_ids: each prompt must have its reward tokens. Encode prompts with the model's own tokenizer."
-            )
-        contrasts = [conditioning.prefix(conditioning.strip(ids), quantiles) for ids in prompts]
-        if contrasts == prompts:
-            raise UserError(
-                f"guidance_from {guidance_from!r}: must differ from the quantile of the prompts. The default is worst."
-            )
+        contrasts = contrast_prompts(conditioning, prompts, guidance_from)
         contrast_ids, contrast_mask = left_pad(contrasts, input_ids.device)
         return cls(guidance_scale, model, contrast_ids, contrast_mask, conditioning.vocab_size, rule)
 
@@ -374,7 +369,7 @@ class Guidance(LogitsProcessor):
         contrast = self._contrast_logits(input_ids).to(scores)  # (batch, vocab of the contrast model)
         width = self.vocab_size or min(scores.shape[-1], contrast.shape[-1])
         result = torch.full_like(scores, -torch.inf)
-        result[:, :width] = guided_logits(scores[:, :width], contrast[:, :width], self.guidance_scale, self.rule)
+        result[:, :width] = guided_logits(scores, [contrast], [self.guidance_scale], self.rule, width)
         return result
 
     def _contrast_logits(self, input_ids: Tensor) -> Tensor:

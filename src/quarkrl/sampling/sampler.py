@@ -9,11 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quarkrl.errors import UserError
-from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.sharding import is_sharded
-from quarkrl.sampling.decoder import CachedDecoder
-from quarkrl.sampling.guidance import Contrast, GuidanceOptions, GuidedDecoder, make_contrast
+from quarkrl.sampling.guidance import Contrast, make_decoder
 from quarkrl.sampling.recorded_steps import RecordedSteps
 from quarkrl.sampling.strategy import Sampling
 
@@ -49,12 +47,8 @@ def sample(
         UserError: the model's logits are not finite.
     """
     length, device = sampling.max_new_tokens, model.device
-    make_decoder = partial((steps or RecordedSteps()).decoder, num_steps=length - 1)
-    decoder: CachedDecoder | GuidedDecoder
-    if contrast is None or contrast.is_off:
-        decoder = make_decoder(model, prompt_ids, device)
-    else:
-        decoder = GuidedDecoder(model, prompt_ids, contrast, vocab_size, make_decoder)
+    recorded = partial((steps or RecordedSteps()).decoder, num_steps=length - 1)
+    decoder = make_decoder(model, prompt_ids, contrast, vocab_size, recorded)
     numbers = None if uniforms is None else torch.from_numpy(uniforms).to(device)
     eos = torch.tensor(end_ids, dtype=torch.long, device=device)
     completions = torch.zeros(len(prompt_ids), length, dtype=torch.long, device=device)
@@ -98,41 +92,6 @@ def _truncate_after_eos(ids: list[int], end_ids: set[int]) -> list[int]:
         if token in end_ids:
             return ids[: position + 1]
     return ids
-
-
-def sample_best(
-    policy: PreTrainedModel,
-    conditioning: Conditioning,
-    guidance: GuidanceOptions,
-    prompt_ids: Sequence[Sequence[int]],
-    sampling: Sampling,
-    uniforms: np.ndarray | None,
-    *,
-    end_ids: Sequence[int],
-    steps: RecordedSteps | None = None,
-) -> list[list[int]]:
-    """Sample one completion for each prompt from a policy with its best reward tokens; see `sample`.
-
-    Args:
-        policy: the model that Quark trains.
-        conditioning: its reward tokens.
-        guidance: guidance options; a scale of 1 samples without guidance.
-        prompt_ids: token ids of the prompts, without reward tokens.
-        sampling: the sampling options.
-        uniforms: from `sampling.uniforms`, one row for each prompt.
-        end_ids: EOS ids.
-        steps: recorded by earlier calls with the same weights.
-    """
-    return sample(
-        policy,
-        [conditioning.prefix(ids, conditioning.best) for ids in prompt_ids],
-        sampling,
-        uniforms,
-        end_ids=end_ids,
-        vocab_size=conditioning.vocab_size,
-        contrast=make_contrast(conditioning, prompt_ids, guidance),
-        steps=steps,
-    )
 
 
 def complete(  # noqa: PLR0913 - sample's arguments and three more

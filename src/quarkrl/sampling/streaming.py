@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from quarkrl.sampling.decoder import CachedDecoder
-from quarkrl.sampling.guidance import Contrast, GuidedDecoder
+from quarkrl.sampling.guidance import Contrast, make_decoder
 from quarkrl.sampling.sampler import check_and_mask
 from quarkrl.sampling.strategy import Sampling
 
@@ -33,11 +32,7 @@ def stream_tokens(
     Raises:
         UserError: the model's logits are not finite.
     """
-    decoder: CachedDecoder | GuidedDecoder
-    if contrast is None or contrast.is_off:
-        decoder = CachedDecoder.for_prompts(model, [prompt_ids], model.device)
-    else:
-        decoder = GuidedDecoder(model, [prompt_ids], contrast, vocab_size)
+    decoder = make_decoder(model, [prompt_ids], contrast, vocab_size)
     uniforms = sampling.uniforms(1, *seed)
     numbers = None if uniforms is None else torch.from_numpy(uniforms).to(model.device)
     eos = torch.tensor(list(end_ids), dtype=torch.long, device=model.device)

@@ -25,7 +25,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from quarkrl.errors import UserError
 from quarkrl.models.conditioning import Conditioning
-from quarkrl.sampling.engine_guidance import PairMember, RequestedGuidance, contrast_prompt, read_guidance
+from quarkrl.sampling.engine_guidance import PairMember, read_guidance
+from quarkrl.sampling.guidance import GuidanceOptions, contrast_prompts
 from quarkrl.sampling.vllm_guidance import PAIR
 
 logger = logging.getLogger("vllm.quarkrl")  # Below vLLM's logger, which has a handler.
@@ -53,7 +54,8 @@ class GuidedScheduler(Scheduler):
             super().add_request(request)
             return
         try:
-            contrast_ids = contrast_prompt(self._conditioning, request.prompt_token_ids or [], guidance.contrast)
+            prompts = [request.prompt_token_ids or []]
+            (contrast_ids,) = contrast_prompts(self._conditioning, prompts, guidance.guidance_from)
         except UserError as error:
             logger.error("request %s: %s", request.request_id, error)
             super().add_request(request)
@@ -106,14 +108,14 @@ class GuidedScheduler(Scheduler):
         ended = super().finish_requests([*ids, *contrasts], finished_status)
         return [request for request in ended if request.request_id not in contrasts]
 
-    def _make_pair(self, request: Request, guidance: RequestedGuidance, contrast_ids: list[int]) -> Request:
+    def _make_pair(self, request: Request, guidance: GuidanceOptions, contrast_ids: list[int]) -> Request:
         """Mark a request as the main one of a pair, and return its contrast."""
         params, conditioning = request.sampling_params, self._conditioning
         assert params is not None and conditioning is not None
         main = PairMember(
             pair_id=request.request_id,
             is_main=True,
-            scale=guidance.scale,
+            scale=float(guidance.guidance_scale),
             vocab_size=conditioning.vocab_size,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             temperature=params.temperature,

@@ -255,6 +255,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             )
 
     @property
+    def guides_reference(self) -> bool:
+        """Whether the KL term compares with guided logits of the reference in any iteration."""
+        return bool(self.kl_coef) and set(self.kl_guidance_scale) != {1}
+
+    @property
     def guidance_scales(self) -> tuple[float, ...]:
         """Every γ of the run that holds for all rewards; 1 is without guidance."""
         return (*self.explore_guidance_scale, self.eval_guidance_scale, *self.distill_guidance_scale)

@@ -121,8 +121,9 @@ def size_of_run(
     tables = 2 * (head.requires_grad and trained_rows(output) is None)
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
     passes = max(map(count_passes, (*options.guidance_scales, options.explore_guidance_of or 1)))
-    # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation.
-    whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 0)
+    # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation, and of a
+    # guided reference.
+    whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 6 if options.guides_reference else 0)
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += trained if options.distills else 0  # The teacher.

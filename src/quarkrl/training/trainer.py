@@ -71,7 +71,7 @@ from quarkrl.training.distillation import Stage, Teacher, draw_completions, find
 from quarkrl.training.engine import make_engine
 from quarkrl.training.exploration import CompletionScorer, Explorer, Processes, Task
 from quarkrl.training.facts import run_facts
-from quarkrl.training.guided_targets import GuidedTarget
+from quarkrl.training.guided_targets import reference_logits, teacher_logits
 from quarkrl.training.health import Health, HealthCallback
 from quarkrl.training.held_out import check_metric, held_out_metrics
 from quarkrl.training.identity import chat_date_note, find_chat_date, run_identity
@@ -472,10 +472,8 @@ class QuarkTrainer(DurableTrainer):
         best = self.conditioning.best
         samples, draws = draw_completions(prompts, completions, best, args.draws_per_iteration, rng)
         lengths = np.array([len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples])
-        from_reference, contrast = args.guidance_from == "reference", None
-        if not from_reference:
-            quantiles = self.conditioning.quantiles_of(args.guidance_from)
-            contrast = partial(self.conditioning.prefix, quantiles=quantiles)
+        from_reference = args.guidance_from == "reference"
+        contrast = None if from_reference else partial(self.conditioning.prefix_named, quantile=args.guidance_from)
         draws = bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)
         self.collate.set_iteration(samples, draws, from_reference, contrast)
 
@@ -490,8 +488,7 @@ class QuarkTrainer(DurableTrainer):
         draws = self.pool.draw(args.draws_per_iteration, rng, balanced=args.draw == "balanced")
         draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
         if args.kl_coef and at_iteration(args.kl_guidance_scale, iteration) != 1:
-            worst = self.conditioning.quantiles_of("worst")
-            contrast = partial(self.conditioning.in_words.prefix, quantiles=worst)
+            contrast = partial(self.conditioning.in_words.prefix_named, quantile="worst")
         self.collate.set_iteration(self.pool, draws, bool(args.kl_coef), contrast)
 
     # Learn.
@@ -550,9 +547,8 @@ class QuarkTrainer(DurableTrainer):
         if self.teacher is not None:
             policy, reference = self.accelerator.unwrap_model(self.model), None if contrast else self.reference
             with self.accelerator.autocast():
-                stage, rule = self.teacher.stage, args.distill_guidance_rule
-                target = GuidedTarget(stage.guidance_scale, rule, vocab_size, stage.temperature)
-                return Projection(target.of_teacher(policy, self.teacher, reference, inputs))
+                rule = args.distill_guidance_rule
+                return Projection(teacher_logits(policy, self.teacher, reference, inputs, rule, vocab_size))
         if not args.kl_coef:
             return None
         ref_inputs = inputs["ref_input_ids"], inputs["ref_attention_mask"], inputs["ref_labels"]
@@ -561,8 +557,8 @@ class QuarkTrainer(DurableTrainer):
             if contrast is None:
                 return plain
             scale = at_iteration(args.kl_guidance_scale, self._iteration)
-            target = GuidedTarget(scale, args.guidance_rule, vocab_size)
-            return Projection(target.of_reference(p_0, plain.logits(), inputs))
+            guided = reference_logits(p_0, plain.logits(), inputs, scale, args.guidance_rule, vocab_size)
+            return Projection(guided)
 
     def decide_heads(self) -> tuple[HeadAccess, HeadAccess]:
         """Decide, once, whether the logits of policy and reference are computed in slices; log where they are not."""
