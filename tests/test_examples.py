@@ -22,6 +22,7 @@ PRINTED = {
     "offline": [r"before: [+-]\d\.\d+", r"worst: [+-]\d\.\d+", r"best: [+-]\d\.\d+"],
     "own_reward": [r"before: +\d\.\d+ × and", r"worst: +\d\.\d+ × and", r"guided: +\d\.\d+ × and"],
     "pool_in_pandas": [r"iteration +", r"correlation of the two rewards: -?\d", r"worst:\n", r"best:\n"],
+    "steer_larger": [r"alone: +\d+%", r"steered: +\d+%", r"steered further: +\d+%"],
     "two_rewards": [r"profanity=best,vader=best +\S+ +\S+", r"profanity=worst,vader=worst +\S+ +\S+"],
 }
 

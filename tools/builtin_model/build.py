@@ -139,7 +139,7 @@ def train_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def batched(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[torch.Tensor]:
+def batched(corpus: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """Batches of texts of like length, each text a row of its own, ended by EOS and padded with it.
 
     Every row begins with a text's first word, because prompts do: they come without BOS, as for GPT-2. Texts packed
@@ -157,16 +157,16 @@ def batched(corpus: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[t
     ]
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """Return the untrained model."""
+def new_model(tokenizer: PreTrainedTokenizerBase, width: int = 128, layers: int = 4) -> GPT2LMHeadModel:
+    """Return the untrained model, or a larger one."""
     end = tokenizer.eos_token_id
     return GPT2LMHeadModel._from_config(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=CONTEXT_TOKENS,
-            n_embd=128,
-            n_layer=4,
-            n_head=4,
+            n_embd=width,
+            n_layer=layers,
+            n_head=width // 32,
             resid_pdrop=0.0,  # The model sees each text about once: there is nothing to overfit.
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -178,7 +178,12 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     )
 
 
-def train_model(batches: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+def train_model(
+    batches: Sequence[torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    learning_rate: float = PEAK_LEARNING_RATE,
+    **size: int,
+) -> GPT2LMHeadModel:
     """Train by maximum likelihood, one pass over the batches in shuffled order.
 
     The shipped weights were trained in bfloat16. A processor without units for it trains in float32 instead.
@@ -186,11 +191,11 @@ def train_model(batches: Sequence[torch.Tensor], tokenizer: PreTrainedTokenizerF
     bf16 = bf16_is_fast()
     torch.manual_seed(TRAIN_SEED)
     torch.use_deterministic_algorithms(True)
-    model = new_model(tokenizer).train()
+    model = new_model(tokenizer, **size).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.0) * (1 - step / len(batches))
     )

@@ -142,15 +142,16 @@ def run(arguments: argparse.Namespace) -> None:
 
         quiet_libraries()
         models = [model_path(name) for name in arguments.models]
+        trained = model_path(options.steered_by or arguments.models[0])  # It names prompts and rewards.
         _check_models(models, inputs, arguments.target)
         output, plot = (path and os.path.abspath(path) for path in (inputs.output, inputs.plot))  # A reward may chdir.
         if options.bf16 and (line := slow_bf16_note()):
             note(line)
         directory = os.getcwd()
-        rewards = rewards.or_recorded(models[0])
+        rewards = rewards.or_recorded(trained)
         all_scorers = scorers(rewards, inputs.judges)
     with working_directory(directory):  # Importing a reward may have changed it.
-        evaluations = [_evaluate(model, models[0], inputs, options, all_scorers) for model in models]
+        evaluations = [_evaluate(model, trained, inputs, options, all_scorers) for model in models]
     evaluation = evaluations[0] if len(models) == 1 else join_evaluations(_short_names(arguments.models), evaluations)
     evaluation.protocol["options"] = dict(vars(arguments))  # As typed: files, builtin names, truncation.
     print_table(evaluation, console(stderr=False))
@@ -205,13 +206,15 @@ def _check(arguments: argparse.Namespace, inputs: InputOptions, options: Evaluat
     check_model(options.perplexity_model, "perplexity_model")
     if options.reference != NO_REFERENCE:
         check_model(options.reference, "reference")
+    check_model(options.steered_by, "steered_by")
+    trained = options.steered_by or arguments.models[0]
     if inputs.prompts is None:
-        check_has_held_out(arguments.models[0])
+        check_has_held_out(trained)
     check_prompts(*(inputs.prompts or []), inputs.corpus)
     rewards = options_from(arguments, EvaluationRewards)
     check_rewards(rewards.reward or [], rewards.reward_label)
     check_rewards(inputs.judges)
-    if (directory := _local_model(arguments.models[0])) is not None:
+    if (directory := _local_model(trained)) is not None:
         rewards = rewards.or_recorded(directory)
     _check_outputs(inputs)  # Before hours of sampling.
     return rewards
@@ -226,7 +229,7 @@ def _local_model(name: str) -> str | None:
 
 
 def _evaluate(
-    model: str, first_model: str, inputs: InputOptions, options: EvaluationOptions, all_scorers: "list[Scorer]"
+    model: str, trained: str, inputs: InputOptions, options: EvaluationOptions, all_scorers: "list[Scorer]"
 ) -> "Evaluation":
     from quarkrl.evaluation.evaluate import evaluate
 
@@ -234,12 +237,13 @@ def _evaluate(
         options,
         reference=options.reference and model_path(options.reference),
         perplexity_model=options.perplexity_model and model_path(options.perplexity_model),
+        steered_by=options.steered_by and model_path(options.steered_by),
     )
     scorer, *judges = all_scorers
     with progress_bars("evaluate") as notify:
         return evaluate(
             model,
-            load_prompt_sets(model, inputs, options, first_model),
+            load_prompt_sets(model, inputs, options, trained),
             scorer,
             resolved,
             judges=judges,

@@ -14,6 +14,7 @@ from quarkrl.sampling.options import (
     GUIDANCE_FROM_HELP,
     GUIDANCE_RULE_HELP,
     GUIDANCE_SCALE_HELP,
+    STEERED_BY_HELP,
     GuidanceRule,
     GuidanceScale,
     SamplingOptions,
@@ -45,6 +46,7 @@ class GenerateOptions:
     guidance_scale: GuidanceScale | None = option(None, GUIDANCE_SCALE_HELP, at_least=0, metavar="X|NAME=X,…")
     guidance_from: str | None = option(None, GUIDANCE_FROM_HELP, metavar="FROM")
     guidance_rule: GuidanceRule | None = option(None, f"{GUIDANCE_RULE_HELP} The default is both.", metavar="RULE")
+    steered_by: str | None = option(None, STEERED_BY_HELP, metavar="RUN")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"prompt {problem}. Give 'a text' behind the model, or --prompts FILE.")
     options, sampling = options_from(arguments, GenerateOptions), options_from(arguments, SamplingOptions)
     check_model(arguments.model)
+    check_model(options.steered_by, "steered_by")
     check_prompts(options.prompts)
     with busy(f"loading {arguments.model}"):
         generator, prompts = _load(arguments.model, texts, options, sampling)
@@ -110,7 +113,10 @@ def _load(
         prompts = source.load(options.skip_bad_prompts)
     prompts = prompts.with_last_turns(sampling.last_assistant_turn, options.skip_bad_prompts)
     generator = QuarkGenerator.from_pretrained(
-        model_path(model), trust_remote_code=sampling.trust_remote_code, **sampling.chat_defaults()
+        model_path(model),
+        trust_remote_code=sampling.trust_remote_code,
+        steered_by=options.steered_by and model_path(options.steered_by),
+        **sampling.chat_defaults(),
     )
     if options.chat:
         return generator, dataclasses.replace(prompts, in_template=True)

@@ -22,14 +22,14 @@ from quarkrl.evaluation.intervals import LEVEL, SEED
 from quarkrl.evaluation.mauve import load_mauve
 from quarkrl.evaluation.options import ALL_QUANTILES, NO_REFERENCE, EvaluationOptions
 from quarkrl.evaluation.panel import Completions, Panel, human_texts
-from quarkrl.evaluation.perplexity import PerplexityModel, has_same_vocabulary
+from quarkrl.evaluation.perplexity import PerplexityModel
 from quarkrl.evaluation.provenance import environment, model_provenance, prompts_provenance
 from quarkrl.evaluation.results import Evaluation, Row, curves, no_curve
 from quarkrl.evaluation.target import SCALES, Target, search
 from quarkrl.models.quark_json import keeps_special_tokens, reference_name
 from quarkrl.names import unique_names
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.generator import STEERING, QuarkGenerator, has_same_vocabulary
 from quarkrl.sampling.guidance import Contrast
 from quarkrl.sampling.options import GuidanceScale, read_scale
 from quarkrl.sampling.sampler import complete
@@ -73,7 +73,7 @@ class _Variant:
     @property
     def quantile(self) -> int | None:
         """The number of the quantile; None without quantiles, and where those of several attributes differ."""
-        conditioning = self.generator.conditioning
+        conditioning = self.generator.guide.conditioning
         numbers = set(conditioning.quantiles_of(self.requested)) if conditioning else set()
         return numbers.pop() if len(numbers) == 1 else None
 
@@ -139,7 +139,7 @@ def evaluate(  # noqa: PLR0913 - one keyword per choice
     if target:
         target.check_metric(panel.metric_names)
     if keep_special_tokens is None:
-        keep_special_tokens = keeps_special_tokens(model)
+        keep_special_tokens = keeps_special_tokens(options.steered_by or model)
     known = {(row.prompts_name, row.name): row for row in known_rows}
     bench = _Bench(models, options, panel, sets, known, keep_special_tokens, notify)
     rows = [bench.measure(variant, name) for name in sets for variant in variants]
@@ -198,10 +198,16 @@ def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Model
     """Load the policy, its reference and the perplexity model; no model is loaded twice."""
     load_options: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     load_options |= {"dtype": "bfloat16"} if options.bf16 else {}
-    policy = QuarkGenerator.from_pretrained(model, **load_options, **options.chat_defaults())
+    policy = QuarkGenerator.from_pretrained(
+        model, **load_options, **options.chat_defaults(), steered_by=options.steered_by
+    )
     ref_name = reference_name(model) if options.reference is None else str(options.reference)
     ref_name = None if options.reference == NO_REFERENCE else ref_name
-    reference = _load_reference(ref_name, model, policy, load_options) if ref_name else None
+    reference: QuarkGenerator | None = None
+    if policy.steered_by and options.reference is None:
+        ref_name, reference = str(model), QuarkGenerator(policy.model, policy.tokenizer, None)
+    elif ref_name:
+        reference = _load_reference(ref_name, model, policy, load_options)
     if reference:  # It need not be the one that quark.json names.
         policy.reference = reference.model
     perplexity_name = str(options.perplexity_model or ref_name or model)
@@ -238,9 +244,9 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
     Raises:
         UserError: a requested quantile does not exist, or guidance is not possible.
     """
-    policy = models.policy
+    policy, scales = models.policy, options.guidance_scales
     variants = [_Variant("reference", models.reference, "best")] if models.reference else []
-    if policy.conditioning is None:
+    if policy.guide.conditioning is None:
         if options.target or any(scale != 1 for scale in options.guidance_scales):
             name = "target" if options.target else "guidance_scales"
             raise UserError(
@@ -248,16 +254,18 @@ def _variants(models: _Models, options: EvaluationOptions) -> list[_Variant]:
             )
         return [*variants, _Variant("model", policy, "best")]
     quantiles: Sequence[str | int] = options.quantiles
-    if list(quantiles) == [ALL_QUANTILES]:
-        quantiles = range(policy.conditioning.num_quantiles)
+    if policy.steered_by:  # Without guidance, every quantile is the model alone.
+        quantiles, scales = (), scales or (STEERING.guidance_scale,)
+    elif list(quantiles) == [ALL_QUANTILES]:
+        quantiles = range(policy.guide.conditioning.num_quantiles)
     variants += [_Variant(str(quantile), policy, quantile) for quantile in quantiles]
     # `quantile` fails for a quantile that does not exist.
     known = {(variant.quantile, 1.0) for variant in variants if variant.generator is policy}
-    for scale in () if options.target else options.guidance_scales:  # A search measures them one by one.
+    for scale in () if options.target else scales:  # A search measures them one by one.
         guided = _guided(policy, scale)
         if (guided.quantile, guided.guidance_scale) not in known:
             variants.append(guided)
-    for scale in SCALES if options.target else options.guidance_scales:
+    for scale in SCALES if options.target else scales:
         _guided(policy, scale).contrast([], options)  # Fail before sampling if there is no contrast.
     return variants
 
@@ -348,11 +356,13 @@ def _protocol(
         models.policy_name: models.policy,
         str(models.reference_name): models.reference,
         models.perplexity_name: models.perplexity,
+        str(options.steered_by): models.policy.steered_by,
     }
     retokenized = "" if panel.perplexity_model.same_vocabulary else "; text tokenised anew by the perplexity model"
     return {
         "model": models.policy_name,
         "reference": models.reference_name,
+        "steered_by": options.steered_by and str(options.steered_by),
         "perplexity_model": models.perplexity_name,
         "weights": [model_provenance(name, generator.model) for name, generator in generators.items() if generator],
         "prompts": {name: prompts_provenance(prompts) for name, prompts in sets.items()},

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from quarkrl.errors import UserError
 from quarkrl.options import option
-from quarkrl.sampling.options import GUIDANCE_RULE_HELP, GuidanceRule, GuidanceScale, SamplingOptions, read_scale
+from quarkrl.sampling.options import (
+    GUIDANCE_RULE_HELP,
+    STEERED_BY_HELP,
+    GuidanceRule,
+    GuidanceScale,
+    SamplingOptions,
+    read_scale,
+)
 
 # A value of `reference`: evaluate the model without its reference.
 NO_REFERENCE = "none"
@@ -52,6 +59,9 @@ class EvaluationOptions(SamplingOptions):
         metavar="TARGET",
         group="models",
     )
+    steered_by: str | None = option(
+        None, f"{STEERED_BY_HELP} The reference is MODEL alone.", metavar="RUN", group="models"
+    )
     bf16: bool = option(False, "Compute in bfloat16: faster on most GPUs, but other completions.", group="models")
     skip_bad_prompts: bool = option(
         False, "Skip and count invalid or too long prompts, instead of stopping at the first.", group="prompts"
@@ -75,6 +85,11 @@ class EvaluationOptions(SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.steered_by and tuple(self.quantiles) != ("best", "worst"):
+            raise UserError(
+                f"quantiles {' '.join(map(str, self.quantiles))}: must be left out with steered_by, which has a "
+                "row for each of --guidance_scales."
+            )
         for scale in self.guidance_scales:
             if isinstance(read_scale(scale, "guidance_scales"), dict) and self.target:
                 raise UserError(f"guidance_scales {scale}: must be numbers with a target. Leave it out.")
@@ -87,4 +102,4 @@ class EvaluationOptions(SamplingOptions):
     @property
     def guides(self) -> bool:
         """Whether guidance is measured."""
-        return bool(self.guidance_scales or self.target)
+        return bool(self.guidance_scales or self.target or self.steered_by)

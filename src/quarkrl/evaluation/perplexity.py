@@ -11,7 +11,7 @@ from quarkrl.data.encoding import break_special_tokens, encode_as_text, encode_p
 from quarkrl.data.prompts import Prompts
 from quarkrl.evaluation.predictions import predict
 from quarkrl.models.batching import batches_by_length, build_batch
-from quarkrl.sampling.generator import QuarkGenerator
+from quarkrl.sampling.generator import QuarkGenerator, has_same_vocabulary
 
 
 class PerplexityModel:
@@ -62,15 +62,6 @@ class PerplexityModel:
         heads = [head[-(context_length - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
         sums = completion_nll(self.generator.model, heads, tails, self.generator.vocab_size, batch_size)
         return sums, [len(tail) for tail in tails], truncated
-
-
-def has_same_vocabulary(one: QuarkGenerator, other: QuarkGenerator) -> bool:
-    """Return whether two models have the same tokens, with the same ids, in their original vocabularies."""
-    first, second = (
-        {token: i for token, i in generator.tokenizer.get_vocab().items() if i < generator.vocab_size}
-        for generator in (one, other)
-    )
-    return first == second
 
 
 def completion_nll(

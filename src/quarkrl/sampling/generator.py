@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,6 +24,9 @@ from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.streaming import stream_tokens
 
+STEERING = GuidanceOptions(guidance_scale=2.0)  # The default of a model that another one steers.
+_PROBE = "The quick brown fox, 1984 café"  # Both tokenizers must encode it alike, with the same BOS.
+
 
 class QuarkGenerator:
     """Generates completions with a model; if Quark trained it, from the quantile that is requested.
@@ -35,9 +38,10 @@ class QuarkGenerator:
         reference: name or directory of the model before training, which guidance may need.
         trust_remote_code: run the Python code in the reference's repository.
         default_guidance: of completions of the best quantile, unless a call says otherwise.
+        steered_by: a smaller model that Quark trained, which steers this one. Quantiles are then its quantiles.
 
     Raises:
-        UserError: the conditioning does not fit the model.
+        UserError: the conditioning does not fit the model, or `steered_by` does not.
 
     Example:
         >>> QuarkGenerator.from_pretrained("run/final").generate("You are", quantile="best")  # doctest: +SKIP
@@ -51,6 +55,7 @@ class QuarkGenerator:
         reference: str | None = None,
         trust_remote_code: bool = False,
         default_guidance: GuidanceOptions = GuidanceOptions(),  # noqa: B008 - immutable
+        steered_by: "QuarkGenerator | None" = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -67,11 +72,36 @@ class QuarkGenerator:
         used_ids = 1 + max(tokenizer.get_vocab().values())  # Not the number of tokens: a vocabulary can have gaps.
         self.vocab_size = conditioning.vocab_size if conditioning else min(rows, used_ids)
         self.end_ids = eos_ids(model, tokenizer, self.vocab_size)
+        self.steered_by = steered_by
+        if steered_by is not None:
+            self._check_steering(steered_by)
+            self.default_guidance = STEERING
+
+    def _check_steering(self, small: "QuarkGenerator") -> None:
+        name, own_name = small.model.name_or_path, self.model.name_or_path
+        if small.conditioning is None:
+            raise UserError(f"steered_by {name!r}: must be a model that Quark trained. Name a run, or its final/.")
+        if self.conditioning is not None:
+            raise UserError(
+                f"steered_by {name!r}: must steer a model without reward tokens, and Quark trained {own_name!r}. "
+                "Leave it out, and set guidance_scale."
+            )
+        if not has_same_vocabulary(self, small) or self._encode_plain([_PROBE]) != small._encode_plain([_PROBE]):
+            raise UserError(
+                f"steered_by {name!r}: must have the tokenizer of {own_name!r}, and has {small.vocab_size:,} tokens "
+                f"instead of {self.vocab_size:,}, or other ids. Train a small model of the same family."
+            )
+
+    @property
+    def guide(self) -> "QuarkGenerator":
+        """The model whose quantiles are requested: the one that steers this one, or this one."""
+        return self.steered_by or self
 
     @property
     def context_length(self) -> int:
-        """The maximum number of tokens that the model can process."""
-        return context_length(self.model)
+        """The maximum number of tokens that the model can process, and behind reward tokens the one that steers it."""
+        own, small = context_length(self.model), self.steered_by
+        return min(own, small.context_length - small.conditioning.max_length) if small and small.conditioning else own
 
     @classmethod
     def from_pretrained(
@@ -82,6 +112,7 @@ class QuarkGenerator:
         trust_remote_code: bool = False,
         system_prompt: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        steered_by: str | os.PathLike | None = None,
         **model_kwargs: Any,
     ) -> "QuarkGenerator":
         """Load a run's `final/`, a checkpoint, or any causal language model.
@@ -92,10 +123,12 @@ class QuarkGenerator:
             trust_remote_code: run the Python code in the model's repository; by default no such code runs.
             system_prompt: the system message of chats without one; by default that of training.
             chat_template_kwargs: arguments of the chat template; by default those of training.
+            steered_by: a smaller model with the same tokenizer that Quark trained. Guidance then steers by its
+                quantiles, with γ = 2 by default.
             model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
 
         Raises:
-            UserError: the model or its tokenizer cannot be loaded.
+            UserError: the model or its tokenizer cannot be loaded, or `steered_by` does not fit it.
         """
         path = locate_model(path)
         model = load_model(path, trust_remote_code, **model_kwargs)
@@ -109,6 +142,9 @@ class QuarkGenerator:
             reference,
             trust_remote_code,
             GuidanceOptions.load(path),
+            None
+            if steered_by is None
+            else cls.from_pretrained(steered_by, device=device, trust_remote_code=trust_remote_code, dtype=model.dtype),
         )
 
     @cached_property
@@ -300,7 +336,9 @@ class QuarkGenerator:
         """
         if self.conditioning is not None:
             return self.conditioning.prefix_named(plain_ids, quantile)
-        if quantile != "best":
+        if self.steered_by is not None:
+            self.steered_by.condition(plain_ids, quantile)  # Fails for an unknown quantile.
+        elif quantile != "best":
             raise UserError(
                 f"quantile {quantile!r}: must be 'best', because Quark did not train this model. It has no quantiles."
             )
@@ -325,10 +363,10 @@ class QuarkGenerator:
             UserError: there is no such quantile, it is the wanted one, the reference is not available, or the model has
                 no reward tokens.
         """
-        default, conditioning = self.default_guidance, self.conditioning
+        default, conditioning = self.default_guidance, self.guide.conditioning
         if guidance_scale is None:
             is_best = conditioning is None or conditioning.quantiles_of(quantile) == conditioning.best
-            guidance_scale = default.guidance_scale if is_best else 1.0
+            guidance_scale = default.guidance_scale if is_best or self.steered_by else 1.0
         if read_scale(guidance_scale) == 1:
             return None
         guidance_from = default.guidance_from if guidance_from is None else guidance_from
@@ -338,8 +376,12 @@ class QuarkGenerator:
                 "This one has no quantiles."
             )
         guidance = GuidanceOptions(guidance_scale, guidance_from, guidance_rule or default.guidance_rule)
-        reference = self.reference if guidance_from == "reference" else None
-        return make_contrast(conditioning, plain_ids, guidance, quantile, reference)
+        reference = self.guide.reference if guidance_from == "reference" else None
+        contrast = make_contrast(conditioning, plain_ids, guidance, quantile, reference)
+        if self.steered_by is None:
+            return contrast
+        wanted = [self.guide.condition(ids, quantile) for ids in plain_ids]
+        return replace(contrast, steering=(self.guide.model, wanted))
 
     def decode(
         self,
@@ -350,6 +392,15 @@ class QuarkGenerator:
         """Decode completions as text, without the prompts that they continue, and by default without special tokens."""
         ends = self.end_ids if keep_special_tokens else None
         return decode_completions(self.tokenizer, prompt_ids, completions, keep_special_tokens_before=ends)
+
+
+def has_same_vocabulary(one: QuarkGenerator, other: QuarkGenerator) -> bool:
+    """Return whether two models have the same tokens, with the same ids, in their original vocabularies."""
+    first, second = (
+        {token: i for token, i in generator.tokenizer.get_vocab().items() if i < generator.vocab_size}
+        for generator in (one, other)
+    )
+    return first == second
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -15,6 +15,13 @@ The difference raises tokens that the contrast avoids, and lowers those that it 
 second: the difference counts where it is negative. Then no unlikely token becomes likely, and perplexity stays lower.
 Self-debiasing (Schick et al. 2021, arXiv 2103.00453) scales the same tokens, by another formula.
 
+A small policy can also steer another, larger model of the same vocabulary, which stays as it is:
+
+    log p_larger  +  Σ_i (γ_i - 1) (log p_wanted  -  log p_contrast_i)
+
+With the worst quantile as contrast, these are the experts of DExperts (Liu et al. 2021, arXiv 2105.03023). With the
+reference, it is proxy-tuning (Liu et al. 2024, arXiv 2401.08565) with α = γ - 1.
+
 `sampler.sample` computes both in one batch with one cache (`GuidedDecoder`). `Guidance` does the same in plain
 `generate`:
 
@@ -80,8 +87,10 @@ class Contrast:
     Attributes:
         guidance_scale: γ, or m of them; 1 is without guidance, and the contrast is not computed.
         prompt_ids: token ids of the n prompts, as the contrast model gets them; m · n, contrast after contrast.
-        model: the contrast model; None for the model that samples, which then processes all in one batch.
+        model: the contrast model; None for the model of the wanted distribution, which then processes all in one batch.
         rule: both, or lower.
+        steering: the model of the wanted distribution and the n prompts as it gets them, if it is not the model that
+            samples, but steers that.
 
     Raises:
         UserError: γ is negative or not finite, or there is no such rule.
@@ -91,6 +100,7 @@ class Contrast:
     prompt_ids: Sequence[Sequence[int]]
     model: ModelSource | None = None
     rule: GuidanceRule = "both"
+    steering: tuple[ModelSource, Sequence[Sequence[int]]] | None = None
 
     def __post_init__(self) -> None:
         for scale in self.scales:
@@ -112,7 +122,9 @@ class Contrast:
         """Return the contrast for a part of the batch."""
         count = len(self.prompt_ids) // max(len(self.scales), 1)
         starts = range(0, count * len(self.scales), count) if count else ()
-        return replace(self, prompt_ids=[self.prompt_ids[start + row] for start in starts for row in rows])
+        prompt_ids = [self.prompt_ids[start + row] for start in starts for row in rows]
+        steering = self.steering and (self.steering[0], [self.steering[1][row] for row in rows])
+        return replace(self, prompt_ids=prompt_ids, steering=steering)
 
 
 def make_contrast(
@@ -199,6 +211,7 @@ def guided_logits(
     scales: Sequence[float | Tensor],
     rule: GuidanceRule = "both",
     vocab_size: int | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """Combine the logits of a distribution and its contrasts by the formula of this module.
 
@@ -208,18 +221,20 @@ def guided_logits(
         scales: m times γ, one for all or `(batch, 1)`.
         rule: both, or lower.
         vocab_size: tokens with ids from here on, such as reward tokens, are left out.
+        base: `(batch, vocab)` logits of a larger model that is steered; by default `wanted`.
 
     Returns:
-        `(batch, vocab_size)` logits in float32, -inf where `wanted` is.
+        `(batch, vocab_size)` logits in float32, -inf where `wanted` or `base` is.
     """
     wanted = wanted[:, :vocab_size].float().log_softmax(-1)
-    logits = wanted.clone()
+    logits = wanted.clone() if base is None else base[:, :vocab_size].float().log_softmax(-1)
+    ruled_out = (wanted == -torch.inf) | (logits == -torch.inf)
     for contrast, scale in zip(contrasts, scales, strict=True):
         difference = wanted - contrast[:, :vocab_size].float().log_softmax(-1)
         # In place, because each of these arrays is as large as the logits of the batch.
         logits += (difference if rule == "both" else difference.clamp_(max=0)).mul_(scale - 1)
     # A token is usually ruled out on both sides (EOS before min_new_tokens), and -inf minus -inf is NaN.
-    return logits.masked_fill_(wanted == -torch.inf, -torch.inf)
+    return logits.masked_fill_(ruled_out, -torch.inf)
 
 
 def make_decoder(
@@ -239,9 +254,10 @@ class GuidedDecoder:
     """A `CachedDecoder` whose logits are guided.
 
     Args:
-        model: the model of the wanted distribution.
+        model: the model of the wanted distribution, or the one that it steers.
         prompt_ids: token ids of n prompts, as `model` gets them.
-        contrast: the contrast for the same prompts. Without a model of its own, all share a batch of (1 + m) n rows.
+        contrast: the contrast for the same prompts. Without a model of its own, it shares a batch of (1 + m) n rows
+            with the wanted distribution.
         vocab_size: size of the original vocabulary.
         make_decoder: creates a decoder for a model, prompts and a device.
     """
@@ -256,12 +272,16 @@ class GuidedDecoder:
     ):
         self._scales, self._rule = contrast.scales, contrast.rule
         self._vocab_size = vocab_size
-        self._shares_batch = contrast.model is None
-        batches: list[tuple[ModelSource, Sequence[Sequence[int]]]]
+        batches: list[tuple[ModelSource, Sequence[Sequence[int]]]] = [(model, prompt_ids)]
+        if contrast.steering:
+            batches.append(contrast.steering)
         if contrast.model is None:
-            batches = [(model, [*prompt_ids, *contrast.prompt_ids])]
+            source, ids = batches.pop()
+            batches.append((source, [*ids, *contrast.prompt_ids]))
         else:
-            batches = [(model, prompt_ids), (contrast.model, contrast.prompt_ids)]
+            batches.append((contrast.model, contrast.prompt_ids))
+        self._is_steered = contrast.steering is not None
+        self._parts = [len(ids) // len(prompt_ids) for _, ids in batches]  # The distributions of each decoder.
         self._decoders = [make_decoder(source, ids, model.device) for source, ids in batches]
 
     @property
@@ -275,21 +295,20 @@ class GuidedDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each completion, `(n,)`; return the `(n, vocab_size)` guided logits of the next token."""
-        tokens = tokens.repeat(1 + len(self._scales)) if self._shares_batch else tokens
-        return self._guide([decoder.step(tokens) for decoder in self._decoders])
+        pairs = zip(self._decoders, self._parts, strict=True)
+        return self._guide([decoder.step(tokens.repeat(parts)) for decoder, parts in pairs])
 
     def select(self, rows: Tensor) -> None:
         """Replace the batch by the completions with these indices."""
-        if self._shares_batch:
-            parts = 1 + len(self._scales)
-            size = self._decoders[0].batch_size // parts
-            rows = torch.cat([rows + part * size for part in range(parts)])
-        for decoder in self._decoders:
-            decoder.select(rows)
+        for decoder, parts in zip(self._decoders, self._parts, strict=True):
+            size = decoder.batch_size // parts
+            decoder.select(torch.cat([rows + part * size for part in range(parts)]))
 
     def _guide(self, logits: list[Tensor]) -> Tensor:
-        wanted, *contrasts = logits[0].chunk(1 + len(self._scales)) if self._shares_batch else logits
-        return guided_logits(wanted, contrasts, self._scales, self._rule, self._vocab_size)
+        sides = [side for rows, parts in zip(logits, self._parts, strict=True) for side in rows.chunk(parts)]
+        base = sides.pop(0) if self._is_steered else None
+        wanted, *contrasts = sides
+        return guided_logits(wanted, contrasts, self._scales, self._rule, self._vocab_size, base)
 
 
 class Guidance(LogitsProcessor):

@@ -29,6 +29,10 @@ GUIDANCE_SCALE_HELP = (
     "quarkrl evaluate --save_guidance records a default for the best quantile."
 )
 GUIDANCE_FROM_HELP = "Guidance steers away from a quantile, or from the reference (default: worst)."
+STEERED_BY_HELP = (
+    "A smaller model with the same tokenizer that Quark trained. Guidance then steers MODEL by its quantiles. γ is 2 "
+    "by default (docs/larger.md)."
+)
 _AS_TRAINED = "The default is that of training."
 
 
