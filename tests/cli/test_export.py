@@ -11,6 +11,7 @@ from helpers.eight_letters import PROMPTS, TOKENIZER
 from helpers.runs import share_of_a_to_d, small_trainer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from quarkrl.cli.main import main
@@ -70,6 +71,9 @@ def test_both_forms_of_an_adapter_run_give_the_trainers_logits(tmp_path, archite
     base.resize_token_embeddings(13)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter run")
     torch.testing.assert_close(logits_of(adapted), expected, rtol=1e-4, atol=1e-4)
+    weights = load_file(tmp_path / "adapter run" / "adapter_model.safetensors")
+    rows = {name: weight.shape[0] for name, weight in weights.items() if "lora" not in name}
+    assert list(rows.values()) == [3] * (1 if tied else 2), rows  # Of three reward tokens, in each layer of its own.
 
 
 def test_a_checkpoint_of_all_weights_is_exported_as_final_is(tmp_path):

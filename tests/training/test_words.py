@@ -25,7 +25,7 @@ from quarkrl.errors import UserError
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import guided_logits
-from quarkrl.training.trainer import _check_sharded
+from quarkrl.training.trainer import check_sharded
 
 WORDS = ["h h", "g", ""]
 KINDS = pytest.mark.parametrize("kind", ["text", "soft"])
@@ -206,6 +206,6 @@ def test_options_that_need_words_are_refused_without_them(tmp_path, options, mes
 @pytest.mark.parametrize("option", ["kl_guidance_scale", "prefix_lr_scale", "distill_guidance_scale"])
 def test_sharded_weights_are_refused_before_sampling(tmp_path, option):
     config = QuarkConfig(str(tmp_path), conditioning="text", **{option: 2.0})
-    _check_sharded(config, is_sharded=False)
+    check_sharded(config, is_sharded=False)
     with pytest.raises(UserError, match=rf"{option} .*: must be 1 in a run with sharded weights"):
-        _check_sharded(config, is_sharded=True)
+        check_sharded(config, is_sharded=True)

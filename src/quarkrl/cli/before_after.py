@@ -82,8 +82,8 @@ class BeforeAfter:
     def measure_after(self, final: Path, baseline: "Evaluation") -> "Evaluation":
         """Measure the trained model on its best and worst quantile, unless the directory has its figures already."""
         from quarkrl.evaluation.evaluate import evaluate
-        from quarkrl.evaluation.provenance import weights_digest
         from quarkrl.evaluation.verdict import describe
+        from quarkrl.storage.atomic import weights_digest
 
         known = self._load(RESULTS)
         if known and known.protocol["weights"][0].get("sha256") == weights_digest(final):

@@ -120,7 +120,6 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     from quarkrl.models.adapters import lora_config
     from quarkrl.models.loading import load_model, load_tokenizer
     from quarkrl.runs.directory import ConfigFile
-    from quarkrl.training.time_left import describe_time
     from quarkrl.training.trainer import QuarkTrainer
 
     run, config = command.run, command.config
@@ -159,8 +158,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
         evaluated = comparison.num_completions if comparison else 0
         if prompts.evaluated and config.eval_strategy == "epoch":
             evaluated += config.num_iterations * len(prompts.evaluated) * config.eval_samples_per_prompt
-        data: dict[str, Any] = {"num_scored": len(trainer.scored or ()), "explores": trainer.explores}
-        trainer.progress.start_notes.append(describe_time(config, len(trainer.prompts), speed, evaluated, **data))
+        trainer.progress.start_notes.append(trainer.plan.describe_time(speed, evaluated))
     trainer.progress.start_notes += filter(None, [choice, prompts.note])
     return trainer, comparison
 
@@ -216,14 +214,12 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None
         trainer.progress.start_notes.append(f"results: {why} are not measured. Use quarkrl evaluate after the run.")
         return None
     from quarkrl.data.hold_out import choose_prompts
-    from quarkrl.training.time_left import fewer_draws
 
     config = trainer.args
     prompts = prompts or choose_prompts(replace(trainer.prompts, ids=[]), run.held_out)
     prompts = replace(prompts, in_template=config.raw is False)
-    explored = config.explored_per_iteration(len(trainer.prompts)) * config.num_iterations
-    if trainer.scored and not trainer.explores:
-        explored = len(trainer.scored)
+    plan = trainer.plan
+    explored = plan.explored * config.num_iterations if plan.explores else plan.num_scored
     options = evaluation_options(
         config,
         explored,
@@ -240,7 +236,7 @@ def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None
         options,
         Path(config.output_dir),
         config.keep_special_tokens,
-        fewer_draws(config, *trainer.data_sizes),
+        plan.fewer_draws(),
     )
 
 

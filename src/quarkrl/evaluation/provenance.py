@@ -6,36 +6,28 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from quarkrl.data.prompts import Prompts
-from quarkrl.storage.atomic import sha256
+from quarkrl.storage.atomic import weights_digest
 
 _PACKAGES = ("quarkrl", "torch", "transformers", "tokenizers", "numpy", "mauve-text", "faiss-cpu")
 
 
 def model_provenance(name: str | os.PathLike, model: PreTrainedModel) -> dict[str, Any]:
-    """Return the source of a model: the hub's revision, or the SHA-256 of its weight files.
+    """Return the source of a model: the hub's revision, or the SHA-256 of its files, as `sha256sum` prints it for one.
 
-    The digest of one file equals that of `sha256sum`. Several files are hashed in the order of their names, as one.
+    A run records another digest, `model_identity`: the model that it starts from need not be a file.
     """
     provenance: dict[str, Any] = {"name": str(name)}
-    if os.path.isdir(name):
+    if os.path.exists(name):
         provenance["sha256"] = weights_digest(name)
-    elif os.path.isfile(name):
-        provenance["sha256"] = sha256(name)
     else:
         provenance["revision"] = getattr(model.config, "_commit_hash", None)
     return {**provenance, "parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def weights_digest(directory: str | os.PathLike) -> str:
-    """Return the SHA-256 of the weight files in a directory."""
-    return sha256(*sorted(Path(directory).glob("*.safetensors")))
 
 
 def prompts_provenance(prompts: Prompts) -> dict[str, Any]:

@@ -46,13 +46,13 @@ def lora_config(options: AdapterOptions) -> Any | None:
     )
 
 
-def find_adapter(path: Any, revision: str | None = None) -> Path | None:
+def find_adapter(path: Any) -> Path | None:
     """Return the local directory of a saved adapter, from a directory or the hub; None if `path` is no adapter."""
     flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        file = cached_file(str(path), CONFIG_FILE, revision=revision, **flags)
+        file = cached_file(str(path), CONFIG_FILE, **flags)
         if file is not None:  # The hub's files come one by one, into one directory.
-            cached_file(str(path), WEIGHTS_FILE, revision=revision, **flags)
+            cached_file(str(path), WEIGHTS_FILE, **flags)
     except OSError:
         return None  # There is nothing of this name, which loading the model reports.
     return None if file is None else Path(file).parent
@@ -76,8 +76,7 @@ def saved_rows(directory: Path, model: PreTrainedModel) -> int:
     """Return the number of embedding rows in a saved adapter; 0 if it holds no embedding."""
     from safetensors import safe_open
 
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
+    name = _name_of(model.get_input_embeddings(), model)
     with safe_open(_weights_file(directory), framework="pt") as file:
         keys = [key for key in file.keys() if _own_name(key).endswith(f".{name}.weight")]  # noqa: SIM118 (not a dict)
         return max((file.get_slice(key).get_shape()[0] for key in keys), default=0)
@@ -208,6 +207,35 @@ def _dequantize(adapted: Any) -> Any:
     return whole
 
 
+def hold_output_rows(adapted: Any, token_ids: Sequence[int]) -> tuple[Any, bool]:
+    """Put the rows of tokens in an output layer with weights of its own into the adapter, where peft can do that.
+
+    Args:
+        adapted: the model; it loses its adapter to the one that is returned.
+        token_ids: the tokens that were added to the base model.
+
+    Returns:
+        The model, and whether its adapter holds these rows. peft accepts linear layers without bias or other adapter.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    outputs = adapted.get_output_embeddings()
+    if not token_ids or is_tied(adapted):
+        return adapted, True
+    config = copy.deepcopy(adapted.peft_config[adapted.active_adapters[0]])
+    indices = getattr(config, "trainable_token_indices", None)
+    if not indices or not isinstance(outputs, nn.Linear) or outputs.bias is not None:
+        return adapted, False
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    model = adapted.unload()
+    if not isinstance(indices, dict):
+        indices = {_name_of(model.get_input_embeddings(), model): indices}
+    config.trainable_token_indices = {**indices, _name_of(outputs, model): list(token_ids)}
+    whole = attach(model, config, "model")
+    set_peft_model_state_dict(whole, get_peft_model_state_dict(whole, save_embedding_layers=False) | weights)
+    return whole, True
+
+
 def merge_start(adapted: Any) -> tuple[PreTrainedModel, Any]:
     """Merge a `PeftModel` that training starts from.
 
@@ -283,7 +311,7 @@ def _changes_of(model: PreTrainedModel, config: Any) -> tuple[bool, bool]:
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     layers = model.get_input_embeddings(), model.get_output_embeddings()
-    names = [next((name for name, module in model.named_modules() if module is layer), "") for layer in layers]
+    names = [_name_of(layer, model) for layer in layers]
     saved = [any(name.endswith(module) for module in getattr(config, "modules_to_save", None) or ()) for name in names]
     probe = copy.deepcopy(config)
     for field in ("modules_to_save", "trainable_token_indices"):
@@ -297,6 +325,11 @@ def _changes_of(model: PreTrainedModel, config: Any) -> tuple[bool, bool]:
     targeted = [_is_wrapped(layer) and not isinstance(layer, TrainableTokensLayer) for layer in layers]
     probed.unload()
     return saved[0] or targeted[0], saved[1] or targeted[1]
+
+
+def _name_of(layer: Any, model: nn.Module) -> str:
+    """The name of a layer in a model; "" if the model has no such layer."""
+    return next((name for name, module in model.named_modules() if module is layer), "")
 
 
 def _is_wrapped(layer: Any) -> bool:
@@ -325,8 +358,7 @@ def _add_rows(model: PreTrainedModel, config: Any, token_ids: Sequence[int], tra
     elif train_rows and hasattr(config, "trainable_token_indices"):
         indices = config.trainable_token_indices
         if isinstance(indices, dict):
-            embedding = model.get_input_embeddings()
-            name = next(name for name, module in model.named_modules() if module is embedding)
+            name = _name_of(model.get_input_embeddings(), model)
             key = next((key for key in indices if f".{name}".endswith(f".{key}")), name)
             config.trainable_token_indices = {**indices, key: _union(indices.get(key, ()), token_ids)}
         else:

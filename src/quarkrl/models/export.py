@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from quarkrl.errors import UserError, one_line
-from quarkrl.models.adapters import is_tied, merge
+from quarkrl.models.adapters import hold_output_rows, merge
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.gguf_writing import write_gguf
 from quarkrl.models.loading import eos_ids, load_adapted, load_model, load_tokenizer
@@ -93,8 +93,8 @@ def export_merged(path: str | os.PathLike, directory: Path, **load_options: Any)
 def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any) -> None:
     """Write the adapter of a checkpoint, so that `peft` alone can load it.
 
-    The reward tokens' embedding rows are a part of the adapter. An adapter has no place for single rows of an output
-    layer. So an output layer with weights of its own is saved as a whole, with the input embedding.
+    The reward tokens' rows are a part of the adapter. Where it has no place for those of the output layer
+    (`hold_output_rows`), this layer and the input embedding are saved as a whole.
 
     Args:
         path, directory, load_options: as in `export_merged`.
@@ -107,8 +107,9 @@ def export_adapter(path: str | os.PathLike, directory: Path, **load_options: Any
     if adapted is None:
         raise UserError(f"model {str(path)!r}: must be a checkpoint with an adapter. Use --merge for whole weights.")
     tokenizer = load_tokenizer(path, load_options.get("trust_remote_code", False))
+    adapted, has_rows = hold_output_rows(adapted, conditioning.new_token_ids)
     with atomic_directory(directory) as stage:
-        adapted.save_pretrained(stage, save_embedding_layers=not is_tied(adapted))
+        adapted.save_pretrained(stage, save_embedding_layers=not has_rows)
         tokenizer.save_pretrained(stage)
         conditioning.save(stage, **facts)
         write_model_card(stage)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -37,6 +38,34 @@ from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tok
 from quarkrl.models.quark_json import read_quark_json, start_name
 from quarkrl.names import is_missing_path
 
+# All files of a model in one folder, and no pickles. "consolidated" are Mistral's weights in another format.
+_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.codes", "*.tiktoken", "*.py", "*.safetensors"]
+_OTHER_FILES = ["*/*", "consolidated*"]
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Return the directory of a model's files, from the hub, or from its cache if the hub cannot be reached.
+
+    Args:
+        name: on the hub.
+        revision: a commit, branch or tag; None is the main branch.
+    """
+    return Path(
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=_OTHER_FILES)
+    )
+
+
+def locate_revision(path: str | os.PathLike, revision: str | None) -> str | os.PathLike:
+    """Return the directory of a model's files at a revision; `path` itself if it is local, or without a revision.
+
+    Raises:
+        UserError: the hub has no such model or revision, or cannot be reached.
+    """
+    if revision is None or os.path.exists(path):
+        return path
+    with _report_failures(path):
+        return download(str(path), revision)
+
 
 def load_model(
     path: str | os.PathLike,
@@ -67,11 +96,11 @@ def load_model(
         _refuse_pickles(Path(path))
         if is_gguf(path):
             return _load_gguf(path, options)
-        if directory := find_adapter(path, kwargs.get("revision")):
+        if directory := find_adapter(path):
             model = merge(_load_adapted(path, directory, trust_remote_code, {**kwargs, "dtype": dtype}))
             rename(model, str(path))
             return model
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=kwargs.get("revision"))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return with_fused_gelu(_load_weights(path, config, options, pretrained_model_name_or_path=path))
 
 
@@ -148,7 +177,7 @@ def load_adapted(path: str | os.PathLike, trust_remote_code: bool = False, **kwa
         UserError: the adapter or its base model cannot be loaded.
     """
     with _report_failures(path):
-        directory = find_adapter(path, kwargs.get("revision"))
+        directory = find_adapter(path)
         return None if directory is None else _load_adapted(path, directory, trust_remote_code, kwargs)
 
 
@@ -160,7 +189,7 @@ def _load_adapted(path: Any, directory: Path, trust_remote_code: bool, kwargs: d
     if isinstance(start, dict) and start.get("load_in_4bit"):
         kwargs = {**kwargs, "load_in_4bit": True}  # Weights of other precision would give other logits.
     try:
-        model = load_model(base, trust_remote_code, **{name: kwargs[name] for name in kwargs if name != "revision"})
+        model = load_model(base, trust_remote_code, **kwargs)
     except UserError as error:
         raise UserError(f"adapter {str(path)!r}: its base {error}") from error
     if conditioning := Conditioning.load(path):

@@ -175,42 +175,6 @@ class Scorer:
         return self._cache_counts.misses
 
 
-class ScoresOfData(Scorer):
-    """Stands for rewards whose scores come with the data (`QuarkTrainer(scored_data=…)`). It cannot score.
-
-    Args:
-        columns: the columns of the data that hold the rewards.
-        condition_on: as in `Scorer`; the data has the sum already.
-
-    Raises:
-        UserError: there are several columns, and no attribute for each.
-    """
-
-    def __init__(self, columns: Sequence[str], condition_on: str = "sum"):
-        if condition_on == "sum" and len(columns) > 1:
-            raise UserError(
-                f"reward_columns {' '.join(columns)}: must be one column with condition_on sum. Set --condition_on "
-                "each."
-            )
-        self._rewards, self._weights, self._caller, self._cache = [], [], RewardCaller(None), None
-        self._cache_counts = CacheCounts()
-        self.names = attribute_names(columns)
-        self.attributes = ("reward",) if condition_on == "sum" else self.names
-        self.condition_on = condition_on
-        self.identity = [
-            {"name": name, "column": column, "weight": 1.0} for name, column in zip(self.names, columns, strict=True)
-        ]
-        self.unwanted = self.wanted = self.wanted_from = None
-
-    def __call__(self, *_: Any, **__: Any) -> Scores:
-        """Refuse to score.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError("reward is missing: only samples of scored_data have scores. Set --reward.")
-
-
 def _join_logs(calls: Sequence[RewardCall]) -> tuple[dict[str, list[str | None]], dict[str, list[float]]]:
     """The columns and the metrics that rewards have logged. A second column `x`, of another reward, becomes `x-2`."""
     columns: dict[str, list[str | None]] = {}

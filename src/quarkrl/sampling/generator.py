@@ -15,7 +15,7 @@ from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, wa
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.device import default_device
-from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer
+from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer, locate_revision
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
@@ -108,6 +108,7 @@ class QuarkGenerator:
         cls,
         path: str | os.PathLike,
         *,
+        revision: str | None = None,
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
         system_prompt: str | None = None,
@@ -119,6 +120,7 @@ class QuarkGenerator:
 
         Args:
             path: a directory, a name on the hub, or "builtin" for the embedded model.
+            revision: of a model on the hub: a commit, branch or tag.
             device: the device of the model; by default a GPU if there is one.
             trust_remote_code: run the Python code in the model's repository; by default no such code runs.
             system_prompt: the system message of chats without one; by default that of training.
@@ -130,7 +132,7 @@ class QuarkGenerator:
         Raises:
             UserError: the model or its tokenizer cannot be loaded, or `steered_by` does not fit it.
         """
-        path = locate_model(path)
+        path = locate_revision(locate_model(path), revision)
         model = load_model(path, trust_remote_code, **model_kwargs)
         reference = reference_name(path)
         tokenizer = load_tokenizer(path, trust_remote_code)

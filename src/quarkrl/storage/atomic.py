@@ -182,3 +182,8 @@ def sha256(*paths: str | os.PathLike) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def weights_digest(model: str | os.PathLike) -> str:
+    """Return the SHA-256 of a model's file, or of the weight files in its directory in the order of their names."""
+    return sha256(*(sorted(Path(model).glob("*.safetensors")) if os.path.isdir(model) else [model]))

@@ -4,7 +4,7 @@ They take the place of the first exploration. A run without prompts explores not
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from quarkrl.data.prompts import Prompts
 from quarkrl.data.scored import Ends, ScoredSamples, check_any_left, check_scored
 from quarkrl.errors import UserError
 from quarkrl.models.chat_template import end_of_turn_id
-from quarkrl.rewards.scorer import Scorer, ScoresOfData
+from quarkrl.rewards.scorer import Scorer
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.prompt_supply import read_prompts_of
 
@@ -35,7 +35,27 @@ def make_scorer(rewards: Rewards | Scorer | None, args: QuarkConfig, calls_rewar
         raise UserError(
             "reward_columns is missing: must name the rewards with condition_on each. Set --reward_columns."
         )
-    return ScoresOfData(args.reward_columns or ["reward"], args.condition_on)
+    columns = args.reward_columns or ["reward"]
+    if args.condition_on == "sum" and len(columns) > 1:
+        raise UserError(
+            f"reward_columns {' '.join(columns)}: must be one column with condition_on sum. Set --condition_on each."
+        )
+    return Scorer([ColumnReward(column) for column in columns], condition_on=args.condition_on)
+
+
+class ColumnReward:
+    """Stands for the reward whose scores a column of the data holds. It cannot score."""
+
+    def __init__(self, column: str):
+        self.name, self.identity = column, {"column": column}
+
+    def __call__(self, **_: Any) -> NoReturn:
+        """Refuse to score.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("reward is missing: only samples of scored_data have scores. Set --reward.")
 
 
 def load_scored(source: Any, args: QuarkConfig, attributes: Sequence[str], encode: Callable[..., Prompts]) -> Prompts:

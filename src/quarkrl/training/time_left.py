@@ -1,6 +1,7 @@
 """What a run will do, and how long that takes: the plan before it starts, and the remaining time while it goes on."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from quarkrl.sampling.options import count_passes
@@ -15,8 +16,9 @@ _PASSES_PER_DRAW = 4
 _REPORT_SECONDS = 5.0
 
 
-def describe_plan(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str:
-    """Say how many completions a run samples and how often it learns from each.
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: how many completions it samples, how often it learns from each, and how long that takes.
 
     Args:
         args: the options of the run.
@@ -24,98 +26,97 @@ def describe_plan(args: QuarkConfig, num_prompts: int, num_scored: int = 0, expl
         num_scored: the scored samples that it starts from.
         explores: whether it explores, too.
     """
-    if not explores:
-        draws = draws_of_scored(args, num_scored)
+
+    args: QuarkConfig
+    num_prompts: int
+    num_scored: int = 0
+    explores: bool = True
+
+    @property
+    def explored(self) -> int:
+        """The completions that an iteration samples."""
+        return self.args.explored_per_iteration(self.num_prompts)
+
+    @property
+    def draws(self) -> float:
+        """How often the run draws each completion."""
+        if self.explores:
+            return self.args.draws_per_iteration / self.explored
+        return self.args.num_iterations * self.args.draws_per_iteration / self.num_scored
+
+    @property
+    def _most_draws(self) -> float:
+        return MOST_DRAWS if self.explores else MOST_DRAWS_OF_SCORED
+
+    def describe(self) -> str:
+        """Say how many completions the run samples and how often it learns from each."""
+        args, target = self.args, f"into {self.args.output_dir}" + self._describe_distillation()
+        if not self.explores:
+            return (
+                f"plan: {args.num_iterations} iterations learn from {self.num_scored:,} scored samples, each in "
+                f"{args.steps_per_iteration} steps of {args.draws_per_step}. Nothing is explored, and each sample is "
+                f"drawn {self.draws:.1f} times in all, {target}"
+            )
+        prompts, samples = self.explored // args.samples_per_prompt, args.samples_per_prompt
+        first = f" The first learns from {self.num_scored:,} scored samples instead." if self.num_scored else ""
+        iterations = args.num_iterations - bool(self.num_scored)
         return (
-            f"plan: {args.num_iterations} iterations learn from {num_scored:,} scored samples, each in "
-            f"{args.steps_per_iteration} steps of {args.draws_per_step}. Nothing is explored, and each sample is drawn "
-            f"{draws:.1f} times in all, into {args.output_dir}" + _describe_distillation(args)
+            f"plan: {args.num_iterations} iterations. Each samples and scores {self.explored:,} completions ({samples} "
+            f"for each of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of "
+            f"{args.draws_per_step}.{first} In all {self.explored * iterations:,} completions, each drawn "
+            f"{self.draws:.1f} times, {target}"
         )
-    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
-    prompts, samples = explored // args.samples_per_prompt, args.samples_per_prompt
-    first = f" The first learns from {num_scored:,} scored samples instead." if num_scored else ""
-    iterations = args.num_iterations - bool(num_scored)
-    return (
-        f"plan: {args.num_iterations} iterations. Each samples and scores {explored:,} completions ({samples} for each "
-        f"of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}."
-        f"{first} In all {explored * iterations:,} completions, each drawn {drawn / explored:.1f} times, into "
-        f"{args.output_dir}" + _describe_distillation(args)
-    )
 
+    def describe_overdraw(self) -> str | None:
+        """Return a warning if the run draws each completion too often, or None."""
+        if not (remedy := self.fewer_draws()):
+            return None
+        return (
+            f"warning: each completion is drawn {self.draws:.1f} times. Above {self._most_draws:g}, a model overfits. "
+            f"Set {remedy}."
+        )
 
-def describe_overdraw(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str | None:
-    """Return a warning if a run draws each completion too often, or None; see `describe_plan`."""
-    remedy = fewer_draws(args, num_prompts, num_scored, explores)
-    if not remedy:
-        return None
-    if explores:
-        draws, most = args.draws_per_iteration / args.explored_per_iteration(num_prompts), MOST_DRAWS
-    else:
-        draws, most = draws_of_scored(args, num_scored), MOST_DRAWS_OF_SCORED
-    return f"warning: each completion is drawn {draws:.1f} times. Above {most:g}, a model overfits. Set {remedy}."
-
-
-def draws_of_scored(args: QuarkConfig, num_scored: int) -> float:
-    """Return how often a run that explores nothing draws each of its samples."""
-    return args.num_iterations * args.draws_per_iteration / num_scored
-
-
-def fewer_draws(args: QuarkConfig, num_prompts: int, num_scored: int = 0, explores: bool = True) -> str:
-    """Return the options with which a run draws each completion less often; "" if it does not draw too often."""
-    if not explores:
-        most = MOST_DRAWS_OF_SCORED * num_scored / args.draws_per_iteration
-        if args.num_iterations <= most:
+    def fewer_draws(self) -> str:
+        """Return the options with which the run draws each completion less often; "" if it does not draw too often."""
+        if self.draws <= self._most_draws:
             return ""
-        steps = max(int(most * args.steps_per_iteration), 1)
+        if self.explores:
+            steps = max(int(MOST_DRAWS * self.explored / self.args.draws_per_step), 1)
+            return f"--steps_per_iteration {steps}, or a higher --samples_per_prompt"
+        most = MOST_DRAWS_OF_SCORED * self.num_scored / self.args.draws_per_iteration
+        steps = max(int(most * self.args.steps_per_iteration), 1)
         return f"--num_iterations {int(most)}" if most >= 1 else f"--num_iterations 1 --steps_per_iteration {steps}"
-    explored = args.explored_per_iteration(num_prompts)
-    if args.draws_per_iteration <= MOST_DRAWS * explored:
-        return ""
-    steps = max(int(MOST_DRAWS * explored / args.draws_per_step), 1)
-    return f"--steps_per_iteration {steps}, or a higher --samples_per_prompt"
 
+    def describe_time(self, speed: Speed, evaluated: int = 0) -> str:
+        """Return the estimated time of the run in words; the parts add up to the whole.
 
-def describe_time(
-    args: QuarkConfig,
-    num_prompts: int,
-    speed: Speed,
-    evaluated: int = 0,
-    num_scored: int = 0,
-    explores: bool = True,
-) -> str:
-    """Return the estimated time of a run in words; the parts add up to the whole.
+        Args:
+            speed: of the model.
+            evaluated: the completions that are sampled to measure the model, in all.
+        """
+        args = self.args
+        unexplored = bool(self.num_scored) if self.explores else args.num_iterations
+        passes = sum(_passes(args, iteration) for iteration in range(unexplored, args.total_iterations))
+        parts = {
+            "sampling": speed.seconds(passes, self.explored, 0),
+            "learning": speed.seconds(args.total_iterations, 0, args.draws_per_iteration),
+            "evaluation and report": evaluated * (speed.per_completion + speed.per_draw / _PASSES_PER_DRAW)
+            + _REPORT_SECONDS * bool(evaluated),
+        }
+        total = sum(parts.values())
+        unit, seconds, digits = ("s", 1, 0) if total < 120 else ("min", 60, 1) if total < 7200 else ("h", 3600, 1)
+        rounded = {name: round(part / seconds, digits) for name, part in parts.items() if part}
+        listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
+        whole = round(sum(rounded.values()), digits)
+        rewards = ", and the time of the rewards" if self.explores or evaluated else ""
+        return f"time: about {whole:g} {unit} ({listed}){rewards}"
 
-    Args:
-        args: the options of the run.
-        num_prompts: its prompts.
-        speed: of the model.
-        evaluated: the completions that are sampled to measure the model, in all.
-        num_scored, explores: as in `describe_plan`.
-    """
-    explored, drawn = args.explored_per_iteration(num_prompts), args.draws_per_iteration
-    unexplored = bool(num_scored) if explores else args.num_iterations
-    passes = sum(_passes(args, iteration) for iteration in range(unexplored, args.total_iterations))
-    parts = {
-        "sampling": speed.seconds(passes, explored, 0),
-        "learning": speed.seconds(args.total_iterations, 0, drawn),
-        "evaluation and report": evaluated * (speed.per_completion + speed.per_draw / _PASSES_PER_DRAW)
-        + _REPORT_SECONDS * bool(evaluated),
-    }
-    total = sum(parts.values())
-    unit, seconds, digits = ("s", 1, 0) if total < 120 else ("min", 60, 1) if total < 7200 else ("h", 3600, 1)
-    rounded = {name: round(part / seconds, digits) for name, part in parts.items() if part}
-    listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
-    whole = round(sum(rounded.values()), digits)
-    rewards = ", and the time of the rewards" if explores or evaluated else ""
-    return f"time: about {whole:g} {unit} ({listed}){rewards}"
-
-
-def _describe_distillation(args: QuarkConfig) -> str:
-    count = args.total_iterations - args.num_iterations
-    scales = ", ".join(f"{scale:g}" for scale in args.distill_guidance_scale)
-    if not count:
-        return ""
-    return f". Then {count} more iterations train guidance γ = {scales} into the best quantile, without rewards"
+    def _describe_distillation(self) -> str:
+        count = self.args.total_iterations - self.args.num_iterations
+        scales = ", ".join(f"{scale:g}" for scale in self.args.distill_guidance_scale)
+        if not count:
+            return ""
+        return f". Then {count} more iterations train guidance γ = {scales} into the best quantile, without rewards"
 
 
 class TimeLeft:

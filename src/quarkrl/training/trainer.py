@@ -92,7 +92,7 @@ from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_cac
 from quarkrl.training.scored_data import Rewards, encode_scored, load_scored, make_scorer
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
-from quarkrl.training.time_left import describe_overdraw, describe_plan
+from quarkrl.training.time_left import Plan
 
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
 
@@ -194,8 +194,8 @@ class QuarkTrainer(DurableTrainer):
         self.memory_plan = plan_memory(models.policy, args, *lengths, self.ref_model)
         notes = [
             self.scored.note if self.scored else None,
-            describe_plan(args, *self.data_sizes),
-            describe_overdraw(args, *self.data_sizes),
+            self.plan.describe(),
+            self.plan.describe_overdraw(),
             self.memory_plan.message,
             slow_bf16_note() if args.bf16 else None,
             chat_date_note(self.chat_date, self.prompts.as_encoded),
@@ -236,7 +236,7 @@ class QuarkTrainer(DurableTrainer):
             ],
             optimizers=optimizers,
         )
-        _check_sharded(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_sharded(args, self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # The loss is a sum over tokens divided by the tokens of the whole step: accumulation does not change it.
         self.model_accepts_loss_kwargs = True
         self.health = self._make_health()
@@ -250,9 +250,9 @@ class QuarkTrainer(DurableTrainer):
             try_saving(models.policy, steered_tokenizer, self.conditioning, self.facts())
 
     @property
-    def data_sizes(self) -> tuple[int, int, bool]:
-        """The number of prompts and of scored samples, and whether the run explores."""
-        return len(self.prompts), len(self.scored or ()), self.explores
+    def plan(self) -> Plan:
+        """What the run will do."""
+        return Plan(self.args, len(self.prompts), len(self.scored or ()), self.explores)
 
     @property
     def _prompts_to_read(self) -> Prompts:
@@ -768,7 +768,7 @@ def _check_quantiles(args: QuarkConfig, num_prompts: int, explores: bool) -> Non
         )
 
 
-def _check_sharded(args: QuarkConfig, is_sharded: bool) -> None:
+def check_sharded(args: QuarkConfig, is_sharded: bool) -> None:
     """Check the options that need whole weights on each process."""
     if not is_sharded:
         return

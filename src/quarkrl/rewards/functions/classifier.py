@@ -16,7 +16,7 @@ from quarkrl.data.encoding import break_special_tokens, encode_as_text
 from quarkrl.errors import UserError, describe_exception, one_line
 from quarkrl.models.device import default_device
 from quarkrl.rewards.near_names import own_function_hint
-from quarkrl.storage.atomic import sha256
+from quarkrl.storage.atomic import weights_digest
 
 if TYPE_CHECKING:
     import torch
@@ -326,7 +326,7 @@ def _load(path: str, dtype: str, revision: str | None) -> tuple[Any, Any, dict[s
     # If the files are missing, transformers silently creates a tokenizer of special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"reward {path!r}: must have a tokenizer. Save it there by tokenizer.save_pretrained(…).")
-    return model, tokenizer, {**source, "sha256": sha256(*sorted(folder.glob("*.safetensors")))}
+    return model, tokenizer, {**source, "sha256": weights_digest(folder)}
 
 
 def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
@@ -334,16 +334,12 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
 
     `from_pretrained` would request file by file, and retry each for half a minute.
     """
-    import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    from quarkrl.models.loading import download
+
     try:
-        folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.json", "*.txt", "*.model", "*.codes", "*.safetensors"],
-            ignore_patterns=["*/*"],
-        )
+        folder = download(name, revision)
     except GatedRepoError as error:
         raise UserError(f"reward {name!r}: gated model. Request access on its page, then `hf auth login`.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -357,7 +353,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
             f"reward {name!r}: not a known name or directory, and the Hugging Face hub cannot be reached "
             f"({type(cause).__name__}: {one_line(cause)}).{own_function_hint(name)}"
         ) from error
-    return Path(folder), {"revision": os.path.basename(folder)}
+    return folder, {"revision": folder.name}
 
 
 @contextmanager
