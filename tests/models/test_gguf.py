@@ -106,6 +106,7 @@ def test_llama_cpp_gives_the_ids_and_the_greedy_tokens_of_transformers(exported)
             rendered = server.render(text)
             assert ids[0] == 2050 and server.ids_of(rendered) == ids
             assert server.complete(rendered, 12) == greedy(ids)
+            assert server.answer(text, 12) == tokenizer.decode(greedy(ids), skip_special_tokens=True)
 
 
 @torch.no_grad()
