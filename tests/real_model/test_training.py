@@ -1,4 +1,4 @@
-"""A short run with an adapter moves the reward of SmolLM2-135M-Instruct on texts."""
+"""A short run with an adapter moves the reward of SmolLM2-135M-Instruct, on texts and on chats."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from quarkrl import QuarkGenerator
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(3600)]
 
 
-def test_the_best_quantile_has_a_higher_reward_than_the_worst_and_than_before(text_run):
-    generator = QuarkGenerator.from_pretrained(text_run / "final")
+@pytest.mark.parametrize(("run", "prompts"), [("text_run", TEXTS), ("chat_run", CHATS)])
+def test_the_best_quantile_has_a_higher_reward_than_the_worst_and_than_before(run, prompts, request):
+    directory = request.getfixturevalue(run)
+    generator = QuarkGenerator.from_pretrained(directory / "final")
 
     def mean_reward(quantile):
-        completions = generator.generate(TEXTS, quantile=quantile, num_return_sequences=12, max_new_tokens=6, seed=1)
+        completions = generator.generate(prompts, quantile=quantile, num_return_sequences=12, max_new_tokens=6, seed=1)
         return statistics.mean(share_of_function_words(None, [text for texts in completions for text in texts]))
 
-    best, worst, before = mean_reward("best"), mean_reward("worst"), logs_of(text_run, "reward")[0]["reward"]
+    best, worst, before = mean_reward("best"), mean_reward("worst"), logs_of(directory, "reward")[0]["reward"]
     assert best > before and best > worst, (best, before, worst)
 
 
