@@ -32,7 +32,6 @@ from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import STEERING, QuarkGenerator, has_same_vocabulary
 from quarkrl.sampling.guidance import Contrast
 from quarkrl.sampling.options import GuidanceScale, read_scale
-from quarkrl.sampling.sampler import complete
 
 Notify = Callable[[str, int, int], None]
 
@@ -308,12 +307,9 @@ def _sample(
         finished += count
         on_progress(finished, len(plain_ids))
 
-    return complete(
-        generator.model,
+    return generator.complete(
         [generator.condition(ids, variant.requested) for ids in plain_ids],
         options.strategy(),
-        end_ids=generator.end_ids,
-        vocab_size=generator.vocab_size,
         seed=options.seed,
         batch_size=options.batch_size,
         on_batch=on_batch,

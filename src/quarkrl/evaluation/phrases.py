@@ -22,7 +22,6 @@ from quarkrl.evaluation.perplexity import completion_nll
 from quarkrl.models.conditioning import Conditioning, start_ids_of
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
-from quarkrl.sampling.sampler import complete
 from quarkrl.sampling.strategy import Sampling
 
 BAD_SHARE = 0.2  # The worst fifth of the completions is bad, as the worst of five quantiles is.
@@ -100,16 +99,7 @@ def sample_and_score(
         done += count
         on_progress(done, len(rows))
 
-    completions = complete(
-        generator.model,
-        prompt_ids,
-        sampling,
-        end_ids=generator.end_ids,
-        vocab_size=generator.vocab_size,
-        seed=seed,
-        batch_size=batch_size,
-        on_batch=on_batch,
-    )
+    completions = generator.complete(prompt_ids, sampling, seed=seed, batch_size=batch_size, on_batch=on_batch)
     columns: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in prompts.columns.items()}
     texts = generator.decode(prompt_ids, completions)
     scores = scorer([prompts.prompts[row] for row in rows], texts, completions, columns, generator.end_ids)

@@ -213,18 +213,13 @@ class QuarkGenerator:
         prompt_ids = [self.condition(ids, quantile) for ids in plain_ids]
         contrast = self.contrast(plain_ids, guidance_scale, guidance_from, quantile, guidance_rule)
         self._check_length(max(map(len, prompt_ids), default=0), sampling)
-        completion_ids = complete(
-            self.model,
-            prompt_ids,
-            sampling,
-            end_ids=self.end_ids,
-            vocab_size=self.vocab_size,
-            seed=seed,
-            batch_size=batch_size,
-            contrast=contrast,
-        )
+        completion_ids = self.complete(prompt_ids, sampling, seed=seed, batch_size=batch_size, contrast=contrast)
         texts = self.decode(plain_ids, completion_ids)
         return [texts[i : i + num_return_sequences] for i in range(0, len(texts), num_return_sequences)]
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, **options: Any) -> list[list[int]]:
+        """Sample one completion for each prompt; `options` are those of `sampler.complete`."""
+        return complete(self.model, prompt_ids, sampling, end_ids=self.end_ids, vocab_size=self.vocab_size, **options)
 
     def stream(
         self,
