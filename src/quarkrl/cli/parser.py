@@ -10,47 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, get_args
 
+from quarkrl.cli.option_names import suggest
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import choices_of, default_of, join_words, takes_list, typed_fields
 
 Options = TypeVar("Options")
 
-# What other tools and other commands call an option, and what we call it: the first of these that the command has.
-_USUAL_NAMES = {
-    "lr": ("learning_rate",),
-    "beta": ("kl_coef",),
-    "alpha": ("entropy_coef",),
-    "epochs": ("num_iterations",),
-    "num_epochs": ("num_iterations",),
-    "iterations": ("num_iterations", "iteration"),
-    "steps": ("steps_per_iteration",),
-    "max_steps": ("steps_per_iteration",),
-    "batch_size": ("per_device_train_batch_size",),
-    "train_batch_size": ("per_device_train_batch_size",),
-    "max_new_tokens": ("max_completion_length",),
-    "max_length": ("max_completion_length", "max_new_tokens"),
-    "max_tokens": ("max_completion_length", "max_new_tokens"),
-    "max_completion_length": ("max_new_tokens",),
-    "num_generations": ("samples_per_prompt", "samples", "num_return_sequences"),
-    "num_samples": ("samples_per_prompt", "samples", "num_return_sequences", "limit"),
-    "samples_per_prompt": ("samples", "num_return_sequences"),
-    "samples": ("samples_per_prompt", "num_return_sequences", "limit"),
-    "n": ("num_return_sequences", "samples", "limit"),
-    "k": ("num_quantiles",),
-    "quantiles": ("num_quantiles", "quantile"),
-    "quantile": ("quantiles",),
-    "gamma": ("guidance_scale", "guidance_scales", "explore_guidance_scale"),
-    "dataset": ("prompts",),
-    "data": ("prompts",),
-    "rewards": ("reward",),
-    "reward_model": ("reward",),
-    "reward_func": ("reward",),
-    "output": ("output_dir",),
-    "output_dir": ("output",),
-    "out": ("output_dir", "output"),
-    "lora_r": ("lora_rank",),
-    "rank": ("lora_rank",),
-}
 _METAVARS = {int: "N", float: "X", bool: "BOOL", str: "TEXT"}
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -118,12 +83,8 @@ class Parser(argparse.ArgumentParser):
                     f"Did you mean '--config {flag}'?" if is_config else "Write it behind its option, or leave it out."
                 )
                 raise UserError(f"{flag!r}: must be the value of an option. {remedy}")
-            raise UserError(f"unknown option {flag}.{self._suggest(flag.lstrip('-'))}")
+            raise UserError(f"unknown option {flag}.{suggest(flag.lstrip('-'), self.flag_names)}")
         return arguments
-
-    def _suggest(self, name: str) -> str:
-        usual = next((usual for usual in _USUAL_NAMES.get(name, ()) if usual in self.flag_names), None)
-        return f" Did you mean '--{usual}'?" if usual else did_you_mean(name, self.flag_names, "--")
 
 
 def add_flags(
