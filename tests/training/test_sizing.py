@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import yaml
 from helpers.eight_letters import PROMPTS, TOKENIZER
 from helpers.tiny_models import make_home
 
+from quarkrl.algorithm.pool import DataPool
 from quarkrl.cli.main import main
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.errors import UserError
 from quarkrl.training.options import QuarkOptions
-from quarkrl.training.sizing import NAMES, SIZES, Speed, parse_duration, size_defaults
+from quarkrl.training.first_look import spread_of
+from quarkrl.training.sizing import NAMES, SIZES, RewardSpread, Speed, parse_duration, size_defaults
 
 COMMAND = ["--model", "m", "--prompts", "p", "--reward", "r"]
 
@@ -138,3 +141,78 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypa
     assert "plan: 2 iterations" in text and "memory: about" in text and "time: about" in text
     assert "times. Above 2, a model overfits" in text and "dry run: nothing was trained or written" in text
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def few_valued(*shares: float) -> np.ndarray:
+    """Return 200 rewards of 0, 1, … in these shares, `(200, 1)`."""
+    return np.repeat(np.arange(len(shares)), [round(200 * share) for share in shares])[:, None].astype(float)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "quantiles"),
+    [
+        (few_valued(0.09, 0.91), 2),
+        (few_valued(0.05, 0.35, 0.6), 3),
+        (few_valued(0.25, 0.25, 0.25, 0.25), 4),
+        (few_valued(0.1, 0.1, 0.1, 0.1, 0.1, 0.5), 3),  # Fifths and quarters would leave one empty.
+        (np.linspace(0, 1, 200)[:, None], 5),
+    ],
+)
+def test_there_are_as_many_quantiles_as_the_rewards_fill(rewards, quantiles):
+    spread = spread_of(rewards, ["reward"])
+    assert spread.num_quantiles == quantiles
+    pool = DataPool(quantiles)
+    pool.add([[1]] * 200, [[2]] * 200, rewards, iteration=0)
+    pool.quantize()
+    assert {*pool.quantiles[:, 0].tolist()} == {*range(quantiles)}
+
+
+def test_the_coarsest_of_several_rewards_decides_and_missing_ones_do_not_count():
+    both = np.hstack([np.linspace(0, 1, 200)[:, None], few_valued(0.09, 0.91)])
+    both[5, 0] = np.nan
+    assert spread_of(both, ["fine", "coarse"]).num_quantiles == 2
+    assert spread_of(np.full((3, 1), np.nan), ["reward"]) is None
+    assert spread_of(np.linspace(0, 1, 200)[:, None], ["reward"], ceiling=0.05).num_quantiles == 5
+
+
+def sized(spread: RewardSpread, num_prompts: int, *flags: str):
+    command, line = parse_train([*COMMAND, *flags]).with_defaults(1e6, num_prompts, spread=spread)
+    return command.config.num_quantiles, command.config.samples_per_prompt, line.partition("\n")[2]
+
+
+def test_few_valued_rewards_choose_the_quantiles_and_rare_ones_more_samples():
+    common, rare = spread_of(few_valued(0.24, 0.76), ["reward"]), spread_of(few_valued(0.02, 0.98), ["kind"])
+    seen = "rewards: 76% of 200 first samples share the reward 1, so the run has 2 quantiles"
+    assert sized(common, 5000) == (2, 1, seen)
+    # 5 of 202 are expected in the smallest quantile: 64 of 1,000 x 3 samples.
+    seen = "rewards: 98% of 200 first samples share the kind 1, so the run has 2 quantiles and 3 samples per prompt"
+    assert sized(rare, 5000, "--prompts_per_iteration", "1000", "--steps_per_iteration", "50")[:2] == (2, 1)
+    assert sized(rare, 1200) == (2, 4, seen.replace("3 samples", "4 samples"))  # as without ties: 5,000 in all
+    assert sized(rare, 5000, "--num_quantiles", "4", "--samples_per_prompt", "2") == (4, 2, "")
+
+
+def test_quantiles_follow_from_words_and_from_a_quantile_of_guidance():
+    common = spread_of(few_valued(0.24, 0.76), ["reward"])
+    assert sized(common, 5000, "--conditioning", "text", "--words", "a", "b", "c")[0] == 3
+    assert sized(common, 5000, "--guidance_from", "3", "--explore_guidance_scale", "2")[0] == 5
+
+
+def test_rewards_that_do_not_differ_are_a_warning():
+    warning = sized(spread_of(few_valued(0, 1.0), ["reward"]), 5000)[2]
+    assert warning.startswith("warning: all 200 first samples have the reward 1. Choose prompts that provoke")
+
+
+def test_a_run_with_rewards_of_0_and_1_has_two_quantiles_and_says_why(tmp_path, capsys):
+    code = "def a(completions, **_):\n    return [float('a' in text) for text in completions]"
+    home = make_home(tmp_path, TOKENIZER, PROMPTS, code)
+    command = [
+        "train",
+        "--model",
+        f"{home}/model",
+        "--prompts",
+        f"{home}/prompts.txt",
+        "--reward",
+        f"{home}/rewards.py:a",
+    ]
+    assert main([*command, "--max_completion_length", "4", "--output_dir", f"{home}/run", "--dry_run"]) == 0
+    assert "first samples share the reward" in (text := capsys.readouterr().err) and "the run has 2 quantiles" in text

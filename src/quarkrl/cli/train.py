@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from quarkrl.evaluation.results import Evaluation
     from quarkrl.rewards.scorer import Scorer
     from quarkrl.training.config import QuarkConfig
-    from quarkrl.training.sizing import Speed
+    from quarkrl.training.first_look import FirstLook
+    from quarkrl.training.sizing import RewardSpread
     from quarkrl.training.trainer import QuarkTrainer
 
 NAME = "train"
@@ -128,12 +129,14 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
     tokenizer = load_tokenizer(path, run.trust_remote_code)
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
-    speed = None if run.resume else _speed(run, config, model, tokenizer, prompts.read)
+    config.raw = _is_raw(run, config, prompts.read, tokenizer)
+    look = None if run.resume else _first_look(run, config, model, tokenizer, prompts.read)
+    speed, spread = look and look.speed, _spread(command, look, scorer, tokenizer, prompts.scored)
     num_scored = len(prompts.scored or ()) if prompts.training is None else None
     num_prompts = None if run.stream_prompts else len(prompts.training or ())
-    command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored)
-    run, config = command.run, command.config
-    config.raw = _is_raw(run, config, prompts.read, tokenizer)
+    command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored, spread)
+    run, config, raw = command.run, command.config, config.raw
+    config.raw = raw
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
@@ -180,29 +183,46 @@ def _is_raw(
     return False if wraps else None
 
 
-def _speed(
+def _first_look(
     run: RunOptions, config: "QuarkConfig", model: Any, tokenizer: Any, sources: "Sequence[Prompts]"
-) -> "Speed | None":
-    """Measure the model's speed, where one process has the whole model.
+) -> "FirstLook | None":
+    """Sample a few completions, where one process has the whole model.
 
     Raises:
         UserError: there is a budget and the speed cannot be measured.
     """
     from quarkrl.data.chat_defaults import with_chat_defaults
-    from quarkrl.training.speed import measure_speed
+    from quarkrl.training.first_look import take_first_look
 
     is_simple = config.world_size == 1 and not config.fsdp and not config.deepspeed and config.engine == "builtin"
-    speed = None
+    look = None
     if is_simple and not run.stream_prompts:
         tokenizer = with_chat_defaults(tokenizer, config.system_prompt, config.chat_template_kwargs)
         with suppress(UserError):  # The trainer reports it, with the limit that its reward tokens need.
-            speed = measure_speed(model, tokenizer, sources[0], config)
-    if run.budget and not speed:
+            look = take_first_look(model, tokenizer, sources[0], config)
+    if run.budget and not look:
         raise UserError(
             f"budget {run.budget!r}: must be left out where the speed of the model is not known: several processes, "
             "vLLM, or a stream. Set --num_iterations."
         )
-    return speed
+    return look
+
+
+def _spread(
+    command: TrainCommand,
+    look: "FirstLook | None",
+    scorer: "Scorer | None",
+    tokenizer: Any,
+    scored: "Prompts | None",
+) -> "RewardSpread | None":
+    """Return how the rewards differ, of the run's scored samples or of a first look; None if nothing depends on it."""
+    from quarkrl.training.first_look import spread_of_columns
+
+    if not command.chooses_by_rewards:
+        return None
+    if scored is not None:
+        return spread_of_columns(scored, command.config)
+    return look.spread(scorer, tokenizer, command.config) if look and scorer else None
 
 
 def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None", prompts: "Prompts | None") -> Any:

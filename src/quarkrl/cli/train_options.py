@@ -34,7 +34,7 @@ from quarkrl.training.sizing import (
 
 if TYPE_CHECKING:
     from quarkrl.training.config import QuarkConfig
-    from quarkrl.training.sizing import Speed
+    from quarkrl.training.sizing import RewardSpread, Speed
 
 HELD_OUT = 64  # The default of held_out.
 _UNSET = object()  # In the place of a default that depends on the model's size.
@@ -178,14 +178,16 @@ class TrainCommand(NamedTuple):
         num_prompts: int | None = None,
         speed: "Speed | None" = None,
         num_scored: int | None = None,
+        spread: "RewardSpread | None" = None,
     ) -> tuple["TrainCommand", str | None]:
-        """Set the options that depend on model and prompts, except those that a flag or the file sets.
+        """Set the options that depend on model, prompts and rewards, except those that a flag or the file sets.
 
         Args:
             parameters: the number of the model's parameters.
             num_prompts: the prompts of the run; None if they are streamed.
             speed: of the model, which `budget` needs.
             num_scored: the samples of a run that explores nothing; None of one that explores.
+            spread: of the rewards of some samples.
 
         Returns:
             The command, and a line for the user about what was chosen, or None.
@@ -197,6 +199,10 @@ class TrainCommand(NamedTuple):
         fixed = {name: parsed.values[name] for name in options.keys() - parsed.unset}
         if not self.config.do_sample:
             fixed["samples_per_prompt"] = 1  # Greedy completions of a prompt are equal.
+        if count := self._required_quantiles():
+            fixed.setdefault("num_quantiles", count)
+        if spread and "num_quantiles" not in fixed:
+            options["num_quantiles"] = spread.num_quantiles
         per_batch = self.config.gradient_accumulation_steps * self.config.world_size
         excess = ""
         if num_scored is not None:
@@ -204,7 +210,7 @@ class TrainCommand(NamedTuple):
             if speed and self.run.budget:
                 fit_to_budget(options, 0, fixed, speed, parse_duration(self.run.budget), per_batch)
         elif num_prompts is not None:
-            fit_to_prompts(options, num_prompts, fixed, per_batch)
+            fit_to_prompts(options, num_prompts, fixed, per_batch, spread)
             if speed and self.run.budget:
                 fit_to_budget(options, num_prompts, fixed, speed, parse_duration(self.run.budget), per_batch)
                 excess = describe_excess(options, num_prompts, fixed, speed, self.run.budget, per_batch)
@@ -214,7 +220,21 @@ class TrainCommand(NamedTuple):
         )
         if num_scored is not None:  # It samples only to distil.
             chosen = {name: value for name, value in chosen.items() if name not in SAMPLED}
-        return command, describe_defaults(parameters, chosen) + excess
+        seen = spread.describe(options, fixed) if spread else ""
+        return command, "\n".join(filter(None, [describe_defaults(parameters, chosen) + excess, seen]))
+
+    @property
+    def chooses_by_rewards(self) -> bool:
+        """Whether options are to be chosen that depend on the rewards."""
+        return bool(self.parsed.unset & {"num_quantiles", "samples_per_prompt"})
+
+    def _required_quantiles(self) -> int | None:
+        """Return the number of quantiles that another option needs; None if there is none."""
+        run, config = self.run, self.config
+        attributes = len(run.reward or [1]) if config.condition_on == "each" else 1
+        if config.words is not None and len(config.words) % attributes == 0:
+            return len(config.words) // attributes
+        return config.num_quantiles if str(config.guidance_from).isdecimal() else None
 
     def ignored_options_note(self) -> str | None:
         """Return a message about options that `QuarkConfig` ignores in a single process, or None."""

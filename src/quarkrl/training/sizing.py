@@ -4,9 +4,10 @@
 size. docs/choosing.md says which rows were measured.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from quarkrl.errors import UserError
 
@@ -47,9 +48,12 @@ SIZES = (
 )
 SAMPLED = ("prompts_per_iteration", "samples_per_prompt")  # Options that say how much an iteration samples.
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
-NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, "samples_per_prompt", *_ALL_SIZES)
+NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, "samples_per_prompt", "num_quantiles", *_ALL_SIZES)
 # With fewer prompts than an iteration explores, several completions of each are sampled, up to this number.
 MOST_SAMPLES_PER_PROMPT = 16
+# So many samples of an iteration are in the smallest quantile, if more completions of each prompt can have that effect.
+LEAST_RARE = 64
+_RARE = 0.1  # A share of samples that is called rare.
 # Fewer steps than this learn little, so the batch gets smaller first. A run in a short time has at least so many
 # iterations and prompts.
 PASSES = 4  # Of a run over scored samples that explores nothing (docs/offline.md).
@@ -72,6 +76,7 @@ def size_defaults(parameters: float, lora_rank: int | None = None) -> dict[str, 
         "learning_rate": size.adapter_rate if rank else size.full_rate,
         **size.options,
         "samples_per_prompt": 1,
+        "num_quantiles": RewardSpread.MOST,
         **_ALL_SIZES,
     }
 
@@ -88,7 +93,50 @@ class Speed:
         return iterations * (explored * self.per_completion + drawn * self.per_draw)
 
 
-def fit_to_prompts(options: dict[str, Any], num_prompts: int, fixed: dict[str, Any], per_batch: int = 1) -> None:
+@dataclass(frozen=True)
+class RewardSpread:
+    """How the rewards of a few first samples differ.
+
+    Attributes:
+        num_quantiles: as many as have samples, at most `MOST`.
+        least_share: of the samples, in the smallest of these quantiles.
+        text: what was seen, in words.
+        is_constant: whether all rewards are equal.
+    """
+
+    MOST: ClassVar[int] = 5
+
+    num_quantiles: int
+    least_share: float
+    text: str
+    is_constant: bool = False
+
+    def describe(self, options: dict[str, Any], fixed: dict[str, Any]) -> str:
+        """Return a line about the options that follow from the rewards; "" if they are those of any reward."""
+        if self.is_constant:
+            return f"warning: {self.text}. Choose prompts that provoke what the model shall stop, or a finer reward."
+        count, samples = options["num_quantiles"], options["samples_per_prompt"]
+        parts = []
+        if count < self.MOST and "num_quantiles" not in fixed:
+            parts.append(f"{count} quantiles")
+        if samples > 1 and self.least_share < _RARE and "samples_per_prompt" not in fixed:
+            parts.append(f"{samples} samples per prompt")
+        return f"rewards: {self.text}, so the run has {' and '.join(parts)}" if parts else ""
+
+    def samples_for(self, samples: int, options: dict[str, Any], num_prompts: int | None = None) -> int:
+        """Return the samples per prompt that put `LEAST_RARE` of an iteration into the smallest quantile."""
+        prompts = options["prompts_per_iteration"] or num_prompts or 1
+        prompts = min(prompts, num_prompts or prompts)
+        return max(samples, min(math.ceil(LEAST_RARE / (self.least_share * prompts)), MOST_SAMPLES_PER_PROMPT))
+
+
+def fit_to_prompts(
+    options: dict[str, Any],
+    num_prompts: int,
+    fixed: dict[str, Any],
+    per_batch: int = 1,
+    spread: RewardSpread | None = None,
+) -> None:
     """Change the amounts of `size_defaults` so that a completion is drawn as often as with plenty of prompts.
 
     Args:
@@ -96,13 +144,15 @@ def fit_to_prompts(options: dict[str, Any], num_prompts: int, fixed: dict[str, A
         num_prompts: the prompts of the run.
         fixed: the options that the user has set. They are not changed, and the others suit them.
         per_batch: batches of an optimizer step, over processes and micro-batches.
+        spread: of the rewards. Where few samples differ from the others, there are more of each prompt.
     """
     plenty, batch = options["prompts_per_iteration"], options["per_device_train_batch_size"]
     draws = options["steps_per_iteration"] * batch / plenty  # of a completion
     options.update({name: fixed[name] for name in fixed.keys() & options.keys()})
     prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
     if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
-        options["samples_per_prompt"] = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
+        samples = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
+        options["samples_per_prompt"] = spread.samples_for(samples, options, num_prompts) if spread else samples
     batch = options["per_device_train_batch_size"] * per_batch
     _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
 
