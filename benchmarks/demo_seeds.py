@@ -21,7 +21,7 @@ MODEL = Path(__file__).parents[1] / "src/quarkrl/builtin/model"
 
 
 def run_once(directory: Path, seed: int, threads: int) -> dict[str, Any]:
-    """Train and evaluate; return the figures of reference, best and worst token, and the seconds of training."""
+    """Train and evaluate; return the figures of reference, best and worst quantile, and the seconds of training."""
     record = directory / "record.json"
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))
@@ -43,7 +43,7 @@ def run_once(directory: Path, seed: int, threads: int) -> dict[str, Any]:
 
 
 def change(record: dict[str, Any], name: str) -> float:
-    """Return the relative change of a figure on the best token."""
+    """Return the relative change of a figure on the best quantile."""
     figures = record["figures"]
     return figures["best"][name] / figures["reference"][name] - 1
 

@@ -19,8 +19,8 @@ def without_the_word(completions, **columns):
 config = QuarkConfig(
     mkdtemp(),
     num_quantiles=2,
-    num_iterations=2,
-    steps_per_iteration=90,
+    num_iterations=3,
+    steps_per_iteration=60,
     prompts_per_iteration=1000,
     per_device_train_batch_size=32,
     learning_rate=2e-3,

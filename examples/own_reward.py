@@ -1,4 +1,4 @@
-"""A reward of your own: any function from completions to numbers. Here, each “and” costs a point.
+"""A reward of your own: any function from completions to numbers. Here, each word costs a point.
 
 python examples/own_reward.py
 """
@@ -10,14 +10,14 @@ from quarkrl.builtin import model_path, prompts_path
 
 
 def short_sentences(completions, **columns):
-    return [-text.split().count("and") for text in completions]
+    return [-float(len(text.split())) for text in completions]
 
 
 config = QuarkConfig(
     mkdtemp(),
     num_quantiles=2,
-    num_iterations=2,
-    steps_per_iteration=90,
+    num_iterations=3,
+    steps_per_iteration=60,
     prompts_per_iteration=1000,
     per_device_train_batch_size=32,
     learning_rate=2e-3,
@@ -33,5 +33,5 @@ results = {"before": QuarkGenerator.from_pretrained(model_path()).generate(promp
 results |= {quantile: trained.generate(prompts, quantile, seed=0) for quantile in ("worst", "best")}
 results["guided"] = trained.generate(prompts, "best", guidance_scale=4, seed=0)
 for name, texts in results.items():
-    ands = -sum(short_sentences([text for (text,) in texts])) / len(texts)
-    print(f"{name:>6}: {ands:.2f} × and   {prompts[0]}{texts[0][0]}")
+    words = -sum(short_sentences([text for (text,) in texts])) / len(texts)
+    print(f"{name:>6}: {words:4.1f} words   {prompts[0]}{texts[0][0]}")

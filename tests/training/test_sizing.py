@@ -12,8 +12,8 @@ from quarkrl.algorithm.pool import DataPool
 from quarkrl.cli.main import main
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.errors import UserError
-from quarkrl.training.options import QuarkOptions
 from quarkrl.training.first_look import spread_of
+from quarkrl.training.options import QuarkOptions
 from quarkrl.training.sizing import NAMES, SIZES, RewardSpread, Speed, parse_duration, size_defaults
 
 COMMAND = ["--model", "m", "--prompts", "p", "--reward", "r"]

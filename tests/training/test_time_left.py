@@ -11,11 +11,12 @@ from rich.console import Console
 
 from quarkrl import QuarkConfig
 from quarkrl.errors import format_seconds
+from quarkrl.training import progress as progress_module
 from quarkrl.training import time_left
 from quarkrl.training.config import at_iteration
 from quarkrl.training.progress import Progress
 from quarkrl.training.sizing import Speed
-from quarkrl.training.time_left import Plan, TimeLeft
+from quarkrl.training.time_left import Plan, TimeLeft, TimePlan
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_the_time_of_a_plan_is_the_sum_of_its_parts(tmp_path, iterations, evalua
     args = QuarkConfig(
         output_dir=str(tmp_path), num_iterations=iterations, steps_per_iteration=5, per_device_train_batch_size=8
     )
-    assert Plan(args, 30).describe_time(Speed(per_completion=0.1, per_draw=0.2), evaluated) == text
+    assert Plan(args, 30).time(Speed(per_completion=0.1, per_draw=0.2), evaluated).describe() == text
 
 
 def test_the_time_of_a_plan_counts_guided_sampling_twice_and_distillation(tmp_path):
@@ -145,5 +146,30 @@ def test_the_time_of_a_plan_counts_guided_sampling_twice_and_distillation(tmp_pa
         per_device_train_batch_size=8,
     )
     # Passes of 30 x 0.1 s: one, and two in the guided iteration and in the one of distillation.
-    text = Plan(args, 30).describe_time(Speed(per_completion=0.1, per_draw=0.2))
+    text = Plan(args, 30).time(Speed(per_completion=0.1, per_draw=0.2)).describe()
     assert text == "time: about 39 s (sampling 15, learning 24), and the time of the rewards"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "line"),
+    [
+        (3.0, None),  # 20 completions of two passes in 3 s: less than 1.5 times as slow as planned.
+        (40.0, "time: about 15 min, by the first 20 completions"),  # ten times as slow
+        (2.8, None),
+        (1.9, None),  # Too short to say anything.
+    ],
+)
+def test_the_first_completions_correct_a_plan_that_is_far_off(clock, monkeypatch, seconds, line):
+    monkeypatch.setattr(progress_module.time, "perf_counter", lambda: clock.now)
+    progress = Progress(console=Console(file=io.StringIO(), width=200))
+    progress.plan = TimePlan(Speed(per_completion=0.1, per_draw=0.2), {"sampling": 30.0, "learning": 60.0})
+    with progress.sampling("held out", 20):  # No exploration.
+        clock.now += 100.0
+        progress.advance_sampling(20)
+    with progress.sampling("iteration 1", 60, passes=2):
+        clock.now += seconds
+        progress.advance_sampling(20)
+        clock.now += 1000.0
+        progress.advance_sampling(20) if line else None
+    lines = [text for text in progress.console.file.getvalue().splitlines() if "time:" in text]
+    assert lines == ([line] if line else [])

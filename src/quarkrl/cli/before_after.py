@@ -52,7 +52,7 @@ class BeforeAfter:
 
     @property
     def num_completions(self) -> int:
-        """How many completions are sampled in all: before training, and on the best and the worst token."""
+        """How many completions are sampled in all: before training, and on the best and the worst quantile."""
         return _ROWS * len(self.prompts) * self.options.samples_per_prompt
 
     def measure_before(self) -> "Evaluation":
@@ -191,7 +191,7 @@ def summary(evaluation: "Evaluation") -> dict[str, Any]:
 
 
 def next_commands(evaluation: "Evaluation", final: Path) -> list[str]:
-    """Return commands whose output shows what the run has learned: the same prompt on the best and the worst token."""
+    """Return commands whose output shows what the run has learned: a prompt on the best and the worst quantile."""
     best, worst = evaluation.rows[1], evaluation.rows[-1]
     gaps = [float(gap) for gap in best.rewards.mean(axis=1) - worst.rewards.mean(axis=1)]
     texts = [(gap, p) for gap, p in zip(gaps, evaluation.prompts.prompts, strict=True) if isinstance(p, str)]

@@ -131,7 +131,8 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
     config.raw = _is_raw(run, config, prompts.read, tokenizer)
     look = None if run.resume else _first_look(run, config, model, tokenizer, prompts.read)
-    speed, spread = look and look.speed, _spread(command, look, scorer, tokenizer, prompts.scored)
+    speed = look.speed if look else None
+    spread = _spread(command, look, scorer, tokenizer, prompts.scored)
     num_scored = len(prompts.scored or ()) if prompts.training is None else None
     num_prompts = None if run.stream_prompts else len(prompts.training or ())
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored, spread)
@@ -161,7 +162,9 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
         evaluated = comparison.num_completions if comparison else 0
         if prompts.evaluated and config.eval_strategy == "epoch":
             evaluated += config.num_iterations * len(prompts.evaluated) * config.eval_samples_per_prompt
-        trainer.progress.start_notes.append(trainer.plan.describe_time(speed, evaluated))
+        estimate = trainer.plan.time(speed, evaluated)
+        trainer.progress.start_notes.append(estimate.describe())
+        trainer.progress.plan = None if config.resume_from_checkpoint else estimate
     trainer.progress.start_notes += filter(None, [choice, prompts.note])
     return trainer, comparison
 

@@ -44,8 +44,8 @@ def describe(before: Row, best: Row, worst: Row | None = None, fewer_draws: str 
 
     Args:
         before: the model before training.
-        best: the trained model on its best token.
-        worst: the trained model on its worst token, if it has several.
+        best: the trained model on its best quantile.
+        worst: the trained model on its worst quantile, if it has several.
         fewer_draws: if the run drew each completion too often, the options that mend it. The advice then is no more
             training, which would make it worse.
     """

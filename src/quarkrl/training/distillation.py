@@ -1,4 +1,4 @@
-"""Guidance baked in: the last iterations of a run distil the guided sampler into the best token.
+"""Guidance baked in: the last iterations of a run distil the guided sampler into the best quantile.
 
 The teacher p_T is the policy as it was before these iterations; its weights stay as they are. Several scales are for
 one stage each: the teacher of a stage is the policy as the stage before has left it. Guidance makes from it
@@ -6,7 +6,7 @@ one stage each: the teacher of a stage is the policy as the stage before has lef
     g(v)  ∝  p_T(v | best) (p_T(v | best) / p_T(v | contrast))^(γ - 1)         (sampling/guidance.py)
 
 Each iteration samples completions y ~ g for its prompts. No reward is called. At each of their tokens the policy, on
-its best token and without guidance, learns the teacher's whole distribution (`algorithm.loss.distillation_loss`):
+its best quantile and without guidance, learns the teacher's whole distribution (`algorithm.loss.distillation_loss`):
 
     minimise  KL(g || p_θ( . | x, best))
 

@@ -28,7 +28,7 @@ class Task:
         prompts: all prompts, with their token ids.
         rows: the row of the prompt of each completion.
         sampling: how to choose tokens.
-        sampler: a context in which a function completes plain prompts: the reference, or the policy on its best token.
+        sampler: a context in which a function completes plain prompts: the reference, or the policy at its best.
         seed: of the random numbers. Each completion has its own, so that it does not depend on the batches.
         batch_size: completions sampled at a time.
     """

@@ -1,6 +1,7 @@
 """The progress of a run on the console: bars for exploring, scoring and learning, and a line per iteration."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 
 from quarkrl.errors import format_seconds
 from quarkrl.training.bars import new_bars
-from quarkrl.training.time_left import TimeLeft
+from quarkrl.training.time_left import TimeLeft, TimePlan
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,34 @@ class Progress(TrainerCallback):
 
     Attributes:
         start_notes: lines to show and to log when training begins.
+        plan: the estimated time of the run. The first exploration corrects it, and then it is None.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None):
         self.enabled = enabled
         self.console = console or Console(stderr=True, highlight=False)
         self.start_notes: list[str] = []
+        self.plan: TimePlan | None = None
         self._bars: Bars | None = None
         self._explored_logs: dict[str, Any] = {}
         self._learned_logs: dict[str, Any] = {}
         self._rewards: list[float] = []
         self._time_left = TimeLeft()
         self._measured_steps = 0
+        self._passes = self._sampled = 0
+        self._sampling_start = 0.0
 
     @contextmanager
-    def sampling(self, title: str, total: int) -> Iterator[None]:
-        """Show bars for sampling and scoring `total` completions."""
-        self._rewards = []
+    def sampling(self, title: str, total: int, passes: int = 0) -> Iterator[None]:
+        """Show bars for sampling and scoring `total` completions.
+
+        Args:
+            title: what they are for.
+            total: their number.
+            passes: the forward passes per token of an exploration. Its first completions correct the plan.
+        """
+        self._rewards, self._passes = [], passes
+        self._sampled, self._sampling_start = 0, time.perf_counter()
         bars = self._open()
         self._explore = bars.add_task(f"{title}  explore", total=total, figures="")
         self._score = bars.add_task(f"{title}  score", total=total, figures="")
@@ -55,6 +67,13 @@ class Progress(TrainerCallback):
         """Advance the bar of sampling by `count` completions."""
         if self._bars:
             self._bars.advance(self._explore, count)
+        if self.plan and self._passes:
+            self._sampled += count
+            seconds = time.perf_counter() - self._sampling_start
+            if seconds >= _LEAST_SECONDS:
+                correction, self.plan = self.plan.correct(seconds, self._sampled, self._passes), None
+                if correction and self.enabled:
+                    self.note(correction)
 
     def advance_scoring(self, rewards: np.ndarray) -> None:
         """Advance the bar of scoring by a batch.
@@ -158,6 +177,7 @@ class Progress(TrainerCallback):
 
 # The first steps are slower than later ones. A few give an estimate early.
 _STEPS_OF_FIRST_ESTIMATE = 5
+_LEAST_SECONDS = 2.0  # Completions of a shorter time say little about the speed.
 _HIDDEN_FIGURES = ("iteration", "epoch", "seconds_sample", "seconds_score", "eos_share", "completion_length")
 
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from quarkrl.errors import format_seconds
 from quarkrl.sampling.options import count_passes
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.sizing import Speed
@@ -11,9 +12,49 @@ from quarkrl.training.sizing import Speed
 # A model overfits completions that it draws more often (docs/guide.md, Guard against overfitting).
 MOST_DRAWS = 2.0
 MOST_DRAWS_OF_SCORED = 8.0  # In a run that explores nothing (docs/offline.md).
-# A draw costs about this many forward passes: a backward pass takes two, and the reference one (`speed.py`).
+# A draw costs about this many forward passes: a backward pass takes two, and the reference one (`first_look.py`).
 _PASSES_PER_DRAW = 4
+_ALIKE = 1.5  # Estimates that differ by no larger factor are alike.
 _REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """The estimated seconds of a run's parts, by the speed of a few completions before it starts.
+
+    Attributes:
+        speed: of the model, when it was measured.
+        parts: seconds by what they are for.
+        calls_rewards: whether rewards take time, too, which is not known.
+    """
+
+    speed: Speed
+    parts: dict[str, float]
+    calls_rewards: bool = True
+
+    def describe(self) -> str:
+        """Return the estimate in words; the parts add up to the whole."""
+        total = sum(self.parts.values())
+        unit, seconds, digits = ("s", 1, 0) if total < 120 else ("min", 60, 1) if total < 7200 else ("h", 3600, 1)
+        rounded = {name: round(part / seconds, digits) for name, part in self.parts.items() if part}
+        listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
+        whole = round(sum(rounded.values()), digits)
+        rewards = ", and the time of the rewards" if self.calls_rewards else ""
+        return f"time: about {whole:g} {unit} ({listed}){rewards}"
+
+    def correct(self, seconds: float, completions: int, passes: int) -> str:
+        """Return a new estimate by the first completions of the run; "" if it is like the old one.
+
+        Args:
+            seconds: the time of these completions.
+            completions: their number.
+            passes: the forward passes per token that they took.
+        """
+        factor = seconds / (completions * passes * self.speed.per_completion)
+        if 1 / _ALIKE < factor < _ALIKE:
+            return ""
+        total = format_seconds(factor * sum(self.parts.values()))
+        return f"time: about {total}, by the first {completions} completions"
 
 
 @dataclass(frozen=True)
@@ -87,8 +128,8 @@ class Plan:
         steps = max(int(most * self.args.steps_per_iteration), 1)
         return f"--num_iterations {int(most)}" if most >= 1 else f"--num_iterations 1 --steps_per_iteration {steps}"
 
-    def describe_time(self, speed: Speed, evaluated: int = 0) -> str:
-        """Return the estimated time of the run in words; the parts add up to the whole.
+    def time(self, speed: Speed, evaluated: int = 0) -> TimePlan:
+        """Estimate the time of the run.
 
         Args:
             speed: of the model.
@@ -96,20 +137,14 @@ class Plan:
         """
         args = self.args
         unexplored = bool(self.num_scored) if self.explores else args.num_iterations
-        passes = sum(_passes(args, iteration) for iteration in range(unexplored, args.total_iterations))
+        passes = sum(passes_of(args, iteration) for iteration in range(unexplored, args.total_iterations))
         parts = {
             "sampling": speed.seconds(passes, self.explored, 0),
             "learning": speed.seconds(args.total_iterations, 0, args.draws_per_iteration),
             "evaluation and report": evaluated * (speed.per_completion + speed.per_draw / _PASSES_PER_DRAW)
             + _REPORT_SECONDS * bool(evaluated),
         }
-        total = sum(parts.values())
-        unit, seconds, digits = ("s", 1, 0) if total < 120 else ("min", 60, 1) if total < 7200 else ("h", 3600, 1)
-        rounded = {name: round(part / seconds, digits) for name, part in parts.items() if part}
-        listed = ", ".join(f"{name} {part:g}" for name, part in rounded.items())
-        whole = round(sum(rounded.values()), digits)
-        rewards = ", and the time of the rewards" if self.explores or evaluated else ""
-        return f"time: about {whole:g} {unit} ({listed}){rewards}"
+        return TimePlan(speed, parts, self.explores or bool(evaluated))
 
     def _describe_distillation(self) -> str:
         count = self.args.total_iterations - self.args.num_iterations
@@ -129,7 +164,7 @@ class TimeLeft:
     def explored(self, args: QuarkConfig, logs: dict[str, Any]) -> None:
         """Take over the seconds of an exploration from its metrics. Sampling and scoring go on at the same time."""
         seconds = max(logs["seconds_sample"], logs["seconds_score"]) / args.world_size
-        self._seconds_per_pass = seconds / _passes(args, logs["iteration"])
+        self._seconds_per_pass = seconds / passes_of(args, logs["iteration"])
         self._steps, self._seconds_of_steps = 0, 0.0
 
     def begin_step(self) -> None:
@@ -146,12 +181,12 @@ class TimeLeft:
         if self._seconds_per_pass is None or not self._steps:
             return None
         next_iteration = -(-step // args.steps_per_iteration)
-        passes = sum(_passes(args, iteration) for iteration in range(next_iteration, args.total_iterations))
+        passes = sum(passes_of(args, iteration) for iteration in range(next_iteration, args.total_iterations))
         steps = args.total_iterations * args.steps_per_iteration - step
         return passes * self._seconds_per_pass + steps * self._seconds_of_steps / self._steps
 
 
-def _passes(args: QuarkConfig, iteration: int) -> int:
+def passes_of(args: QuarkConfig, iteration: int) -> int:
     """Return the forward passes per token of an exploration: guidance takes a second one."""
     samples_policy = iteration or args.conditioning != "tokens"
     return count_passes(args.exploring_scale(iteration)) if samples_policy else 1

@@ -92,7 +92,7 @@ from quarkrl.training.runtime_tuning import MallocTrimCallback, limit_onednn_cac
 from quarkrl.training.scored_data import Rewards, encode_scored, load_scored, make_scorer
 from quarkrl.training.served import check_served_ids
 from quarkrl.training.setup import load_reference, load_start, prepare_models
-from quarkrl.training.time_left import Plan
+from quarkrl.training.time_left import Plan, passes_of
 
 PromptSource: TypeAlias = Prompts | Dataset | Sequence | str
 
@@ -113,7 +113,7 @@ class QuarkTrainer(DurableTrainer):
         train_dataset: prompts to explore: `Prompts`, a `datasets.Dataset`, a list of texts or dicts, or a path. Or a
             `datasets.IterableDataset`, of which each iteration takes the next `prompts_per_iteration` prompts. None
             explores nothing: the run learns from `scored_data` alone.
-        eval_dataset: held-out prompts of the same types, except a stream. `evaluate` samples them on the best token.
+        eval_dataset: held-out prompts of the same types, except a stream. `evaluate` samples them on the best quantile.
         processing_class: the tokenizer; that of `model` by default.
         ref_model: the reference p_0, of the same types as `model`; a frozen copy of `model` by default.
         peft_config: a `peft` adapter to train instead of all weights. p_0 is then the model without it.
@@ -399,7 +399,7 @@ class QuarkTrainer(DurableTrainer):
             batch_size=self.memory_plan.generation_batch_size,
         )
         self.engine.synchronize()
-        with self.progress.sampling(f"iteration {iteration + 1}", len(task.rows)):
+        with self.progress.sampling(f"iteration {iteration + 1}", len(task.rows), passes_of(args, iteration)):
             return prompts, self.explorer.roll_out(task, finished)
 
     def exploring_sampler(self, iteration: int) -> AbstractContextManager[Complete]:
@@ -429,7 +429,7 @@ class QuarkTrainer(DurableTrainer):
     # Distil: after the last iteration of Quark, if `distill_guidance_scale` is set (distillation.py).
 
     def distil(self, iteration: int) -> None:
-        """Sample with the teacher's guidance; the steps of the epoch then learn it on the best token."""
+        """Sample with the teacher's guidance; the steps of the epoch then learn it on the best quantile."""
         args, policy = self.args, self.accelerator.unwrap_model(self.model)
         stage = Stage.at(iteration, args)
         if self.teacher is None or self.teacher.stage != stage:
@@ -597,7 +597,7 @@ class QuarkTrainer(DurableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample held-out prompts on the best token and score the completions.
+        """Sample held-out prompts on the best quantile and score the completions.
 
         Returns:
             `eval_reward` and the other metrics of a rollout. They are logged, and `metric_for_best_model` can name one.
