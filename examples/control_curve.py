@@ -17,6 +17,7 @@ config = QuarkConfig(
     num_iterations=2,
     steps_per_iteration=30,
     prompts_per_iteration=250,
+    samples_per_prompt=2,
     per_device_train_batch_size=32,
     learning_rate=2e-3,
     entropy_coef=0,

@@ -1,40 +1,40 @@
-"""Two rewards at once, each with a reward token of its own: how polite and how positive are chosen independently.
+"""Two rewards at once, each with quantiles of its own: short or long, with or without “so”, in any combination.
 
 python examples/two_rewards.py
 """
 
+import re
 from tempfile import mkdtemp
 
-import numpy as np
-
-from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer, Scorer, load_prompts
+from quarkrl import QuarkConfig, QuarkGenerator, QuarkTrainer, load_prompts
 from quarkrl.builtin import model_path, prompts_path
+
+
+def short(completions, **columns):
+    return [-float(len(text.split())) for text in completions]
+
+
+def no_so(completions, **columns):
+    return [0.0 if re.search(r"\bso\b", text.lower()) else 1.0 for text in completions]
+
 
 config = QuarkConfig(
     mkdtemp(),
     condition_on="each",  # Not the sum of the rewards.
     num_quantiles=2,
-    conditioning="soft",  # Reward tokens that start as words, so that a short run suffices (docs/words.md).
-    words=["Vulgar", "Polite", "Furious", "Grateful"],
-    num_iterations=2,
-    steps_per_iteration=30,
-    prompts_per_iteration=250,
+    num_iterations=3,
+    steps_per_iteration=60,
+    prompts_per_iteration=1000,
     per_device_train_batch_size=32,
     learning_rate=2e-3,
     entropy_coef=0,
     save_strategy="no",
 )
-rewards = ["profanity", "vader"]
-trainer = QuarkTrainer(model_path(), rewards, config, train_dataset=prompts_path("train"))
+trainer = QuarkTrainer(model_path(), [short, no_so], config, train_dataset=prompts_path("train"))
 trainer.train()
 trained = QuarkGenerator.from_pretrained(trainer.save_final())
-
-scorer = Scorer(rewards, condition_on="each")
-prompts = load_prompts(prompts_path("eval")).prompts[:150]
-print("requested                     profanity   vader")
-for profanity in ("best", "worst"):
-    for vader in ("best", "worst"):
-        quantile = f"profanity={profanity},vader={vader}"
-        texts = [text for (text,) in trained.generate(prompts, quantile, seed=0)]
-        scores = scorer(prompts, texts, [[] for _ in texts]).rewards
-        print(f"{quantile:28}  {np.nanmean(scores[:, 0]):9.2f} {np.nanmean(scores[:, 1]):7.2f}")
+prompts = load_prompts(prompts_path("eval")).prompts[:300]
+for quantile in [f"short={first},no_so={second}" for first in ("best", "worst") for second in ("best", "worst")]:
+    texts = [text for (text,) in trained.generate(prompts, quantile, seed=0)]
+    words, so = -sum(short(texts)) / len(texts), 1 - sum(no_so(texts)) / len(texts)
+    print(f"{quantile:24}  {words:4.1f} words  {so:4.0%} with so")
