@@ -229,7 +229,7 @@ class QuarkOptions:
     # Learning: guidance baked in
     distill_guidance_scale: list[float] = option(
         default_factory=lambda: [1.0],
-        help="End the run by distilling guidance γ into the best quantile; 1 is off. No reward is called. Several "
+        help="Distil guidance γ into the best quantile at the end; 1 is off. No reward is called. Several "
         "scales are for one stage each: a stage distils what the one before has made (docs/guidance.md).",
         at_least=0,
         group="learning",
