@@ -24,7 +24,7 @@ small, tokenizer = AutoModelForCausalLM.from_pretrained(model_path()), AutoToken
 del small.transformer.h[3:]
 small.config.n_layer = 3
 
-options = {"num_quantiles": 2, "num_iterations": 2, "steps_per_iteration": 90, "prompts_per_iteration": 1000}
+options = {"num_quantiles": 2, "num_iterations": 3, "steps_per_iteration": 60, "prompts_per_iteration": 1000}
 options |= {"per_device_train_batch_size": 32, "learning_rate": 2e-3, "entropy_coef": 0, "save_strategy": "no"}
 config, prompts = QuarkConfig(mkdtemp(), **options), prompts_path("train")
 trainer = QuarkTrainer(small, without_the_word, config, train_dataset=prompts, processing_class=tokenizer)
