@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, help="per measurement; default 64, or 8 with --quick")
     parser.add_argument("--batch_size", type=int, default=64, help="of the built-in sampler, and vLLM's largest batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="γ; default 1, without guidance")
     options = parser.parse_args()
     lengths = options.lengths or ([20] if options.quick else [20, 128, 512])
     count = options.completions or (8 if options.quick else 64)
@@ -46,6 +47,7 @@ def main() -> None:
             max_completion_length=max(lengths),
             generation_batch_size=options.batch_size,
             per_device_eval_batch_size=options.batch_size,
+            eval_guidance_scale=options.guidance_scale,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
@@ -62,7 +64,7 @@ def main() -> None:
             times: dict[str, list[float]] = {"builtin": [], "vllm": []}
             for _ in range(options.repeats + 1):  # The first warms up.
                 for name, side in {"builtin": engine.builtin, "vllm": engine}.items():
-                    with side.policy(1.0) as complete:
+                    with side.policy(options.guidance_scale) as complete:
                         times[name].append(seconds_of(sample, complete, ids, sampling, uniforms, options.batch_size))
             rates = {name: count * length / statistics.median(values[1:]) for name, values in times.items()}
             rows.append(

@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers.eight_letters import EOS_ID, PROMPTS, TOKENIZER, VOCAB
-from helpers.runs import figures_of, small_trainer
+from helpers.runs import figures_of, logs_of, share_of_a, share_of_a_to_d, small_trainer
 from helpers.tiny_models import tiny_model
 from peft import LoraConfig
 
@@ -129,6 +130,76 @@ def test_an_adapter_explores_merged(tmp_path):
         assert vllm(prompts, GREEDY, None) == builtin(prompts, GREEDY, None)
 
 
+def assert_guided_greedy_completions_are_those_of_the_builtin_sampler(trainer, *guidance) -> None:
+    prompts, seen = trainer.prompts.ids, set()
+    for scale, rule in guidance:
+        with trainer.engine.policy(scale, rule) as vllm, trainer.engine.builtin.policy(scale, rule) as builtin:
+            for sampling in (GREEDY, replace(GREEDY, min_new_tokens=5)):
+                completions = vllm(prompts, sampling, None)
+                assert completions == builtin(prompts, sampling, None)
+                seen.add(str(completions))
+    assert len(seen) > len(guidance) // 2  # Guidance changes them.
+
+
+def test_a_run_explores_evaluates_and_distils_with_guidance(tmp_path):
+    """Both rewards condition. The first iteration samples the reference, the second is guided by each reward."""
+    trainer = small_trainer(
+        tmp_path,
+        rewards=[share_of_a, share_of_a_to_d],
+        model=model_of("gpt2"),
+        engine="vllm",
+        condition_on="each",
+        explore_guidance_of="share_of_a=3,share_of_a_to_d=2",
+        eval_guidance_scale=2.0,
+        distill_guidance_scale=[2.0, 1.5],
+        distill_iterations=1,
+        learning_rate=0.01,
+        eval_dataset=PROMPTS,
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert [row["distill_guidance_scale"] for row in logs_of(tmp_path, "distill_guidance_scale")] == [2.0, 1.5]
+    learn(trainer.model)
+    with torch.no_grad():  # Reward tokens that matter more.
+        rows = trainer.model.get_input_embeddings().weight
+        rows[VOCAB:] += torch.randn(rows[VOCAB:].shape)
+    trainer.engine.synchronize()
+    assert len(trainer.engine.differences) == 6 and max(trainer.engine.differences) < EXACT
+    both = "share_of_a=3,share_of_a_to_d=0.5"
+    assert_guided_greedy_completions_are_those_of_the_builtin_sampler(
+        trainer, (1.0, "both"), (2.0, "both"), (3.0, "lower"), (0.0, "both"), (both, "both"), ("share_of_a=4", "lower")
+    )
+    sampling = Sampling(6, 2, top_p=0.9)
+    uniforms = sampling.uniforms(16, 5)
+    with trainer.engine.policy(2.0) as vllm:
+        together = vllm([[0, 1]] * 16, sampling, uniforms)
+        assert vllm([[0, 1]], sampling, uniforms[7:8]) == together[7:8]
+    assert len({*map(tuple, together)}) > 8 and all(len(ids) >= 3 for ids in together)
+
+
+def test_guided_tokens_have_their_probabilities(tmp_path):
+    """Away from the quantile 1, and with a learned adapter."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"engine": "vllm", "guidance_from": "1", "explore_guidance_scale": [1.0, 2.0], "learning_rate": 0.05}
+    trainer = small_trainer(tmp_path, model=model_of("llama"), peft_config=adapter, **options)
+    trainer.train()
+    learn(trainer.model)
+    trainer.engine.synchronize()
+    assert max(trainer.engine.differences) < EXACT
+    assert_guided_greedy_completions_are_those_of_the_builtin_sampler(
+        trainer, (1.0, "both"), (2.0, "both"), (5.0, "lower")
+    )
+    prompt, sampling, conditioning = [0, 1, 2], Sampling(1, top_p=1.0), trainer.conditioning
+    with torch.no_grad():
+        ids = [conditioning.prefix(prompt, quantiles) for quantiles in (conditioning.best, (1,))]
+        wanted, contrast = trainer.model.eval()(torch.tensor(ids)).logits[:, -1, :VOCAB].log_softmax(-1)
+    expected = (2 * wanted - contrast).softmax(-1).numpy()
+    with trainer.engine.policy(2.0) as vllm:
+        tokens = [ids[0] for ids in vllm([prompt] * 2000, sampling, sampling.uniforms(2000, 7))]
+    shares = np.bincount(tokens, minlength=VOCAB) / 2000
+    assert len(shares) == VOCAB and np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / 2000)
+
+
 def test_a_model_that_vllm_does_not_support_is_one_line(tmp_path):
     tiny = tiny_model("gpt2", TOKENIZER)  # Heads of 8 numbers.
     with pytest.raises(
@@ -158,7 +229,14 @@ def test_a_server_explores_with_the_weights_that_the_run_has_learned(tmp_path):
         assert processes[0].poll() is None, (tmp_path / "server.log").read_text(encoding="utf-8")[-2000:]
 
     url = f"http://127.0.0.1:{port}"
-    trainer = small_trainer(tmp_path / "run", model=model_of("gpt2"), engine="vllm", engine_url=url, learning_rate=0.01)
+    trainer = small_trainer(
+        tmp_path / "run",
+        model=model_of("gpt2"),
+        engine="vllm",
+        engine_url=url,
+        learning_rate=0.01,
+        explore_guidance_scale=[1.0, 2.0],
+    )
     trainer.engine.backend._note, trainer.engine.backend._stop_if_requested = start, stop_if_ended
     try:
         trainer.train()
@@ -172,6 +250,7 @@ def test_a_server_explores_with_the_weights_that_the_run_has_learned(tmp_path):
             uniforms = sampling.uniforms(16, 5)
             together = vllm([[0, 1]] * 16, sampling, uniforms)
             assert vllm([[0, 1]], sampling, uniforms[7:8]) == together[7:8]
+        assert_guided_greedy_completions_are_those_of_the_builtin_sampler(trainer, (2.0, "both"), (0.5, "lower"))
         assert all(max(sample.completion_ids.tolist()) < VOCAB for sample in trainer.pool)
     finally:
         for process in processes:

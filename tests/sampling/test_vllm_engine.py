@@ -32,8 +32,8 @@ class Copy:
         weights = {name: weight for name, weight in weights.items() if name not in self.missing}
         self.model.load_state_dict(weights, strict=not self.missing)
 
-    def generate(self, prompt_ids, requests):
-        self.requests = requests
+    def generate(self, prompt_ids, requests, guidance):
+        self.requests, self.guidance = requests, guidance
         sampling = Sampling(requests[0]["max_tokens"], do_sample=False)
         end_ids = requests[0]["stop_token_ids"]
         return complete(self.model, prompt_ids, sampling, end_ids=end_ids, vocab_size=VOCAB)
@@ -105,9 +105,23 @@ def test_a_completion_has_a_seed_of_its_own_that_its_batch_does_not_change(tmp_p
 def test_a_reward_token_that_was_sampled_ends_the_run(tmp_path):
     trainer = small_trainer(tmp_path)
     backend = Copy(trainer.model)
-    backend.generate = lambda prompt_ids, requests: [[0, VOCAB]] * len(prompt_ids)
+    backend.generate = lambda prompt_ids, requests, guidance: [[0, VOCAB]] * len(prompt_ids)
     with engine_of(trainer, backend).policy(1.0) as complete_prompts, pytest.raises(UserError, match="reward token 10"):
         complete_prompts([[0]], Sampling(2), np.zeros((1, 2), np.float32))
+
+
+def test_guidance_is_that_of_the_run(tmp_path):
+    trainer = small_trainer(tmp_path, engine="builtin", eval_guidance_scale=2.0, guidance_from="1")
+    backend = Copy(trainer.model)
+    expected = [
+        (1.0, {}),
+        (2.0, {"guidance_scale": 2.0, "guidance_from": "1", "guidance_rule": "lower"}),
+        ("reward=1", {}),
+    ]
+    for scale, guidance in expected:
+        with engine_of(trainer, backend).policy(scale, "lower") as complete_prompts:
+            complete_prompts([[0]], Sampling(2, do_sample=False), None)
+        assert backend.guidance == guidance
 
 
 def test_another_reference_explores_iteration_0_with_the_builtin_sampler(tmp_path):
@@ -125,13 +139,14 @@ def answers_of(requests, request):
     return httpx2.Response(200, json={"choices": [{"token_ids": [1, EOS_ID]}]})
 
 
-def server_of(trainer, directory, answer):
+def server_of(trainer, directory, answer, guided=False):
     server = VllmServer(
         "http://localhost:8000/",
         directory,
         trainer.conditioning,
         trainer.processing_class,
         dtype="float32",
+        guided=guided,
         note=print,
         stop_if_requested=lambda: None,
     )
@@ -143,7 +158,7 @@ def test_a_server_reads_the_weights_and_bans_reward_tokens_by_name(tmp_path):
     trainer, requests = small_trainer(tmp_path / "run"), []
     server = server_of(trainer, tmp_path / "engine", partial(answers_of, requests))
     server.load(trainer.model, trainer.model.state_dict())
-    assert server.generate([[0, 1]], [{"seed": 3}]) == [[1, EOS_ID]]
+    assert server.generate([[0, 1]], [{"seed": 3}], {}) == [[1, EOS_ID]]
     paths, bodies = zip(*requests, strict=True)
     assert paths == ("/v1/models", "/collective_rpc", "/reset_prefix_cache", "/v1/completions")
     assert bodies[1] == {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "engine")}}
@@ -163,6 +178,30 @@ def test_a_server_that_takes_no_weights_is_one_line_with_the_command_that_starts
     with pytest.raises(UserError, match=r"VLLM_SERVER_DEV_MODE=1 python -m .*engine --dtype float32") as error:
         server.load(trainer.model, trainer.model.state_dict())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "plugin", "scheduler"])
+def test_a_server_that_cannot_guide_is_one_line_with_the_command_that_starts_it(tmp_path, lacks):
+    trainer, requests = small_trainer(tmp_path / "run"), []
+
+    def answer(request):
+        usual, body = answers_of(requests, request), requests[-1][1]
+        if "vllm_xargs" not in body:
+            return usual
+        if body["vllm_xargs"]["guidance_scale"] < 0:
+            return usual if lacks == "plugin" else httpx2.Response(400)
+        # Without its scheduler, the processor ends a request by the stop token.
+        ids = body["stop_token_ids"] if lacks == "scheduler" else [1]
+        return httpx2.Response(200, json={"choices": [{"token_ids": ids}]})
+
+    server = server_of(trainer, tmp_path / "engine", answer, guided=True)
+    if lacks == "nothing":
+        server.load(trainer.model, trainer.model.state_dict())
+        server.generate([[0]], [{"seed": 3}], {"guidance_scale": 2.0})
+        assert requests[-1][1]["vllm_xargs"] == {"guidance_scale": 2.0}
+        return
+    with pytest.raises(UserError, match=r"must sample with guidance\. Install quarkrl .*--scheduler-cls quarkrl"):
+        server.load(trainer.model, trainer.model.state_dict())
 
 
 def test_vllm_that_is_missing_is_one_line(tmp_path, monkeypatch):

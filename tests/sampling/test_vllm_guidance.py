@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quarkrl import QuarkGenerator
 from quarkrl.builtin import model_path
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.sampling.vllm_guidance import SCHEDULER, processors_to_name
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -33,8 +34,6 @@ LENGTH = 40
 LONG = {"min_new_tokens": LENGTH}  # No EOS, so that all requests need memory at once.
 GREEDY = {"max_tokens": LENGTH, "min_tokens": LENGTH, "temperature": 0.0}
 PLAIN = {"logit_bias": dict.fromkeys(["2048", "2049", "2050"], -100)}  # vLLM samples untrained reward tokens, too.
-SCHEDULER = "quarkrl.sampling.vllm_scheduler.GuidedScheduler"
-PROCESSOR = "quarkrl.sampling.vllm_guidance:GuidanceLogitsProcessor"
 # Memory for one pair of the greatest length, and two blocks of tokens per step.
 SCARCE = {"block_size": 32, "num_gpu_blocks_override": 10, "max_num_batched_tokens": 64, "max_num_seqs": 16}
 
@@ -78,12 +77,7 @@ def engine(served):
         from vllm import LLM
 
         options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128, "seed": 0}
-        yield LLM(str(served), scheduler_cls=SCHEDULER, logits_processors=processors(), **SCARCE, **options)
-
-
-def processors() -> list[str]:
-    """The processor by name, where the package is not installed and so has no entry point."""
-    return [] if entry_points(group="vllm.logits_processors") else [PROCESSOR]
+        yield LLM(str(served), scheduler_cls=SCHEDULER, logits_processors=processors_to_name(), **SCARCE, **options)
 
 
 def scheduler_of(engine):
@@ -218,7 +212,7 @@ def server(served, tmp_path_factory):
     command, environment = command_of_vllm(directory)
     command += [str(served), "--port", str(port), "--served-model-name", "model", "--scheduler-cls", SCHEDULER]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    command += [text for name in processors() for text in ("--logits-processors", name)]
+    command += [text for name in processors_to_name() for text in ("--logits-processors", name)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | environment
     log = directory / "log"
     with log.open("w", encoding="utf-8") as file:

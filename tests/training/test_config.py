@@ -204,8 +204,11 @@ IMPOSSIBLE = [
     ({"engine": "vllm", "engine_url": "localhost:8000"}, "engine_url 'localhost:8000': must start with http://"),
     ({"engine": "vllm", "temperature": [1.0, 0.001]}, "temperature 0.001: must be at least 0.01 with vLLM"),
     ({"engine": "vllm", "eval_temperature": 1e-3}, "eval_temperature 0.001: must be at least 0.01 with vLLM"),
-    ({"engine": "vllm", "explore_guidance_scale": [1.0, 1.3]}, "explore_guidance_scale .*: must be 1 with vLLM"),
-    ({"engine": "vllm", "eval_guidance_scale": 2.0}, "eval_guidance_scale 2.0: must be 1 with vLLM. Set --engine"),
+    ({"engine": "vllm", "distill_temperature": [1e-3]}, "distill_temperature 0.001: must be at least 0.01 with vLLM"),
+    (
+        {"engine": "vllm", "eval_guidance_scale": 2.0, "guidance_from": "reference"},
+        "guidance_from reference: must be a quantile with vLLM",
+    ),
     # Options of TrainingArguments that would do nothing here, or harm.
     ({"max_steps": 10}, "max_steps 10: must be left out. Set --num_iterations"),
     ({"num_train_epochs": 4}, "num_train_epochs 4: must be left out. Set --num_iterations"),

@@ -189,19 +189,26 @@ class Conditioning:
 
     def is_prefixed(self, ids: Sequence[int]) -> bool:
         """Return whether ids are what `prefix` returns for some quantiles; in kind `text`, for the best ones."""
+        return self.quantiles_in(ids) is not None
+
+    def quantiles_in(self, ids: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the quantiles for which `prefix` returns these ids, or None; in kind `text`, only the best ones."""
         plain_ids = self.strip(ids)
         start = self.position(plain_ids)
         head = list(ids[start : start + len(ids) - len(plain_ids)])
         if list(ids) != [*plain_ids[:start], *head, *plain_ids[start:]]:
-            return False
+            return None
         if self.kind == "text":
-            return head == self.ids_of(self.best)
+            return self.best if head == self.ids_of(self.best) else None
+        quantiles = []
         for row in self.prefixes:
-            matches = [prefix for prefix in row if head[: len(prefix)] == list(prefix)]
+            matches = [(len(prefix), i) for i, prefix in enumerate(row) if head[: len(prefix)] == list(prefix)]
             if not matches:
-                return False
-            head = head[max(map(len, matches)) :]
-        return not head
+                return None
+            length, quantile = max(matches)
+            quantiles.append(quantile)
+            head = head[length:]
+        return None if head else tuple(quantiles)
 
     def quantiles_of(self, quantile: str | int) -> tuple[int, ...]:
         """Return a quantile given by name or number as one number per attribute.

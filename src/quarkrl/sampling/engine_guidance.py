@@ -1,13 +1,14 @@
-"""Guidance in an inference engine, where the two distributions of a completion are two requests of one batch.
+"""Guidance in an inference engine, where the distributions of a completion are requests of one batch.
 
-The *main* request is the user's, behind a wanted reward token. The *contrast* request is the same prompt behind another
-one. At each step an engine hands over the logits of its batch. `guide_rows` finds the two rows of each pair, samples
-one token from their guided distribution, and leaves both rows no other token to choose. So both requests continue with
-the same token.
+The *main* request is the user's, behind a wanted reward token. A *contrast* request is the same prompt behind another
+one. There is one contrast, or one for each guided reward. At each step an engine hands over the logits of its batch.
+`guide_rows` finds the rows of each group, samples one token from their guided distribution, and leaves these rows no
+other token to choose. So all requests of a group continue with the same token.
 
 This module needs no engine. `vllm_guidance` and `vllm_scheduler` connect it to vLLM.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,33 +18,39 @@ import torch
 from torch import Tensor
 
 from quarkrl.errors import UserError
-from quarkrl.sampling.guidance import GuidanceOptions, guided_logits
-from quarkrl.sampling.options import read_scale
+from quarkrl.sampling.guidance import GuidanceOptions, check_guidance_rule, guided_logits
+from quarkrl.sampling.options import GuidanceRule, count_passes
 from quarkrl.sampling.strategy import keep_nucleus, sample_by_inverse_transform
 
 # Arguments of a request, which a client of vLLM sends as `vllm_xargs`.
-SCALE, FROM = "guidance_scale", "guidance_from"
+SCALE, FROM, RULE = "guidance_scale", "guidance_from", "guidance_rule"
 _GREEDY_BELOW = 1e-5  # A temperature below it is greedy decoding, as in vLLM.
 
 
 @dataclass(frozen=True)
-class PairMember:
-    """One of the two requests of a guided completion.
+class GroupMember:
+    """One of the requests of a guided completion.
 
     Attributes:
-        pair_id: the same for both requests.
-        is_main: whether the request is the user's.
-        scale: γ.
+        group_id: the same for all of them.
+        part: 0 for the user's request, and i for the contrast that belongs to `scales[i - 1]`.
+        scales: γ of each contrast.
+        rule: both, or lower.
         vocab_size: tokens with ids from here on, such as reward tokens, are ruled out.
+        end_ids: tokens that are ruled out until the request has `ends_from` tokens, its prompt included.
+        ends_from: see `end_ids`.
         seed: of the completion.
         temperature, top_k, top_p, min_p: how the token is chosen, as in OpenAI's API and vLLM. Temperature 0 is greedy
             decoding, and a `top_k` of 0 or less keeps all tokens.
     """
 
-    pair_id: str
-    is_main: bool
-    scale: float
+    group_id: str
+    part: int
+    scales: tuple[float, ...]
+    rule: GuidanceRule
     vocab_size: int
+    end_ids: tuple[int, ...]
+    ends_from: int
     seed: int
     temperature: float
     top_k: int
@@ -55,27 +62,29 @@ def read_guidance(arguments: Mapping[str, Any] | None) -> GuidanceOptions | None
     """Read the guidance arguments of a request; None without guidance, which includes γ = 1.
 
     Raises:
-        UserError: an argument is not a number or out of its limits.
+        UserError: an argument has the wrong type or is out of its limits.
     """
     arguments = arguments or {}
     if SCALE not in arguments:
-        if FROM in arguments:
-            raise UserError(f"{FROM} {arguments[FROM]!r}: must be used with {SCALE}. Set {SCALE} 2, for example.")
+        for name in (FROM, RULE):
+            if name in arguments:
+                raise UserError(f"{name} {arguments[name]!r}: must be used with {SCALE}. Set {SCALE} 2, for example.")
         return None
-    scale, contrast = arguments[SCALE], arguments.get(FROM, "worst")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    scale, contrast, rule = arguments[SCALE], arguments.get(FROM, "worst"), arguments.get(RULE, "both")
+    if isinstance(scale, bool) or not isinstance(scale, int | float | str):
         raise UserError(f"{SCALE} {scale!r}: must be a number. Set 1 to sample without guidance.")
     if isinstance(contrast, bool) or not isinstance(contrast, str | int) or contrast == "reference":
         raise UserError(
             f"{FROM} {contrast!r}: must be worst, best or the number of a quantile. An engine serves no reference."
         )
-    return None if read_scale(scale) == 1 else GuidanceOptions(float(scale), contrast)
+    check_guidance_rule(rule)
+    return None if count_passes(scale) == 1 else GuidanceOptions(scale, contrast, rule)
 
 
-def guide_rows(logits: Tensor, rows: Mapping[int, tuple[PairMember, int]]) -> Tensor:
-    """Choose the next token of each pair, and rule out every other token in both rows, in place.
+def guide_rows(logits: Tensor, rows: Mapping[int, tuple[GroupMember, int]]) -> Tensor:
+    """Choose the next token of each group, and rule out every other token in its rows, in place.
 
-    A request whose partner is not in the batch keeps its logits. Its token must be discarded (`vllm_scheduler`).
+    A request of a group that is not whole keeps its logits. Its token must be discarded (`vllm_scheduler`).
 
     Args:
         logits: `(batch, vocab)` in float32.
@@ -85,33 +94,42 @@ def guide_rows(logits: Tensor, rows: Mapping[int, tuple[PairMember, int]]) -> Te
     Returns:
         `logits`.
     """
-    mains = {member.pair_id: (row, member, length) for row, (member, length) in rows.items() if member.is_main}
-    contrasts = {member.pair_id: row for row, (member, _) in rows.items() if not member.is_main}
-    pairs = [(*mains[pair_id], row) for pair_id, row in contrasts.items() if pair_id in mains]
-    if not pairs:
-        return logits
-    main_rows, members, lengths, contrast_rows = zip(*pairs, strict=True)
-    vocab_size = members[0].vocab_size
-    scales = logits.new_tensor([[member.scale] for member in members])
-    sides = logits[list(main_rows)], logits[list(contrast_rows)]
-    guided = guided_logits(sides[0], [sides[1]], [scales], vocab_size=vocab_size)  # (pairs, vocab_size)
-    tokens = choose_tokens(guided, members, lengths)
-    both = [*main_rows, *contrast_rows]
-    logits[both] = -torch.inf
-    logits[both, tokens.repeat(2)] = 0.0
+    groups: dict[str, dict[int, int]] = defaultdict(dict)  # By group, the row of each part.
+    for row, (member, _) in rows.items():
+        groups[member.group_id][member.part] = row
+    batches: dict[tuple[GuidanceRule, int], list[list[int]]] = defaultdict(list)
+    for group in groups.values():
+        member, _ = rows[next(iter(group.values()))]
+        if len(group) == 1 + len(member.scales):
+            batches[member.rule, len(group)].append([group[part] for part in range(len(group))])
+    for (rule, _), batch in batches.items():
+        main_rows, *contrast_rows = (list(part) for part in zip(*batch, strict=True))
+        members, lengths = zip(*(rows[row] for row in main_rows), strict=True)
+        vocab_size = members[0].vocab_size
+        scales = logits.new_tensor([member.scales for member in members])  # (groups, contrasts)
+        guided = guided_logits(
+            logits[main_rows], [logits[part] for part in contrast_rows], list(scales.T[..., None]), rule, vocab_size
+        )  # (groups, vocab_size)
+        for i, (member, length) in enumerate(zip(members, lengths, strict=True)):
+            if length < member.ends_from:
+                guided[i, list(member.end_ids)] = -torch.inf
+        tokens = choose_tokens(guided, members, lengths)
+        for part in (main_rows, *contrast_rows):
+            logits[part] = -torch.inf
+            logits[part, tokens] = 0.0
     return logits
 
 
-def choose_tokens(logits: Tensor, members: Sequence[PairMember], lengths: Sequence[int]) -> Tensor:
+def choose_tokens(logits: Tensor, members: Sequence[GroupMember], lengths: Sequence[int]) -> Tensor:
     """Choose the next token of each completion by its own sampling options.
 
     Args:
-        logits: `(pairs, vocab)`.
+        logits: `(completions, vocab)`.
         members: the main request of each completion.
         lengths: number of tokens before the next one, which selects the random number.
 
     Returns:
-        `(pairs,)` token ids.
+        `(completions,)` token ids.
     """
     greedy_tokens = logits.argmax(-1)
     temperatures = logits.new_tensor([member.temperature for member in members])

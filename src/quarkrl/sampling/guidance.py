@@ -105,8 +105,7 @@ class Contrast:
     def __post_init__(self) -> None:
         for scale in self.scales:
             read_number(scale, scale, "guidance_scale")
-        if self.rule not in get_args(GuidanceRule):
-            raise UserError(f"guidance_rule {self.rule!r}: must be {' or '.join(get_args(GuidanceRule))}.")
+        check_guidance_rule(self.rule)
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -125,6 +124,16 @@ class Contrast:
         prompt_ids = [self.prompt_ids[start + row] for start in starts for row in rows]
         steering = self.steering and (self.steering[0], [self.steering[1][row] for row in rows])
         return replace(self, prompt_ids=prompt_ids, steering=steering)
+
+
+def check_guidance_rule(rule: str) -> None:
+    """Check the rule.
+
+    Raises:
+        UserError: there is no such rule.
+    """
+    if rule not in get_args(GuidanceRule):
+        raise UserError(f"guidance_rule {rule!r}: must be {' or '.join(get_args(GuidanceRule))}.")
 
 
 def make_contrast(
@@ -173,32 +182,53 @@ def make_contrast(
     return Contrast(tuple(number for _, number in guided), prompt_ids, rule=rule)
 
 
+def find_contrast(conditioning: Conditioning | None, prompt_ids: Sequence[int], options: GuidanceOptions) -> Contrast:
+    """Build the contrast for one prompt that has its reward tokens.
+
+    Args:
+        conditioning: the reward tokens of the model; None if it has none.
+        prompt_ids: the prompt, as the tokenizer of the model encodes it.
+        options: γ, and the quantile to move away from.
+
+    Raises:
+        UserError: the model or the prompt has no reward tokens, or the quantile is unknown or that of the prompt.
+    """
+    if conditioning is None:
+        raise UserError("guidance_scale: must be used with a model that Quark trained. This one has no quark.json.")
+    quantiles = conditioning.quantiles_in(prompt_ids)
+    if quantiles is None:
+        raise _no_reward_tokens()
+    wanted = ",".join(f"{name}={i}" for name, i in zip(conditioning.attributes, quantiles, strict=True))
+    return make_contrast(conditioning, [conditioning.strip(prompt_ids)], options, wanted)
+
+
 def contrast_prompts(
-    conditioning: Conditioning | None, prompt_ids: Sequence[Sequence[int]], guidance_from: str | int
+    conditioning: Conditioning, prompt_ids: Sequence[Sequence[int]], guidance_from: str | int
 ) -> list[list[int]]:
     """Return prompts with the reward tokens of another quantile in place of their own.
 
     Args:
-        conditioning: the reward tokens of the model; None if it has none.
+        conditioning: the reward tokens of the model.
         prompt_ids: prompts that start with reward tokens, as the tokenizer of the model encodes them.
         guidance_from: the other quantile: "worst", "best", or 0 (worst) to K - 1 (best).
 
     Raises:
-        UserError: there is no such quantile, the model or a prompt has no reward tokens, or all prompts request that
-            quantile.
+        UserError: there is no such quantile, a prompt has no reward tokens, or all prompts request that quantile.
     """
-    if conditioning is None:
-        raise UserError("guidance_scale: must be used with a model that Quark trained. This one has no quark.json.")
     prompts = [list(ids) for ids in prompt_ids]
     if not all(map(conditioning.is_prefixed, prompts)):
-        raise UserError(
-            "guidance_scale: must be used with prompts that start with reward tokens. Send text, and let the model's "
-            "own tokenizer encode it."
-        )
+        raise _no_reward_tokens()
     contrasts = [conditioning.prefix_named(conditioning.strip(ids), guidance_from) for ids in prompts]
     if contrasts == prompts:
         raise _no_contrast(guidance_from, "the quantile of the prompts")
     return contrasts
+
+
+def _no_reward_tokens() -> UserError:
+    return UserError(
+        "guidance_scale: must be used with prompts that start with reward tokens. Send text, and let the model's own "
+        "tokenizer encode it."
+    )
 
 
 def _no_contrast(guidance_from: str | int, wanted: str, remedy: str = "The default is worst.") -> UserError:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quarkrl.errors import UserError, one_line
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.sampling.engine_guidance import SCALE
+from quarkrl.sampling.vllm_guidance import SCHEDULER, processors_to_name
 from quarkrl.storage.atomic import atomic_directory
 
 # Read by vLLM when it is imported. Without the first it would run in a process of its own, where Ctrl-C ends it.
@@ -44,8 +46,16 @@ class Backend(Protocol):
             weights: its weights by name, with those of an output layer that shares the input embedding's.
         """
 
-    def generate(self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """Complete prompts. A request has the fields that vLLM's `SamplingParams` and its HTTP interface share."""
+    def generate(
+        self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]], guidance: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """Complete prompts.
+
+        Args:
+            prompt_ids: the prompts, with their reward tokens.
+            requests: the fields that vLLM's `SamplingParams` and its HTTP interface share.
+            guidance: what `engine_guidance.read_guidance` reads; empty without guidance.
+        """
 
     def log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         """Return the log-probability of each token of a sequence but the first."""
@@ -59,13 +69,23 @@ class ColocatedVllm:
         conditioning: its reward tokens.
         dtype: the data type of the weights, by name.
         longest: tokens of the longest prompt and its completion.
-        batch_size: completions sampled at a time.
+        batch_size: requests at a time.
+        guided: whether requests have guidance.
 
     Raises:
         UserError: vLLM is not installed, or does not support the model.
     """
 
-    def __init__(self, model: Any, conditioning: Conditioning, *, dtype: str, longest: int, batch_size: int):
+    def __init__(
+        self,
+        model: Any,
+        conditioning: Conditioning,
+        *,
+        dtype: str,
+        longest: int,
+        batch_size: int,
+        guided: bool,
+    ):
         require_vllm()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -74,6 +94,8 @@ class ColocatedVllm:
         self._directory = tempfile.TemporaryDirectory(prefix="quarkrl-vllm-")
         directory = Path(self._directory.name)
         write_shape(model, conditioning, directory)
+        group = 1 + len(conditioning.attributes)  # The most requests that guidance ties to each other.
+        batch_size = max(batch_size, group)
         set_num_threads = torch.set_num_threads  # vLLM replaces it by a function without effect.
         try:
             from vllm import LLM
@@ -90,7 +112,10 @@ class ColocatedVllm:
                 # chunks.
                 enforce_eager=model.device.type == "cpu",
                 enable_chunked_prefill=model.device.type != "cpu",
-                max_num_batched_tokens=max(8192, longest + 1),
+                # Without chunks, one step reads the prompts of a group.
+                max_num_batched_tokens=max(8192, group * (longest + 1)),
+                scheduler_cls=SCHEDULER if guided else None,
+                logits_processors=processors_to_name() if guided else None,
             )
         except Exception as error:
             # vLLM raises exceptions of many types for a model or a machine that it does not support.
@@ -103,9 +128,12 @@ class ColocatedVllm:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
         self._llm.reset_prefix_cache()
 
-    def generate(self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[int]]:
+    def generate(
+        self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]], guidance: Mapping[str, Any]
+    ) -> list[list[int]]:
         """Complete prompts; tokens beyond the original vocabulary are masked."""
-        outputs = self._run(prompt_ids, [{**request, "allowed_token_ids": self._allowed} for request in requests])
+        always = {"extra_args": {**guidance}} if guidance else {"allowed_token_ids": self._allowed}
+        outputs = self._run(prompt_ids, [{**request, **always} for request in requests])
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -140,6 +168,7 @@ class VllmServer:
         conditioning: the policy's reward tokens.
         tokenizer: puts the best reward tokens first.
         dtype: the data type of the server's weights, by name; for the command that a user is shown.
+        guided: whether requests have guidance.
         note: shows a line to the user.
         stop_if_requested: ends the run while it waits for the server, if a signal requests it.
     """
@@ -152,11 +181,13 @@ class VllmServer:
         tokenizer: PreTrainedTokenizerBase,
         *,
         dtype: str,
+        guided: bool,
         note: Callable[[str], None],
         stop_if_requested: Callable[[], None],
     ):
         self._stop_if_requested = stop_if_requested
         self._url, self._directory, self._dtype = url.rstrip("/"), directory.absolute(), dtype
+        self._guided = guided
         self._conditioning, self._tokenizer, self._note = conditioning, tokenizer, note
         self._client = httpx2.Client(timeout=3600, limits=httpx2.Limits(max_connections=None))
         self._name: str | None = None
@@ -165,7 +196,7 @@ class VllmServer:
     @property
     def _command(self) -> str:
         serve = f"python -m vllm.entrypoints.openai.api_server --model {self._directory} --dtype {self._dtype}"
-        return f"VLLM_SERVER_DEV_MODE=1 {serve}"
+        return f"VLLM_SERVER_DEV_MODE=1 {serve}" + (f" --scheduler-cls {SCHEDULER}" if self._guided else "")
 
     def load(self, model: Any, weights: dict[str, Tensor]) -> None:
         """Write the weights, wait for the server if it has not started yet, and let it read them."""
@@ -177,6 +208,8 @@ class VllmServer:
             save_file(whole, stage / "model.safetensors", {"format": "pt"})
         if self._name is None:
             self._name = self._wait()
+            if self._guided:
+                self._check_guidance()
             rows = next(iter(model.get_input_embeddings().parameters())).shape[0]
             padding = set(range(self._conditioning.vocab_size, rows)) - set(self._conditioning.new_token_ids)
             # vLLM masks "bad words". Rows without a token have no word; a bias of -100 is the strongest there is.
@@ -186,9 +219,12 @@ class VllmServer:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._directory)}})
         self._post("/reset_prefix_cache", None)
 
-    def generate(self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]]) -> list[list[int]]:
+    def generate(
+        self, prompt_ids: Sequence[list[int]], requests: Sequence[dict[str, Any]], guidance: Mapping[str, Any]
+    ) -> list[list[int]]:
         """Complete prompts; reward tokens are masked."""
-        answers = self._complete(prompt_ids, [{**request, **self._banned} for request in requests])
+        always = {**self._banned, **({"vllm_xargs": {**guidance}} if guidance else {})}
+        answers = self._complete(prompt_ids, [{**request, **always} for request in requests])
         return [answer["token_ids"] for answer in answers]
 
     def log_probs(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -215,6 +251,23 @@ class VllmServer:
             return [
                 answer["choices"][0] for answer in pool.map(lambda body: self._post("/v1/completions", body), bodies)
             ]
+
+    def _check_guidance(self) -> None:
+        """Check that the server reads guidance, and has the scheduler for it.
+
+        Raises:
+            UserError: it does not.
+        """
+        prompt = self._conditioning.prefix([0], self._conditioning.best)
+        # The plugin refuses a negative γ. Without the scheduler it ends a request at once, by the stop token.
+        refused = {"model": self._name, "prompt": prompt, "max_tokens": 1, "vllm_xargs": {SCALE: -1}}
+        request = {"max_tokens": 1, "min_tokens": 1, "temperature": 0.0, "ignore_eos": True, "stop_token_ids": [0]}
+        is_plugin = self._client.post(f"{self._url}/v1/completions", json=refused).status_code == 400
+        if not is_plugin or self.generate([prompt], [request], {SCALE: 2}) == [[0]]:
+            raise UserError(
+                f"engine_url {self._url}: must sample with guidance. Install quarkrl in the server's environment, and "
+                f"start it: {self._command}"
+            )
 
     def _wait(self) -> str:
         """Return the name of the server's model, as soon as the server answers."""

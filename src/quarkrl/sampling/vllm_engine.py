@@ -19,7 +19,8 @@ from quarkrl.errors import UserError
 from quarkrl.models.adapters import merge
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.sampling.engine import BuiltinEngine, Complete
-from quarkrl.sampling.options import GuidanceRule, GuidanceScale
+from quarkrl.sampling.engine_guidance import FROM, RULE, SCALE
+from quarkrl.sampling.options import GuidanceRule, GuidanceScale, count_passes
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.sampling.vllm_backends import Backend
 
@@ -83,19 +84,21 @@ class VllmEngine:
     def reference(self) -> Iterator[Complete]:
         """Yield what completes prompts with p_0: the policy without reward tokens, which has not learned yet."""
         if self.shares_start:
-            yield partial(self._complete, False)
+            yield partial(self._complete, False, {})
         else:
             with self.builtin.reference() as complete:
                 yield complete
 
     @contextmanager
     def policy(self, guidance_scale: GuidanceScale, guidance_rule: GuidanceRule = "both") -> Iterator[Complete]:
-        """Yield what completes prompts with the policy on its best reward tokens; the run refuses another γ than 1."""
-        yield partial(self._complete, True)
+        """Yield what completes prompts with the policy on its best reward tokens."""
+        guidance = {SCALE: guidance_scale, FROM: self.builtin.guidance_from, RULE: guidance_rule}
+        yield partial(self._complete, True, {} if count_passes(guidance_scale) == 1 else guidance)
 
     def _complete(
         self,
         conditioned: bool,
+        guidance: dict[str, Any],
         prompt_ids: list[list[int]],
         sampling: Sampling,
         uniforms: np.ndarray | None,
@@ -111,7 +114,7 @@ class VllmEngine:
             "ignore_eos": True,  # The EOS ids of the run are in stop_token_ids.
         }
         seeds = [0] * len(prompts) if uniforms is None else map(seed_of, uniforms)
-        completions = self.backend.generate(prompts, [{**common, "seed": seed} for seed in seeds])
+        completions = self.backend.generate(prompts, [{**common, "seed": seed} for seed in seeds], guidance)
         highest = max((token for ids in completions for token in ids), default=0)
         if highest >= self.builtin.conditioning.vocab_size or not all(completions):
             problem = (

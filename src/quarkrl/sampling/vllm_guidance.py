@@ -2,8 +2,8 @@
 
     vllm serve runs/x/final --scheduler-cls quarkrl.sampling.vllm_scheduler.GuidedScheduler
 
-A request names its γ in `vllm_xargs`: `{"guidance_scale": 2}`. `GuidedScheduler` gives it a second request, the
-contrast, and keeps the two in step. This processor combines their logits (`engine_guidance`). It leaves requests
+A request names its γ in `vllm_xargs`: `{"guidance_scale": 2}`. `GuidedScheduler` adds a second request, the
+contrast, and keeps both in step. This processor combines their logits (`engine_guidance`). It leaves requests
 without guidance alone.
 
 vLLM has two model runners with an interface each. The class implements both: an entry point names one class, and the
@@ -12,13 +12,14 @@ vLLM the module can be imported, and the class has no base.
 """
 
 import logging
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quarkrl.errors import UserError
-from quarkrl.sampling.engine_guidance import SCALE, PairMember, guide_rows, read_guidance
+from quarkrl.sampling.engine_guidance import SCALE, GroupMember, guide_rows, read_guidance
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor as FirstRunnerProcessor
@@ -33,13 +34,20 @@ else:
     else:
         _BASES = (FirstRunnerProcessor, SecondRunnerProcessor)
 
-PAIR = "quarkrl_pair"  # Where the scheduler puts the `PairMember` into the arguments of a request.
+GROUP = "quarkrl_group"  # Where the scheduler puts the `GroupMember` into the arguments of a request.
 SCHEDULER = "quarkrl.sampling.vllm_scheduler.GuidedScheduler"
+PROCESSOR = "quarkrl.sampling.vllm_guidance:GuidanceLogitsProcessor"
 
 # These act behind logits processors, and guidance has chosen the token by then.
 _UNSUPPORTED = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "prompt_logprobs": None}
 
 logger = logging.getLogger("vllm.quarkrl")  # Below vLLM's logger, which has a handler.
+
+
+def processors_to_name() -> list[str]:
+    """Return what an engine must be given as `logits_processors`: nothing if the package is installed as a plugin."""
+    plugins = entry_points(group="vllm.logits_processors")
+    return [] if PROCESSOR in [plugin.value for plugin in plugins] else [PROCESSOR]
 
 
 class GuidanceLogitsProcessor(*_BASES):  # type: ignore[misc]
@@ -52,9 +60,9 @@ class GuidanceLogitsProcessor(*_BASES):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, *runner_state: Any):
         # First runner: by row, the request, the length of its prompt, and its output, which grows.
-        self._rows: dict[int, tuple[PairMember | int, int, list[int]]] = {}
+        self._rows: dict[int, tuple[GroupMember | int, int, list[int]]] = {}
         # Second runner: by slot, the request.
-        self._slots: dict[int, PairMember | int] = {}
+        self._slots: dict[int, GroupMember | int] = {}
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -64,8 +72,8 @@ class GuidanceLogitsProcessor(*_BASES):  # type: ignore[misc]
             UserError: an argument is out of its limits, or another option has no effect with guidance.
         """
         arguments = sampling_params.extra_args or {}
-        if PAIR in arguments:
-            raise UserError(f"{PAIR}: must not be set by a client. Set {SCALE}.")
+        if GROUP in arguments:
+            raise UserError(f"{GROUP}: must not be set by a client. Set {SCALE}.")
         if read_guidance(arguments) is None:
             return
         for name, neutral in _UNSUPPORTED.items():
@@ -111,21 +119,21 @@ class GuidanceLogitsProcessor(*_BASES):  # type: ignore[misc]
             if isinstance(request, int):  # Refused: it ends.
                 logits[row] = -torch.inf
                 logits[row, request] = 0.0
-        pairs = {row: (request, length) for row, (request, length) in rows.items() if isinstance(request, PairMember)}
-        return guide_rows(logits, pairs) if pairs else logits
+        guided = {row: (request, length) for row, (request, length) in rows.items() if isinstance(request, GroupMember)}
+        return guide_rows(logits, guided)
 
     def _new_row(
         self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]
-    ) -> tuple[PairMember | int, int, list[int]] | None:
+    ) -> tuple[GroupMember | int, int, list[int]] | None:
         request = _guided_request(params)
         return None if request is None else (request, len(prompt_ids or ()), output_ids)
 
 
-def _guided_request(params: Any) -> PairMember | int | None:
-    """Return the part of a request in its pair; or, without `GuidedScheduler`, the token that ends it; or None."""
+def _guided_request(params: Any) -> GroupMember | int | None:
+    """Return the part of a request in its group; or, without `GuidedScheduler`, the token that ends it; or None."""
     arguments = params.extra_args or {}
-    if PAIR in arguments or read_guidance(arguments) is None:
-        return arguments.get(PAIR)
+    if GROUP in arguments or read_guidance(arguments) is None:
+        return arguments.get(GROUP)
     # An exception would stop the engine, for all its clients. A completion without guidance would be a wrong one.
     logger.error("%s needs vllm serve --scheduler-cls %s. The request gets an empty completion.", SCALE, SCHEDULER)
     return params.eos_token_id if params.eos_token_id is not None else min(params.all_stop_token_ids, default=0)

@@ -17,7 +17,7 @@ from quarkrl.data.chat_defaults import read_template_kwargs
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.models.precision import bf16_is_fast
 from quarkrl.options import check_options, join_words
-from quarkrl.sampling.options import GuidanceScale, read_scale
+from quarkrl.sampling.options import GuidanceScale, count_passes, read_scale
 from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.options import INHERITED, QuarkOptions
 
@@ -134,7 +134,6 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             "condition_on": (self.condition_on == "each", "each"),
             "explore_guidance_scale": (self.explore_guidance_scale == [1], 1),
             "guidance_from": (self.guidance_from != "reference", "worst"),
-            "engine": (self.engine == "builtin", "builtin"),
         }
         for name, (is_fit, value) in remedies.items():
             if not is_fit:
@@ -167,15 +166,13 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             return
         if url is not None and not url.startswith(("http://", "https://")):
             raise UserError(f"engine_url {url!r}: must start with http:// or https://, as http://localhost:8000 does.")
-        for name in ("temperature", "eval_temperature"):
+        for name in ("temperature", "eval_temperature", "distill_temperature"):
             values = getattr(self, name)
             lowest = min(values) if isinstance(values, list) else values
             if lowest < LEAST_VLLM_TEMPERATURE:
                 raise UserError(f"{name} {lowest}: must be at least {LEAST_VLLM_TEMPERATURE} with vLLM. {remedy}")
-        for name in ("explore_guidance_scale", "eval_guidance_scale", "distill_guidance_scale"):
-            value = getattr(self, name)
-            if {*(value if isinstance(value, list) else [value])} != {1}:
-                raise UserError(f"{name} {value}: must be 1 with vLLM. {remedy}")
+        if self.guidance_from == "reference":
+            raise UserError(f"guidance_from reference: must be a quantile with vLLM, which has no reference. {remedy}")
 
     def _check_words(self) -> None:
         """Check the options that need words."""
@@ -263,6 +260,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
     def guidance_scales(self) -> tuple[float, ...]:
         """Every γ of the run that holds for all rewards; 1 is without guidance."""
         return (*self.explore_guidance_scale, self.eval_guidance_scale, *self.distill_guidance_scale)
+
+    @property
+    def passes(self) -> int:
+        """The forward passes per token of the run's most guided sampling; 1 without guidance."""
+        return max(map(count_passes, (*self.guidance_scales, self.explore_guidance_of or 1)))
 
     def exploring_scale(self, iteration: int) -> GuidanceScale:
         """Return γ of exploration in an iteration; 1 is without guidance."""

@@ -46,7 +46,14 @@ def make_engine(  # noqa: PLR0913 - two callbacks
     backend: Backend
     if args.engine_url is None:
         model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        backend = ColocatedVllm(model, builtin.conditioning, dtype=dtype, longest=longest, batch_size=batch_size)
+        backend = ColocatedVllm(
+            model,
+            builtin.conditioning,
+            dtype=dtype,
+            longest=longest,
+            batch_size=args.passes * batch_size,
+            guided=args.passes > 1,
+        )
     else:
         directory = Path(args.output_dir) / "engine"
         backend = VllmServer(
@@ -55,6 +62,7 @@ def make_engine(  # noqa: PLR0913 - two callbacks
             builtin.conditioning,
             tokenizer,
             dtype=dtype,
+            guided=args.passes > 1,
             note=note,
             stop_if_requested=stop_if_requested,
         )

@@ -19,7 +19,6 @@ from quarkrl.algorithm.sliced_loss import default_slice_length
 from quarkrl.errors import UserError
 from quarkrl.models.head_access import is_one_product
 from quarkrl.models.token_rows import trained_rows
-from quarkrl.sampling.options import count_passes
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.runtime_tuning import positions_of_parts
 
@@ -120,7 +119,6 @@ def size_of_run(
     # Rows that an adapter trains beside the embedding need none.
     tables = 2 * (head.requires_grad and trained_rows(output) is None)
     slice_rows = min(default_slice_length(vocab), options.per_device_train_batch_size * options.max_completion_length)
-    passes = max(map(count_passes, (*options.guidance_scales, options.explore_guidance_of or 1)))
     # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation, and of a
     # guided reference.
     whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 6 if options.guides_reference else 0)
@@ -139,9 +137,9 @@ def size_of_run(
         checkpointed=checkpointed,
         logits=4 * options.max_completion_length * vocab * whole,
         # Autocast does not narrow keys that are rotated by their positions.
-        cache=passes * 2 * layers * kv_heads * head_width * head.element_size() * length,
+        cache=options.passes * 2 * layers * kv_heads * head_width * head.element_size() * length,
         # A layer reads the prompts; after that, choosing a token takes six arrays of the vocabulary.
-        sampling=passes * max(prompt_length * linear // layers, 6 * 4 * vocab),
+        sampling=options.passes * max(prompt_length * linear // layers, 6 * 4 * vocab),
         batch=batch,
         micro_batch=options.per_device_train_batch_size,
         sampled=num_completions,
