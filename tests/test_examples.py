@@ -18,6 +18,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 # What the output of each script holds, in order.
 PRINTED = {
     "control_curve": [r"reference .*reward", r"\b0 .*reward", r"\b3 .*reward", r"best γ=3 .*reward"],
+    "encoder_decoder": [r"worst: +0\.\d+ +tree sun →", r"best: +[01]\.\d+ +tree sun →"],
     "keep_word_out": [r"before: +\d+%", r"after: +\d+%", r"after, guided: +\d+%"],
     "offline": [r"before: [+-]\d\.\d+", r"worst: [+-]\d\.\d+", r"best: [+-]\d\.\d+"],
     "own_reward": [r"before: +\d+\.\d words", r"worst: +\d+\.\d words", r"guided: +\d+\.\d words"],

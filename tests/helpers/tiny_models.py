@@ -11,7 +11,13 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 # Models and data that lie beside the repository; tests that read them are skipped where they do not.
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -47,6 +53,12 @@ _CONFIGS: dict[str, dict] = {
     | {"word_embed_proj_dim": 16, "init_std": 0.2},
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_ENCODER_DECODERS: dict[str, dict] = {
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0},
+    "bart": {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.0, "init_std": 0.2}
+    | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    | {"max_position_embeddings": 64, "forced_eos_token_id": None},
+}
 
 # Options of a run that takes a second: 2 iterations of 3 steps of 8 samples.
 SMALL_RUN = {
@@ -140,6 +152,28 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(made).eval()
+
+
+def tiny_encoder_decoder(architecture: str, seed: int = 0, **config) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A T5 or BART of width 16 with random weights, in eval mode, and its tokenizer of eight letters.
+
+    As the real ones, T5 puts EOS behind a text and starts its decoder with PAD. BART puts BOS and EOS around a text,
+    and starts its decoder with EOS.
+
+    Args:
+        architecture: t5 or bart.
+        seed: of the weights.
+        config: more fields of the model's config.
+    """
+    tokenizer = tiny_tokenizer(bos=architecture == "bart", pad="own", words=[*"abcdefgh"], eos_after=True)
+    fields = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields["decoder_start_token_id"] = fields["pad_token_id" if architecture == "t5" else "eos_token_id"]
+    fields["vocab_size"] = len(tokenizer)
+    made = AutoConfig.for_model(architecture, **{**fields, **_ENCODER_DECODERS[architecture], **config})
+    made._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForSeq2SeqLM.from_config(made).eval(), tokenizer
 
 
 def make_home(

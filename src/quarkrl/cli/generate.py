@@ -89,12 +89,13 @@ def run(arguments: argparse.Namespace) -> None:
             batch_size=sampling.batch_size,
             **dataclasses.asdict(sampling.strategy()),
         )
+    continues = not (prompts.in_template or generator.is_encoder_decoder)
     for prompt, samples in zip(prompts.prompts, completions, strict=True):
         if options.json:
             print_json({"prompt": prompt, "completions": samples})
             continue
         for text in samples:
-            print(f"{prompt}{text}" if isinstance(prompt, str) and not prompts.in_template else text)
+            print(f"{prompt}{text}" if isinstance(prompt, str) and continues else text)
 
 
 def _load(

@@ -3,9 +3,11 @@
     encode_prompts(tokenizer, ["You are", [{"role": "user", "content": "Hello!"}]])
 
 A text is encoded as `tokenizer(text)` does, and a chat with the tokenizer's chat template (`chats.py`). Special tokens
-that the tokenizer adds behind a text, such as EOS, are removed, because a completion continues the text.
+that the tokenizer adds behind a text, such as EOS, are removed, because a completion continues the text. For an
+encoder–decoder model (`for_encoder`) they stay, and the completion is a text of its own.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +35,24 @@ class RefusedText(NamedTuple):
     reason: str
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] = ()) -> list[list[int]]:
+def for_encoder(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer for an encoder–decoder model, whose encoder reads the whole prompt.
+
+    The special tokens behind a prompt, such as EOS, belong to it, and a completion is decoded alone.
+    """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer._is_for_encoder = True
+    return tokenizer
+
+
+def is_for_encoder(tokenizer: Any) -> bool:
+    """Return whether `for_encoder` has made a tokenizer."""
+    return getattr(tokenizer, "_is_for_encoder", False)
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] | None = None
+) -> list[list[int]]:
     """Encode prompts as token ids; see `try_encode_prompts`.
 
     Raises:
@@ -54,14 +73,15 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequ
 
 
 def try_encode_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] = ()
+    tokenizer: Any, prompts: Sequence[Prompt], *, empty_ids: Sequence[int] | None = None
 ) -> list[list[int] | RefusedChat | RefusedText]:
     """Encode prompts as token ids, and report those that the tokenizer or its chat template refuses.
 
     Args:
         tokenizer: a `transformers` tokenizer.
         prompts: texts, and chats as lists of messages.
-        empty_ids: the ids of a text without tokens of its own, such as BOS; by default it has none.
+        empty_ids: the ids of a text without tokens of its own, such as BOS; by default it has none. For an encoder,
+            they also have the special tokens behind a text.
 
     Returns:
         For each prompt its token ids, or why it is refused.
@@ -74,7 +94,7 @@ def try_encode_prompts(
     chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
     for start in range(0, len(texts), _BATCH_SIZE):
         batch = texts[start : start + _BATCH_SIZE]
-        encoded = _encode_texts(tokenizer, [prompts[i] for i in batch], list(empty_ids))
+        encoded = _encode_texts(tokenizer, [prompts[i] for i in batch], empty_ids)
         for i, ids in zip(batch, encoded, strict=True):
             results[i] = ids
     for start in range(0, len(chats), _BATCH_SIZE):
@@ -177,7 +197,8 @@ def decode_completions(
     """Decode completions as text, for rewards and for people: without special tokens, otherwise unchanged.
 
     A completion is the text of prompt and completion without the text of the prompt. Decoded alone, it would lose its
-    leading space (SentencePiece), or keep the "##" of a word that it continues (WordPiece).
+    leading space (SentencePiece), or keep the "##" of a word that it continues (WordPiece). The completion of an
+    encoder–decoder model continues nothing, and is decoded alone.
 
     Args:
         tokenizer: a `transformers` tokenizer.
@@ -188,7 +209,7 @@ def decode_completions(
     skip = keep_special_tokens_before is None
     ends = set(keep_special_tokens_before or ())
     completions = [ids[:-1] if len(ids) and ids[-1] in ends else ids for ids in completions]
-    prompts = [tuple(ids) for ids in prompt_ids]
+    prompts: list[tuple[int, ...]] = [() if is_for_encoder(tokenizer) else tuple(ids) for ids in prompt_ids]
     distinct_prompts = list(dict.fromkeys(prompts))
     prompt_texts = dict(zip(distinct_prompts, _decode(tokenizer, distinct_prompts, skip), strict=True))
     pairs = list(zip(prompts, completions, strict=True))
@@ -236,7 +257,7 @@ def warn_of_second_bos(tokenizer: Any, prompts: Sequence[Prompt], prompt_ids: Se
         )
 
 
-def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: list[int]) -> list[list[int] | RefusedText]:
+def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: Sequence[int] | None) -> list[list[int] | RefusedText]:
     try:
         # The mask distinguishes special tokens that the tokenizer adds from those in the text.
         encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
@@ -251,5 +272,8 @@ def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: list[int]) -> lis
         end = len(ids)
         while end and is_special[end - 1]:
             end -= 1
-        results.append(ids[:end] if end else empty_ids)
+        has_tokens = end > 0
+        if is_for_encoder(tokenizer):
+            end, empty_ids = len(ids), None if empty_ids is None else ids
+        results.append(ids[:end] if has_tokens else list(empty_ids or ()))
     return results

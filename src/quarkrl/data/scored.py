@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quarkrl.data.chats import find_fault, message_text, prompt_text, read_prompt_text, with_completion
-from quarkrl.data.encoding import decode_completions, encode_plain_texts, try_encode_prompts
+from quarkrl.data.encoding import decode_completions, encode_plain_texts, is_for_encoder, try_encode_prompts
 from quarkrl.data.prompts import Prompts, reasons_to_skip
 from quarkrl.data.rows import SURROGATE, BadRow, quote_names
 from quarkrl.errors import UserError, shorten
@@ -203,6 +203,8 @@ def _encode(tokenizer: Any, prompts: Prompts, texts: Sequence[str], ends: Ends) 
     completion is then encoded alone, or behind a line break, which keeps SentencePiece from adding a space. Such ids
     count only if they decode to the text.
     """
+    if is_for_encoder(tokenizer):
+        return _encode_alone(tokenizer, prompts, texts, ends)
     questions = prompts.as_encoded
     wholes = [
         prompt + text if isinstance(prompt, str) else with_completion(prompt, text)
@@ -224,6 +226,14 @@ def _encode(tokenizer: Any, prompts: Prompts, texts: Sequence[str], ends: Ends) 
         for i, text in _decode(tokenizer, prompts, tails, list(tails), ends):
             results[i] = tails[i] if text == texts[i] else None
     return results
+
+
+def _encode_alone(tokenizer: Any, prompts: Prompts, texts: Sequence[str], ends: Ends) -> list[list[int] | None]:
+    """Encode texts that a decoder writes; None where the ids do not decode to the text, spaces around it aside."""
+    encoded: list[list[int] | None] = list(encode_plain_texts(tokenizer, texts))
+    for i, text in _decode(tokenizer, prompts, encoded, list(range(len(texts))), ends):
+        encoded[i] = encoded[i] if text.strip() == texts[i].strip() else None
+    return encoded
 
 
 def _decode(tokenizer: Any, prompts: Prompts, ids: Any, rows: list[int], ends: Ends) -> list[tuple[int, str]]:

@@ -118,8 +118,9 @@ def evaluate(  # noqa: PLR0913 - one keyword per choice
     if needs_curve and not curves(variants):
         raise no_curve()
     sets = dict(prompts) if isinstance(prompts, Mapping) else {"prompts": prompts}
-    prompt_limit = models.policy.context_length - sampling.max_new_tokens
+    prompt_limit = models.policy.longest_prompt(sampling.max_new_tokens)
     sets = {name: _encode(texts, models.policy, prompt_limit, options) for name, texts in sets.items()}
+    _check_decoder_only(models, "corpus" if corpus else "human_column" if options.human_column else None)
     corpus = _encode(corpus, models.policy, _NO_LIMIT, options) if corpus else None
     if options.human_column is not None:  # Fail before sampling.
         load_mauve()
@@ -217,6 +218,12 @@ def _load_models(model: str | os.PathLike, options: EvaluationOptions) -> _Model
     else:
         perplexity_model = QuarkGenerator.from_pretrained(perplexity_name, **load_options)
     return _Models(policy, str(model), reference, ref_name, perplexity_model, perplexity_name)
+
+
+def _check_decoder_only(models: _Models, option: str | None) -> None:
+    """Check that the models read texts without a prompt, if an option needs it."""
+    if option and any(generator.is_encoder_decoder for generator in (models.policy, models.perplexity)):
+        raise UserError(f"{option}: must be left out for an encoder–decoder model. Remove --{option}.")
 
 
 def _load_reference(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quarkrl.data.chats import Chat, message_text, reads_chats, render_chat
 from quarkrl.data.encoding import break_special_tokens, encode_as_text, encode_pairs_as_text, encode_prompts
 from quarkrl.data.prompts import Prompts
+from quarkrl.errors import UserError
 from quarkrl.evaluation.predictions import predict
 from quarkrl.models.batching import batches_by_length, build_batch
 from quarkrl.sampling.generator import QuarkGenerator, has_same_vocabulary
@@ -27,7 +28,14 @@ class PerplexityModel:
 
     def __init__(self, generator: QuarkGenerator, policy: QuarkGenerator):
         self.generator = generator
-        self.same_vocabulary = generator is policy or has_same_vocabulary(generator, policy)
+        reader, writer = (one.is_encoder_decoder for one in (generator, policy))
+        self.same_vocabulary = generator is policy or (reader == writer and has_same_vocabulary(generator, policy))
+        if reader and not self.same_vocabulary:
+            raise UserError(
+                f"perplexity_model {type(generator.model).__name__}: must be the reference or a decoder-only model. "
+                "An encoder–decoder model with other tokens reads no text that continues a prompt."
+            )
+        self.separator = "\n" if writer else ""
 
     def nll(
         self,
@@ -54,12 +62,15 @@ class PerplexityModel:
             heads, tails = [prompts.ids[i] for i in prompt_numbers], [list(ids) for ids in completion_ids]
         else:
             heads, tails = _tokenize_pairs(
-                self.generator.tokenizer, [prompts.as_encoded[i] for i in prompt_numbers], texts
+                self.generator.tokenizer,
+                [prompts.as_encoded[i] for i in prompt_numbers],
+                [f"{self.separator}{text}" for text in texts],
             )
         context_length = self.generator.context_length
-        truncated = sum(len(head) + len(tail) > context_length for head, tail in zip(heads, tails, strict=True))
+        rooms = [self.generator.longest_prompt(len(tail)) for tail in tails]
+        truncated = sum(len(head) > room for head, room in zip(heads, rooms, strict=True))
         tails = [tail[: context_length - 1] for tail in tails]
-        heads = [head[-(context_length - len(tail)) :] for head, tail in zip(heads, tails, strict=True)]
+        heads = [head[-max(room, 1) :] for head, room in zip(heads, rooms, strict=True)]
         sums = completion_nll(self.generator.model, heads, tails, self.generator.vocab_size, batch_size)
         return sums, [len(tail) for tail in tails], truncated
 

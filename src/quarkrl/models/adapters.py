@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from quarkrl.errors import UserError, one_line
+from quarkrl.models.encoder_decoder import is_encoder_decoder
 from quarkrl.models.options import AdapterOptions
 
 _WRAPPERS = ("token_adapter", "base_layer", "original_module")  # What peft calls a layer that it wraps.
@@ -114,7 +115,8 @@ def add_adapter(model: PreTrainedModel, config: Any, token_ids: Sequence[int]) -
     """
     _refuse_prompt_learning(config, "peft_config")
     config = copy.deepcopy(config)
-    config.task_type, config.inference_mode, config.base_model_name_or_path = "CAUSAL_LM", False, None
+    config.task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
+    config.inference_mode, config.base_model_name_or_path = False, None
     if getattr(config, "ensure_weight_tying", False) and is_tied(model):
         raise UserError(
             "peft_config ensure_weight_tying True: must be False, because such an adapter cannot be merged into a "
@@ -260,9 +262,18 @@ def rename(model: PreTrainedModel, name: str) -> None:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output layer weights of its own, with the values of the input embedding, if the two are tied."""
+    """Give the output layer weights of its own, with the values of the input embedding, if the two are tied.
+
+    Raises:
+        UserError: they are tied in an encoder–decoder model, whose encoder and decoder share the embedding too.
+    """
     if not is_tied(model):
         return
+    if is_encoder_decoder(model):
+        raise UserError(
+            "adapter: must leave embedding and output layer of an encoder–decoder model as they are, because all parts "
+            "share them. Target other modules."
+        )
     layer = _innermost(model.get_output_embeddings())
     layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quarkrl.models.encoder_decoder import is_encoder_decoder, separate
+
 # Logit of a suppressed token: probability 0 in every precision, but finite, so that 0 times its logarithm is 0.
 _SUPPRESSED_LOGIT = -1e4
 
@@ -102,7 +104,7 @@ def completion_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     """Run a model and return the logits that predict the completion tokens.
 
     Args:
-        model: a causal language model of transformers, wrapped or not.
+        model: a causal or encoder–decoder language model of transformers, wrapped or not.
         input_ids: `(batch, length)`, right-padded.
         attention_mask: `(batch, length)`, 1 = counts.
         labels: `(batch, length)`, the token id at completion positions, -100 elsewhere; never at position 0.
@@ -125,8 +127,11 @@ def forward_at_completions(
     Returns:
         The last hidden states, `(T, width)`, and the logits of the chosen positions, `(R, V)`.
     """
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != -100
+    if is_encoder_decoder(unwrapped(model)):
+        inputs, predicts = separate(unwrapped(model), input_ids, attention_mask, labels)
+    else:
+        inputs, predicts = {"input_ids": input_ids, "attention_mask": attention_mask}, torch.zeros_like(labels).bool()
+        predicts[:, :-1] = labels[:, 1:] != -100
     narrowed: list[Tensor] = []
 
     def narrow(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -136,7 +141,7 @@ def forward_at_completions(
 
     handle = output_layer(model).register_forward_pre_hook(narrow)
     try:
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
     return narrowed[0], logits

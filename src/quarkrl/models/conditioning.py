@@ -246,7 +246,7 @@ class Conditioning:
         return number
 
     def steer_tokenizer(
-        self, tokenizer: PreTrainedTokenizerBase, quantiles: Sequence[int] | None = None
+        self, tokenizer: PreTrainedTokenizerBase, quantiles: Sequence[int] | None = None, keep_end: bool = False
     ) -> PreTrainedTokenizerBase:
         """Return a copy of the tokenizer that puts the reward tokens of `quantiles` first by itself.
 
@@ -255,6 +255,7 @@ class Conditioning:
         Args:
             tokenizer: the one with new tokens that `add_to` returned.
             quantiles: one per attribute; the best by default.
+            keep_end: whether it adds behind a text what `tokenizer` adds (`steering.steer_tokenizer`).
 
         Raises:
             UserError: the tokenizer is not a fast one.
@@ -262,7 +263,8 @@ class Conditioning:
         names = ["best", "worst", *map(str, range(self.num_quantiles))]
         choices = {name: self._text_of(self.quantiles_of(name)) for name in names}
         quantiles = quantiles or self.best
-        return steer_tokenizer(tokenizer, self.ids_of(quantiles), self._text_of(quantiles), self.start_ids, choices)
+        prefix = self.ids_of(quantiles), self._text_of(quantiles)
+        return steer_tokenizer(tokenizer, *prefix, self.start_ids, choices, keep_end)
 
     def add_adapter(self, model: PreTrainedModel, peft_config: Any) -> Any:
         """Return the model with an adapter of `peft` that also trains the embedding rows of the new tokens.

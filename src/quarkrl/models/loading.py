@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
@@ -34,6 +35,7 @@ from quarkrl.models.adapters import (
 )
 from quarkrl.models.chat_template import end_of_turn_id
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.encoder_decoder import decoder_start_ids, is_encoder_decoder
 from quarkrl.models.gguf_reading import is_gguf, load_gguf_config, load_gguf_tokenizer, locate
 from quarkrl.models.quark_json import read_quark_json, start_name
 from quarkrl.names import is_missing_path
@@ -73,7 +75,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model from a directory, a GGUF file or the hub.
+    """Load a causal or encoder–decoder language model from a directory, a GGUF file or the hub.
 
     A saved adapter is merged into its base model. The weights of a GGUF file are dequantized. No code is run unless
     `trust_remote_code`. Weights are read from safetensors, never from pickles. The model's own classes, and an
@@ -83,10 +85,10 @@ def load_model(
         path: a directory, a file that ends in .gguf, or a name on the hub.
         trust_remote_code: run the Python code that comes with the model.
         dtype: of the weights, whatever the checkpoint was saved in; "auto" keeps the checkpoint's.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`; `load_in_4bit` loads it in 4 bits, as QLoRA does.
+        kwargs: for `from_pretrained` of transformers; `load_in_4bit` loads it in 4 bits, as QLoRA does.
 
     Raises:
-        UserError: no causal language model can be loaded from there.
+        UserError: no such model can be loaded from there.
     """
     options = {**kwargs, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if kwargs.pop("load_in_4bit", False):
@@ -122,12 +124,13 @@ def _load_weights(
     # A config can name an attention kernel of the hub, which transformers would fetch and import.
     config._attn_implementation = options.pop("attn_implementation", None) or _default_attention()
     options["config"] = config
-    model, loading_info = AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True, **options)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, loading_info = auto_class.from_pretrained(**source, output_loading_info=True, **options)
     missing_keys = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
     if missing_keys:  # transformers would initialise them at random.
         raise UserError(
             f"model {str(path)!r} cannot be loaded: it has no weights for {len(missing_keys)} tensors, among them "
-            f"{', '.join(sorted(missing_keys)[:3])}. Name a complete causal language model."
+            f"{', '.join(sorted(missing_keys)[:3])}. Name a complete language model."
         )
     return model
 
@@ -245,6 +248,17 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
 def context_length(model: PreTrainedModel) -> int:
     """The number of tokens that a model can read; 2**31 where its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def longest_prompt(model: PreTrainedModel, completion_length: int) -> int:
+    """The most tokens of a prompt, prefix included, that leave room for a completion; negative or 0 if none do.
+
+    An encoder–decoder model reads each of the two on its own.
+    """
+    limit = context_length(model)
+    if not is_encoder_decoder(model):
+        return limit - completion_length
+    return limit if completion_length + len(decoder_start_ids(model)) <= limit else 0
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> list[int]:

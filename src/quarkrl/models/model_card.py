@@ -4,6 +4,7 @@ It says what was unlearned, from which data and reward, what changed, how to ste
 is the metadata that the hub reads.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,14 +23,7 @@ _STEERING = """\
 
 Plain transformers asks for the best quantile: the tokenizer puts the tokens for it before each text and chat.
 
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="PATH")
-print(generate("You are", max_new_tokens=20)[0]["generated_text"])
-```
-
-`vllm serve PATH` serves it, too. `quarkrl` asks for other quantiles, from 0 (worst) to {best} (best), and for more of
+{plain}`quarkrl` asks for other quantiles, from 0 (worst) to {best} (best), and for more of
 the change by guidance:
 
 ```python
@@ -38,6 +32,26 @@ from quarkrl import QuarkGenerator
 generator = QuarkGenerator.from_pretrained("PATH")
 generator.generate(["You are"], quantile="best", guidance_scale=2.0)
 ```
+"""
+_CAUSAL = """\
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH")
+print(generate("You are", max_new_tokens=20)[0]["generated_text"])
+```
+
+`vllm serve PATH` serves it, too. """
+_ENCODER_DECODER = """\
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("PATH"), AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer("You are", return_tensors="pt", return_token_type_ids=False)
+ids = model.generate(**inputs, max_new_tokens=20)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+
 """
 _LIMITS = """\
 ## Limits and misuse
@@ -59,7 +73,9 @@ def write_model_card(directory: str | os.PathLike) -> None:
     """
     facts = read_quark_json(directory) or {}
     is_adapter = (Path(directory) / "adapter_config.json").is_file()
-    write_text(Path(directory) / FILE_NAME, model_card(facts, is_adapter))
+    config = Path(directory) / "config.json"
+    is_encoder_decoder = config.is_file() and json.loads(config.read_bytes()).get("is_encoder_decoder") is True
+    write_text(Path(directory) / FILE_NAME, model_card(facts, is_adapter, is_encoder_decoder))
 
 
 def add_facts(directory: str | os.PathLike, **facts: Any) -> None:
@@ -72,12 +88,13 @@ def add_facts(directory: str | os.PathLike, **facts: Any) -> None:
     write_model_card(directory)
 
 
-def model_card(facts: Mapping[str, Any], is_adapter: bool = False) -> str:
+def model_card(facts: Mapping[str, Any], is_adapter: bool = False, is_encoder_decoder: bool = False) -> str:
     """Return the text of a card.
 
     Args:
         facts: the content of `quark.json`. Facts that an older version did not write are left out.
         is_adapter: whether the weights are those of an adapter.
+        is_encoder_decoder: whether the model has an encoder for the prompt.
     """
     rewards = [reward for reward in facts.get("rewards") or [] if isinstance(reward, dict)]
     names = ", ".join(f"`{reward.get('name')}`" for reward in rewards) or "its reward"
@@ -91,7 +108,7 @@ def model_card(facts: Mapping[str, Any], is_adapter: bool = False) -> str:
         "`quarkrl` made it.\n",
         _results(facts.get("evaluation")),
         _training(facts, rewards),
-        _STEERING.replace("{best}", str(best)),
+        _STEERING.replace("{plain}", _ENCODER_DECODER if is_encoder_decoder else _CAUSAL).replace("{best}", str(best)),
         _default_guidance(facts.get(DEFAULT_GUIDANCE)),
         _LIMITS,
     ]

@@ -47,24 +47,28 @@ def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     return ids[:start], ids[start + 1 :]
 
 
-def post_processor(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], between: Sequence[int]) -> Any:
-    """Make a post-processor for a fast tokenizer that adds ids before a text, and none after it.
+def post_processor(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], between: Sequence[int], after: Sequence[int] = ()
+) -> Any:
+    """Make a post-processor for a fast tokenizer that adds ids around a text.
 
     Args:
         tokenizer: gives the names of the ids. Offsets are trimmed as its own post-processor trims them.
         before: the ids before a text, and before a pair of texts.
         between: the ids between the two texts of a pair.
+        after: the ids after a text, and after a pair of texts.
     """
     old = tokenizer.backend_tokenizer.post_processor
     old_steps = [] if old is None else [json.loads(old.__getstate__())]
     old_steps = [part for step in old_steps for part in step.get("processors", [step])]
-    token_of = {i: tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in (*before, *between)}
+    token_of = {i: tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in (*before, *between, *after)}
     pieces = {i: {"SpecialToken": {"id": token, "type_id": 0}} for i, token in token_of.items()}
+    end = [pieces[i] for i in after]
     first, second = ({"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB"))
     template = {
         "type": "TemplateProcessing",
-        "single": [*(pieces[i] for i in before), first],
-        "pair": [*(pieces[i] for i in before), first, *(pieces[i] for i in between), second],
+        "single": [*(pieces[i] for i in before), first, *end],
+        "pair": [*(pieces[i] for i in before), first, *(pieces[i] for i in between), second, *end],
         "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for i, token in token_of.items()},
     }
     trimming = [step for step in old_steps if step["type"] == "ByteLevel"]

@@ -20,10 +20,11 @@ def steer_tokenizer(
     prefix_text: str,
     start_ids: Sequence[int],
     choices: Mapping[str, str],
+    keep_end: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer that puts a prefix before each text, after special tokens such as BOS.
 
-    It adds nothing behind a text, such as EOS: a prompt is continued.
+    By default it adds nothing behind a text, such as EOS: a prompt is continued.
 
     Args:
         tokenizer: knows the tokens of the prefix; it is not changed.
@@ -31,6 +32,7 @@ def steer_tokenizer(
         prefix_text: its text, for the chat template.
         start_ids: the ids that precede the prefix in a chat that starts with them.
         choices: the texts of all prefixes, by the value of the chat template's argument `quantile`.
+        keep_end: whether it adds behind a text what the tokenizer adds: an encoder reads the whole prompt.
 
     Raises:
         UserError: the tokenizer is not a fast one. Only those have a post-processor that can be set.
@@ -43,7 +45,7 @@ def steer_tokenizer(
     before, after = surrounding_ids(tokenizer)
     steered = copy.deepcopy(tokenizer)
     steered.backend_tokenizer.post_processor = post_processor(
-        tokenizer, before=[*before, *prefix], between=[*after, *before]
+        tokenizer, before=[*before, *prefix], between=[*after, *before], after=after if keep_end else ()
     )
     # transformers would replace the post-processor when it loads a tokenizer whose config has add_bos_token.
     steered._should_update_post_processor = False

@@ -103,12 +103,11 @@ def answer(subject: Subject, settings: Settings) -> Iterator[list[Column]]:
     strategy = settings.strategy()
     planned = sides(subject, settings)
     plain_ids = subject.generator.strip([prompt], subject.generator.encode([prompt]))[0]
-    longest = len(subject.generator.condition(plain_ids)) + strategy.max_new_tokens
-    if longest > subject.generator.context_length:
-        room = subject.generator.context_length - strategy.max_new_tokens
+    length = len(subject.generator.condition(plain_ids))
+    if length > (room := subject.generator.longest_prompt(strategy.max_new_tokens)):
         raise UserError(
             f"prompt: must have at most {max(0, room)} tokens beside {strategy.max_new_tokens} new ones, and has "
-            f"{longest - strategy.max_new_tokens}. Shorten it, or lower the length."
+            f"{length}. Shorten it, or lower the length."
         )
     columns = [Column(side.title, side.detail) for side in planned]
     yield columns

@@ -12,9 +12,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from typing_extensions import Self
 
 from quarkrl.models.batching import left_pad
+from quarkrl.models.encoder_decoder import decoder_start_ids, is_encoder_decoder
 
 # A model, or a function whose context provides one, such as a policy with its adapter disabled.
 ModelSource: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -23,7 +25,8 @@ ModelSource: TypeAlias = PreTrainedModel | Callable[[], AbstractContextManager[P
 class CachedDecoder:
     """A batch of token sequences, and the model's cache of keys and values for them.
 
-    Call `prefill` once, then `step` for each new token.
+    Call `prefill` once, then `step` for each new token. In an encoder–decoder model the encoder reads the prompts, and
+    the new tokens follow the decoder's start ids.
 
     Args:
         model: the model; its training mode is not changed.
@@ -41,6 +44,7 @@ class CachedDecoder:
         self._prompt_of_row = prompt_of_row
         self._mask = prompt_mask
         self._cache: Any = None
+        self._encoded: Tensor | None = None  # (batch, prompt length, width) what an encoder has made of the prompts
 
     @classmethod
     def for_prompts(cls, model: ModelSource, prompts: Sequence[Sequence[int]], device: torch.device) -> Self:
@@ -70,11 +74,14 @@ class CachedDecoder:
     def select(self, rows: Tensor) -> None:
         """Replace the batch by the rows with these indices, `(n,)`."""
         self._mask = self._mask[rows]
+        self._encoded = None if self._encoded is None else self._encoded[rows]
         self._cache.reorder_cache(rows)
 
     def _forward(self, input_ids: Tensor) -> Tensor:
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         with nullcontext(self._model) if isinstance(self._model, torch.nn.Module) else self._model() as model:
+            if is_encoder_decoder(model):
+                return self._forward_encoder_decoder(model, input_ids)
+            positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             parameters = forward_parameters(model)
             # State-space models have another name for the cache.
             cache = "past_key_values" if "past_key_values" in parameters else "cache_params"
@@ -87,6 +94,21 @@ class CachedDecoder:
                 **{name: value for name, value in optional.items() if name in parameters},
             )
         self._cache = output[cache]
+        return output.logits[:, -1]
+
+    def _forward_encoder_decoder(self, model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+        if self._encoded is None:
+            order = self._mask.argsort(
+                dim=1, descending=True, stable=True
+            )  # Positions in an encoder count from the left.
+            self._mask = self._mask.gather(1, order)
+            starts = torch.tensor(decoder_start_ids(model), device=input_ids.device).expand(len(input_ids), -1)
+            inputs: dict[str, Any] = {"input_ids": input_ids.gather(1, order), "decoder_input_ids": starts}
+        else:
+            inputs = {"encoder_outputs": BaseModelOutput(self._encoded), "decoder_input_ids": input_ids}
+        length = self._mask.shape[1] if self._encoded is None else self._encoded.shape[1]
+        output = model(**inputs, attention_mask=self._mask[:, :length], past_key_values=self._cache, use_cache=True)
+        self._encoded, self._cache = output.encoder_last_hidden_state, output.past_key_values
         return output.logits[:, -1]
 
 

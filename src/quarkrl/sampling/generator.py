@@ -11,11 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.builtin import locate_model
 from quarkrl.data.chat_defaults import with_chat_defaults
-from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, warn_of_second_bos
+from quarkrl.data.encoding import Prompt, decode_completions, encode_prompts, for_encoder, warn_of_second_bos
 from quarkrl.errors import UserError, did_you_mean, shorten
 from quarkrl.models.conditioning import Conditioning
 from quarkrl.models.device import default_device
-from quarkrl.models.loading import context_length, eos_ids, load_model, load_tokenizer, locate_revision
+from quarkrl.models.encoder_decoder import is_encoder_decoder
+from quarkrl.models.loading import (
+    context_length,
+    eos_ids,
+    load_model,
+    load_tokenizer,
+    locate_revision,
+    longest_prompt,
+)
 from quarkrl.models.quark_json import reference_name
 from quarkrl.models.special_tokens import surrounding_ids
 from quarkrl.sampling.guidance import Contrast, GuidanceOptions, make_contrast
@@ -32,7 +40,7 @@ class QuarkGenerator:
     """Generates completions with a model; if Quark trained it, from the quantile that is requested.
 
     Args:
-        model: a causal language model.
+        model: a causal or encoder–decoder language model.
         tokenizer: its tokenizer.
         conditioning: its reward tokens; None if it has none.
         reference: name or directory of the model before training, which guidance may need.
@@ -58,7 +66,8 @@ class QuarkGenerator:
         steered_by: "QuarkGenerator | None" = None,
     ):
         self.model = model
-        self.tokenizer = tokenizer
+        self.is_encoder_decoder = is_encoder_decoder(model)
+        self.tokenizer = for_encoder(tokenizer) if self.is_encoder_decoder else tokenizer
         self.conditioning = conditioning
         self.reference_name = reference
         self.trust_remote_code = trust_remote_code
@@ -103,6 +112,13 @@ class QuarkGenerator:
         own, small = context_length(self.model), self.steered_by
         return min(own, small.context_length - small.conditioning.max_length) if small and small.conditioning else own
 
+    def longest_prompt(self, max_new_tokens: int) -> int:
+        """Return the most tokens of a prompt, prefix included, that leave room for a completion."""
+        own, small = longest_prompt(self.model, max_new_tokens), self.steered_by
+        if not small or not small.conditioning:
+            return own
+        return min(own, small.longest_prompt(max_new_tokens) - small.conditioning.max_length)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -116,7 +132,7 @@ class QuarkGenerator:
         steered_by: str | os.PathLike | None = None,
         **model_kwargs: Any,
     ) -> "QuarkGenerator":
-        """Load a run's `final/`, a checkpoint, or any causal language model.
+        """Load a run's `final/`, a checkpoint, or any causal or encoder–decoder language model.
 
         Args:
             path: a directory, a name on the hub, or "builtin" for the embedded model.
@@ -127,7 +143,7 @@ class QuarkGenerator:
             chat_template_kwargs: arguments of the chat template; by default those of training.
             steered_by: a smaller model with the same tokenizer that Quark trained. Guidance then steers by its
                 quantiles, with γ = 2 by default.
-            model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
+            model_kwargs: arguments of `from_pretrained` of transformers, such as `dtype`.
 
         Raises:
             UserError: the model or its tokenizer cannot be loaded, or `steered_by` does not fit it.
@@ -176,7 +192,7 @@ class QuarkGenerator:
         batch_size: int = 128,
         **generate_kwargs: Any,
     ) -> list[list[str]]:
-        """Generate completions as text, without the prompt: prompt + completion is the whole text.
+        """Generate completions as text, without the prompt.
 
         Args:
             prompts: a text or a chat (a list of messages), or a list of texts and chats.
@@ -271,12 +287,18 @@ class QuarkGenerator:
 
     def _check_length(self, longest: int, sampling: Sampling) -> None:
         """Check that a prompt of this number of tokens and its completion fit into the context."""
-        if longest + sampling.max_new_tokens > self.context_length:
+        if longest <= self.longest_prompt(sampling.max_new_tokens):
+            return
+        if not self.is_encoder_decoder:
             raise UserError(
                 f"max_new_tokens {sampling.max_new_tokens}: must be at most {max(0, self.context_length - longest)}, "
                 f"because a prompt has {longest} tokens and the context length is {self.context_length}. "
                 "Lower it, or shorten the prompt."
             )
+        raise UserError(
+            f"max_new_tokens {sampling.max_new_tokens}, and a prompt of {longest} tokens: must each fit into the "
+            f"context length, {self.context_length}, which the decoder's start shares. Lower it, or shorten the prompt."
+        )
 
     def encode(self, prompts: Sequence[Prompt], quantile: str | int = "best") -> list[list[int]]:
         """Encode prompts as token ids that start with the reward tokens of `quantile`, after BOS.

@@ -43,6 +43,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from quarkrl.errors import UserError
 from quarkrl.models.batching import left_pad
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.encoder_decoder import decoder_start_ids, is_encoder_decoder
 from quarkrl.models.quark_json import DEFAULT_GUIDANCE, damaged, read_quark_json
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource
 from quarkrl.sampling.options import GuidanceRule, GuidanceScale, check_attributes, read_number, read_scale
@@ -358,7 +359,8 @@ class Guidance(LogitsProcessor):
         rule: both, or lower.
 
     Raises:
-        UserError: γ is negative or not finite; when called, a second `generate`, or one with beam search.
+        UserError: γ is negative or not finite, or a decoder has a forced first token; when called, a second `generate`,
+            or one with beam search.
     """
 
     def __init__(
@@ -370,6 +372,11 @@ class Guidance(LogitsProcessor):
         vocab_size: int | None = None,
         rule: GuidanceRule = "both",
     ):
+        if isinstance(model, torch.nn.Module) and is_encoder_decoder(model) and len(decoder_start_ids(model)) > 1:
+            raise UserError(
+                "guidance: must be that of QuarkGenerator where the generation config forces a first token "
+                "(forced_bos_token_id). Use QuarkGenerator."
+            )
         self.rule = rule
         self.guidance_scale = read_number(guidance_scale, guidance_scale, "guidance_scale")
         self.model = model

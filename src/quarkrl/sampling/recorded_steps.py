@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from quarkrl.models.encoder_decoder import is_encoder_decoder
 from quarkrl.models.sharding import is_sharded
 from quarkrl.sampling.decoder import CachedDecoder, ModelSource, forward_parameters
 
@@ -159,7 +160,8 @@ class RecordedSteps:
             device: of the model.
             num_steps: the most steps that follow.
         """
-        if num_steps < MIN_STEPS or device.type not in self._devices or not isinstance(model, torch.nn.Module):
+        is_recordable = isinstance(model, torch.nn.Module) and not is_encoder_decoder(model)
+        if num_steps < MIN_STEPS or device.type not in self._devices or not is_recordable:
             return CachedDecoder.for_prompts(model, prompts, device)
         decoder = RecordedDecoder.for_prompts(model, prompts, device)
         length = max(map(len, prompts)) + num_steps

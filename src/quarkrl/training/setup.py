@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quarkrl.builtin import locate_model
+from quarkrl.data.encoding import for_encoder
 from quarkrl.errors import UserError
 from quarkrl.models.adapters import merge, merge_start
 from quarkrl.models.conditioning import Conditioning
+from quarkrl.models.encoder_decoder import check_encoder_decoder, is_encoder_decoder
 from quarkrl.models.export import make_saveable, model_identity
 from quarkrl.models.loading import load_model, load_tokenizer
 from quarkrl.models.words import Words
@@ -59,6 +61,7 @@ def load_start(
     if isinstance(model, str | os.PathLike):
         model = load_model(locate_model(model))
     tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
+    tokenizer = for_encoder(tokenizer) if is_encoder_decoder(model) else tokenizer
     if hasattr(model, "merge_and_unload"):
         model, own_config = merge_start(model)
         return model, tokenizer, peft_config or own_config
@@ -80,7 +83,7 @@ def _without_adapters(model: Any, option: str) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UserError(
             f"{option} {type(model).__name__}: must be a causal language model of transformers, its name or its "
-            "directory, or a PeftModel that can be merged. Use AutoModelForCausalLM."
+            "directory, or a PeftModel that can be merged. Use AutoModelForCausalLM, or AutoModelForSeq2SeqLM."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
@@ -113,6 +116,7 @@ def prepare_models(
     Raises:
         UserError: the model already has reward tokens, or the reference does not fit the model or the options.
     """
+    _check_kinds(model, ref_model, args)
     make_saveable(model)
     reference_identity = model_identity(ref_model or model)
     start_identity = reference_identity if ref_model is None else model_identity(model)
@@ -143,7 +147,19 @@ def prepare_models(
         policy=policy,
         reference=reference,
         conditioning=conditioning,
-        steered_tokenizer=conditioning.steer_tokenizer(extended_tokenizer),
+        steered_tokenizer=conditioning.steer_tokenizer(extended_tokenizer, keep_end=is_encoder_decoder(model)),
         start_identity=start_identity,
         reference_identity=reference_identity,
     )
+
+
+def _check_kinds(model: PreTrainedModel, ref_model: PreTrainedModel | None, args: QuarkConfig) -> None:
+    """Check that policy and reference read a prompt in the same way, and that the run supports it."""
+    check_encoder_decoder(model, "model")
+    if ref_model is not None and is_encoder_decoder(ref_model) != is_encoder_decoder(model):
+        raise UserError(
+            f"ref_model {type(ref_model).__name__}: must be an encoder–decoder model if model is one, and otherwise "
+            f"not. model is {type(model).__name__}."
+        )
+    if is_encoder_decoder(model) and args.engine != "builtin":
+        raise UserError(f"engine {args.engine}: must be builtin for an encoder–decoder model. Remove --engine.")

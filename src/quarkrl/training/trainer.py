@@ -54,7 +54,7 @@ from quarkrl.models.conditioning import bos_of_chats, new_token_names
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
-from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.loading import eos_ids, longest_prompt
 from quarkrl.models.model_card import write_model_card
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.models.words import Words
@@ -101,7 +101,7 @@ _EVALUATION_SEED = 2**31 - 1
 
 
 class QuarkTrainer(DurableTrainer):
-    """Trains a causal language model with Quark.
+    """Trains a causal or encoder–decoder language model with Quark.
 
     Args:
         model: a model, or the name or directory of one, which is loaded in float32. It is changed in place:
@@ -155,7 +155,7 @@ class QuarkTrainer(DurableTrainer):
         _check_names(args, self.scorer)
         words = Words.choose(args.conditioning, args.words, self.scorer.attribute_rewards, args.num_quantiles)
         self._prefix_length = words.max_length(self.plain_tokenizer)
-        self.max_prompt_length = context_length(model) - args.max_completion_length - self._prefix_length
+        self.max_prompt_length = longest_prompt(model, args.max_completion_length) - self._prefix_length
         self._encode = self._make_encoder(words)
         scored = None if scored_data is None else load_scored(scored_data, args, self.scorer.attributes, self._encode)
         self.supply = PromptSupply(
