@@ -1,7 +1,4 @@
-"""Two rewards at once, each with quantiles of its own: short or long, with or without “so”, in any combination.
-
-python examples/two_rewards.py
-"""
+"""Two rewards at once, each with quantiles of its own: short, and without “so”. `python examples/two_rewards.py`"""
 
 import re
 from tempfile import mkdtemp
@@ -34,7 +31,9 @@ trainer = QuarkTrainer(model_path(), [short, no_so], config, train_dataset=promp
 trainer.train()
 trained = QuarkGenerator.from_pretrained(trainer.save_final())
 prompts = load_prompts(prompts_path("eval")).prompts[:300]
-for quantile in [f"short={first},no_so={second}" for first in ("best", "worst") for second in ("best", "worst")]:
-    texts = [text for (text,) in trained.generate(prompts, quantile, seed=0)]
+results = {"before": QuarkGenerator.from_pretrained(model_path()).generate(prompts, seed=0)}
+names = [f"short={first},no_so={second}" for first in ("best", "worst") for second in ("best", "worst")]
+for name, rows in (results | {name: trained.generate(prompts, name, seed=0) for name in names}).items():
+    texts = [text for (text,) in rows]
     words, so = -sum(short(texts)) / len(texts), 1 - sum(no_so(texts)) / len(texts)
-    print(f"{quantile:24}  {words:4.1f} words  {so:4.0%} with so")
+    print(f"{name:24}  {words:4.1f} words  {so:4.0%} with so")

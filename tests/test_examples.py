@@ -24,7 +24,11 @@ PRINTED = {
     "own_reward": [r"before: +\d+\.\d words", r"worst: +\d+\.\d words", r"guided: +\d+\.\d words"],
     "pool_in_pandas": [r"iteration +", r"correlation of the two rewards: -?\d", r"worst:\n", r"best:\n"],
     "steer_larger": [r"alone: +\d+%", r"steered: +\d+%", r"steered further: +\d+%"],
-    "two_rewards": [r"short=best,no_so=best +\S+ words +\d+% with so", r"short=worst,no_so=worst +\S+ words"],
+    "two_rewards": [
+        r"before +\d+\.\d words",
+        r"short=best,no_so=best +\S+ words +\d+% with so",
+        r"worst,no_so=worst +\S+ words",
+    ],
 }
 
 
