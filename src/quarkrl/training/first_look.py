@@ -11,10 +11,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quarkrl.algorithm.pool import find_edges
+from quarkrl.data.encoding import for_encoder
 from quarkrl.data.prompts import Prompts
-from quarkrl.models.batching import right_pad
+from quarkrl.models.batching import build_batch
+from quarkrl.models.completion_logits import completion_logits
+from quarkrl.models.encoder_decoder import is_encoder_decoder
 from quarkrl.models.eval_mode import eval_mode
-from quarkrl.models.loading import context_length, eos_ids
+from quarkrl.models.loading import eos_ids, longest_prompt
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.sampler import complete
 from quarkrl.training.config import QuarkConfig
@@ -82,7 +85,8 @@ def take_first_look(
         None if no prompt can be encoded.
     """
     limit_onednn_caches()  # Before the first product of the process.
-    limit, on_gpu = context_length(model) - args.max_completion_length, args.device.type == "cuda"
+    tokenizer = for_encoder(tokenizer) if is_encoder_decoder(model) else tokenizer
+    limit, on_gpu = longest_prompt(model, args.max_completion_length), args.device.type == "cuda"
     count = _count_completions(model.num_parameters(), args.max_completion_length, on_gpu)
     encoded = prompts.first(count).encode(
         tokenizer, max_length=limit, skip_bad=True, allow_none=True, in_template=args.raw is False
@@ -169,12 +173,11 @@ def _read(
     model: Any, prompts: Prompts, rows: Sequence[int], completions: Sequence[Sequence[int]], args: QuarkConfig
 ) -> int:
     """Read a few completions behind their prompts, and return their number."""
-    texts = [[*prompts.ids[row], *ids] for row, ids in zip(rows, completions, strict=True)][:_FEW_ROWS]
-    input_ids, mask = right_pad(texts, args.device)
-    model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    batch = build_batch([prompts.ids[row] for row in rows[:_FEW_ROWS]], completions[:_FEW_ROWS])
+    completion_logits(model, **{name: tensor.to(args.device) for name, tensor in batch.items()})
     if args.device.type == "cuda":
         torch.cuda.synchronize()
-    return len(texts)
+    return len(batch["labels"])
 
 
 def _autocast(args: QuarkConfig) -> Any:
