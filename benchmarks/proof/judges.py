@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from transformers import (
@@ -96,6 +97,7 @@ def train(start: Path, pairs: Labelled, labels: list[str], output: Path) -> None
             weight_decay=0.01,
             train_sampling_strategy="group_by_length",
             bf16=bf16_is_fast(),
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,

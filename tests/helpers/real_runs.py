@@ -1,4 +1,4 @@
-"""A short run on SmolLM2-135M-Instruct with an adapter and a reward that is computed, on texts."""
+"""Short runs on SmolLM2-135M-Instruct with an adapter, on texts and on chats."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ QUESTIONS = [
 ]
 FUNCTION_WORDS = {"the", "a", "of", "to", "in", "and"}
 CHATS = [[{"role": "user", "content": question}] for question in QUESTIONS]
+FRIENDLY = f"{Path(__file__).parents[2] / 'examples/chat/rewards.py'}:friendly"
 
 
 def share_of_function_words(prompts, completions, **_):
@@ -34,8 +35,8 @@ def share_of_function_words(prompts, completions, **_):
     return [sum(word in FUNCTION_WORDS for word in found) / max(len(found), 1) for found in words]
 
 
-def train(model: Path, directory: Path, prompts: list, **options) -> Path:
-    """Train for three iterations of 60 completions of 6 tokens; return the directory of the run."""
+def train(model: Path, directory: Path, prompts: list, reward=share_of_function_words, **options) -> Path:
+    """Train for three iterations of 60 completions of 6 tokens by default; return the directory of the run."""
     config = QuarkConfig(
         output_dir=str(directory),
         **{
@@ -57,7 +58,7 @@ def train(model: Path, directory: Path, prompts: list, **options) -> Path:
         },
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = QuarkTrainer(str(model), share_of_function_words, config, prompts, peft_config=lora)
+    trainer = QuarkTrainer(str(model), reward, config, prompts, peft_config=lora)
     trainer.train()
     trainer.save_final()
     return directory

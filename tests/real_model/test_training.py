@@ -5,26 +5,37 @@ from __future__ import annotations
 import statistics
 
 import pytest
-from helpers.real_runs import CHATS, TEXTS, share_of_function_words
+from helpers.real_runs import CHATS, FRIENDLY, TEXTS, share_of_function_words
 from helpers.runs import logs_of
 from transformers import AutoTokenizer
 
 from quarkrl import QuarkGenerator
+from quarkrl.rewards.registry import resolve
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize(("run", "prompts"), [("text_run", TEXTS), ("chat_run", CHATS)])
-def test_the_best_quantile_has_a_higher_reward_than_the_worst_and_than_before(run, prompts, request):
-    directory = request.getfixturevalue(run)
-    generator = QuarkGenerator.from_pretrained(directory / "final")
+def test_the_best_quantile_has_a_higher_reward_than_the_worst_and_than_before(text_run):
+    generator = QuarkGenerator.from_pretrained(text_run / "final")
 
     def mean_reward(quantile):
-        completions = generator.generate(prompts, quantile=quantile, num_return_sequences=12, max_new_tokens=6, seed=1)
+        completions = generator.generate(TEXTS, quantile=quantile, num_return_sequences=12, max_new_tokens=6, seed=1)
         return statistics.mean(share_of_function_words(None, [text for texts in completions for text in texts]))
 
-    best, worst, before = mean_reward("best"), mean_reward("worst"), logs_of(directory, "reward")[0]["reward"]
+    best, worst, before = mean_reward("best"), mean_reward("worst"), logs_of(text_run, "reward")[0]["reward"]
     assert best > before and best > worst, (best, before, worst)
+
+
+def test_answers_are_friendlier_than_before(real_model, chat_run):
+    def mean_reward(model, **options):
+        generator = QuarkGenerator.from_pretrained(model)
+        completions = generator.generate(CHATS, num_return_sequences=24, max_new_tokens=24, seed=1, **options)
+        answers = [[{"role": "assistant", "content": text}] for texts in completions for text in texts]
+        return statistics.mean(resolve(FRIENDLY)(prompts=[""] * len(answers), completions=answers))
+
+    before, best = mean_reward(real_model), mean_reward(chat_run / "final", guidance_scale=2)
+    assert best > before + 0.05, (best, before)
+    assert len(logs_of(chat_run, "reward")) == 3
 
 
 def test_the_tokenizer_of_the_final_model_puts_the_best_token_where_training_had_it(text_run):

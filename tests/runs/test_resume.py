@@ -141,7 +141,13 @@ from helpers.killed_runs import reward
 def own(completion_ids):
     return reward(completion_ids)
 
+calls = 0
+
 def hangs(completion_ids):
+    global calls
+    calls += 1
+    if calls == 1:  # Before the run.
+        return reward(completion_ids)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGINT)

@@ -132,7 +132,8 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     config.raw = _is_raw(run, config, prompts.read, tokenizer)
     look = None if run.resume else _first_look(run, config, model, tokenizer, prompts.read)
     speed = look.speed if look else None
-    spread = _spread(command, look, scorer, tokenizer, prompts.scored)
+    with working_directory(os.getcwd()):  # A call of a reward may change it.
+        spread = _spread(command, look, scorer, prompts.scored)
     num_scored = len(prompts.scored or ()) if prompts.training is None else None
     num_prompts = None if run.stream_prompts else len(prompts.training or ())
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored, spread)
@@ -212,11 +213,7 @@ def _first_look(
 
 
 def _spread(
-    command: TrainCommand,
-    look: "FirstLook | None",
-    scorer: "Scorer | None",
-    tokenizer: Any,
-    scored: "Prompts | None",
+    command: TrainCommand, look: "FirstLook | None", scorer: "Scorer | None", scored: "Prompts | None"
 ) -> "RewardSpread | None":
     """Return how the rewards differ, of the run's scored samples or of a first look; None if nothing depends on it."""
     from quarkrl.training.first_look import spread_of_columns
@@ -225,7 +222,7 @@ def _spread(
         return None
     if scored is not None:
         return spread_of_columns(scored, command.config)
-    return look.spread(scorer, tokenizer, command.config) if look and scorer else None
+    return look.spread(scorer, command.config) if look and scorer else None
 
 
 def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None", prompts: "Prompts | None") -> Any:

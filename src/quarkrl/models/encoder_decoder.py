@@ -15,7 +15,7 @@ from quarkrl.errors import UserError
 
 def is_encoder_decoder(model: Any) -> bool:
     """Return whether a model of transformers has an encoder for the prompt."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def decoder_start_ids(model: Any) -> list[int]:

@@ -48,6 +48,7 @@ class FirstLook:
         rows: the row of the prompt of each completion.
         completions: token ids.
         end_ids: EOS ids.
+        tokenizer: has encoded the prompts, and decodes the completions.
     """
 
     speed: Speed
@@ -55,15 +56,16 @@ class FirstLook:
     rows: list[int]
     completions: list[list[int]]
     end_ids: list[int]
+    tokenizer: PreTrainedTokenizerBase
 
-    def spread(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, args: QuarkConfig) -> RewardSpread | None:
+    def spread(self, scorer: Scorer, args: QuarkConfig) -> RewardSpread | None:
         """Score the completions, and return the spread of their rewards; None if all are missing.
 
         Raises:
             UserError: a reward failed.
         """
         rows, completions = self.rows[:_MOST_SCORED], self.completions[:_MOST_SCORED]
-        called = CompletionScorer(scorer, tokenizer, self.end_ids, keep_special_tokens=args.keep_special_tokens)
+        called = CompletionScorer(scorer, self.tokenizer, self.end_ids, keep_special_tokens=args.keep_special_tokens)
         rewards = called.score(self.prompts, rows, completions).rewards
         return spread_of(rewards, scorer.attributes, args.reward_ceiling)
 
@@ -114,7 +116,7 @@ def take_first_look(
         read = time.perf_counter() - sampled
     passes = _PASSES_OF_LEARNING + bool(args.kl_coef)
     speed = Speed((sampled - start) / count, passes * read / few)
-    return FirstLook(speed, encoded, rows, completions, list(end_ids))
+    return FirstLook(speed, encoded, rows, completions, list(end_ids), tokenizer)
 
 
 def spread_of(rewards: np.ndarray, attributes: Sequence[str], ceiling: float | None = None) -> RewardSpread | None:
