@@ -306,6 +306,8 @@ MISTAKES = {
     "not YAML": (("train", "--config", "{home}/broken.yaml"), "broken.yaml': must be valid YAML"),
     "not a mapping": (("train", "--config", "{home}/list.yaml"), "list.yaml': must map options to values"),
     "wrong type in the file": (("train", "--config", "{home}/type.yaml"), "num_iterations 'often': must be an integer"),
+    "null in the file": (("train", "--config", "{home}/null.yaml"), "null.yaml: must not be null. Set a value, or"),
+    "null of transformers": (("train", "--config", "{home}/rate.yaml"), "learning_rate in "),
     "no model": (("train", "--prompts", "x", "--reward", "vader"), "model is missing"),
     "no such model": ((*TRAIN, "--model", "{home}/nowhere"), "nowhere': must be an existing directory or file"),
     "no tokenizer": ((*TRAIN, "--model", "{home}/no_tokenizer"), "has no tokenizer"),
@@ -350,6 +352,8 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def configs(home) -> None:
     (home / "typo.yaml").write_text("kl_coeff: 1\n", encoding="utf-8")
+    (home / "null.yaml").write_text("num_quantiles: null\n", encoding="utf-8")
+    (home / "rate.yaml").write_text("learning_rate: null\n", encoding="utf-8")
     (home / "nested.yaml").write_text("config: toxicity\n", encoding="utf-8")
     (home / "broken.yaml").write_text("a: [1\nb: 2\n", encoding="utf-8")
     (home / "list.yaml").write_text("- a\n", encoding="utf-8")

@@ -59,9 +59,20 @@ def file_entries(argv: Sequence[str], known: Collection[str]) -> tuple[dict[str,
     return ({}, "") if name is None else (load_config(name, known), name)
 
 
-def check_entries(source: str, entries: dict[str, Any], lists: Collection[str]) -> None:
-    """Check that each value can follow a flag: a word, a number, a list of them, or a mapping that is JSON."""
+def check_entries(
+    source: str, entries: dict[str, Any], lists: Collection[str], without_null: Collection[str] = ()
+) -> None:
+    """Check that each value can follow a flag: a word, a number, a list of them, or a mapping that is JSON.
+
+    Args:
+        source: names the file in messages.
+        entries: the values by option.
+        lists: the options that may have several values.
+        without_null: the options that may not be null.
+    """
     for key, value in entries.items():
+        if value is None and key in without_null:
+            raise UserError(f"{key} in {source}: must not be null. Set a value, or leave the line out.")
         if isinstance(value, list):
             if key not in lists:
                 raise UserError(f"{key} in {source}: must be one value, not a list.")

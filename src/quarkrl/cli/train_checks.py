@@ -16,7 +16,7 @@ from quarkrl.cli.config_file import as_flags, check_entries, file_entries, prese
 from quarkrl.cli.guesses import expand_train
 from quarkrl.cli.inputs import check_model, check_prompts, check_rewards, missing_reward
 from quarkrl.cli.parser import options_from, reader
-from quarkrl.cli.train_options import RunOptions, list_options, train_parser
+from quarkrl.cli.train_options import RunOptions, list_options, options_without_null, train_parser
 from quarkrl.errors import UserError
 from quarkrl.options import check_options
 from quarkrl.runs.records import OPTIONS_FILE, check_no_run, check_resumable
@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
     known = [*own, *inherited]
     parser.flag_names = [*known, "config"]
     entries, source = file_entries(argv, known)
-    check_entries(source, entries, list_options(QuarkOptions) | inherited.keys())
+    check_entries(source, entries, list_options(QuarkOptions) | inherited.keys(), options_without_null(QuarkOptions))
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None and name in own})
     return vars(parser.parse([*as_flags(entries), *argv]))
 

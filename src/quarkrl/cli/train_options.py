@@ -281,7 +281,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     # As parsed: for some options of TrainingArguments, HfArgumentParser has another default than the dataclass.
     defaults = vars(parser.parse([]))
     entries, source = file_entries(argv, [field.name for field in declared])
-    check_entries(source, entries, list_options(QuarkConfig))
+    check_entries(source, entries, list_options(QuarkConfig), options_without_null(QuarkConfig))
     parser.set_defaults(**dict.fromkeys(sizing.NAMES, _UNSET))
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
     parser.set_defaults(eval_strategy=None)  # Its default depends on another option.
@@ -425,6 +425,12 @@ def list_options(config: type) -> set[str]:
         for field, kind in typed_fields(options)
         if takes_list(kind) or any(map(takes_list, get_args(kind)))
     }
+
+
+def options_without_null(config: type) -> set[str]:
+    """Return the names of the options that always have a value."""
+    kinds = {**get_type_hints(RunOptions), **get_type_hints(config)}
+    return {name for name, kind in kinds.items() if kind is not Any and type(None) not in get_args(kind)}
 
 
 def _check_selection(values: dict[str, Any]) -> None:
