@@ -25,7 +25,7 @@ from quarkrl.errors import UserError
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.sampling.generator import QuarkGenerator
 from quarkrl.sampling.guidance import guided_logits
-from quarkrl.training.trainer import check_sharded
+from quarkrl.training.checks import check_sharded
 
 WORDS = ["h h", "g", ""]
 KINDS = pytest.mark.parametrize("kind", ["text", "soft"])

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quarkrl.algorithm.pool import Sample
+from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.errors import UserError
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.sampling.strategy import Sampling
@@ -68,6 +69,14 @@ class Stage:
     def sampling(self, options: Sampling) -> Sampling:
         """Return how the teacher samples: from the distribution that is learned, without nucleus."""
         return replace(options, temperature=self.temperature, top_p=1.0, do_sample=True)
+
+    def metrics(self, completions: Sequence[Sequence[int]], end_ids: Sequence[int]) -> dict[str, float]:
+        """Return what is logged about an iteration's completions."""
+        return {
+            "distill_guidance_scale": self.guidance_scale,
+            "completion_length": float(np.mean([len(ids) for ids in completions])),
+            "eos_share": float(np.mean([ids[-1] in end_ids for ids in completions])),
+        }
 
 
 class Teacher:
@@ -141,19 +150,22 @@ def draw_completions(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     best: Sequence[int],
-    count: int,
-    rng: np.random.Generator,
+    iteration: int,
+    args: QuarkConfig,
 ) -> tuple[list[Sample], np.ndarray]:
     """Return the samples that an iteration of distillation learns from, and the order of its draws.
+
+    Each sample is drawn once before one is drawn again. The draws of a step have similar lengths.
 
     Args:
         prompts, completions: token ids, one prompt for each completion.
         best: the best quantile of each attribute.
-        count: draws; each sample is drawn once before one is drawn again.
-        rng: shuffles them.
+        iteration: of the run; it seeds the order.
+        args: the options of the run.
     """
-    quantiles = np.array(best)
-    pairs = zip(prompts, completions, strict=True)
+    quantiles, rng = np.array(best), np.random.default_rng((args.seed, iteration, 1))
+    pairs = list(zip(prompts, completions, strict=True))
     samples = [Sample(np.array(prompt), np.array(ids), quantiles) for prompt, ids in pairs]
-    passes = [rng.permutation(len(samples)) for _ in range(-(-count // len(samples)))]
-    return samples, np.concatenate(passes)[:count]
+    passes = [rng.permutation(len(samples)) for _ in range(-(-args.draws_per_iteration // len(samples)))]
+    draws, lengths = np.concatenate(passes)[: args.draws_per_iteration], np.array([len(p) + len(c) for p, c in pairs])
+    return samples, bucket_by_length(draws, lengths[draws], args.draws_per_step, rng)

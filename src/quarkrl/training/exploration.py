@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TrainerState
@@ -18,6 +19,9 @@ from quarkrl.sampling.strategy import Sampling
 from quarkrl.training.overlap import SharedBatches, Workers, sample_and_score
 from quarkrl.training.progress import Progress
 from quarkrl.training.rollout import FinishedBatches, Rollout, remaining_batches, too_many_missing
+
+# A context in which a function completes plain prompts.
+Sampler: TypeAlias = Callable[[], AbstractContextManager[Complete]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Task:
     prompts: Prompts
     rows: list[int]
     sampling: Sampling
-    sampler: Callable[[], AbstractContextManager[Complete]]
+    sampler: Sampler
     seed: tuple[int, ...]
     batch_size: int
 
@@ -96,7 +100,6 @@ class Explorer:
     def __init__(
         self,
         scorer: CompletionScorer,
-        *,
         progress: Progress,
         processes: Processes,
         max_unscored_share: float,

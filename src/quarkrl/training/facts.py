@@ -5,19 +5,18 @@ from typing import Any
 
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
+from quarkrl.data.prompts import Prompts
+from quarkrl.data.scored import ScoredSamples
 from quarkrl.models.quark_json import read_quark_json
 
 
-def run_facts(  # noqa: PLR0913 - the facts
+def run_facts(
     options: dict[str, Any],
     step: int,
     pool: DataPool,
     coefs: Coefficients,
-    rewards: Any,
-    identities: dict[str, dict[str, Any]],
+    origin: dict[str, Any],
     best_checkpoint: str | os.PathLike | None = None,
-    prompts: dict[str, Any] | None = None,
-    scored_data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collect the facts that are saved with a run's weights.
 
@@ -26,21 +25,15 @@ def run_facts(  # noqa: PLR0913 - the facts
         step: optimizer steps done.
         pool: the samples, quantized.
         coefs: weights of the KL and entropy terms, as they stand.
-        rewards: identity of the rewards (`Scorer.identity`).
-        identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
+        origin: what the run was made from (`describe_origin`).
         best_checkpoint: the checkpoint whose weights the run has loaded at its end; its facts replace those of the last
             step. None if the weights are those of the last step.
-        prompts: name and number of the prompts to explore, and whether they are texts or chats to the model.
-        scored_data: name and number of the samples that the run started from, if any.
     """
     facts = {
         "quantile_edges": pool.edges.tolist(),
         "iterations": step / options["steps_per_iteration"],
         "pool_size": len(pool),
-        **identities,
-        "rewards": rewards,
-        "prompts": prompts,
-        **({"scored_data": scored_data} if scored_data else {}),
+        **origin,
         "coefs": {"kl_coef": coefs.kl_coef, "entropy_coef": coefs.entropy_coef},
         "config": options,
     }
@@ -48,3 +41,28 @@ def run_facts(  # noqa: PLR0913 - the facts
         best = read_quark_json(best_checkpoint) or {}
         facts |= {name: value for name, value in best.items() if name != "conditioning"}
     return facts
+
+
+def describe_origin(
+    identities: dict[str, dict[str, Any]],
+    rewards: Any,
+    prompts: Prompts,
+    explores: bool,
+    scored: ScoredSamples | None,
+    sources: tuple[str | None, str | None],
+) -> dict[str, Any]:
+    """Return what a run was made from: models, rewards, prompts and scored samples.
+
+    Args:
+        identities: of the models, by name (`model_identity`): "start", which the policy was at first, and "reference".
+        rewards: identity of the rewards (`Scorer.identity`).
+        prompts: the prompts to explore, which are texts or chats to the model.
+        explores: whether the run explores them.
+        scored: the samples that the run started from, if any.
+        sources: the names of prompts and scored samples, where they have one.
+    """
+    described = {"source": sources[0], "count": len(prompts), "reads": "chats" if prompts.are_chats else "texts"}
+    if not explores:
+        described["explored"] = False
+    samples = {"scored_data": {"source": sources[1], "samples": len(scored)}} if scored else {}
+    return {**identities, "rewards": rewards, "prompts": described, **samples}

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError, truncate
+from quarkrl.training.config import QuarkConfig
 from quarkrl.training.metrics_log import LossMeans
 from quarkrl.training.options import MAX_SKIPPED_STEPS
 
@@ -87,12 +88,9 @@ class Health:
     Args:
         accelerator: reduces numbers over processes; its gradient scaler is respected.
         loss_means: the parts of the loss, with those of the current step.
-        decode: turns token ids into text without special tokens.
+        tokenizer: decodes completions for messages.
         log: writes metrics to the trainer's log.
-        on_bad_numbers: "stop" or "skip".
-        on_collapse: "stop" or "warn".
-        reward_ceiling: larger rewards count as equal to it; None sets no ceiling.
-        max_length: completion length in tokens at which sampling ends; None if it is not known.
+        args: the run's options.
 
     Attributes:
         skipped: steps that were skipped since the start of the run.
@@ -102,17 +100,13 @@ class Health:
         self,
         accelerator: Any,
         loss_means: LossMeans,
-        decode: Callable[[list[int]], str],
+        tokenizer: PreTrainedTokenizerBase,
         log: Callable[[dict[str, float]], None],
-        *,
-        on_bad_numbers: str,
-        on_collapse: str,
-        reward_ceiling: float | None,
-        max_length: int | None = None,
+        args: QuarkConfig,
     ):
-        self.accelerator, self.loss_means, self.decode, self.log = accelerator, loss_means, decode, log
-        self.on_bad_numbers, self.on_collapse, self.reward_ceiling = on_bad_numbers, on_collapse, reward_ceiling
-        self.max_length = max_length
+        self.accelerator, self.loss_means, self.tokenizer, self.log = accelerator, loss_means, tokenizer, log
+        self.on_bad_numbers, self.on_collapse = args.on_bad_numbers, args.on_collapse
+        self.reward_ceiling, self.max_length = args.reward_ceiling, args.max_completion_length
         self.skipped = self._skipped_in_a_row = 0
         self._problem = ""  # Why the current step is skipped; empty if it is not.
         # The sum of the entropy over the iteration's tokens on this process, and the number of those tokens.
@@ -135,7 +129,8 @@ class Health:
         """
         rows = np.flatnonzero(pool.iterations == iteration)
         completions = [pool[int(row)].completion_ids.tolist() for row in rows]
-        if description := describe_identical(completions, (self.decode(ids) for ids in completions)):
+        texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions)
+        if description := describe_identical(completions, texts):
             self._report_collapse(
                 f"iteration {iteration + 1}: all {len(rows)} completions are {description}", iteration
             )

@@ -1,10 +1,28 @@
-"""The metrics of an evaluation on held-out prompts, which show overfitting and choose the best checkpoint."""
+"""An evaluation on held-out prompts, which shows overfitting and chooses the best checkpoint."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError, did_you_mean
+from quarkrl.training.config import QuarkConfig
+from quarkrl.training.exploration import Sampler, Task
+
+# In the place of an iteration's number, which is always smaller, in the seed of sampling.
+_SEED = 2**31 - 1
+
+
+def held_out_task(prompts: Prompts, sampler: Sampler, args: QuarkConfig) -> Task:
+    """Return what an evaluation samples."""
+    return Task(
+        prompts=prompts,
+        rows=[row for row in range(len(prompts)) for _ in range(args.eval_samples_per_prompt)],
+        sampling=args.eval_sampling(),
+        sampler=sampler,
+        seed=(args.seed, _SEED),
+        batch_size=args.per_device_eval_batch_size,
+    )
 
 
 def held_out_metrics(figures: dict[str, float], attributes: Sequence[str], prefix: str) -> dict[str, float]:

@@ -1,16 +1,63 @@
-"""What a resumed run restores of Quark: the pool as of a step, and a line that says where it resumes."""
+"""What a resumed run restores of Quark: the state of a process, the pool, and a line that says where it resumes."""
 
 import os
 import shutil
 import zlib
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 
+from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.errors import UserError
 from quarkrl.training.config import QuarkConfig
+from quarkrl.training.health import Health
+from quarkrl.training.metrics_log import LossMeans
+
+
+def collect_state(loss_means: LossMeans, coefs: Coefficients, health: Health, metrics_bytes: int) -> dict[str, Any]:
+    """Return what a resumed run needs of this process, beside the pool."""
+    return {
+        "learned": loss_means.state,
+        "coefs": (coefs.kl_coef, coefs.entropy_coef),
+        "health": health.state,
+        "metrics_bytes": metrics_bytes,
+    }
+
+
+def restore_state(
+    state: dict[str, Any], loss_means: LossMeans, coefs: Coefficients, health: Health, changed: Collection[str]
+) -> Coefficients:
+    """Restore the sums of the loss and the counters of its checks; return β and α.
+
+    β and α are restored where they have adapted, except those whose option has changed since.
+
+    Args:
+        state: what `collect_state` returned.
+        loss_means, health: receive their part.
+        coefs: β and α of the options.
+        changed: the names of options that differ from those of the run that this one branches off from.
+    """
+    loss_means.state, health.state = state["learned"], state["health"]
+    saved: dict[str, Any] = {}
+    if coefs.kl_target is not None and "kl_coef" not in changed:
+        saved["kl_coef"] = state["coefs"][0]
+    if coefs.entropy_target is not None and "entropy_coef" not in changed:
+        saved["entropy_coef"] = state["coefs"][1]
+    return replace(coefs, **saved)
+
+
+def merge_states(states: list[dict[str, Any]], is_first: bool) -> dict[str, Any]:
+    """Return a process's state where another number of processes saved it: the first takes over their sums."""
+    learned = [sum(values) for values in zip(*(state["learned"] for state in states), strict=True)]
+    entropy = sum(state["health"]["entropy"] for state in states)
+    if not is_first:
+        learned, entropy = [0.0] * len(learned), torch.zeros_like(entropy)
+    return {**states[0], "learned": learned, "health": {**states[0]["health"], "entropy": entropy}}
 
 
 def load_pool(pool: DataPool, directory: Path, iteration_count: int) -> DataPool:
@@ -37,6 +84,15 @@ def count_begun_iterations(step: int, steps_per_iteration: int) -> int:
     return -(-step // steps_per_iteration)
 
 
+def count_iterations(step: int, explores: bool, args: QuarkConfig) -> tuple[int, int]:
+    """Return the number of iterations of Quark that had begun at a step, and of those that explored.
+
+    Distillation explores nothing, and neither does a run on scored data alone after its first iteration.
+    """
+    count = min(count_begun_iterations(step, args.steps_per_iteration), args.num_iterations)
+    return count, count if explores else min(count, 1)
+
+
 def set_aside_later_files(run: Path, step: int, steps_per_iteration: int, aside: Path) -> None:
     """Move what a run has written after a step, beside checkpoints, into the folder `aside`.
 
@@ -53,7 +109,7 @@ def set_aside_later_files(run: Path, step: int, steps_per_iteration: int, aside:
         os.rename(run / "final", aside / "final")
 
 
-def describe_resumption(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cached: int | None) -> str:
+def describe(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cached: int | None) -> str:
     """Return one line that says where a run resumes, and what it finds.
 
     Args:
