@@ -14,7 +14,7 @@ from helpers.reward_token_models import add_reward_tokens
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from quarkrl import QuarkGenerator
-from quarkrl.cli.chat import ChatOptions, Conversation
+from quarkrl.cli.chat import ChatOptions, Talk
 from quarkrl.cli.main import main
 from quarkrl.sampling.strategy import Sampling
 
@@ -35,8 +35,8 @@ def generator(final):
     return QuarkGenerator.from_pretrained(final)
 
 
-def talk(generator, **options):
-    return Conversation(generator, ChatOptions(max_new_tokens=8, **options), "best", 1.0)
+def new_talk(generator, **options):
+    return Talk(generator, ChatOptions(max_new_tokens=8, **options), "best", 1.0)
 
 
 @pytest.mark.slow
@@ -81,30 +81,30 @@ def test_a_streamed_answer_is_the_generated_one(generator):
 
 
 def test_commands_change_the_next_answer(generator):
-    conversation = talk(generator, greedy=True)
-    assert "".join(conversation.answer("hi"))
-    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
-    assert conversation.command("/guidance 2") == "guidance: 2" and conversation.guidance_scale == 2
-    assert conversation.command("/system Be brief.") == "system message: Be brief."
-    assert conversation.command("/system") == "system message: default"
-    assert "Ctrl-D" in conversation.command("/help")
-    assert conversation.command("/quantile 0") == "quantile: 0" and conversation.command("/quit") is None
-    error_message(lambda: conversation.command("/guidance much"), "guidance 'much': must be a number")
-    error_message(lambda: conversation.command("/guidance 2"), "must differ from quantile")
-    error_message(lambda: conversation.command("/quantil best"), "Did you mean '/quantile'?")
-    conversation.command("/reset")
-    assert conversation.messages == []
+    talk = new_talk(generator, greedy=True)
+    assert "".join(talk.answer("hi"))
+    assert [message["role"] for message in talk.conversation.messages] == ["user", "assistant"]
+    assert talk.command("/guidance 2") == "guidance: 2" and talk.guidance_scale == 2
+    assert talk.command("/system Be brief.") == "system message: Be brief."
+    assert talk.command("/system") == "system message: default"
+    assert "Ctrl-D" in talk.command("/help")
+    assert talk.command("/quantile 0") == "quantile: 0" and talk.command("/quit") is None
+    error_message(lambda: talk.command("/guidance much"), "guidance 'much': must be a number")
+    error_message(lambda: talk.command("/guidance 2"), "must differ from quantile")
+    error_message(lambda: talk.command("/quantil best"), "Did you mean '/quantile'?")
+    talk.command("/reset")
+    assert talk.conversation.messages == ()
 
 
 def test_a_stopped_answer_is_kept_and_a_refused_message_is_not(generator):
-    conversation = talk(generator)
-    answer = conversation.answer("hi")
+    talk = new_talk(generator)
+    answer = talk.answer("hi")
     piece = next(answer)
     with pytest.raises(KeyboardInterrupt):
         answer.throw(KeyboardInterrupt)
-    assert [message["content"] for message in conversation.messages] == ["hi", piece]
-    error_message(lambda: [*conversation.answer("x" * 500)], "the context length is 400")
-    assert len(conversation.messages) == 2
+    assert [message["content"] for message in talk.conversation.messages] == ["hi", piece]
+    error_message(lambda: [*talk.answer("x" * 500)], "the context length is 400")
+    assert len(talk.conversation.messages) == 2
 
 
 def test_a_prompt_as_a_message_of_the_user(final, generator, capsys):

@@ -134,8 +134,58 @@ def test_a_held_out_prompt_is_chosen_and_a_message_is_answered(open_page):
     page.get_by_text("In the end", exact=True).click()
     page.get_by_label("Chat: the prompt is a message").check()
     page.get_by_role("button", name="Generate").click()
-    assert "In the end" not in finished(page, 3)[0]  # An answer, not a continuation.
+    finished(page, 3)
+    assert page.locator(".q-message").all_inner_texts() == ["In the end"] * 3
+    assert "In the end" not in page.locator(".q-card").first.inner_text()  # An answer, not a continuation.
     page.wait_for_url("**/?prompt=In+the+end&chat=True")
+
+
+def say(page, message: str) -> list[str]:
+    """Answer with the keyboard; return the texts of the three columns."""
+    page.get_by_label("Next message").focus()
+    page.keyboard.type(message)
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        f"[...document.querySelectorAll('.q-column')].every(c => c.innerText.includes({message!r}))"
+        " && document.querySelector('#q-reply textarea').value == ''"
+    )
+    return finished(page, 3)
+
+
+def test_a_conversation_goes_on_is_restored_by_its_address_and_starts_again(open_page):
+    page = open_page("?prompt=hello&chat=True&max_new_tokens=3")
+    first = finished(page, 3)
+    answers = [column.locator(".q-card p").first.inner_text() for column in page.locator(".q-column").all()]
+    second = say(page, "and then")
+    assert [text.count("brevity") for text in first + second] == [4] * 3 + [1 + 4] * 3
+    kept = [column.locator(".q-card p").first.inner_text() for column in page.locator(".q-column").all()]
+    assert kept == answers
+    texts = say(page, "so")
+    assert [text.count("brevity") for text in texts] == [1 + 1 + 4] * 3
+    assert page.evaluate("document.activeElement.matches('#q-reply textarea')")
+    tops = page.evaluate(
+        "[...document.querySelectorAll('.q-message')].map(m => Math.round(m.getBoundingClientRect().top))"
+    )
+    assert len(tops) == 9 and len({*tops}) == 3  # Answers to one message are beside each other.
+    bottom = page.evaluate("document.querySelector('#q-reply').getBoundingClientRect().bottom - innerHeight")
+    assert bottom <= 1  # The box for the next message is in the window.
+
+    page.wait_for_url("**/?prompt=hello&replies=**")
+    shared = open_page(page.url.rsplit("/", 1)[1])
+    assert finished(shared, 3) == texts
+
+    page.keyboard.type("x" * 120)  # Too long for the context of 128 tokens.
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('[role=alert]')?.innerText.startsWith('conversation: must have at')")
+    assert finished(page, 3) == texts and page.get_by_label("Next message").input_value() == "x" * 120
+
+    focus(page, "Start again")
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "!document.querySelector('.q-column') && document.activeElement.matches('#q-prompt textarea')"
+    )
+    assert page.url.endswith("/") and page.get_by_label("Prompt", exact=True).input_value() == ""
+    assert page.get_by_label("Next message").count() == page.get_by_role("alert").count() == 0
 
 
 @pytest.mark.parametrize("look", [{"viewport": {"width": 390, "height": 844}}, {"color_scheme": "dark"}], ids=str)

@@ -25,6 +25,7 @@ def test_a_query_holds_what_differs_from_the_defaults():
 def test_a_query_restores_every_setting():
     settings = Settings(
         prompt="ä\n<b>",
+        replies=("& 1", '"2"'),
         chat=True,
         system_prompt="Be brief.",
         quantile="kind=2,short=0",
@@ -55,6 +56,8 @@ def test_parameters_of_others_are_ignored():
         ("max_new_tokens", "2.5", "must be an integer"),
         ("seed", "-1", "must be at least 0"),
         ("guidance_rule", "upper", "must be both or lower"),
+        ("replies", "more", "must be a list of texts in JSON"),
+        ("replies", "[1]", "must be a list of texts in JSON"),
     ],
 )
 def test_a_bad_value_in_a_query_is_named(name, value, limit):

@@ -30,4 +30,4 @@ def test_a_run_with_an_adapter_has_one_model_in_memory(tmp_path):
     torch.testing.assert_close(model(ids).logits, policy)
     torch.testing.assert_close(policy, load_model(run / "final")(ids).logits, rtol=1e-4, atol=1e-4)
     columns = list(answer(subject, Settings(prompt="a b", max_new_tokens=4)))[-1]
-    assert [column.title for column in columns] == ["before", "best", "worst"] and columns[0].answers
+    assert [column.title for column in columns] == ["before", "best", "worst"] and columns[0].turns

@@ -6,12 +6,13 @@ Lines come from a terminal or a pipe. Answers go to standard output, everything 
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from quarkrl.cli.common import busy, model_path, note, quiet_libraries
 from quarkrl.cli.inputs import check_model
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.data.conversation import Conversation
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.options import option
 from quarkrl.sampling.options import (
@@ -53,24 +54,22 @@ def add_options(parser: Parser) -> None:
 
 
 @dataclass
-class Conversation:
-    """Messages so far, and how the next one is answered.
+class Talk:
+    """A conversation, and how its next message is answered.
 
     Attributes:
         generator: the model.
         options: the sampling options.
         quantile: of the next answers.
         guidance_scale: of the next answers; None for the default of the model.
-        system: the system message; None for the default of the chat template.
-        messages: of the user and the assistant.
+        conversation: the system message, and the messages so far.
     """
 
     generator: "QuarkGenerator"
     options: ChatOptions
     quantile: str
     guidance_scale: GuidanceScale | None
-    system: str | None = None
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    conversation: Conversation = field(default_factory=Conversation)
 
     def answer(self, text: str) -> Iterator[str]:
         """Add a message of the user, and yield the answer in pieces. An answer that is stopped is kept as it is.
@@ -78,14 +77,12 @@ class Conversation:
         Raises:
             UserError: the model cannot answer; the message is then forgotten.
         """
-        question = {"role": "user", "content": text}
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
         pieces: list[str] = []
         try:
             for piece in self.generator.stream(
-                [*system, *self.messages, question],
+                self.conversation.ask(text),
                 quantile=self.quantile,
-                seed=(self.options.seed, len(self.messages)),
+                seed=(self.options.seed, len(self.conversation.messages)),
                 guidance_scale=self.guidance_scale,
                 guidance_from=self.options.guidance_from,
                 sampling=self.options.strategy(),
@@ -95,12 +92,9 @@ class Conversation:
         except UserError:
             raise
         except BaseException:
-            self._keep(question, pieces)
+            self.conversation = self.conversation.with_turn(text, "".join(pieces))
             raise
-        self._keep(question, pieces)
-
-    def _keep(self, question: dict[str, Any], pieces: list[str]) -> None:
-        self.messages += [question, {"role": "assistant", "content": "".join(pieces)}]
+        self.conversation = self.conversation.with_turn(text, "".join(pieces))
 
     def command(self, line: str) -> str | None:
         """Run a command such as "/quantile worst"; return what to tell the user, or None to end.
@@ -115,11 +109,11 @@ class Conversation:
         if name == "/help":
             return _COMMANDS
         if name == "/reset":
-            self.messages.clear()
+            self.conversation = replace(self.conversation, messages=())
             return "the conversation starts again"
         if name == "/system":
-            self.system = value or None
-            return f"system message: {self.system or 'default'}"
+            self.conversation = replace(self.conversation, system=value or None)
+            return f"system message: {value or 'default'}"
         if name == "/quantile":
             self.generator.condition([], value)
             self.quantile = value
@@ -156,17 +150,17 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if not reads_chats(generator.tokenizer):
         raise UserError(f"model {arguments.model!r}: must have a chat template. Use quarkrl generate for texts.")
-    conversation = Conversation(generator, options, options.quantile, options.guidance_scale)
-    conversation.command(f"/quantile {options.quantile}")
+    talk = Talk(generator, options, options.quantile, options.guidance_scale)
+    talk.command(f"/quantile {options.quantile}")
     if options.guidance_scale is not None:
-        conversation.command(f"/guidance {options.guidance_scale}")
+        talk.command(f"/guidance {options.guidance_scale}")
     conditioning = generator.conditioning
     levels = f"quantiles 0 (worst) to {conditioning.num_quantiles - 1} (best)" if conditioning else "no quantiles"
     note(f"{arguments.model}: {levels}. /help lists the commands.")
-    _talk(conversation)
+    _answer_lines(talk)
 
 
-def _talk(conversation: Conversation) -> None:
+def _answer_lines(talk: Talk) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         import readline  # noqa: F401 - input() then has line editing and history
@@ -182,21 +176,21 @@ def _talk(conversation: Conversation) -> None:
             continue
         try:
             if line.startswith("/"):
-                reply = conversation.command(line)
+                reply = talk.command(line)
                 if reply is None:
                     return
                 note(reply)
             elif line:
-                _print_answer(conversation, line)
+                _print_answer(talk, line)
         except UserError as error:
             note(f"error: {error}")
     if is_terminal:
         print()
 
 
-def _print_answer(conversation: Conversation, line: str) -> None:
+def _print_answer(talk: Talk, line: str) -> None:
     try:
-        for piece in conversation.answer(line):
+        for piece in talk.answer(line):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         note("\nstopped")

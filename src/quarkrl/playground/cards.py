@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from html import escape
+from itertools import zip_longest
 
-from quarkrl.playground.answers import Answer, Column, low_score
+from quarkrl.playground.answers import Answer, Column, Turn, low_score
+from quarkrl.playground.settings import Settings
 
 
-def columns_html(columns: Sequence[Column], prompt: str, query: str) -> str:
+def columns_html(columns: Sequence[Column], settings: Settings, query: str = "") -> str:
     """Return the columns, one beside the other where there is space.
 
     Args:
         columns: the columns, finished or not.
-        prompt: the text that completions continue, shown before each; "" for answers to a message.
+        settings: of the columns, with the messages that they answer or the text that they continue.
         query: of the URL that restores the page; its script reads it here.
     """
     low = low_score(list(columns))
-    body = "".join(_column_html(column, prompt, low) for column in columns)
+    body = "".join(_column_html(column, settings, low) for column in columns)
     legend = "▼ marks the lowest fifth of the range of scores on this page."
     legend = "" if low is None else f'<p class="q-legend">{legend}</p>'
     return f'<div class="q-columns" data-query="{escape(query)}">{body}</div>{legend}'
@@ -26,17 +28,25 @@ def error_html(message: str) -> str:
     return f'<p class="q-error" role="alert">{escape(message)}</p>' if message else ""
 
 
-def _column_html(column: Column, prompt: str, low: float | None) -> str:
+def _column_html(column: Column, settings: Settings, low: float | None) -> str:
     mean = "" if column.mean is None else f'<span class="q-mean">mean {column.mean:.2f}</span>'
-    note = f'<p class="q-note">{escape(column.note)}</p>' if column.note else ""
-    if column.answers is None:
-        cards = '<p class="q-waiting">sampling …</p>'
-    else:
-        cards = "".join(_card_html(answer, prompt, low) for answer in column.answers)
+    pairs = zip_longest(settings.messages, column.turns)
+    turns = "".join(_turn_html(message, turn, settings.chat, low) for message, turn in pairs)
     return (
-        f'<section class="q-column"><header><h2>{escape(column.title)}</h2>{mean}'
-        f'<span class="q-detail">{escape(column.detail)}</span></header>{note}{cards}</section>'
+        f'<section class="q-column" style="grid-row: span {len(settings.messages) + 1}"><header>'
+        f'<h2>{escape(column.title)}</h2>{mean}<span class="q-detail">{escape(column.detail)}</span></header>'
+        f"{turns}</section>"
     )
+
+
+def _turn_html(message: str, turn: Turn | None, is_chat: bool, low: float | None) -> str:
+    """A message and its answers, or the completions of a text. A turn that is being sampled is None."""
+    bubble = f'<p class="q-message">{escape(message)}</p>' if is_chat else ""
+    if turn is None:
+        return f'<div>{bubble}<p class="q-waiting">sampling …</p></div>'
+    note = f'<p class="q-note">{escape(turn.note)}</p>' if turn.note else ""
+    cards = "".join(_card_html(answer, "" if is_chat else message, low) for answer in turn.answers)
+    return f"<div>{bubble}{note}{cards}</div>"
 
 
 def _card_html(answer: Answer, prompt: str, low: float | None) -> str:

@@ -1,16 +1,16 @@
 """The page: its components, and what they do. Gradio is imported here only."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from quarkrl.data.chats import reads_chats
 from quarkrl.errors import UserError
-from quarkrl.playground.answers import answer
+from quarkrl.playground.answers import Column, answer
 from quarkrl.playground.cards import columns_html, error_html
 from quarkrl.playground.form import QUANTILE, default_settings, fill_form, quantile_choices, read_form
 from quarkrl.playground.settings import MAX_SAMPLES, Settings
@@ -24,15 +24,18 @@ THEME = gr.themes.Base(
     font=("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
     font_mono=("ui-monospace", "Menlo", "Consolas", "monospace"),
 )
-_UNCHANGED: Any = (gr.skip(), gr.skip())
+_SAME: Any = gr.skip()
+_UNCHANGED: Any = (_SAME,) * 5
 # Gradio's own parameters of a URL, such as __theme, stay as they are.
 _SHARE = """() => {
   const columns = document.querySelector('.q-columns');
-  if (!columns) return;
-  const query = new URLSearchParams(columns.dataset.query);
+  const query = new URLSearchParams(columns ? columns.dataset.query : '');
   for (const [name, value] of new URLSearchParams(location.search)) if (name.startsWith('__')) query.set(name, value);
   history.replaceState(null, '', query.size ? '?' + query : location.pathname);
 }"""
+# The columns above the box grow, so that it leaves the window.
+_SHOW_REPLY = "() => document.querySelector('#q-reply')?.scrollIntoView({block: 'nearest'})"
+_FOCUS_PROMPT = "() => document.querySelector('#q-prompt textarea').focus()"
 _COPY = """async () => {
   const button = document.querySelector('#q-copy');
   try { await navigator.clipboard.writeText(location.href); button.textContent = 'Link copied'; }
@@ -52,23 +55,40 @@ def build_page(subject: Subject) -> gr.Blocks:
                 with gr.Row(elem_classes="q-actions"):
                     run = gr.Button("Generate", variant="primary", scale=0, min_width=160)
                     copy = gr.Button("Copy link", scale=0, min_width=120, elem_id="q-copy")
-                error = gr.HTML("", elem_classes="q-flush")
-                results = gr.HTML("", elem_classes="q-flush")
+                outputs, send, again = _outputs()
             with gr.Column(scale=1, min_width=260):
                 inputs |= _number_inputs(defaults)
         session = Session(subject, defaults, tuple(inputs))
+        values = [outputs["shown"], *inputs.values()]
         # One queue for the model: a second tab waits.
-        options: dict[str, Any] = {"inputs": [*inputs.values()], "outputs": [error, results], "concurrency_id": "model"}
-        options |= {"show_progress_on": error, "trigger_mode": "always_last"}
-        gr.on([run.click, inputs["prompt"].submit], session.answer, **options).then(fn=None, js=_SHARE)
+        options: dict[str, Any] = {"outputs": [*outputs.values()], "concurrency_id": "model"}
+        options |= {"show_progress_on": outputs["error"], "trigger_mode": "always_last"}
+        gr.on([run.click, inputs["prompt"].submit], session.answer, values, **options).then(fn=None, js=_SHARE)
         radios = [component for name, component in inputs.items() if name.startswith(QUANTILE)]
         if radios:
-            gr.on([radio.input for radio in radios], session.answer_if_prompt, **options).then(fn=None, js=_SHARE)
+            changed = gr.on([radio.input for radio in radios], session.answer_if_prompt, values, **options)
+            changed.then(fn=None, js=_SHARE)
+        said = gr.on([send.click, outputs["reply"].submit], session.reply, [outputs["reply"], *values], **options)
+        said.then(fn=None, js=_SHARE).then(fn=None, js=_SHOW_REPLY)
+        started = again.click(session.start_again, None, [inputs["prompt"], *outputs.values()], queue=False)
+        started.then(fn=None, js=_SHARE).then(fn=None, js=_FOCUS_PROMPT)
         copy.click(fn=None, js=_COPY)
         # Outside the queue: it must not overwrite what the user has begun to type.
-        restored = page.load(session.restore, None, [*inputs.values(), error], queue=False)
-        restored.then(session.answer_shared, **options)
+        restored = page.load(session.restore, None, [*inputs.values(), outputs["error"], outputs["shown"]], queue=False)
+        restored.then(session.answer_shared, values, **options)
     return page
+
+
+class Shown(NamedTuple):
+    """What the page shows.
+
+    Attributes:
+        settings: of the columns, with all messages of a conversation.
+        columns: finished; none for the address of a page that is to be answered.
+    """
+
+    settings: Settings
+    columns: Sequence[Column] = ()
 
 
 @dataclass(frozen=True)
@@ -85,42 +105,69 @@ class Session:
     defaults: Settings
     names: tuple[str, ...]
 
-    def answer(self, *values: Any) -> Iterator[tuple[str, str]]:
-        """Yield the error line and the columns, again with each finished column."""
+    def answer(self, shown: Shown | None, *values: Any) -> Iterator[tuple]:
+        """Yield the outputs, again with each finished turn. The same first message keeps its conversation."""
         try:
-            settings = read_form(dict(zip(self.names, values, strict=True)), self.defaults)
-            prompt = "" if settings.chat else settings.prompt
-            for columns in answer(self.subject, settings):
-                yield "", columns_html(columns, prompt, settings.to_query(self.defaults))
+            settings = self._read(values)
+            if shown and settings.messages[0] == shown.settings.messages[0] and settings.chat:
+                settings = replace(settings, replies=shown.settings.replies)
+            yield from self._answer(settings)
         except UserError as error:
-            yield error_html(str(error)), ""
+            yield _show(error=str(error))
 
-    def answer_if_prompt(self, *values: Any) -> Iterator[tuple[str, str]]:
+    def answer_if_prompt(self, shown: Shown | None, *values: Any) -> Iterator[tuple]:
         """Answer unless there is no prompt yet, which only `answer` reports."""
         if dict(zip(self.names, values, strict=True))["prompt"].strip():
-            yield from self.answer(*values)
+            yield from self.answer(shown, *values)
         else:
             yield _UNCHANGED
 
-    def answer_shared(self, request: gr.Request, *values: Any) -> Iterator[tuple[str, str]]:
+    def answer_shared(self, request: gr.Request, shown: Shown | None, *values: Any) -> Iterator[tuple]:
         """Answer the prompt in the address of the page, if it has one."""
         if request.query_params.get("prompt", "").strip():
-            yield from self.answer(*values)
+            yield from self.answer(shown, *values)
         else:
             yield _UNCHANGED
 
+    def reply(self, text: str, shown: Shown | None, *values: Any) -> Iterator[tuple]:
+        """Answer one more message. If a setting has changed, answer the whole conversation again."""
+        if shown is None or not text.strip():
+            yield _UNCHANGED
+            return
+        before = shown.settings
+        try:
+            now = replace(self._read(values), prompt=before.prompt, chat=True, replies=before.replies)
+            settings = replace(now, replies=(*now.replies, text))
+            for n, outputs in enumerate(self._answer(settings, shown.columns if now == before else ())):
+                yield outputs if n else (*outputs[:-2], "", outputs[-1])
+        except UserError as error:
+            yield _show(columns_html(shown.columns, before, before.to_query(self.defaults)), shown, str(error), text)
+
+    def start_again(self) -> tuple:
+        """Forget the conversation: return an empty prompt, and empty outputs."""
+        return "", *_show(reply="")
+
+    def _read(self, values: Sequence[Any]) -> Settings:
+        return read_form(dict(zip(self.names, values, strict=True)), self.defaults)
+
+    def _answer(self, settings: Settings, earlier: Sequence[Column] = ()) -> Iterator[tuple]:
+        query = settings.to_query(self.defaults)
+        for columns in answer(self.subject, settings, earlier):
+            yield _show(columns_html(columns, settings, query), Shown(settings, columns))
+
     def restore(self, request: gr.Request) -> list[Any]:
-        """Return the values that the URL's query sets, and the error line."""
+        """Return the values that the URL's query sets, the error line, and the conversation to answer."""
         query = {name: text for name, text in request.query_params.items() if not name.startswith("__")}
         if not query:
-            return [gr.skip()] * (len(self.names) + 1)
-        conditioning, message = self.subject.generator.conditioning, ""
-        form = fill_form(self.defaults, conditioning)
+            return [gr.skip()] * (len(self.names) + 2)
+        conditioning, message, settings = self.subject.generator.conditioning, "", self.defaults
         try:
-            form = fill_form(Settings.from_query(query, self.defaults), conditioning)
+            settings = Settings.from_query(query, self.defaults)
+            form = fill_form(settings, conditioning)
         except UserError as error:
+            form, settings = fill_form(self.defaults, conditioning), self.defaults
             message = f"address of the page: {error}"
-        return [*(form[name] for name in self.names), error_html(message)]
+        return [*(form[name] for name in self.names), error_html(message), Shown(settings)]
 
 
 def _head_html(subject: Subject) -> str:
@@ -129,12 +176,43 @@ def _head_html(subject: Subject) -> str:
     return f'<header class="q-head"><h1>{escape(subject.name)}</h1><p>{escape(levels)} · {escape(reward)}</p></header>'
 
 
+def _outputs() -> tuple[dict[str, Any], gr.Button, gr.Button]:
+    """What answers change, by name, and the buttons that reply and start again."""
+    outputs: dict[str, Any] = {"results": gr.HTML("", elem_classes="q-flush")}
+    outputs["error"] = gr.HTML("", elem_classes="q-flush")
+    outputs["shown"] = gr.State()
+    with gr.Column(visible=False, elem_id="q-reply") as box:
+        outputs["reply"] = gr.Textbox(
+            label="Next message",
+            info="Each column continues with its own first answer.",
+            lines=1,
+            max_lines=10,
+            placeholder="Type a message, then Enter",
+        )
+        with gr.Row(elem_classes="q-actions"):
+            send = gr.Button("Reply", variant="primary", scale=0, min_width=160)
+            again = gr.Button("Start again", scale=0, min_width=160)
+    outputs["box"] = box
+    return outputs, send, again
+
+
+def _show(html: str = "", shown: Shown | None = None, error: str = "", reply: Any = _SAME) -> tuple:
+    """Values of `_outputs`. The box for a reply is there if a chat is shown."""
+    return html, error_html(error), shown, reply, gr.update(visible=bool(shown and shown.settings.chat))
+
+
 def _prompt_inputs(subject: Subject, defaults: Settings) -> dict[str, Any]:
     """The inputs above the columns, by the name of their setting; `quantile:NAME` for each attribute."""
     inputs: dict[str, Any] = {}
     can_chat = reads_chats(subject.generator.tokenizer)
     inputs["prompt"] = gr.Textbox(
-        defaults.prompt, label="Prompt", lines=1, max_lines=10, autofocus=True, placeholder="Type some text, then Enter"
+        defaults.prompt,
+        label="Prompt",
+        lines=1,
+        max_lines=10,
+        autofocus=True,
+        placeholder="Type some text, then Enter",
+        elem_id="q-prompt",
     )
     if subject.examples:
         gr.Examples([[text] for text in subject.examples], [inputs["prompt"]], label="Prompts to try")

@@ -1,12 +1,13 @@
 """`Settings`: what a user has set on the page, and the same as the query of a URL, so that a page can be shared."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from quarkrl.errors import UserError
+from quarkrl.errors import UserError, shorten
 from quarkrl.options import check_options, option, typed_fields
 from quarkrl.sampling.options import GuidanceRule
 
@@ -21,7 +22,8 @@ class Settings:
     """What a user has set on the page. The names are those of the options of `quarkrl generate`.
 
     Attributes:
-        prompt: the text to continue, or a message of the user.
+        prompt: the text to continue, or the first message of the user.
+        replies: the user's further messages of a chat, each after the answer to the one before.
         chat: whether the prompt is a message.
         system_prompt: the system message of a chat; "" for the default of the chat template.
         quantile: of the column that can be chosen: a name or number, or NAME=Q,NAME=Q.
@@ -31,6 +33,7 @@ class Settings:
     """
 
     prompt: str = ""
+    replies: tuple[str, ...] = ()
     chat: bool = False
     system_prompt: str = ""
     quantile: str = "best"
@@ -44,6 +47,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """All messages of the user in a chat; otherwise the prompt alone."""
+        return (self.prompt, *self.replies) if self.chat else (self.prompt,)
 
     def strategy(self) -> "Sampling":
         """Return the rule that chooses the next token."""
@@ -80,9 +88,11 @@ class Settings:
 
 
 def _text(value: Any) -> str:
-    """A value as text: 20.0 as "20", and nothing as ""."""
+    """A value as text: 20.0 as "20", nothing as "", and several texts as JSON."""
     if value is None:
         return ""
+    if isinstance(value, tuple):
+        return json.dumps(value, ensure_ascii=False)
     return f"{value:.10g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
@@ -90,6 +100,8 @@ def _read(name: str, text: str, kind: Any) -> Any:
     """Read the value of a setting from text."""
     if kind is bool:
         return text.lower() in ("true", "1", "yes")
+    if kind == tuple[str, ...]:
+        return _read_texts(name, text)
     if kind not in (int, float):
         return text
     try:
@@ -97,3 +109,13 @@ def _read(name: str, text: str, kind: Any) -> Any:
     except ValueError:
         noun = "an integer" if kind is int else "a number"
         raise UserError(f"{name} {text!r}: must be {noun}.") from None
+
+
+def _read_texts(name: str, text: str) -> tuple[str, ...]:
+    try:
+        texts = json.loads(text)
+    except ValueError:
+        texts = None
+    if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+        raise UserError(f"{name} {shorten(text)}: must be a list of texts in JSON.")
+    return tuple(texts)
