@@ -261,6 +261,7 @@ def test_a_killed_run_that_is_resumed_requests_no_text_again(home, tmp_path, ser
     server.delay = 0.05
     reward = f"perspective?endpoint={server.perspective}&queries_per_second=none&concurrency=2"
     options = ("--reward", reward, "--score_cache", tmp_path / "cache.sqlite", "--output_dir", tmp_path / "run")
+    options += ("--samples_per_prompt", "1")  # Nothing depends on the rewards, so none is requested before the run.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "quarkrl.cli", "train", "--config", home / "run.yaml", *map(str, options)]
     run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
