@@ -384,8 +384,8 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("waits", "reward 'waits' did not score 256 completions within 0.3 s. Fix"),
-        ("blocks", "reward 'blocks' did not score 256 completions within 0.3 s ("),
+        ("waits", "reward 'waits' did not score 8 completions within 0.3 s. Fix"),
+        ("blocks", "reward 'blocks' did not score 8 completions within 0.3 s ("),
         ("leaves", "reward 'leaves' raised SystemExit: 0 ("),
     ],
 )

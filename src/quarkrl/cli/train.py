@@ -73,7 +73,7 @@ def run(command: TrainCommand) -> Path | None:
         trainer.progress.show_start_notes()
         note_skipped(trainer.prompts)
         if run.dry_run:
-            note("dry run: nothing was trained or written; a few completions were sampled for the estimate of time")
+            note("dry run: nothing was trained or written; a few completions were sampled and scored for the plan")
             return None
         with working_directory(directory):
             baseline = comparison and comparison.measure_before()
@@ -129,7 +129,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     model = load_model(path, run.trust_remote_code, load_in_4bit=run.load_in_4bit, **loading)
     tokenizer = load_tokenizer(path, run.trust_remote_code)
     prompts = load_run_prompts(run, config.skip_bad_prompts, tokenizer)
-    config.raw = _is_raw(run, config, prompts.read, tokenizer)
+    raw = config.raw = _is_raw(run, config, prompts.read, tokenizer)
     look = None if run.resume else _first_look(run, config, model, tokenizer, prompts.read)
     speed = look.speed if look else None
     with working_directory(os.getcwd()):  # A call of a reward may change it.
@@ -137,7 +137,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     num_scored = len(prompts.scored or ()) if prompts.training is None else None
     num_prompts = None if run.stream_prompts else len(prompts.training or ())
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored, spread)
-    run, config, raw = command.run, command.config, config.raw
+    run, config = command.run, command.config
     config.raw = raw
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
@@ -215,14 +215,17 @@ def _first_look(
 def _spread(
     command: TrainCommand, look: "FirstLook | None", scorer: "Scorer | None", scored: "Prompts | None"
 ) -> "RewardSpread | None":
-    """Return how the rewards differ, of the run's scored samples or of a first look; None if nothing depends on it."""
+    """Return how the rewards differ, of the run's scored samples or of a first look; None if nothing depends on it.
+
+    An async reward asks a server, which may cost money or limit requests, so it is not called before the run.
+    """
     from quarkrl.training.first_look import spread_of_columns
 
     if not command.chooses_by_rewards:
         return None
     if scored is not None:
         return spread_of_columns(scored, command.config)
-    return look.spread(scorer, command.config) if look and scorer else None
+    return look.spread(scorer, command.config) if look and scorer and not scorer.is_async else None
 
 
 def _comparison(run: RunOptions, trainer: "QuarkTrainer", scorer: "Scorer | None", prompts: "Prompts | None") -> Any:

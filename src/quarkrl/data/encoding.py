@@ -272,8 +272,8 @@ def _encode_texts(tokenizer: Any, texts: list[Any], empty_ids: Sequence[int] | N
         end = len(ids)
         while end and is_special[end - 1]:
             end -= 1
-        has_tokens = end > 0
-        if is_for_encoder(tokenizer):
-            end, empty_ids = len(ids), None if empty_ids is None else ids
-        results.append(ids[:end] if has_tokens else list(empty_ids or ()))
+        whole, empty = ids[:end], list(empty_ids or ())
+        if is_for_encoder(tokenizer):  # It reads the special tokens behind a text, too.
+            whole, empty = ids, [] if empty_ids is None else ids
+        results.append(whole if end else empty)
     return results

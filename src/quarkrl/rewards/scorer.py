@@ -1,5 +1,6 @@
 """`Scorer`: the scores of one or several reward functions, combined into one array of rewards."""
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
@@ -151,6 +152,12 @@ class Scorer:
     def attribute_rewards(self) -> tuple[str, ...]:
         """For each attribute the name of its reward; that of a sum of several is the attribute's own."""
         return self.names if self.condition_on == "each" or len(self.names) == 1 else self.attributes
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a reward is async, as those are that ask a server."""
+        functions = [call for reward in self._rewards for call in (reward, type(reward).__call__)]
+        return any(map(inspect.iscoroutinefunction, functions))
 
     def stop(self) -> None:
         """End the call that another thread has in progress, if any. Async rewards are cancelled.

@@ -114,7 +114,7 @@ class RewardSpread:
     def describe(self, options: dict[str, Any], fixed: dict[str, Any]) -> str:
         """Return a line about the options that follow from the rewards; "" if they are those of any reward."""
         if self.is_constant:
-            return f"warning: {self.text}. Choose prompts that provoke what the model shall stop, or a finer reward."
+            return f"warning: {self.text}. Choose prompts that provoke what the model must stop, or a finer reward."
         count, samples = options["num_quantiles"], options["samples_per_prompt"]
         parts = []
         if count < self.MOST and "num_quantiles" not in fixed:
@@ -123,11 +123,9 @@ class RewardSpread:
             parts.append(f"{samples} samples per prompt")
         return f"rewards: {self.text}, so the run has {' and '.join(parts)}" if parts else ""
 
-    def samples_for(self, samples: int, options: dict[str, Any], num_prompts: int | None = None) -> int:
-        """Return the samples per prompt that put `LEAST_RARE` of an iteration into the smallest quantile."""
-        prompts = options["prompts_per_iteration"] or num_prompts or 1
-        prompts = min(prompts, num_prompts or prompts)
-        return max(samples, min(math.ceil(LEAST_RARE / (self.least_share * prompts)), MOST_SAMPLES_PER_PROMPT))
+    def samples_per_prompt(self, prompts: int) -> int:
+        """Return how many completions of each prompt put `LEAST_RARE` samples into the smallest quantile."""
+        return min(math.ceil(LEAST_RARE / (self.least_share * prompts)), MOST_SAMPLES_PER_PROMPT)
 
 
 def fit_to_prompts(
@@ -152,7 +150,7 @@ def fit_to_prompts(
     prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
     if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
         samples = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
-        options["samples_per_prompt"] = spread.samples_for(samples, options, num_prompts) if spread else samples
+        options["samples_per_prompt"] = max(samples, spread.samples_per_prompt(prompts)) if spread else samples
     batch = options["per_device_train_batch_size"] * per_batch
     _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
 
