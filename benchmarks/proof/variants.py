@@ -151,15 +151,15 @@ def token_credit() -> None:
         return torch.nn.functional.cross_entropy(projection.logits().float(), targets, reduction="none")
 
     def weighted(
-        trainer: QuarkTrainer, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, items: Any = None
-    ) -> Any:
-        total = compute_loss(trainer, model, inputs, return_outputs, items)
+        trainer: QuarkTrainer, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        total = compute_loss(trainer, model, inputs, num_items_in_batch=num_items_in_batch)
         nll = token_nll(trainer, model, inputs)
         with torch.no_grad():
             credit = (nll - token_nll(trainer, model, inputs, "opposite_")).abs()
             weights = (credit / credit.mean().clamp(min=1e-6)).clamp(max=MAX_CREDIT)
             weights = weights / weights.mean() - 1
-        scale = 1 if items is None else len(nll) / items
+        scale = 1 if num_items_in_batch is None else len(nll) / num_items_in_batch
         return total + (weights * nll).mean() * scale
 
     Collator.__call__, QuarkTrainer.compute_loss = with_opposite, weighted
