@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "proof"))
 
-from run import HERE, flags
+from ablations_page import write
+from run import HERE, ROOT, flags
 
 from quarkrl.cli.train_options import parse_train
 
@@ -31,6 +34,26 @@ def test_the_options_of_a_variant_are_those_of_the_command_and_score_as_much(nam
     config = parse_train([*SHORT[:6], "--output_dir", "unused", *flags(options)]).config
     scored = config.num_iterations * config.prompts_per_iteration * config.samples_per_prompt
     assert scored == MATRIX["tasks"]["ablations-6m"]["scored"]
+
+
+def test_the_page_has_a_section_of_each_group_that_has_run(tmp_path):
+    """The figures are those of the proof, under the names of three variants."""
+    records = ROOT / "benchmarks" / "results" / "proof" / "toxicity-6m"
+    results = tmp_path / "results" / "ablations-6m"
+    results.mkdir(parents=True)
+    for method, record in {"base": "base", "quark": "grpo", "beta-0": "sft", "K-2": "ppo"}.items():
+        (found,) = (json.loads(file.read_text(encoding="utf-8")) for file in records.glob(f"{record}-*.json"))
+        found |= {"method": method, "settings": {}}
+        (results / f"{method}.json").write_text(json.dumps(found), encoding="utf-8")
+    text = write(MATRIX, tmp_path / "results", tmp_path).read_text(encoding="utf-8")
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["Weight of the KL term", "Number of quantiles"]
+    first, second = text.split("\n## ")[1:]
+    assert "| Quark |" in first and "| Quark |" in second  # What each group compares with.
+    assert "| β 0, no KL |" in first and "| β 0, no KL |" not in second and "| K 2 |" in second
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        "ablation-weight-of-the-KL-term.svg",
+        "ablation-number-of-quantiles.svg",
+    }
 
 
 def final_weights(directory: Path, script: list[str]) -> str:
