@@ -25,7 +25,7 @@ def animals(completions, **columns):
 
 
 prompts = [f"{first} {second}" for first in WORDS[2:] for second in WORDS[2:]]
-config = QuarkConfig(mkdtemp(), num_quantiles=4, num_iterations=4, steps_per_iteration=32, max_completion_length=6)
+config = QuarkConfig(mkdtemp(), num_quantiles=2, num_iterations=4, steps_per_iteration=32, max_completion_length=6)
 config.samples_per_prompt, config.per_device_train_batch_size = 4, 16
 config.learning_rate, config.kl_coef = 1e-2, 0.0
 trainer = QuarkTrainer(model, animals, config, train_dataset=prompts, processing_class=tokenizer)

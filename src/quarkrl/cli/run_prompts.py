@@ -48,7 +48,7 @@ def load_run_prompts(run: RunOptions, skip_bad: bool, tokenizer: "PreTrainedToke
     evaluated = held_out_prompts(run, skip_bad, tokenizer) if run.eval_prompts else None
     loaded, count = RunPrompts(training, evaluated, None, "", scored), run.held_out or 0
     if not count:
-        return loaded._replace(note="held out: no prompts, so no table before/after (--held_out 64)")
+        return loaded._replace(note="held out: no prompts, so no table before/after. --held_out 64 gives one")
     if training is None and run.reward is None:
         return loaded._replace(note="before/after: no table, because no reward measures the model (--reward)")
     if evaluated is not None:

@@ -148,7 +148,7 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
             raise UserError(text) from error
         # transformers and peft raise a dozen types of exception for a damaged model, above all for a damaged config.
         raise UserError(
-            f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a causal language model, by its directory "
+            f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a language model, by its directory "
             "or its name on the hub."
         ) from error
 

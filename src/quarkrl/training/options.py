@@ -358,7 +358,7 @@ class QuarkOptions:
         rare=True,
     )
     disable_tqdm: bool | None = option(
-        False, "Show no progress.", resume="free", group="saving and evaluating", rare=True
+        False, "Show no plan and no progress.", resume="free", group="saving and evaluating", rare=True
     )
 
 

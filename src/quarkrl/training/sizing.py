@@ -114,7 +114,7 @@ class RewardSpread:
     def describe(self, options: dict[str, Any], fixed: dict[str, Any]) -> str:
         """Return a line about the options that follow from the rewards; "" if they are those of any reward."""
         if self.is_constant:
-            return f"warning: {self.text}. Choose prompts that provoke what the model must stop, or a finer reward."
+            return f"warning: {self.text}. Choose prompts whose completions differ, or a finer reward."
         count, samples = options["num_quantiles"], options["samples_per_prompt"]
         parts = []
         if count < self.MOST and "num_quantiles" not in fixed:
@@ -150,7 +150,8 @@ def fit_to_prompts(
     prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
     if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
         samples = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
-        options["samples_per_prompt"] = max(samples, spread.samples_per_prompt(prompts)) if spread else samples
+        needed = spread.samples_per_prompt(prompts) if spread and not spread.is_constant else 1
+        options["samples_per_prompt"] = max(samples, needed)
     batch = options["per_device_train_batch_size"] * per_batch
     _set_steps(options, fixed, draws * prompts * options["samples_per_prompt"] / batch)
 
