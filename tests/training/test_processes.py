@@ -275,3 +275,16 @@ def test_deepspeed_learns_what_one_process_learns_and_resumes_to_the_same_bits(t
     options["deepspeed"]["zero_optimization"]["stage"] = 3
     end = run_job(tmp_path / "other", 2, model=NO_DROPOUT, options=options)
     assert end.code != 0 and "UserError: DeepSpeed's ZeRO stage 3: not supported" in end.output
+
+
+@pytest.mark.slow
+def test_the_pairs_of_two_processes_are_those_of_one(tmp_path):
+    options, rows = {"dpo_coef": 1.0, "samples_per_prompt": 2}, []
+    for count, more in ((1, {}), (2, TWO)):
+        directory = tmp_path / f"run-{count}"
+        fine(run_job(directory, count, model=NO_DROPOUT, options={**options, **more}))
+        rows.append([row for row in metrics_of(directory) if "dpo" in row])
+    assert len(rows[0]) == len(rows[1]) > 2
+    for one, two in zip(*rows, strict=True):
+        for name in one.keys() & {*FIGURES, "dpo"}:
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), name

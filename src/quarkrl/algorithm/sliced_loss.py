@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from quarkrl.models.completion_logits import Projection
 
@@ -68,8 +69,8 @@ class SlicedQuarkLoss(torch.autograd.Function):
         tokens, vocab_size = inputs.policy.shape
         kl_coef, entropy_coef, _, _ = inputs.settings
         # Cast once, because autocast would cast again for every slice.
-        policy = _cast_as_autocast(inputs.policy)
-        ref = None if inputs.ref is None else _cast_as_autocast(inputs.ref)
+        policy = cast_as_autocast(inputs.policy)
+        ref = None if inputs.ref is None else cast_as_autocast(inputs.ref)
         dtypes = [projection.hidden.dtype for projection in (policy, ref) if projection is not None]
         dtype = reduce(torch.promote_types, dtypes, torch.float32)  # That of the loss: at least float32.
         tensors = hidden, weight, bias, row_values
@@ -105,7 +106,7 @@ class SlicedQuarkLoss(torch.autograd.Function):
         return *(grad if grad is None else grad * scale.to(grad.dtype) for grad in ctx.gradients), None
 
 
-def _cast_as_autocast(projection: Projection) -> Projection:
+def cast_as_autocast(projection: Projection) -> Projection:
     """Cast a projection to the dtype in which autocast would compute it."""
     device = projection.hidden.device.type
     if projection.weight is None or not torch.is_autocast_enabled(device):
@@ -114,6 +115,30 @@ def _cast_as_autocast(projection: Projection) -> Projection:
     names = "hidden", "weight", "bias", "row_values"
     tensors = {name: getattr(projection, name) for name in names}
     return projection._replace(**{name: tensor.to(dtype) for name, tensor in tensors.items() if tensor is not None})
+
+
+def log_likelihoods(projection: Projection, labels: Tensor) -> Tensor:
+    """Return the log-likelihood of each completion, `(batch,)`; gradients hold the logits of one slice at a time.
+
+    Args:
+        projection: `(T, V)`, the logits that predict the T completion tokens.
+        labels: `(batch, length)`, -100 except at the completion tokens.
+    """
+    is_completion = labels != -100
+    targets, projection = labels[is_completion], cast_as_autocast(projection)
+    step, nll = default_slice_length(projection.shape[1]), []
+    with torch.autocast(labels.device.type, enabled=False):
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            nll.append(checkpoint(_nll_of, projection, rows, targets[rows], use_reentrant=False))
+    total = torch.zeros(len(labels), device=labels.device, dtype=nll[0].dtype)
+    return total.index_add(0, is_completion.nonzero()[:, 0], torch.cat(nll), alpha=-1)
+
+
+def _nll_of(projection: Projection, rows: slice, targets: Tensor) -> Tensor:
+    logits = projection.logits(rows)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="none")
 
 
 @dataclass

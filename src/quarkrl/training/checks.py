@@ -22,6 +22,19 @@ def check_quantiles(args: QuarkConfig, num_prompts: int, explores: bool) -> None
         )
 
 
+def check_pairs(args: QuarkConfig, explores: bool) -> None:
+    """Check what the DPO term needs: two completions of a prompt, and one reward to order them by."""
+    if not args.dpo_coef:
+        return
+    if explores and args.samples_per_prompt < 2:
+        raise UserError(
+            f"samples_per_prompt {args.samples_per_prompt}: must be at least 2 with dpo_coef, which compares "
+            "completions of a prompt. Set --samples_per_prompt 8."
+        )
+    if args.condition_on == "each":
+        raise UserError(f"dpo_coef {args.dpo_coef:g}: must be 0 with condition_on each. Set --condition_on sum.")
+
+
 def check_sharded(args: QuarkConfig, is_sharded: bool) -> None:
     """Check the options that need whole weights on each process."""
     if not is_sharded:

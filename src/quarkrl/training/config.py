@@ -252,6 +252,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             )
 
     @property
+    def compares_with_reference(self) -> bool:
+        """Whether a term of the loss needs p_0."""
+        return bool(self.kl_coef or self.dpo_coef)
+
+    @property
     def guides_reference(self) -> bool:
         """Whether the KL term compares with guided logits of the reference in any iteration."""
         return bool(self.kl_coef) and set(self.kl_guidance_scale) != {1}

@@ -114,7 +114,7 @@ def take_first_look(
         sampled = time.perf_counter()
         few = _read(model, encoded, rows, completions, args)
         read = time.perf_counter() - sampled
-    passes = _PASSES_OF_LEARNING + bool(args.kl_coef)
+    passes = _PASSES_OF_LEARNING + bool(args.kl_coef) + (2 * (_PASSES_OF_LEARNING + 1) if args.dpo_coef else 0)
     speed = Speed((sampled - start) / count, passes * read / few)
     return FirstLook(speed, encoded, rows, completions, list(end_ids), tokenizer)
 

@@ -122,6 +122,7 @@ def size_of_run(
     # Arrays of whole logits: those of policy and reference, and their gradient; all those of distillation, and of a
     # guided reference.
     whole = (0 if is_one_product(output) else 3) + (8 if options.distills else 6 if options.guides_reference else 0)
+    sequences = 3 if options.dpo_coef else 1  # That a draw is learned with: the sample, and both of its pair.
     other = weights // 2 if number_bytes < head.element_size() else 0
     other += trained if options.world_size > 1 else 0
     other += trained if options.distills else 0  # The teacher.
@@ -133,8 +134,8 @@ def size_of_run(
         weights=weights,
         trained=trained,
         loss=5 * 4 * slice_rows * vocab + tables * head.nbytes,
-        activations=checkpointed if is_checkpointed else activations,
-        checkpointed=checkpointed,
+        activations=sequences * (checkpointed if is_checkpointed else activations),
+        checkpointed=sequences * checkpointed,
         logits=4 * options.max_completion_length * vocab * whole,
         # Autocast does not narrow keys that are rotated by their positions.
         cache=options.passes * 2 * layers * kv_heads * head_width * head.element_size() * length,

@@ -70,18 +70,21 @@ class LogEachIteration(TrainerCallback):
 
 
 class LossMeans:
-    """Sums the parts of the loss over completion tokens, since the last log entry and in the current step."""
+    """Sums the parts of the loss over completion tokens, since the last log entry and in the current step.
 
-    names = ("nll", "kl", "entropy")
+    Args:
+        with_dpo: whether the loss has a DPO term, which is summed over completions.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, with_dpo: bool = False) -> None:
+        self.names = ("nll", "kl", "entropy", *(("dpo",) if with_dpo else ()))
         self._logged = self._step = torch.zeros(len(self.names) + 2, dtype=torch.float64)
 
     def add(self, sums: Tensor, tokens: int, completions: int) -> None:
         """Add a micro-batch to the current step.
 
         Args:
-            sums: `(3,)`: NLL, KL and entropy, each summed over the tokens.
+            sums: one for each of `names`.
             tokens, completions: their numbers in the micro-batch.
         """
         counts = torch.tensor([tokens, completions], dtype=torch.float64)
@@ -112,16 +115,17 @@ class LossMeans:
 
     def last_per_completion(self, accelerator: Any) -> tuple[float, float]:
         """Return the mean KL and the mean entropy per completion of the current step, over all processes."""
-        _nll, kl, entropy, _tokens, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
+        _nll, kl, entropy, *_, completions = accelerator.reduce(self._step.to(accelerator.device)).tolist()
         return kl / completions, entropy / completions
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Return the means per token since the last call, over all processes, and start new ones.
+        """Return the means since the last call, over all processes, and start new ones.
 
         Without tokens, each mean is NaN, and so is `loss`, which overrides that of `Trainer`.
         """
-        *sums, tokens, _completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
+        *sums, tokens, completions = accelerator.reduce(self._logged.to(accelerator.device)).tolist()
         self._logged = torch.zeros_like(self._logged)
         if not tokens:
             return dict.fromkeys((*self.names, "loss"), math.nan)
-        return {name: value / tokens for name, value in zip(self.names, sums, strict=True)}
+        counts = {name: completions if name == "dpo" else tokens for name in self.names}
+        return {name: value / counts[name] for name, value in zip(self.names, sums, strict=True)}

@@ -209,6 +209,17 @@ class QuarkOptions:
     kl_target: float | None = option(
         None, "Adapt β to this KL per completion, in nats (official code: 3).", above=0, group="learning", rare=True
     )
+    dpo_coef: float = option(
+        0.0,
+        "Weight of the DPO term; 0 turns it off. The policy learns to prefer the better of two completions of a "
+        "prompt (docs/pairs.md).",
+        at_least=0,
+        resume="fixed",
+        group="learning",
+    )
+    dpo_beta: float = option(
+        0.1, "β of the DPO term: the smaller, the further the policy may move.", above=0, group="learning", rare=True
+    )
     entropy_coef: float = option(0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning")
     entropy_target: float | None = option(
         None,
@@ -224,6 +235,7 @@ class QuarkOptions:
         "distribution and keeps the policy from sharpening. KL and entropy stay at 1.",
         above=0,
         group="learning",
+        rare=True,
     )
 
     # Learning: guidance baked in

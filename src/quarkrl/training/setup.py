@@ -27,7 +27,7 @@ from quarkrl.models.loading import eos_ids, load_model, load_tokenizer, longest_
 from quarkrl.models.precision import coarse_weights_note, slow_bf16_note
 from quarkrl.models.words import Words
 from quarkrl.rewards.scorer import Scorer
-from quarkrl.training.checks import check_names, check_quantiles
+from quarkrl.training.checks import check_names, check_pairs, check_quantiles
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.identity import QuarkIdentity, chat_date_note, find_chat_date, run_identity
 from quarkrl.training.memory import MemoryPlan, plan_memory
@@ -232,6 +232,7 @@ def prepare_start(
     if eval_dataset is not None:
         eval_prompts = encode_prompts_of("eval_dataset", eval_dataset, encode, args.skip_bad_prompts)
     check_quantiles(args, len(supply.first), explores)
+    check_pairs(args, explores)
     models = prepare_models(loaded, args, scorer.attributes, words)
     end_ids = eos_ids(model, plain_tokenizer, models.conditioning.vocab_size)
     scored = None if rows is None else encode_scored(rows, plain_tokenizer, end_ids, args)
@@ -293,7 +294,11 @@ def prepare_models(loaded: LoadedModels, args: QuarkConfig, attributes: tuple[st
     reference_identity = model_identity(ref_model or model)
     start_identity = reference_identity if ref_model is None else model_identity(model)
     reference = ref_model
-    if ref_model is None and peft_config is None and (args.kl_coef or args.guidance_from == "reference"):
+    if (
+        ref_model is None
+        and peft_config is None
+        and (args.compares_with_reference or args.guidance_from == "reference")
+    ):
         reference = copy.deepcopy(model)
     if args.ref_dtype != "same":
         if reference is None:

@@ -40,8 +40,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import distillation_loss, quark_loss
+from quarkrl.algorithm.pairs import PairFinder, dpo_loss
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length
+from quarkrl.algorithm.sliced_loss import log_likelihoods
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
 from quarkrl.models.batching import split_by_length
@@ -143,7 +145,7 @@ class QuarkTrainer(DurableTrainer):
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
-        self.loss_means = LossMeans()
+        self.loss_means, self.pairs = LossMeans(bool(args.dpo_coef)), PairFinder()
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
@@ -308,7 +310,8 @@ class QuarkTrainer(DurableTrainer):
         draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
         if args.kl_coef and at_iteration(args.kl_guidance_scale, iteration) != 1:
             contrast = partial(self.conditioning.in_words.prefix_named, quantile="worst")
-        self.collate.set_iteration(self.pool, draws, bool(args.kl_coef), contrast)
+        pairs = self.pairs.find(self.pool, draws) if args.dpo_coef else None
+        self.collate.set_iteration(self.pool, draws, bool(args.kl_coef), contrast, pairs)
 
     # Learn.
 
@@ -339,23 +342,54 @@ class QuarkTrainer(DurableTrainer):
         policy_head, ref_head = self.decide_heads()
         policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
         ref = self.compared_with(inputs, ref_head)
-        targets, ends = labels[labels != -100], (labels, args.min_completion_length, self.end_ids)
+        targets = labels[labels != -100]
         settings: dict[str, Any] = {"kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         settings |= self.coefs.current
         with self.accelerator.autocast():
-            policy_logits, ref_logits = policy.suppress_early_eos(*ends), ref and ref.suppress_early_eos(*ends)
+            policy_logits, ref_logits = (
+                self.without_early_eos(policy, labels),
+                ref and self.without_early_eos(ref, labels),
+            )
             if self.distils and ref_logits:
                 loss = distillation_loss(policy_logits.logits(), ref_logits.logits(), targets)
             else:
                 loss = quark_loss(policy_logits, ref_logits, targets, **settings)
-        tokens = policy.shape[0]
-        if self.model.training:
-            self.loss_means.add(torch.stack((loss.nll, loss.kl, loss.entropy)) * tokens, tokens, len(labels))
-        total = loss.total
+        tokens, total = policy.shape[0], loss.total
+        sums = [loss.nll * tokens, loss.kl * tokens, loss.entropy * tokens]
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * args.world_size
+        if args.dpo_coef:
+            dpo = torch.zeros_like(loss.nll) if self.distils else self.dpo_losses(model, inputs).sum()
+            pairs = len(labels) if num_items_in_batch is None else args.draws_per_step / args.world_size
+            total, sums = total + args.dpo_coef * dpo / pairs, [*sums, dpo.detach()]
+        if self.model.training:
+            self.loss_means.add(torch.stack(sums), tokens, len(labels))
         return (total, {}) if return_outputs else total
+
+    def dpo_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the DPO term of each pair of a batch, `(batch,)` (`algorithm.pairs`)."""
+        (policy_head, ref_head), differences = self.decide_heads(), []
+        for name in ("better_", "worse_"):
+            with torch.no_grad(), self.reference() as p_0:
+                expected = self.log_likelihoods(p_0, inputs, f"ref_{name}", ref_head, self.conditioning.vocab_size)
+            differences.append(self.log_likelihoods(model, inputs, name, policy_head) - expected)
+        better, worse = differences
+        return dpo_loss(better, worse, self.args.dpo_beta)
+
+    def log_likelihoods(
+        self, model: Any, inputs: dict[str, Tensor], prefix: str, head: HeadAccess, vocab_size: int | None = None
+    ) -> Tensor:
+        """Return the log-likelihood of each completion of a batch, `(batch,)`, over the first `vocab_size` tokens."""
+        ids, mask, labels = (inputs[f"{prefix}{key}"] for key in ("input_ids", "attention_mask", "labels"))
+        with self.accelerator.autocast():
+            logits = completion_projection(model, ids, mask, labels, head)
+            logits = logits if vocab_size is None else logits.limit_vocab(vocab_size)
+            return log_likelihoods(self.without_early_eos(logits, labels), labels)
+
+    def without_early_eos(self, projection: Projection, labels: Tensor) -> Projection:
+        """Return logits that rule out EOS where sampling does."""
+        return projection.suppress_early_eos(labels, self.args.min_completion_length, self.end_ids)
 
     def compared_with(self, inputs: dict[str, Tensor], ref_head: HeadAccess) -> Projection | None:
         """Return what the policy is compared with, p_0 or the teacher, at each token; None without a KL term."""
@@ -383,7 +417,7 @@ class QuarkTrainer(DurableTrainer):
             with self.accelerator.autocast():
                 policy_head = ref_head = decide_head_access(policy, prompt)
                 with self.reference() as reference:
-                    if self.args.kl_coef and (reference is not policy or policy_head.sliced):
+                    if self.args.compares_with_reference and (reference is not policy or policy_head.sliced):
                         ref_head = decide_head_access(reference, prompt)
             self._heads = policy_head, ref_head
         return self._heads
