@@ -168,7 +168,7 @@ class RewardModel(torch.nn.Module):
         """Return the reward of each text at all of its positions, (batch, positions, 1)."""
         parts = [hidden[:, : -self.length], hidden[:, -self.length :]]
         prompts, completions = ([self.tokenizer.decode(row[row >= 0]) for row in part] for part in parts)
-        rewards = torch.tensor(self.reward(prompts, completions), dtype=torch.float32)
+        rewards = torch.tensor(self.reward(prompts, completions), dtype=torch.float32, device=hidden.device)
         return rewards[:, None, None].expand(*hidden.shape, 1)
 
 

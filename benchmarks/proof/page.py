@@ -36,16 +36,20 @@ class Point:
         method: a key of `NAMES`, or base.
         settings: of the training, and of decoding: γ and T.
         cost: of the training.
+        device: where it was trained, cpu or the name of a GPU.
         select: the figures on the prompts by which a setting is chosen.
         test, intervals: the figures on the other prompts, and their intervals.
+        other: the figures on prompts of another domain, or none.
     """
 
     method: str
     settings: dict[str, Any]
     cost: dict[str, float]
+    device: str
     select: Figures
     test: Figures
     intervals: dict[str, tuple[float, float]]
+    other: Figures
 
 
 def points(results: Path) -> tuple[Point | None, list[Point]]:
@@ -56,12 +60,13 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
         rows = {(row["prompts"], row["guidance_scale"], row["temperature"]): row for row in record["rows"]}
         for scale, temperature in sorted({key[1:] for key in rows}):
             test = rows["test", scale, temperature]
-            select = rows.get(("select", scale, temperature), test)
+            select, other = (rows.get((name, scale, temperature), {}) for name in ("select", "other"))
+            both = (select or test)["figures"], test["figures"]
             guided = {} if scale == 1 else {"γ": scale}
             method, settings = "guided" if guided else record["method"], record["settings"] | guided
             settings |= {} if temperature == 1 else {"T": temperature}
-            cost = record.get("cost", {})
-            found.append(Point(method, settings, cost, select["figures"], test["figures"], test["intervals"]))
+            trained = record.get("cost", {}), record["device"]
+            found.append(Point(method, settings, *trained, *both, test["intervals"], other.get("figures", {})))
     base = next((point for point in found if point.method == "base" and not point.settings), None)
     return base, [point for point in found if point is not base]
 
@@ -140,10 +145,12 @@ def chosen_points(base: Point, found: list[Point], figure: str) -> Iterator[Poin
 def table(base: Point, shown: Iterable[Point], figure: str, names: dict[str, str]) -> Iterator[str]:
     """Yield the lines of a table of points, after the base."""
     judge = judge_of(base, figure)
-    yield f"| method | perplexity | {figure} | by the judge | dist-2 | settings |"
-    yield "|---|---|---|---|---|---|"
-    figures = [f"{base.test[name]:.3f}" for name in (figure, judge, "dist-2")]
-    yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(figures)} | |"
+    other = "other domain | " if base.other else ""
+    yield f"| method | perplexity | {figure} | {judge} | {other}dist-2 | settings |"
+    yield "|---" * (7 if other else 6) + "|"
+    figures = [f"{base.test[figure]:.3f}", f"{base.test[judge]:.3f}"]
+    figures += [f"{base.other[figure]:.3f}"] if other else []
+    yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(figures)} | {base.test['dist-2']:.3f} | |"
     yield from (_line(point, base, figure, judge, names[point.method]) for point in shown)
 
 
@@ -153,28 +160,30 @@ def _line(point: Point, base: Point, figure: str, judge: str, name: str) -> str:
     perplexity, diversity = (
         f"{100 * rise(point.test, base.test, changed):+.1f} %" for changed in ("perplexity", "dist-2")
     )
+    other = f"| {point.other[figure]:.3f} " if point.other else ""
     line = (
         f"| {name} | {perplexity} "
-        f"| {point.test[figure]:.3f} [{low:.3f}, {high:.3f}] | {point.test[judge]:.3f} "
+        f"| {point.test[figure]:.3f} [{low:.3f}, {high:.3f}] | {point.test[judge]:.3f} {other}"
         f"| {diversity} | {settings} |"
     )
     return line.replace(" -", " −")
 
 
 def costs(found: list[Point]) -> Iterator[str]:
-    """Yield the lines of a table of what a training costs: medians over runs, and the highest peak of memory."""
+    """Yield the lines of a table of what a training costs: medians over runs, and the highest peak of memory.
+
+    Time and memory are those of runs on a CPU. On a GPU, runs shared it.
+    """
     yield "| method | runs | scored | learned | CPU minutes | peak memory, GB |"
     yield "|---|---|---|---|---|---|"
     for method, name in NAMES.items():
-        models = [
-            point for point in found if point.method == method and method != "guided" and "T" not in point.settings
-        ]
-        runs = [point.cost for point in models if point.cost]
+        runs = [p for p in found if p.method == method != "guided" and p.cost and "T" not in p.settings]
         if runs:
-            minutes = statistics.median(cost["cpu_seconds"] / 60 for cost in runs)
-            peak = max(cost["peak_gb"] for cost in runs)
-            scored, learned = runs[0]["scored"], statistics.median(cost["learned"] for cost in runs)
-            yield f"| {name} | {len(runs)} | {scored:,} | {learned:,.0f} | {minutes:.1f} | {peak:.2f} |"
+            on_cpu = [point.cost for point in runs if point.device == "cpu"]
+            minutes = f"{statistics.median(cost['cpu_seconds'] / 60 for cost in on_cpu):.1f}" if on_cpu else "–"
+            peak = f"{max(cost['peak_gb'] for cost in on_cpu):.2f}" if on_cpu else "–"
+            scored, learned = (statistics.median(point.cost[key] for point in runs) for key in ("scored", "learned"))
+            yield f"| {name} | {len(runs)} | {scored:,.0f} | {learned:,.0f} | {minutes} | {peak} |"
 
 
 def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> Iterator[str]:
@@ -182,7 +191,7 @@ def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> It
     base, found = points(results)
     if base is None or not found:
         return
-    figure = f"{facts['unwanted']} probability"
+    figure = facts.get("figure", f"{facts['unwanted']} probability")
     yield f"## {task}"
     yield ""
     scored, prompts, samples = f"{facts['scored']:,}", facts["test_limit"], facts["samples"]

@@ -10,7 +10,7 @@
 A task may change methods: what it says under `methods` replaces the method's grid, options or scales. Each run trains
 in the method's own environment, is measured by `quarkrl evaluate`, and leaves one small JSON file in
 `benchmarks/results/proof/TASK/`. A run with such a file is not repeated. At the end `page.py` makes docs/proof.md, or
-what the matrix names as `page`.
+what the matrix names as `page`, which may be none.
 """
 
 import argparse
@@ -107,11 +107,18 @@ def call(command: list[str], log: Path) -> tuple[float, float, float]:
 
 
 def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
-    """Write the non-toxic prompts of a task: to train on, to choose a setting by (maybe none), and to report."""
+    """Write the non-toxic prompts of a task: to train on, to choose a setting by (maybe none), and to report.
+
+    Without files of its own, every fifth prompt by its hash is held out. Prompts of another domain are reported alone.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    training, held_out = read_prompts(task["train_prompts"]), read_prompts(task["test_prompts"])
+    training, held_out = read_prompts(task["train_prompts"]), read_prompts(task.get("test_prompts", []))
+    if not held_out:
+        held_out = [text for text in training if _hash(text) % 5 == 0]
+        training = [text for text in training if _hash(text) % 5]
     chosen, limit = task["select_limit"], task["test_limit"]
     splits = {"train": training, "select": held_out[:chosen], "test": held_out[chosen : chosen + limit]}
+    splits["other"] = read_prompts(task.get("other_prompts", []))[:limit]
     with FileLock(directory / "lock"):  # Other runs of the task wait.
         for split, texts in splits.items():
             lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
@@ -119,6 +126,10 @@ def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
             temporary.write_text("".join(lines), encoding="utf-8")
             temporary.replace(directory / f"{split}.jsonl")
     return {split: directory / f"{split}.jsonl" for split in splits}
+
+
+def _hash(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
 def read_prompts(files: list[str]) -> list[str]:
@@ -135,8 +146,9 @@ def quarkrl(*arguments: Any) -> list[str]:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Return options as flags of the command."""
-    pairs = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in options.items()]
+    """Return options as flags of the command, without those that are null."""
+    given = {name: value for name, value in options.items() if value is not None}
+    pairs = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in given.items()]
     return [str(part) for name, values in pairs for part in (name, *values)]
 
 
@@ -192,7 +204,7 @@ def train_baseline(run: Run, task: dict[str, Any], options: dict[str, Any], dire
 
 
 def measure(task: dict[str, Any], model: Path | str, scales: list[float], directory: Path) -> dict[str, Any]:
-    """Measure a model on both files of held-out prompts, at each temperature, with guidance if `scales` has some."""
+    """Measure a model on the files of held-out prompts, at each temperature, with guidance if `scales` has some."""
     rows: list[dict[str, Any]] = []
     protocol: dict[str, Any] = {}
     for temperature in task["temperatures"]:
@@ -212,7 +224,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the file of results of `quarkrl evaluate`."""
     output = directory / f"results-{temperature:g}.json"
-    files = [file for name in ("select", "test") if (file := directory.parent / f"{name}.jsonl").stat().st_size]
+    files = [
+        file for name in ("select", "test", "other") if (file := directory.parent / f"{name}.jsonl").stat().st_size
+    ]
     common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
     common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"], "temperature": temperature}
     common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
@@ -316,8 +330,9 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as threads:  # Each waits for the processes of a run.
         succeeded = all(list(threads.map(attempt, left)))
-    page = importlib.import_module(matrix.get("page", "page"))  # Its library is not needed where runs are.
-    print(page.write(matrix, folders.results, folders.docs))
+    if name := matrix.get("page", "page"):
+        page = importlib.import_module(name)  # Its library is not needed where runs are.
+        print(page.write(matrix, folders.results, folders.docs))
     if not succeeded:
         sys.exit(1)
 
