@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Positions of a batch, padding included, that `batches_by_length` allows: a bound on memory.
@@ -53,6 +54,21 @@ def build_batch(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         labels[i, len(prompt) : len(row)] = input_ids[i, len(prompt) : len(row)]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def join_batches(batch: Mapping[str, Tensor], prefixes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Join batches that have names with different prefixes, such as `ref_`, below each other.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each `(rows, length)`, padded on the right.
+    """
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    width = max(batch[f"{prefix}labels"].shape[1] for prefix in prefixes)
+    ids, mask, labels = (
+        torch.cat([F.pad(t, (0, width - t.shape[1]), value=value) for t in (batch[f"{p}{name}"] for p in prefixes)])
+        for name, value in padding.items()
+    )
+    return ids, mask, labels
 
 
 def split_by_length(batch: Mapping[str, Tensor], max_positions: int) -> Iterator[dict[str, Tensor]]:

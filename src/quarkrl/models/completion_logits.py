@@ -58,6 +58,11 @@ class Projection(NamedTuple):
         kept = self.row_ids < vocab_size
         return limited._replace(row_ids=self.row_ids[kept], row_values=self.row_values[kept])
 
+    def split(self, count: int) -> tuple["Projection", "Projection"]:
+        """Return the projections of the first `count` positions and of the others. Nothing may be suppressed yet."""
+        assert self.suppressed is None
+        return self._replace(hidden=self.hidden[:count]), self._replace(hidden=self.hidden[count:])
+
     def suppress_early_eos(self, labels: Tensor, min_length: int, eos_ids: Sequence[int]) -> "Projection":
         """Return the projection without EOS in the first `min_length` tokens of each completion, as in sampling.
 

@@ -11,6 +11,8 @@ from quarkrl.algorithm.pool import DataPool, Sample
 from quarkrl.models.batching import build_batch
 from quarkrl.models.conditioning import Conditioning
 
+PAIR = ("better_", "worse_")  # Prefixes of the names of a pair's tensors.
+
 
 class Collator:
     """Makes batches of draws: for the policy behind their reward tokens, for the reference without them.
@@ -70,13 +72,13 @@ class Collator:
             batch["is_best"] = torch.tensor([[row == list(self.conditioning.best)] for row in quantiles])
             others = list(map(self.contrast, prompts))
             batch |= {f"contrast_{name}": tensor for name, tensor in build_batch(others, completions).items()}
-        for name, indices in zip(("better", "worse"), self.pairs or (), strict=False):
+        for name, indices in zip(PAIR, self.pairs or (), strict=False):
             chosen = [self.samples[int(indices[number])] for number in numbers]
             prompts = [sample.prompt_ids.tolist() for sample in chosen]
             completions = [sample.completion_ids.tolist() for sample in chosen]
             best = [self.conditioning.prefix(prompt, self.conditioning.best) for prompt in prompts]
-            batch |= {f"{name}_{key}": tensor for key, tensor in build_batch(best, completions).items()}
-            batch |= {f"ref_{name}_{key}": tensor for key, tensor in build_batch(prompts, completions).items()}
+            batch |= {f"{name}{key}": tensor for key, tensor in build_batch(best, completions).items()}
+            batch |= {f"ref_{name}{key}": tensor for key, tensor in build_batch(prompts, completions).items()}
         return batch
 
     def __getstate__(self) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def positions_of_parts(options: QuarkConfig) -> int:
     """
     if options.device.type != "cpu" or options.world_size > 1 or options.deepspeed or options.fsdp:
         return 0
-    return _PART_POSITIONS_BF16 if options.bf16 or options.fp16 else _PART_POSITIONS
+    positions = _PART_POSITIONS_BF16 if options.bf16 or options.fp16 else _PART_POSITIONS
+    return positions // (3 if options.dpo_coef else 1)  # A draw and its pair are three sequences.
 
 
 def limit_onednn_caches() -> None:

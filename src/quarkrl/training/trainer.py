@@ -46,7 +46,7 @@ from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.algorithm.sliced_loss import log_likelihoods
 from quarkrl.data.prompts import Prompts
 from quarkrl.errors import UserError
-from quarkrl.models.batching import split_by_length
+from quarkrl.models.batching import join_batches, split_by_length
 from quarkrl.models.completion_logits import Projection
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
@@ -60,7 +60,7 @@ from quarkrl.sampling.strategy import Sampling
 from quarkrl.storage.atomic import atomic_directory
 from quarkrl.training import resumption
 from quarkrl.training.checks import check_sharded
-from quarkrl.training.collation import Collator
+from quarkrl.training.collation import PAIR, Collator
 from quarkrl.training.completion_log import CompletionLog
 from quarkrl.training.config import QuarkConfig, at_iteration
 from quarkrl.training.distillation import Stage, Teacher, draw_completions, find_teacher
@@ -340,52 +340,50 @@ class QuarkTrainer(DurableTrainer):
         """Return Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
         policy_head, ref_head = self.decide_heads()
-        policy = completion_projection(model, inputs["input_ids"], inputs["attention_mask"], labels, policy_head)
+        targets, parts = labels[labels != -100], ("", *PAIR) if "better_labels" in inputs else ("",)
+        # One forward pass, because each one casts the frozen weights under autocast, and keeps the result.
+        policy = completion_projection(model, *join_batches(inputs, parts), policy_head)
+        policy, of_pairs = policy.split(len(targets))
         ref = self.compared_with(inputs, ref_head)
-        targets = labels[labels != -100]
         settings: dict[str, Any] = {"kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
         settings |= self.coefs.current
         with self.accelerator.autocast():
-            policy_logits, ref_logits = (
-                self.without_early_eos(policy, labels),
-                ref and self.without_early_eos(ref, labels),
-            )
+            policy_logits = self.without_early_eos(policy, labels)
+            ref_logits = ref and self.without_early_eos(ref, labels)
             if self.distils and ref_logits:
                 loss = distillation_loss(policy_logits.logits(), ref_logits.logits(), targets)
             else:
                 loss = quark_loss(policy_logits, ref_logits, targets, **settings)
-        tokens, total = policy.shape[0], loss.total
+        tokens, total = len(targets), loss.total
         sums = [loss.nll * tokens, loss.kl * tokens, loss.entropy * tokens]
         if num_items_in_batch is not None:
             # Gradients are averaged over processes, so each counts its own tokens times their number.
             total = total * tokens / num_items_in_batch * args.world_size
         if args.dpo_coef:
-            dpo = torch.zeros_like(loss.nll) if self.distils else self.dpo_losses(model, inputs).sum()
+            dpo = torch.zeros_like(loss.nll) if self.distils else self.dpo_losses(of_pairs, inputs, ref_head).sum()
             pairs = len(labels) if num_items_in_batch is None else args.draws_per_step / args.world_size
             total, sums = total + args.dpo_coef * dpo / pairs, [*sums, dpo.detach()]
         if self.model.training:
             self.loss_means.add(torch.stack(sums), tokens, len(labels))
         return (total, {}) if return_outputs else total
 
-    def dpo_losses(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the DPO term of each pair of a batch, `(batch,)` (`algorithm.pairs`)."""
-        (policy_head, ref_head), differences = self.decide_heads(), []
-        for name in ("better_", "worse_"):
-            with torch.no_grad(), self.reference() as p_0:
-                expected = self.log_likelihoods(p_0, inputs, f"ref_{name}", ref_head, self.conditioning.vocab_size)
-            differences.append(self.log_likelihoods(model, inputs, name, policy_head) - expected)
-        better, worse = differences
-        return dpo_loss(better, worse, self.args.dpo_beta)
+    def dpo_losses(self, policy: Projection, inputs: dict[str, Tensor], ref_head: HeadAccess) -> Tensor:
+        """Return the DPO term of each pair of a batch, `(batch,)` (`algorithm.pairs`).
 
-    def log_likelihoods(
-        self, model: Any, inputs: dict[str, Tensor], prefix: str, head: HeadAccess, vocab_size: int | None = None
-    ) -> Tensor:
-        """Return the log-likelihood of each completion of a batch, `(batch,)`, over the first `vocab_size` tokens."""
-        ids, mask, labels = (inputs[f"{prefix}{key}"] for key in ("input_ids", "attention_mask", "labels"))
+        Args:
+            policy: the logits of the better completions, followed by those of the worse ones.
+            inputs: a batch of `Collator` with pairs.
+            ref_head: how the logits of p_0 are computed.
+        """
+        labels = join_batches(inputs, PAIR)[-1]
         with self.accelerator.autocast():
-            logits = completion_projection(model, ids, mask, labels, head)
-            logits = logits if vocab_size is None else logits.limit_vocab(vocab_size)
-            return log_likelihoods(self.without_early_eos(logits, labels), labels)
+            with torch.no_grad(), self.reference() as p_0:
+                ids, mask, ref_labels = join_batches(inputs, [f"ref_{name}" for name in PAIR])
+                ref = completion_projection(p_0, ids, mask, ref_labels, ref_head)
+                ref = self.without_early_eos(ref.limit_vocab(self.conditioning.vocab_size), ref_labels)
+                expected = log_likelihoods(ref, ref_labels)
+            better, worse = (log_likelihoods(self.without_early_eos(policy, labels), labels) - expected).chunk(2)
+        return dpo_loss(better, worse, self.args.dpo_beta)
 
     def without_early_eos(self, projection: Projection, labels: Tensor) -> Projection:
         """Return logits that rule out EOS where sampling does."""
