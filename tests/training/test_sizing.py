@@ -46,6 +46,24 @@ def test_what_is_set_stays_and_the_learning_rate_suits_what_is_trained():
     assert chosen_for(1e6, "--lora_rank", "8")[0]["learning_rate"] == size_defaults(1e6, lora_rank=8)["learning_rate"]
 
 
+def test_completions_of_a_prompt_are_compared_in_a_large_model_where_there_are_several():
+    def of_pairs(parameters: float, *flags: str) -> tuple[float, int, int]:
+        values = chosen_for(parameters, *flags)[0]
+        return values["dpo_coef"], values["samples_per_prompt"], values["prompts_per_iteration"]
+
+    assert of_pairs(134.5e6) == (10, 8, 128) and of_pairs(1e6) == (0, 1, 5000)
+    assert of_pairs(1e6, "--dpo_coef", "2") == (2, 8, 625)
+    for alone in (["--dpo_coef", "0"], ["--samples_per_prompt", "1"], ["--no_do_sample"], ["--condition_on", "each"]):
+        assert of_pairs(134.5e6, *alone) == (0, 1, 1024), alone
+    assert of_pairs(134.5e6, "--samples_per_prompt", "4") == (10, 4, 128)
+
+
+def test_pairs_need_two_samples_whatever_the_budget():
+    speed = Speed(per_completion=1, per_draw=1)
+    config = parse_train([*COMMAND, "--budget", "1m"]).with_defaults(1e9, 100, speed)[0].config
+    assert config.samples_per_prompt == 2 and config.dpo_coef == 10
+
+
 def test_an_entropy_target_keeps_the_coefficient_that_it_adapts():
     values, line = chosen_for(1e6, "--entropy_target", "40")
     assert values["entropy_coef"] == QuarkOptions().entropy_coef and "entropy_coef" not in line

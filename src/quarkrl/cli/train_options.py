@@ -195,7 +195,8 @@ class TrainCommand(NamedTuple):
         parsed = self.parsed
         if not parsed.unset:
             return self, None
-        options = size_defaults(parameters, None if "lora_rank" in parsed.unset else self.run.lora_rank or 0)
+        rank = None if "lora_rank" in parsed.unset else self.run.lora_rank or 0
+        options = size_defaults(parameters, rank, self._required_dpo_coef(explores=num_scored is None))
         fixed = {name: parsed.values[name] for name in options.keys() - parsed.unset}
         if not self.config.do_sample:
             fixed["samples_per_prompt"] = 1  # Greedy completions of a prompt are equal.
@@ -227,6 +228,14 @@ class TrainCommand(NamedTuple):
     def chooses_by_rewards(self) -> bool:
         """Whether options are to be chosen that depend on the rewards."""
         return bool(self.parsed.unset & {"num_quantiles", "samples_per_prompt"})
+
+    def _required_dpo_coef(self, explores: bool) -> float | None:
+        """Return the weight of the DPO term that is set, or 0 where there are no pairs; None if it is to be chosen."""
+        if "dpo_coef" not in self.parsed.unset:
+            return self.config.dpo_coef
+        is_alone = "samples_per_prompt" not in self.parsed.unset and self.config.samples_per_prompt == 1
+        has_pairs = explores and self.config.do_sample and not is_alone and self.config.condition_on == "sum"
+        return None if has_pairs else 0.0
 
     def _required_quantiles(self) -> int | None:
         """Return the number of quantiles that another option needs; None if there is none."""

@@ -20,13 +20,15 @@ class ModelSize:
         below: number of parameters.
         lora_rank: of the adapter; 0 trains all weights.
         adapter_rate, full_rate: learning rate of an adapter, and of all weights.
-        options: other options by name.
+        dpo_coef: weight of the DPO term.
+        options: other options by name. `prompts_per_iteration` counts completions.
     """
 
     below: float
     lora_rank: int
     adapter_rate: float
     full_rate: float
+    dpo_coef: float
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,14 +43,23 @@ def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_
 
 
 SIZES = (
-    ModelSize(3e6, 0, 4e-3, 2e-3, {"kl_coef": 0.4, **_amounts(26, 50, 128, 5000)}),
-    ModelSize(50e6, 4, 4e-3, 1e-4, {"kl_coef": 0.1, **_amounts(20, 35, 128, 3000)}),
-    ModelSize(1e9, 16, 3e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
-    ModelSize(float("inf"), 16, 2e-4, 1e-5, {"kl_coef": 0.05, **_amounts(20, 32, 32, 1000)}),
+    ModelSize(3e6, 0, 4e-3, 2e-3, 0.0, {"kl_coef": 0.4, **_amounts(26, 50, 128, 5000)}),
+    ModelSize(50e6, 4, 4e-3, 1e-4, 0.0, {"kl_coef": 0.1, **_amounts(20, 35, 128, 3000)}),
+    ModelSize(1e9, 16, 3e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
+    ModelSize(float("inf"), 16, 2e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
 )
 SAMPLED = ("prompts_per_iteration", "samples_per_prompt")  # Options that say how much an iteration samples.
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
-NAMES = ("lora_rank", "learning_rate", *SIZES[0].options, "samples_per_prompt", "num_quantiles", *_ALL_SIZES)
+NAMES = (
+    "lora_rank",
+    "learning_rate",
+    *SIZES[0].options,
+    "dpo_coef",
+    "samples_per_prompt",
+    "num_quantiles",
+    *_ALL_SIZES,
+)
+PAIRED = 8  # Completions of a prompt where pairs of them are compared.
 # With fewer prompts than an iteration explores, several completions of each are sampled, up to this number.
 MOST_SAMPLES_PER_PROMPT = 16
 # So many samples of an iteration are in the smallest quantile, if more completions of each prompt can have that effect.
@@ -62,20 +73,25 @@ _AMOUNTS = ("num_iterations", "steps_per_iteration", "prompts_per_iteration", "s
 _TOLERANCE = 1.2  # By which factor the estimate may exceed a budget without a warning.
 
 
-def size_defaults(parameters: float, lora_rank: int | None = None) -> dict[str, Any]:
+def size_defaults(parameters: float, lora_rank: int | None = None, dpo_coef: float | None = None) -> dict[str, Any]:
     """Return the default options of a model, by name.
 
     Args:
         parameters: the number of its parameters.
         lora_rank: rank of the adapter, if it is set; 0 for all weights. The learning rate depends on it.
+        dpo_coef: weight of the DPO term, if it is set. Completions of a prompt are compared if it is not 0.
     """
     size = next(size for size in SIZES if parameters < size.below)
     rank = size.lora_rank if lora_rank is None else lora_rank
+    coef = size.dpo_coef if dpo_coef is None else dpo_coef
+    samples = PAIRED if coef else 1
     return {
         "lora_rank": rank,
         "learning_rate": size.adapter_rate if rank else size.full_rate,
         **size.options,
-        "samples_per_prompt": 1,
+        "prompts_per_iteration": size.options["prompts_per_iteration"] // samples,
+        "dpo_coef": coef,
+        "samples_per_prompt": samples,
         "num_quantiles": RewardSpread.MOST,
         **_ALL_SIZES,
     }
@@ -145,11 +161,12 @@ def fit_to_prompts(
         spread: of the rewards. Where few samples differ from the others, there are more of each prompt.
     """
     plenty, batch = options["prompts_per_iteration"], options["per_device_train_batch_size"]
-    draws = options["steps_per_iteration"] * batch / plenty  # of a completion
+    of_each = options["samples_per_prompt"]
+    draws = options["steps_per_iteration"] * batch / (plenty * of_each)  # of a completion
     options.update({name: fixed[name] for name in fixed.keys() & options.keys()})
     prompts = min(options["prompts_per_iteration"] or num_prompts, num_prompts)
     if not fixed.keys() & {"samples_per_prompt", "prompts_per_iteration", "steps_per_iteration"}:
-        samples = min(max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
+        samples = min(of_each * max(plenty // prompts, 1), MOST_SAMPLES_PER_PROMPT)
         needed = spread.samples_per_prompt(prompts) if spread and not spread.is_constant else 1
         options["samples_per_prompt"] = max(samples, needed)
     batch = options["per_device_train_batch_size"] * per_batch
@@ -187,7 +204,7 @@ def fit_to_budget(
         options["num_iterations"] = max(int(iterations * share), least)
         share = seconds / time_of(options, num_prompts, speed, per_batch)
     if share < 1 and "samples_per_prompt" not in fixed and options["samples_per_prompt"] > 1:
-        samples = max(int(options["samples_per_prompt"] * share), 1)
+        samples = max(int(options["samples_per_prompt"] * share), 2 if options["dpo_coef"] else 1)
         _set_steps(options, fixed, options["steps_per_iteration"] * samples / options["samples_per_prompt"])
         options["samples_per_prompt"] = samples
         share = seconds / time_of(options, num_prompts, speed, per_batch)

@@ -101,10 +101,11 @@ class Plan:
         prompts, samples = self.explored // args.samples_per_prompt, args.samples_per_prompt
         first = f" The first learns from {self.num_scored:,} scored samples instead." if self.num_scored else ""
         iterations = args.num_iterations - bool(self.num_scored)
+        pairs = " and their pairs" if args.dpo_coef else ""
         return (
-            f"plan: {args.num_iterations} iterations. Each samples and scores {self.explored:,} completions ({samples} "
+            f"plan: {args.num_iterations} iteration{'s' * (args.num_iterations != 1)}. Each samples and scores {self.explored:,} completions ({samples} "
             f"for each of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of "
-            f"{args.draws_per_step}.{first} In all {self.explored * iterations:,} completions, each drawn "
+            f"{args.draws_per_step}{pairs}.{first} In all {self.explored * iterations:,} completions, each drawn "
             f"{self.draws:.1f} times, {target}"
         )
 
