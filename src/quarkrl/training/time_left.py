@@ -101,12 +101,12 @@ class Plan:
         prompts, samples = self.explored // args.samples_per_prompt, args.samples_per_prompt
         first = f" The first learns from {self.num_scored:,} scored samples instead." if self.num_scored else ""
         iterations = args.num_iterations - bool(self.num_scored)
-        pairs = " and their pairs" if args.dpo_coef else ""
+        count = f"{args.num_iterations} iteration{'' if args.num_iterations == 1 else 's'}"
         return (
-            f"plan: {args.num_iterations} iteration{'s' * (args.num_iterations != 1)}. Each samples and scores {self.explored:,} completions ({samples} "
-            f"for each of {prompts:,} prompts), and learns in {args.steps_per_iteration} steps of "
-            f"{args.draws_per_step}{pairs}.{first} In all {self.explored * iterations:,} completions, each drawn "
-            f"{self.draws:.1f} times, {target}"
+            f"plan: {count}. Each samples and scores {self.explored:,} completions ({samples} for each of {prompts:,} "
+            f"prompts), and learns in {args.steps_per_iteration} steps of {args.draws_per_step}"
+            f"{' and their pairs' if args.dpo_coef else ''}.{first} In all {self.explored * iterations:,} completions, "
+            f"each drawn {self.draws:.1f} times, {target}"
         )
 
     def describe_overdraw(self) -> str | None:
