@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quarkrl.algorithm import sliced_loss
-from quarkrl.algorithm.pairs import PairFinder, dpo_loss
+from quarkrl.algorithm.pairs import dpo_loss, find_pairs
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.sliced_loss import log_likelihoods
 from quarkrl.models.completion_logits import Projection
@@ -19,20 +19,19 @@ def add(pool: DataPool, prompts: list[int], rewards: list[float], iteration: int
 
 
 def test_a_sample_is_paired_with_the_one_of_its_prompt_and_iteration_that_differs_most():
-    pool, finder = DataPool(2), PairFinder()
+    pool = DataPool(2)
     add(pool, [1, 2, 1, 1, 2], [0.1, 0.5, 0.9, 0.4, 0.7], iteration=0)
-    better, worse = finder.find(pool, np.arange(5))
+    better, worse = find_pairs(pool, np.arange(5))
     assert better.tolist() == [2, 4, 2, 2, 4] and worse.tolist() == [0, 1, 0, 3, 1]
     add(pool, [1, 1], [0.2, 0.3], iteration=1)  # The same prompt again.
-    better, worse = finder.find(pool, np.array([5, 6, 0]))
+    better, worse = find_pairs(pool, np.array([5, 6, 0]))
     assert better.tolist() == [6, 6, 2] and worse.tolist() == [5, 5, 0]
-    assert [row.tolist() for row in PairFinder().find(pool, np.array([5, 6, 0]))] == [[6, 6, 2], [5, 5, 0]]
 
 
 def test_equal_rewards_make_a_pair_of_one_sample_which_teaches_nothing():
     pool = DataPool(2)
     add(pool, [1, 1, 2], [0.5, 0.5, 0.9], iteration=0)
-    better, worse = PairFinder().find(pool, np.arange(3))
+    better, worse = find_pairs(pool, np.arange(3))
     assert better.tolist() == worse.tolist()
     gain = torch.zeros(1, requires_grad=True)
     dpo_loss(gain, gain, beta=0.1).sum().backward()

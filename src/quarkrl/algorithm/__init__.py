@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "coefficients": ["Coefficients"],
         "loss": ["QuarkLoss", "quark_loss"],
-        "pairs": ["PairFinder", "dpo_loss"],
+        "pairs": ["dpo_loss", "find_pairs"],
         "pool": ["DataPool"],
         "schedule": ["bucket_by_length", "schedule_prompts"],
     },

@@ -16,39 +16,30 @@ from torch import Tensor
 from quarkrl.algorithm.pool import DataPool
 
 
-class PairFinder:
-    """Finds pairs among the samples that a pool has of the same prompt and iteration, as the pool grows."""
+def find_pairs(pool: DataPool, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a pair for each of n samples: the sample, and the one of its prompt and iteration that differs most.
 
-    def __init__(self) -> None:
-        self._groups: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-        self._known = 0  # Samples of the pool that are in a group.
+    Args:
+        pool: quantized; it has one attribute.
+        indices: `(n,)`, of the samples.
 
-    def find(self, pool: DataPool, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return a pair for each of n samples: the sample, and the one of its prompt that differs most from it.
-
-        Args:
-            pool: quantized, with the samples of the last call and maybe later ones; it has one attribute.
-            indices: `(n,)`, of the samples.
-
-        Returns:
-            The indices of the better and of the worse ones, `(n,)` each. They are equal where all completions of a
-            prompt have the same reward.
-        """
-        for index in range(self._known, len(pool)):
-            self._groups[self._key(pool, index)].append(index)
-        self._known, pairs = len(pool), np.empty((2, len(indices)), dtype=np.int64)
-        for number, index in enumerate(indices.tolist()):
-            rows = self._groups[self._key(pool, index)]
-            rewards, own = pool.rewards[rows, 0], pool.rewards[index, 0]
-            best, worst = rows[rewards.argmax()], rows[rewards.argmin()]
-            pairs[:, number] = (index, worst) if 2 * own > rewards.max() + rewards.min() else (best, index)
-        is_tie = pool.rewards[pairs[0], 0] == pool.rewards[pairs[1], 0]
-        pairs[0, is_tie] = pairs[1, is_tie]
-        return pairs[0], pairs[1]
-
-    @staticmethod
-    def _key(pool: DataPool, index: int) -> tuple[int, bytes]:
-        return int(pool.iterations[index]), pool[index].prompt_ids.tobytes()
+    Returns:
+        The indices of the better and of the worse ones, `(n,)` each. They are equal where all completions of a prompt
+        have the same reward.
+    """
+    groups, keys = defaultdict(list), []
+    for index in range(len(pool)):
+        keys.append((int(pool.iterations[index]), pool[index].prompt_ids.tobytes()))
+        groups[keys[-1]].append(index)
+    pairs = np.empty((2, len(indices)), dtype=np.int64)
+    for number, index in enumerate(indices.tolist()):
+        rows = groups[keys[index]]
+        rewards, own = pool.rewards[rows, 0], pool.rewards[index, 0]
+        best, worst = rows[rewards.argmax()], rows[rewards.argmin()]
+        pairs[:, number] = (index, worst) if 2 * own > rewards.max() + rewards.min() else (best, index)
+    is_tie = pool.rewards[pairs[0], 0] == pool.rewards[pairs[1], 0]
+    pairs[0, is_tie] = pairs[1, is_tie]
+    return pairs[0], pairs[1]
 
 
 def dpo_loss(better: Tensor, worse: Tensor, beta: float) -> Tensor:

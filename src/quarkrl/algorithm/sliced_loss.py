@@ -130,7 +130,9 @@ def log_likelihoods(projection: Projection, labels: Tensor) -> Tensor:
     with torch.autocast(labels.device.type, enabled=False):
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            nll.append(checkpoint(_nll_of, projection, rows, targets[rows], use_reentrant=False))
+            nll.append(
+                checkpoint(_nll_of, projection, rows, targets[rows], use_reentrant=False, preserve_rng_state=False)
+            )
     total = torch.zeros(len(labels), device=labels.device, dtype=nll[0].dtype)
     return total.index_add(0, is_completion.nonzero()[:, 0], torch.cat(nll), alpha=-1)
 

@@ -187,9 +187,10 @@ def _training(facts: Mapping[str, Any], rewards: list[dict[str, Any]]) -> str:
     if isinstance(iterations := facts.get("iterations"), int | float):
         lines.append(f"iterations: {iterations:g}, with {facts.get('pool_size', 0):,} samples in all")
     coefs = facts.get("coefs") or {}
+    pairs = f"; weight of the DPO term: {config['dpo_coef']}" if config.get("dpo_coef") else ""
     lines.append(
         f"quantiles: {_num_quantiles(facts)}; KL weight β: {coefs.get('kl_coef', '–')}; entropy weight α: "
-        f"{coefs.get('entropy_coef', '–')}; learning rate: {config.get('learning_rate', '–')}"
+        f"{coefs.get('entropy_coef', '–')}{pairs}; learning rate: {config.get('learning_rate', '–')}"
     )
     text = "## Training\n\n" + "\n".join(f"- {line}" for line in lines)
     return f"{text}\n\n`quark.json` has every option, the digests of the models, and the quantile edges.\n"

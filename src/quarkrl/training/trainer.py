@@ -40,7 +40,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from quarkrl.algorithm.coefficients import Coefficients
 from quarkrl.algorithm.loss import distillation_loss, quark_loss
-from quarkrl.algorithm.pairs import PairFinder, dpo_loss
+from quarkrl.algorithm.pairs import dpo_loss, find_pairs
 from quarkrl.algorithm.pool import DataPool
 from quarkrl.algorithm.schedule import bucket_by_length
 from quarkrl.algorithm.sliced_loss import log_likelihoods
@@ -145,7 +145,7 @@ class QuarkTrainer(DurableTrainer):
         self.coefs = Coefficients(
             args.kl_coef, args.entropy_coef, args.kl_target, args.entropy_target, args.coef_horizon
         )
-        self.loss_means, self.pairs = LossMeans(bool(args.dpo_coef)), PairFinder()
+        self.loss_means = LossMeans(bool(args.dpo_coef))
         self.progress = Progress(enabled=not args.disable_tqdm and args.process_index == 0)
         self.metrics_file, self.part_positions = MetricsFile(args.output_dir), positions_of_parts(args)
         limit_onednn_caches()
@@ -310,7 +310,7 @@ class QuarkTrainer(DurableTrainer):
         draws = bucket_by_length(draws, self.pool.lengths_of(draws), args.draws_per_step, rng)
         if args.kl_coef and at_iteration(args.kl_guidance_scale, iteration) != 1:
             contrast = partial(self.conditioning.in_words.prefix_named, quantile="worst")
-        pairs = self.pairs.find(self.pool, draws) if args.dpo_coef else None
+        pairs = find_pairs(self.pool, draws) if args.dpo_coef else None
         self.collate.set_iteration(self.pool, draws, bool(args.kl_coef), contrast, pairs)
 
     # Learn.
