@@ -94,6 +94,7 @@ def test_a_parser_of_transformers_reads_the_config(tmp_path):
 
 BRANCH = {"kl_coef", "learning_rate", "temperature", "draw", "top_p", "seed", "bf16", "optim", "lr_scheduler_type"}
 FIXED = {
+    "dpo_coef",
     "raw",
     "chat_template_kwargs",
     "last_assistant_turn",
