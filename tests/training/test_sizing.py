@@ -58,10 +58,9 @@ def test_completions_of_a_prompt_are_compared_in_a_large_model_where_there_are_s
     assert of_pairs(134.5e6, "--samples_per_prompt", "4") == (10, 4, 128)
 
 
-def test_pairs_need_two_samples_whatever_the_budget():
-    speed = Speed(per_completion=1, per_draw=1)
-    config = parse_train([*COMMAND, "--budget", "1m"]).with_defaults(1e9, 100, speed)[0].config
-    assert config.samples_per_prompt == 2 and config.dpo_coef == 10
+def test_a_budget_takes_prompts_where_samples_of_a_prompt_are_compared():
+    config = parse_train([*COMMAND, "--budget", "1m"]).with_defaults(1e9, 100, Speed(1, 1))[0].config
+    assert (config.samples_per_prompt, config.prompts_per_iteration, config.dpo_coef) == (8, 64, 10)
 
 
 def test_an_entropy_target_keeps_the_coefficient_that_it_adapts():

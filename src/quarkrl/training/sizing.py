@@ -203,8 +203,9 @@ def fit_to_budget(
         least = min(LEAST_ITERATIONS if num_prompts else 1, iterations)
         options["num_iterations"] = max(int(iterations * share), least)
         share = seconds / time_of(options, num_prompts, speed, per_batch)
-    if share < 1 and "samples_per_prompt" not in fixed and options["samples_per_prompt"] > 1:
-        samples = max(int(options["samples_per_prompt"] * share), 2 if options["dpo_coef"] else 1)
+    takes_samples = "samples_per_prompt" not in fixed and not options["dpo_coef"]  # Pairs need several.
+    if share < 1 and takes_samples and options["samples_per_prompt"] > 1:
+        samples = max(int(options["samples_per_prompt"] * share), 1)
         _set_steps(options, fixed, options["steps_per_iteration"] * samples / options["samples_per_prompt"])
         options["samples_per_prompt"] = samples
         share = seconds / time_of(options, num_prompts, speed, per_batch)
