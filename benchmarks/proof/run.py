@@ -179,9 +179,10 @@ def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directo
     seconds, cpu, peak = call([sys.executable, *script, *train], directory / "train.log")
     (run_directory / "final").rename(directory / "final")
     iterations = own["num_iterations"] + len(own.get("distill_guidance_scale", [])) * own.get("distill_iterations", 1)
+    sequences = 3 if own.get("dpo_coef") else 1  # A sample, and both of its pair.
     cost = {
         "scored": own["num_iterations"] * own["prompts_per_iteration"] * own.get("samples_per_prompt", 1),
-        "learned": iterations * own["steps_per_iteration"] * own["per_device_train_batch_size"],
+        "learned": iterations * own["steps_per_iteration"] * own["per_device_train_batch_size"] * sequences,
     }
     return cost | {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}
 
