@@ -278,13 +278,14 @@ def test_deepspeed_learns_what_one_process_learns_and_resumes_to_the_same_bits(t
 
 
 @pytest.mark.slow
-def test_the_pairs_of_two_processes_are_those_of_one(tmp_path):
+@pytest.mark.parametrize("two", [TWO, SHARDED], ids=["whole weights", "sharded"])
+def test_the_pairs_of_two_processes_are_those_of_one(tmp_path, two):
     options, rows = {"dpo_coef": 1.0, "samples_per_prompt": 2}, []
-    for count, more in ((1, {}), (2, TWO)):
+    for count, more in ((1, {}), (2, two)):
         directory = tmp_path / f"run-{count}"
         fine(run_job(directory, count, model=NO_DROPOUT, options={**options, **more}))
         rows.append([row for row in metrics_of(directory) if "dpo" in row])
     assert len(rows[0]) == len(rows[1]) > 2
-    for one, two in zip(*rows, strict=True):
-        for name in one.keys() & {*FIGURES, "dpo"}:
-            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), name
+    for alone, together in zip(*rows, strict=True):
+        for name in alone.keys() & {*FIGURES, "dpo"}:
+            assert alone[name] == pytest.approx(together[name], rel=1e-4, abs=1e-7), name
