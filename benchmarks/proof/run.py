@@ -10,7 +10,7 @@
 A task may change methods: what it says under `methods` replaces the method's grid, options or scales. Each run trains
 in the method's own environment, is measured by `quarkrl evaluate`, and leaves one small JSON file in
 `benchmarks/results/proof/TASK/`. A run with such a file is not repeated. At the end `page.py` makes docs/proof.md, or
-what the matrix names as `page`, which may be none.
+what the matrix names as `page`.
 """
 
 import argparse
@@ -146,9 +146,8 @@ def quarkrl(*arguments: Any) -> list[str]:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Return options as flags of the command, without those that are null."""
-    given = {name: value for name, value in options.items() if value is not None}
-    pairs = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in given.items()]
+    """Return options as flags of the command."""
+    pairs = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in options.items()]
     return [str(part) for name, values in pairs for part in (name, *values)]
 
 
@@ -331,9 +330,8 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as threads:  # Each waits for the processes of a run.
         succeeded = all(list(threads.map(attempt, left)))
-    if name := matrix.get("page", "page"):
-        page = importlib.import_module(name)  # Its library is not needed where runs are.
-        print(page.write(matrix, folders.results, folders.docs))
+    page = importlib.import_module(matrix.get("page", "page"))  # Its library is not needed where runs are.
+    print(page.write(matrix, folders.results, folders.docs))
     if not succeeded:
         sys.exit(1)
 

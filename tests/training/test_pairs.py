@@ -19,8 +19,11 @@ from helpers.runs import (
 )
 
 from quarkrl.errors import UserError
+from quarkrl.training.memory import size_of_run
+from quarkrl.training.runtime_tuning import positions_of_parts
 
 PAIRS = {"dpo_coef": 2.0, "dpo_beta": 0.5, "samples_per_prompt": 4, "entropy_coef": 0.0}
+KINDS = (("off", 0.0), ("on", 2.0))
 NO_DROPOUT = replace(LORA, lora_dropout=0.0)
 
 
@@ -99,6 +102,16 @@ def test_a_resumed_run_has_the_same_pairs_and_weights(tmp_path):
     for found, expected in zip(resumed.collate.pairs, whole.collate.pairs, strict=True):
         assert found.tolist() == expected.tolist()
     assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_the_plans_of_memory_and_of_parts_count_both_completions_of_a_pair(tmp_path):
+    config = {
+        name: small_trainer(tmp_path / name, bf16=True, **PAIRS | {"dpo_coef": coef}).args for name, coef in KINDS
+    }
+    assert positions_of_parts(config["off"]) // 3 == positions_of_parts(config["on"]) > 0
+    config["off"].per_device_train_batch_size = config["on"].per_device_train_batch_size = 1
+    off, on = (size_of_run(still_model(), config[name], 8, 16) for name in ("off", "on"))
+    assert on.activations == 3 * off.activations and on.batch == off.batch
 
 
 def test_distillation_has_no_pairs(tmp_path):

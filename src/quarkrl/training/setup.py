@@ -293,12 +293,8 @@ def prepare_models(loaded: LoadedModels, args: QuarkConfig, attributes: tuple[st
     make_saveable(model)
     reference_identity = model_identity(ref_model or model)
     start_identity = reference_identity if ref_model is None else model_identity(model)
-    reference = ref_model
-    if (
-        ref_model is None
-        and peft_config is None
-        and (args.compares_with_reference or args.guidance_from == "reference")
-    ):
+    reference, is_needed = ref_model, args.compares_with_reference or args.guidance_from == "reference"
+    if ref_model is None and peft_config is None and is_needed:
         reference = copy.deepcopy(model)
     if args.ref_dtype != "same":
         if reference is None:

@@ -340,9 +340,9 @@ class QuarkTrainer(DurableTrainer):
         """Return Quark's loss over the batch's completion tokens, scaled to the tokens of the whole optimizer step."""
         args, labels = self.args, inputs["labels"]
         policy_head, ref_head = self.decide_heads()
-        targets, parts = labels[labels != -100], ("", *PAIR) if "better_labels" in inputs else ("",)
+        targets, prefixes = labels[labels != -100], ("", *PAIR) if "better_labels" in inputs else ("",)
         # One forward pass, because each one casts the frozen weights under autocast, and keeps the result.
-        policy = completion_projection(model, *join_batches(inputs, parts), policy_head)
+        policy = completion_projection(model, *join_batches(inputs, prefixes), policy_head)
         policy, of_pairs = policy.split(len(targets))
         ref = self.compared_with(inputs, ref_head)
         settings: dict[str, Any] = {"kl_direction": args.kl_direction, "nll_temperature": args.nll_temperature}
