@@ -19,6 +19,7 @@ from quarkrl.evaluation.options import EvaluationOptions
 from quarkrl.options import choices_of, default_of, join_words, limits_in_words, typed_fields
 from quarkrl.sampling.options import SamplingOptions
 from quarkrl.training.options import GROUPS, INHERITED, QuarkOptions
+from quarkrl.training.sizing import NAMES
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 RESUME = {"free": "yes", "branch": "from a checkpoint", "fixed": "no", "selection": "depends"}
@@ -28,6 +29,9 @@ INTRODUCTION = """\
 This page is generated: `python -m tools.options_page`. Each option is a flag, such as `--kl_coef 0.1`. Each option of
 `quarkrl train` is also a key of its YAML file, such as `kl_coef: 0.1`. The default is in parentheses. "Resume" says
 whether a resumed run may change the option. Options with that note are also arguments of `QuarkConfig`.
+
+The parentheses have the defaults of `QuarkConfig`, which are the paper's. `quarkrl train` chooses some options by model, prompts and rewards
+instead ([choosing.md](choosing.md)): {chosen}.
 
 - *yes*: always.
 - *from a checkpoint*: only with `--resume_from_checkpoint DIR`.
@@ -41,7 +45,8 @@ def page() -> str:
     """Return the text of the page."""
     train = [typed for options in (RunOptions, QuarkOptions) for typed in typed_fields(options)]
     run = {field.name for field in dataclasses.fields(RunOptions)}
-    lines = [INTRODUCTION, "## quarkrl train\n\n"]
+    chosen = join_words(f"`{name}`" for name in NAMES).replace(" or ", " and ")
+    lines = [INTRODUCTION.format(chosen=chosen), "## quarkrl train\n\n"]
     for group in GROUPS:
         rows = [(field, kind) for field, kind in train if field.metadata["group"] == group]
         lines += [f"### {group.capitalize()}\n\n", *_entries(rows, no_rule=run), "\n"]

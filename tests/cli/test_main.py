@@ -408,6 +408,16 @@ def test_help_and_version_do_not_load_torch():
         assert "quarkrl" in done.stdout
 
 
+def test_ctrl_c_while_the_command_is_imported_leaves_no_traceback():
+    code = (
+        "import os, signal, sys\nfrom quarkrl.__main__ import command\nclass Finder:\n"
+        "    def find_spec(self, name, *_):\n        if name == 'quarkrl.cli.parser':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Finder())\ncommand()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_train_help_fits_in_100_lines_and_lists_every_own_option_that_is_not_rare(capsys):
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])
@@ -418,7 +428,7 @@ def test_train_help_fits_in_100_lines_and_lists_every_own_option_that_is_not_rar
     own = {field for options in (QuarkOptions, RunOptions) for field in fields(options)}
     assert {field.name for field in own} - {*flags} == {field.name for field in own if field.metadata["rare"]}
     assert {"config", "help_all", "output_dir", "seed", "bf16"} <= {*flags}
-    assert "(default 0.05)" in out and out.count("\n  quarkrl train ") == 2
+    assert "(default 20)" in out and "(default fitted)" in out and out.count("\n  quarkrl train ") == 2
 
 
 def test_train_help_all_lists_the_options_of_transformers_too(capsys):

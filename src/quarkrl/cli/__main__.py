@@ -1,6 +1,6 @@
 """`python -m quarkrl.cli` is the command `quarkrl`."""
 
-from quarkrl.cli.main import command
+from quarkrl.__main__ import command
 
 if __name__ == "__main__":
     command()

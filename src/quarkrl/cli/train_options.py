@@ -67,7 +67,7 @@ class RunOptions(AdapterOptions):
     )
     defaults: Literal["size", "paper"] | None = option(
         None,
-        "Defaults by the model's size (docs/choosing.md), or the paper's. The default is size, or paper with a preset.",
+        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or paper with a preset.",
         group="model",
     )
 
@@ -385,11 +385,18 @@ def train_parser(
         epilog=EXAMPLES,
         parents=[inherited] if inherited else [],
     )
+
+    def text(field: dataclasses.Field) -> str:
+        if field.name not in sizing.NAMES:
+            return describe(field)
+        without_default = dataclasses.field(default=None, metadata=field.metadata)
+        return f"{describe(without_default)} (default fitted)"
+
     parser.add_argument(
         "--help_all", action="store_true", help="list rare options and those of transformers.TrainingArguments, too"
     )
     parser.add_argument("--config", metavar="FILE|PRESET", help=f"Presets: {', '.join(preset_names())}")
-    add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=describe)
+    add_flags(parser, RunOptions, QuarkOptions, groups=GROUPS, switches=False, describe=text)
     return parser
 
 

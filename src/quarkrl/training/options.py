@@ -264,7 +264,7 @@ class QuarkOptions:
     # Learning: the optimizer
     bf16: bool | str = option(
         False,
-        "Compute in bfloat16; auto: if the processor or GPU has units for it.",
+        "Compute in bfloat16; auto: if the hardware has units for it.",
         choices=(True, False, "auto"),
         metavar="BOOL|auto",
         group="learning",

@@ -132,6 +132,9 @@ class RewardSpread:
         if self.is_constant:
             return f"warning: {self.text}. Choose prompts whose completions differ, or a finer reward."
         count, samples = options["num_quantiles"], options["samples_per_prompt"]
+        if count > self.num_quantiles:  # The user has set it.
+            filled = f"only {self.num_quantiles} of {count} quantiles would have samples"
+            return f"warning: {self.text}, so {filled}. Lower --num_quantiles, or choose a finer reward."
         parts = []
         if count < self.MOST and "num_quantiles" not in fixed:
             parts.append(f"{count} quantiles")
