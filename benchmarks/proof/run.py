@@ -128,6 +128,13 @@ def write_prompts(task: dict[str, Any], directory: Path) -> dict[str, Path]:
     return {split: directory / f"{split}.jsonl" for split in splits}
 
 
+def prepare(task: dict[str, Any], directory: Path) -> None:
+    """Make the task's model and prompts by its script, if it has one and they are not there."""
+    with FileLock(directory / "lock"):  # Other runs of the task wait.
+        if "script" in task and not Path(task["model"]).is_dir():
+            call([sys.executable, task["script"]], directory / "script.log")
+
+
 def _hash(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
@@ -230,6 +237,7 @@ def evaluate(
     common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
     common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"], "temperature": temperature}
     common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
+    common |= {"threshold": task["threshold"]} if "threshold" in task else {}
     if scales:  # A model of the baselines has no quantiles.
         common |= {"quantiles": "best", "guidance_scales": scales}
     command = quarkrl("evaluate", model, "--raw", "--batch_size", 512, *flags(common))
@@ -249,6 +257,7 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     directory = folders.work / run.task / run.name
     shutil.rmtree(directory, ignore_errors=True)  # What an interrupted run has left.
     directory.mkdir(parents=True)
+    prepare(task, directory.parent)
     write_prompts(task, directory.parent)
     record: dict[str, Any] = {"task": run.task, "method": run.method, "settings": run.settings, "seed": run.seed}
     record["digest"] = digest(run, matrix)
