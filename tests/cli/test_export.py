@@ -50,9 +50,17 @@ def export(source, form, output) -> int:
     return main(["export", str(source), f"--{form}", "--output", str(output)])
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False)])
-def test_both_forms_of_an_adapter_run_give_the_trainers_logits(tmp_path, architecture, tied):
-    trainer = train(tmp_path, architecture, tied, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+@pytest.mark.parametrize(
+    ("architecture", "tied", "kind"),
+    [
+        ("gpt2", True, {}),
+        ("gpt2", False, {"use_dora": True}),
+        ("llama", True, {"use_dora": True}),
+        ("llama", False, {"use_rslora": True}),
+    ],
+)
+def test_both_forms_of_an_adapter_run_give_the_trainers_logits(tmp_path, architecture, tied, kind):
+    trainer = train(tmp_path, architecture, tied, peft_config=LoraConfig(r=2, target_modules="all-linear", **kind))
     trainer.save_final()
     expected = logits_of(trainer.model)
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoint-3"):
