@@ -51,23 +51,23 @@ LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 # Each is one kill in one go of the same run, in the order in which they come; a call counts from the go's beginning.
 HARD = [
     (Trap(SCORE, "before", 2), "nothing restored: it is the first go"),
-    (Trap(TABLE, "amid", 3), "from the beginning (no checkpoint yet), pool 0 samples, 1 batches"),  # The pool's file.
-    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the current exploration"),
+    (Trap(TABLE, "amid", 3), "from the beginning (no checkpoint yet), pool 0 samples, 1 batch of"),  # The pool's file.
+    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the next on disk"),
     (
         Trap("quarkrl.algorithm.pool:DataPool.save", "after", 1),
         "pool 0 samples, 3 batches",
     ),  # Between pool and checkpoint.
-    (Trap(STATE, "amid", 2), "pool 0 samples, 1 explored after that"),
+    (Trap(STATE, "amid", 2), "pool 0 samples, 1 later iteration on disk"),
     (
         Trap("quarkrl.storage.atomic:os.rename", "before", 1),
-        "pool 0 samples, 1 explored after that",
+        "pool 0 samples, 1 later iteration on disk",
     ),  # The checkpoint's.
-    (Trap("quarkrl.storage.atomic:os.rename", "after", 1), "pool 0 samples, 1 explored after that"),
+    (Trap("quarkrl.storage.atomic:os.rename", "after", 1), "pool 0 samples, 1 later iteration on disk"),
     (Trap("quarkrl.training.trainer:QuarkTrainer.evaluate", "after", 1), "iteration 1/3, step 3/12, pool 10 samples"),
     (Trap(LOG, "amid", 3), "iteration 1/3, step 3/12, pool 10 samples"),
     (
         Trap("quarkrl.training.trainer:QuarkTrainer.compute_loss", "before", 4),
-        "iteration 1/3, step 3/12, pool 10 samples, 1 exp",
+        "iteration 1/3, step 3/12, pool 10 samples, 1 later",
     ),
     (Trap("quarkrl.runs.checkpoints:remove_directory", "before", 1), "iteration 2/3, step 6/12, pool 20 samples"),
     (Trap("quarkrl.training.trainer:save_steered", "after", 1), "iteration 3/3, step 9/12, pool 31 samples"),

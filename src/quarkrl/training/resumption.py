@@ -125,10 +125,11 @@ def describe(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cach
         max_steps = args.total_iterations * args.steps_per_iteration
         where = f"iteration {min(iteration + 1, total)}/{total}, step {step}/{max_steps}"
     facts = [f"resumed {args.output_dir} from {where}", f"pool {len(pool):,} samples"]
-    if later := len(list(directory.glob("iteration-*"))) - len(set(pool.iterations.tolist())):
-        facts.append(f"{later} explored after that")
-    if count := len(list((directory / f"partial-{iteration:06d}").glob("*.parquet"))):
-        facts.append(f"{count:,} batches of the current exploration")
+    explored = len(list(directory.glob("iteration-*")))
+    if later := explored - len(set(pool.iterations.tolist())):
+        facts.append(f"{later} later {'iteration' if later == 1 else 'iterations'} on disk")
+    if count := len(list((directory / f"partial-{explored:06d}").glob("*.parquet"))):
+        facts.append(f"{count:,} {'batch' if count == 1 else 'batches'} of the next on disk")
     if cached is not None:
         facts.append(f"{cached:,} scores in cache")
     return ", ".join(facts)
