@@ -17,14 +17,16 @@ LIMITS = (0.05, 0.10, 0.25)  # rises of perplexity
 NAMES = {
     "quark": "Quark",
     "guided": "Quark, guided",
+    "steered": "base, steered by Quark",
     "grpo": "GRPO",
     "rloo": "RLOO",
     "ppo": "PPO",
     "dpo": "DPO",
     "sft": "best-of-8 SFT",
+    "rerank": "base, best of n",
     "base": "base, cooler",
 }
-COLORS = ["#1f6feb", "#7cb1ff", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280", "#b0b0b0"]
+COLORS = ["#1f6feb", "#7cb1ff", "#0b7a75", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280", "#c08552", "#b0b0b0"]
 Figures = dict[str, float]
 
 
@@ -57,18 +59,23 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
     found = []
     for file in sorted(results.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        rows = {(row["prompts"], row["guidance_scale"], row["temperature"]): row for row in record["rows"]}
-        for scale, temperature in sorted({key[1:] for key in rows}):
-            test = rows["test", scale, temperature]
-            select, other = (rows.get((name, scale, temperature), {}) for name in ("select", "other"))
+        rows = {(row["prompts"], *_decoding(row)): row for row in record["rows"]}
+        for decoding in sorted({key[1:] for key in rows}):
+            steers, scale, temperature = decoding
+            test = rows["test", *decoding]
+            select, other = (rows.get((name, *decoding), {}) for name in ("select", "other"))
             both = (select or test)["figures"], test["figures"]
-            guided = {} if scale == 1 else {"γ": scale}
-            method, settings = "guided" if guided else record["method"], record["settings"] | guided
+            method = "steered" if steers else record["method"] if scale == 1 else "guided"
+            settings = record["settings"] | ({} if scale == 1 else {"γ": scale})
             settings |= {} if temperature == 1 else {"T": temperature}
             trained = record.get("cost", {}), record["device"]
             found.append(Point(method, settings, *trained, *both, test["intervals"], other.get("figures", {})))
     base = next((point for point in found if point.method == "base" and not point.settings), None)
     return base, [point for point in found if point is not base]
+
+
+def _decoding(row: dict[str, Any]) -> tuple[bool, float, float]:
+    return row.get("steers", False), row["guidance_scale"], row["temperature"]
 
 
 def judge_of(base: Point, figure: str) -> str:
@@ -177,7 +184,7 @@ def costs(found: list[Point]) -> Iterator[str]:
     yield "| method | runs | scored | learned | CPU minutes | peak memory, GB |"
     yield "|---|---|---|---|---|---|"
     for method, name in NAMES.items():
-        runs = [p for p in found if p.method == method != "guided" and p.cost and "T" not in p.settings]
+        runs = [p for p in found if p.method == method and p.cost and not p.settings.keys() & {"γ", "T"}]
         if runs:
             on_cpu = [point.cost for point in runs if point.device == "cpu"]
             minutes = f"{statistics.median(cost['cpu_seconds'] / 60 for cost in on_cpu):.1f}" if on_cpu else "–"

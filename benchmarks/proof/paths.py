@@ -89,7 +89,7 @@ def make_task(directory: Path) -> None:
     """Train the model, and write it and the prompts of all pairs of nodes."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "<eos>", "<unk>", "from", "to", ":", *NODES]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -97,10 +97,11 @@ def make_task(directory: Path) -> None:
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(words), n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
-    )
-    model, rng = GPT2LMHeadModel(config), random.Random(1)
+    # Rotary positions: learned ones would not bear a token in front of the prompt.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    config = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, tie_word_embeddings=True, **sizes, **ends)
+    model, rng = LlamaForCausalLM(config), random.Random(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, TRAINING_STEPS)
     for _ in range(TRAINING_STEPS):

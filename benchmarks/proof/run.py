@@ -147,11 +147,6 @@ def read_prompts(files: list[str]) -> list[str]:
     return [row["text"] for row in rows if (row.get("toxicity") or 0) < 0.5]
 
 
-def quarkrl(*arguments: Any) -> list[str]:
-    """Return the command `quarkrl …` of this environment."""
-    return [sys.executable, "-m", "quarkrl", *map(str, arguments)]
-
-
 def flags(options: dict[str, Any]) -> list[str]:
     """Return options as flags of the command."""
     pairs = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in options.items()]
@@ -210,16 +205,27 @@ def train_baseline(run: Run, task: dict[str, Any], options: dict[str, Any], dire
     return cost | {"seconds": seconds + sampling, "cpu_seconds": cpu + sampling, "peak_gb": peak}
 
 
-def measure(task: dict[str, Any], model: Path | str, scales: list[float], directory: Path) -> dict[str, Any]:
-    """Measure a model on the files of held-out prompts, at each temperature, with guidance if `scales` has some."""
+def measure(
+    task: dict[str, Any], model: Path | str, decoding: dict[str, Any], directory: Path, rerank: int = 0
+) -> dict[str, Any]:
+    """Measure a model on the files of held-out prompts, at each temperature.
+
+    Args:
+        task: of the matrix.
+        model: a directory.
+        decoding: further options of `quarkrl evaluate`, such as scales of guidance.
+        directory: where its output goes.
+        rerank: so many completions are sampled for each, and the best by the reward counts; 0 for none.
+    """
     rows: list[dict[str, Any]] = []
     protocol: dict[str, Any] = {}
     for temperature in task["temperatures"]:
-        found = evaluate(task, model, scales, temperature, directory)
+        found = evaluate(task, model, {**decoding, "temperature": temperature}, directory, rerank)
         for row in found["results"]:
             kept = {name: value for name, value in row["figures"].items() if _is_kept(name, task["unwanted"])}
             intervals = {name: row["intervals"][name] for name in kept if name in row["intervals"]}
             described = {"prompts": row["prompts"], "guidance_scale": row["guidance_scale"], "temperature": temperature}
+            described |= {"steers": True} if "steered_by" in decoding else {}
             rows.append({**described, "figures": kept, "intervals": intervals})
         names = ("samples_per_prompt", "sampling", "perplexity", "threshold", "versions", "intervals")
         protocol = {name: found["protocol"][name] for name in names}
@@ -227,21 +233,21 @@ def measure(task: dict[str, Any], model: Path | str, scales: list[float], direct
 
 
 def evaluate(
-    task: dict[str, Any], model: Path | str, scales: list[float], temperature: float, directory: Path
+    task: dict[str, Any], model: Path | str, decoding: dict[str, Any], directory: Path, rerank: int
 ) -> dict[str, Any]:
-    """Return the file of results of `quarkrl evaluate`."""
-    output = directory / f"results-{temperature:g}.json"
+    """Return the results of `quarkrl evaluate`; the arguments are as in `measure`."""
+    stem = f"{'steered-' if 'steered_by' in decoding else ''}{decoding['temperature']:g}"
+    output = directory / f"results-{stem}.json"
     files = [
         file for name in ("select", "test", "other") if (file := directory.parent / f"{name}.jsonl").stat().st_size
     ]
     common = {"prompts": files, "reward": task["reward"], "judges": task["judge"], "samples": task["samples"]}
-    common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"], "temperature": temperature}
+    common |= {"max_new_tokens": task["length"], "min_new_tokens": task["length"]}
     common |= {"perplexity_model": task["model"], "reference": "none", "output": output}
     common |= {"threshold": task["threshold"]} if "threshold" in task else {}
-    if scales:  # A model of the baselines has no quantiles.
-        common |= {"quantiles": "best", "guidance_scales": scales}
-    command = quarkrl("evaluate", model, "--raw", "--batch_size", 512, *flags(common))
-    call(command, directory / f"evaluate-{temperature:g}.log")
+    script = [str(HERE / "rerank.py"), str(rerank)] if rerank else ["-m", "quarkrl"]
+    command = [sys.executable, *script, "evaluate", str(model), "--raw", "--batch_size", "512"]
+    call([*command, *flags(common | decoding)], directory / f"evaluate-{stem}.log")
     found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return found
 
@@ -262,14 +268,21 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     record: dict[str, Any] = {"task": run.task, "method": run.method, "settings": run.settings, "seed": run.seed}
     record["digest"] = digest(run, matrix)
     if run.method == "base":
-        record |= measure(task, task["model"], [], directory)
+        record |= measure(task, task["model"], {}, directory)
+    elif run.method == "rerank":
+        record |= measure(task, task["model"], {}, directory, rerank=run.settings["n"])
     else:
         train = train_baseline if "environment" in options else train_quark
         cost = record["cost"] = train(run, task, options, directory)
         if cost["scored"] != task["scored"]:
             raise Failure(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
         record["options"] = options.get("options", {})
-        record |= measure(task, directory / "final", options.get("guidance_scales", []), directory)
+        scales = options.get("guidance_scales")  # A model of the baselines has no quantiles.
+        decoding = {"quantiles": "best", "guidance_scales": scales} if scales else {}
+        record |= measure(task, directory / "final", decoding, directory)
+        if steering := options.get("steering_scales"):
+            decoding = {"steered_by": directory / "final", "guidance_scales": steering}
+            record["rows"] += measure(task, task["model"], decoding, directory)["rows"]
     record |= {"date": date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS"), "device": device()}
     result = folders.result(run)
     result.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ learn:
     quantize    D, all of it, cut by reward into K quantiles; each sample (x, y) gets its r_k again
     learn       (x, y) drawn uniformly from D;  minimise, per completion token,
                     -log p_θ(y | x, r_k)  +  β KL(p_θ || p_0)  -  α H(p_θ)
+                and with `dpo_coef`, per sample, the DPO term of y and another completion of x (algorithm/pairs.py)
 
 The policy sees r_k, the reference does not. `algorithm/loss.py` says over which vocabulary each term is taken.
 
