@@ -30,8 +30,8 @@ This page is generated: `python -m tools.options_page`. Each option is a flag, s
 `quarkrl train` is also a key of its YAML file, such as `kl_coef: 0.1`. The default is in parentheses. "Resume" says
 whether a resumed run may change the option. Options with that note are also arguments of `QuarkConfig`.
 
-The parentheses have the defaults of `QuarkConfig`, which are the paper's. `quarkrl train` chooses some options by model, prompts and rewards
-instead ([choosing.md](choosing.md)): {chosen}.
+The parentheses have the defaults of `QuarkConfig`, which are the paper's. `quarkrl train` fits these options to model,
+prompts and rewards instead ([choosing.md](choosing.md)): {chosen}.
 
 - *yes*: always.
 - *from a checkpoint*: only with `--resume_from_checkpoint DIR`.

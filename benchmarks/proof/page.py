@@ -62,7 +62,7 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
         rows = {(row["prompts"], *_decoding(row)): row for row in record["rows"]}
         for decoding in sorted({key[1:] for key in rows}):
             steers, scale, temperature = decoding
-            test = rows["test", *decoding]
+            test = rows[("test", *decoding)]
             select, other = (rows.get((name, *decoding), {}) for name in ("select", "other"))
             both = (select or test)["figures"], test["figures"]
             method = "steered" if steers else record["method"] if scale == 1 else "guided"

@@ -9,7 +9,7 @@ def command() -> NoReturn:
     try:
         from quarkrl.cli.main import command as run
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        sys.stderr.write("interrupted\n")
         sys.exit(130)
     run()
 

@@ -67,7 +67,8 @@ class RunOptions(AdapterOptions):
     )
     defaults: Literal["size", "paper"] | None = option(
         None,
-        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or paper with a preset.",
+        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or paper "
+        "with a preset.",
         group="model",
     )
 
@@ -389,7 +390,7 @@ def train_parser(
     def text(field: dataclasses.Field) -> str:
         if field.name not in sizing.NAMES:
             return describe(field)
-        without_default = dataclasses.field(default=None, metadata=field.metadata)
+        without_default: Any = dataclasses.field(default=None, metadata=field.metadata)
         return f"{describe(without_default)} (default fitted)"
 
     parser.add_argument(
