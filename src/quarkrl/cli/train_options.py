@@ -67,8 +67,8 @@ class RunOptions(AdapterOptions):
     )
     defaults: Literal["size", "paper"] | None = option(
         None,
-        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or paper "
-        "with a preset.",
+        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or "
+        "paper with a preset.",
         group="model",
     )
 
