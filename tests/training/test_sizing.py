@@ -46,15 +46,16 @@ def test_what_is_set_stays_and_the_learning_rate_suits_what_is_trained():
     assert chosen_for(1e6, "--lora_rank", "8")[0]["learning_rate"] == size_defaults(1e6, lora_rank=8)["learning_rate"]
 
 
-def test_completions_of_a_prompt_are_compared_in_a_large_model_where_there_are_several():
+def test_completions_of_a_prompt_are_compared_where_there_are_several():
     def of_pairs(parameters: float, *flags: str) -> tuple[float, int, int]:
         values = chosen_for(parameters, *flags)[0]
         return values["dpo_coef"], values["samples_per_prompt"], values["prompts_per_iteration"]
 
-    assert of_pairs(134.5e6) == (10, 8, 128) and of_pairs(1e6) == (0, 1, 5000)
+    assert of_pairs(134.5e6) == (10, 8, 128) and of_pairs(1e6) == (0.7, 8, 625)
     assert of_pairs(1e6, "--dpo_coef", "2") == (2, 8, 625)
     for alone in (["--dpo_coef", "0"], ["--samples_per_prompt", "1"], ["--no_do_sample"], ["--condition_on", "each"]):
         assert of_pairs(134.5e6, *alone) == (0, 1, 1024), alone
+        assert of_pairs(1e6, *alone) == (0, 1, 5000), alone
     assert of_pairs(134.5e6, "--samples_per_prompt", "4") == (10, 4, 128)
 
 
@@ -97,33 +98,39 @@ def amounts(num_prompts: int, *flags: str, speed: Speed | None = None) -> tuple[
 
 
 def test_few_prompts_get_more_samples_and_completions_are_not_drawn_more_often():
-    assert amounts(20_000) == amounts(5000) == (26, 50, 128, 5000, 1)
-    assert amounts(2500) == (26, 50, 128, 5000, 2)  # 2,500 x 2 completions.
-    assert amounts(240) == (26, 38, 128, 5000, 16)  # 3,840 completions, 4,864 draws: 1.27, as with plenty.
-    assert amounts(20) == (26, 13, 32, 5000, 16)  # 320 completions, 416 draws.
+    assert amounts(20_000) == amounts(625) == (8, 40, 128, 625, 8)
+    assert amounts(312) == (8, 40, 128, 625, 16)  # 312 x 16 completions.
+    assert amounts(240) == (8, 31, 128, 625, 16)  # 3,840 completions, 3,968 draws: 1.03, as with plenty.
+    assert amounts(20) == (8, 10, 32, 625, 16)  # 320 completions, 320 draws.
+    alone = ["--dpo_coef", "0"]
+    assert amounts(20_000, *alone) == amounts(5000, *alone) == (26, 50, 128, 5000, 1)
+    assert amounts(2500, *alone) == (26, 50, 128, 5000, 2)  # 2,500 x 2 completions.
+    assert amounts(240, *alone) == (26, 38, 128, 5000, 16)  # 3,840 completions, 4,864 draws: 1.27, as with plenty.
 
 
 def test_what_is_set_stays_and_the_rest_suits_it():
-    assert amounts(240, "--samples_per_prompt", "4") == (26, 10, 128, 5000, 4)  # 960 completions, 1,280 draws
-    assert amounts(240, "--steps_per_iteration", "5") == (26, 5, 128, 5000, 1)
-    assert amounts(240, "--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2")[1] == 38
+    assert amounts(240, "--samples_per_prompt", "4") == (8, 15, 64, 625, 4)  # 960 completions and draws
+    assert amounts(240, "--steps_per_iteration", "5") == (8, 5, 128, 625, 8)
+    assert amounts(240, "--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2")[1] == 31
     assert amounts(240, "--no_do_sample") == (26, 10, 32, 5000, 1)  # Greedy completions of a prompt are equal.
 
 
 def test_a_budget_takes_iterations_first_and_then_samples_and_prompts():
     # An iteration explores 5,000 completions and draws 6,400: 100 s.
-    speed = Speed(per_completion=0.01, per_draw=50 / 6400)
-    assert amounts(20_000, "--budget", "1h", speed=speed) == (26, 50, 128, 5000, 1)  # 43 min
-    assert amounts(20_000, "--budget", "20m", speed=speed) == (12, 50, 128, 5000, 1)
-    assert amounts(20_000, "--budget", "6m40s", speed=speed) == (8, 25, 128, 2500, 1)
-    fixed = amounts(20_000, "--budget", "20m", "--num_iterations", "24", speed=speed)
+    speed, alone = Speed(per_completion=0.01, per_draw=50 / 6400), ("--dpo_coef", "0")
+    assert amounts(20_000, "--budget", "1h", *alone, speed=speed) == (26, 50, 128, 5000, 1)  # 43 min
+    assert amounts(20_000, "--budget", "20m", *alone, speed=speed) == (12, 50, 128, 5000, 1)
+    assert amounts(20_000, "--budget", "6m40s", *alone, speed=speed) == (8, 25, 128, 2500, 1)
+    fixed = amounts(20_000, "--budget", "20m", "--num_iterations", "24", *alone, speed=speed)
     assert fixed == (24, 25, 128, 2500, 1)
-    assert amounts(500, "--budget", "5m", speed=speed)[3:] == (5000, 3)  # Samples go down before prompts.
+    # Samples go down before prompts.
+    assert amounts(500, "--budget", "5m", *alone, speed=speed)[3:] == (5000, 3)
 
 
 def test_a_budget_that_is_exceeded_is_a_warning():
     def warning(*flags: str) -> str:
-        return parse_train([*COMMAND, *flags]).with_defaults(1e6, 20_000, Speed(0.01, 50 / 6400))[1].partition("\n")[2]
+        command = parse_train([*COMMAND, "--dpo_coef", "0", *flags])
+        return command.with_defaults(1e6, 20_000, Speed(0.01, 50 / 6400))[1].partition("\n")[2]
 
     fixed = ["--num_iterations", "24", "--prompts_per_iteration", "5000", "--steps_per_iteration", "50"]
     assert warning("--budget", "20m", *fixed) == (
@@ -156,7 +163,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypa
     assert main([*command, *flags]) == 0
     text = capsys.readouterr().err
     assert "plan: 2 iterations" in text and "memory: about" in text and "time: about" in text
-    assert "times. Above 2, a model overfits" in text and "dry run: nothing was trained or written" in text
+    assert "8 for each of 8 prompts" in text and "dry run: nothing was trained or written" in text
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
 
 
@@ -193,7 +200,7 @@ def test_the_coarsest_of_several_rewards_decides_and_missing_ones_do_not_count()
 
 
 def sized(spread: RewardSpread, num_prompts: int, *flags: str):
-    command, line = parse_train([*COMMAND, *flags]).with_defaults(1e6, num_prompts, spread=spread)
+    command, line = parse_train([*COMMAND, "--dpo_coef", "0", *flags]).with_defaults(1e6, num_prompts, spread=spread)
     return command.config.num_quantiles, command.config.samples_per_prompt, line.partition("\n")[2]
 
 

@@ -22,6 +22,7 @@ class ModelSize:
         adapter_rate, full_rate: learning rate of an adapter, and of all weights.
         dpo_coef: weight of the DPO term.
         options: other options by name. `prompts_per_iteration` counts completions.
+        without_pairs: what replaces some of them in a run without the DPO term, which needs more samples.
     """
 
     below: float
@@ -29,7 +30,8 @@ class ModelSize:
     adapter_rate: float
     full_rate: float
     dpo_coef: float
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    without_pairs: dict[str, Any] = field(default_factory=dict)
 
 
 def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_per_iteration: int) -> dict[str, int]:
@@ -43,8 +45,8 @@ def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_
 
 
 SIZES = (
-    ModelSize(3e6, 0, 4e-3, 2e-3, 0.0, {"kl_coef": 0.4, **_amounts(26, 50, 128, 5000)}),
-    ModelSize(50e6, 4, 4e-3, 1e-4, 0.0, {"kl_coef": 0.1, **_amounts(20, 35, 128, 3000)}),
+    ModelSize(3e6, 0, 4e-3, 2e-3, 0.7, {"kl_coef": 0.4, **_amounts(8, 40, 128, 5000)}, _amounts(26, 50, 128, 5000)),
+    ModelSize(50e6, 4, 4e-3, 1e-4, 0.3, {"kl_coef": 0.1, **_amounts(20, 16, 128, 2048)}, _amounts(20, 35, 128, 3000)),
     ModelSize(1e9, 16, 3e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
     ModelSize(float("inf"), 16, 2e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
 )
@@ -85,11 +87,12 @@ def size_defaults(parameters: float, lora_rank: int | None = None, dpo_coef: flo
     rank = size.lora_rank if lora_rank is None else lora_rank
     coef = size.dpo_coef if dpo_coef is None else dpo_coef
     samples = PAIRED if coef else 1
+    options = size.options if coef else size.options | size.without_pairs
     return {
         "lora_rank": rank,
         "learning_rate": size.adapter_rate if rank else size.full_rate,
-        **size.options,
-        "prompts_per_iteration": size.options["prompts_per_iteration"] // samples,
+        **options,
+        "prompts_per_iteration": options["prompts_per_iteration"] // samples,
         "dpo_coef": coef,
         "samples_per_prompt": samples,
         "num_quantiles": RewardSpread.MOST,
@@ -138,7 +141,8 @@ class RewardSpread:
         parts = []
         if count < self.MOST and "num_quantiles" not in fixed:
             parts.append(f"{count} quantiles")
-        if samples > 1 and self.least_share < _RARE and "samples_per_prompt" not in fixed:
+        usual = PAIRED if options["dpo_coef"] else 1
+        if samples > usual and self.least_share < _RARE and "samples_per_prompt" not in fixed:
             parts.append(f"{samples} samples per prompt")
         return f"rewards: {self.text}, so the run has {' and '.join(parts)}" if parts else ""
 
