@@ -200,7 +200,7 @@ def next_commands(evaluation: "Evaluation", final: Path) -> list[str]:
     _, prompt = max(texts, key=lambda pair: pair[0] if pair[0] == pair[0] else float("-inf"))
     start = f"quarkrl generate {final} --prompt {shlex.quote(prompt)} --num_return_sequences 4"
     # Without guidance, many completions of the worst quantile are as good as those of the best.
-    return [start, f"{start} --quantile worst --guidance_scale 3 --guidance_from best"]
+    return [start, f"{start} --quantile worst --guidance_scale 2 --guidance_from best"]
 
 
 def shorten_text(text: str) -> str:
