@@ -51,7 +51,7 @@ def test_completions_of_a_prompt_are_compared_where_there_are_several():
         values = chosen_for(parameters, *flags)[0]
         return values["dpo_coef"], values["samples_per_prompt"], values["prompts_per_iteration"]
 
-    assert of_pairs(134.5e6) == (10, 8, 128) and of_pairs(1e6) == (0.7, 8, 625)
+    assert of_pairs(134.5e6) == (10, 8, 128) and of_pairs(1e6) == (0.2, 8, 625)
     assert of_pairs(1e6, "--dpo_coef", "2") == (2, 8, 625)
     for alone in (["--dpo_coef", "0"], ["--samples_per_prompt", "1"], ["--no_do_sample"], ["--condition_on", "each"]):
         assert of_pairs(134.5e6, *alone) == (0, 1, 1024), alone
@@ -98,10 +98,10 @@ def amounts(num_prompts: int, *flags: str, speed: Speed | None = None) -> tuple[
 
 
 def test_few_prompts_get_more_samples_and_completions_are_not_drawn_more_often():
-    assert amounts(20_000) == amounts(625) == (8, 40, 128, 625, 8)
-    assert amounts(312) == (8, 40, 128, 625, 16)  # 312 x 16 completions.
-    assert amounts(240) == (8, 31, 128, 625, 16)  # 3,840 completions, 3,968 draws: 1.03, as with plenty.
-    assert amounts(20) == (8, 10, 32, 625, 16)  # 320 completions, 320 draws.
+    assert amounts(20_000) == amounts(625) == (6, 40, 128, 625, 8)
+    assert amounts(312) == (6, 40, 128, 625, 16)  # 312 x 16 completions.
+    assert amounts(240) == (6, 31, 128, 625, 16)  # 3,840 completions, 3,968 draws: 1.03, as with plenty.
+    assert amounts(20) == (6, 10, 32, 625, 16)  # 320 completions, 320 draws.
     alone = ["--dpo_coef", "0"]
     assert amounts(20_000, *alone) == amounts(5000, *alone) == (26, 50, 128, 5000, 1)
     assert amounts(2500, *alone) == (26, 50, 128, 5000, 2)  # 2,500 x 2 completions.
@@ -109,8 +109,8 @@ def test_few_prompts_get_more_samples_and_completions_are_not_drawn_more_often()
 
 
 def test_what_is_set_stays_and_the_rest_suits_it():
-    assert amounts(240, "--samples_per_prompt", "4") == (8, 15, 64, 625, 4)  # 960 completions and draws
-    assert amounts(240, "--steps_per_iteration", "5") == (8, 5, 128, 625, 8)
+    assert amounts(240, "--samples_per_prompt", "4") == (6, 15, 64, 625, 4)  # 960 completions and draws
+    assert amounts(240, "--steps_per_iteration", "5") == (6, 5, 128, 625, 8)
     assert amounts(240, "--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2")[1] == 31
     assert amounts(240, "--no_do_sample") == (26, 10, 32, 5000, 1)  # Greedy completions of a prompt are equal.
 

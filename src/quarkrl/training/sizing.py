@@ -45,8 +45,8 @@ def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_
 
 
 SIZES = (
-    ModelSize(3e6, 0, 4e-3, 2e-3, 0.7, {"kl_coef": 0.4, **_amounts(8, 40, 128, 5000)}, _amounts(26, 50, 128, 5000)),
-    ModelSize(50e6, 4, 4e-3, 1e-4, 0.3, {"kl_coef": 0.1, **_amounts(20, 16, 128, 2048)}, _amounts(20, 35, 128, 3000)),
+    ModelSize(3e6, 0, 4e-3, 2e-3, 0.2, {"kl_coef": 0.4, **_amounts(6, 40, 128, 5000)}, _amounts(26, 50, 128, 5000)),
+    ModelSize(50e6, 4, 4e-3, 1e-4, 0.3, {"kl_coef": 0.1, **_amounts(20, 8, 128, 512)}, _amounts(20, 35, 128, 3000)),
     ModelSize(1e9, 16, 3e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
     ModelSize(float("inf"), 16, 2e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
 )
