@@ -212,6 +212,8 @@ def test_few_valued_rewards_choose_the_quantiles_and_rare_ones_more_samples():
     seen = "rewards: 98% of 200 first samples share the kind 1, so the run has 2 quantiles and 3 samples per prompt"
     assert sized(rare, 5000, "--prompts_per_iteration", "1000", "--steps_per_iteration", "50")[:2] == (2, 1)
     assert sized(rare, 1200) == (2, 4, seen.replace("3 samples", "4 samples"))  # as without ties: 5,000 in all
+    # Pairs need eight samples whatever the rewards are.
+    assert sized(rare, 5000, "--dpo_coef", "0.2") == (2, 8, seen.replace(" and 3 samples per prompt", ""))
     few = "98% of 200 first samples share the kind 1, so only 2 of 4 quantiles would have samples"
     warning = f"warning: {few}. Lower --num_quantiles, or choose a finer reward."
     assert sized(rare, 5000, "--num_quantiles", "4", "--samples_per_prompt", "2") == (4, 2, warning)
