@@ -34,9 +34,12 @@ class ModelSize:
     without_pairs: dict[str, Any] = field(default_factory=dict)
 
 
-def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_per_iteration: int) -> dict[str, int]:
-    """The options that say how much a run samples and learns."""
+def _options(
+    kl_coef: float, num_iterations: int, steps_per_iteration: int, batch: int, prompts_per_iteration: int
+) -> dict[str, Any]:
+    """Return β, and the options that say how much a run samples and learns."""
     return {
+        "kl_coef": kl_coef,
         "num_iterations": num_iterations,
         "steps_per_iteration": steps_per_iteration,
         "per_device_train_batch_size": batch,
@@ -45,10 +48,10 @@ def _amounts(num_iterations: int, steps_per_iteration: int, batch: int, prompts_
 
 
 SIZES = (
-    ModelSize(3e6, 0, 4e-3, 2e-3, 0.2, {"kl_coef": 0.4, **_amounts(6, 40, 128, 5000)}, _amounts(26, 50, 128, 5000)),
-    ModelSize(50e6, 4, 4e-3, 1e-4, 0.3, {"kl_coef": 0.1, **_amounts(20, 8, 128, 512)}, _amounts(20, 35, 128, 3000)),
-    ModelSize(1e9, 16, 3e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
-    ModelSize(float("inf"), 16, 2e-4, 1e-5, 10.0, {"kl_coef": 0.05, **_amounts(8, 16, 32, 1024)}),
+    ModelSize(3e6, 0, 4e-3, 2e-3, 0.2, _options(0.4, 6, 40, 128, 5000), _options(0.4, 26, 50, 128, 5000)),
+    ModelSize(50e6, 4, 4e-3, 1e-4, 0.4, _options(0.4, 8, 24, 128, 3000), _options(0.1, 20, 35, 128, 3000)),
+    ModelSize(1e9, 16, 3e-4, 1e-5, 10.0, _options(0.05, 8, 16, 32, 1024)),
+    ModelSize(float("inf"), 16, 2e-4, 1e-5, 10.0, _options(0.05, 8, 16, 32, 1024)),
 )
 SAMPLED = ("prompts_per_iteration", "samples_per_prompt")  # Options that say how much an iteration samples.
 _ALL_SIZES = {"entropy_coef": 0.0, "bf16": "auto"}
