@@ -160,7 +160,8 @@ def score_samples(task: dict[str, Any], prompts: Path, directory: Path) -> tuple
         if not cost.is_file():
             count = task["scored"] // GENERATIONS
             some = directory / "prompts.some.jsonl"
-            some.write_text("".join(prompts.read_text(encoding="utf-8").splitlines(True)[:count]), encoding="utf-8")
+            lines = itertools.cycle(prompts.read_text(encoding="utf-8").splitlines(True))  # There may be few.
+            some.write_text("".join(itertools.islice(lines, count)), encoding="utf-8")
             arguments = [task["model"], some, task["reward"], task["length"], file]
             command = [sys.executable, str(HERE / "samples.py"), *map(str, arguments)]
             cost.write_text(json.dumps(call(command, directory / "samples.log")[1]), encoding="utf-8")
