@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The stamp is older than these two files if the installation is out of date.
 STAMP := $(VENV)/.installed
-# The fast tests use one process per core, up to four.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --durations 15
+# Many tests wait for other processes, so there is one process more than there are cores, up to four.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations 15
 
 .PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results ablations results-quick audit docs clean
 .DEFAULT_GOAL := help

@@ -23,13 +23,12 @@ config = QuarkConfig(
     steps_per_iteration=60,
     prompts_per_iteration=125,
     samples_per_prompt=8,
-    dpo_coef=0.2,  # Completions of a prompt are compared.
+    dpo_coef=0.2,  # Pairs of completions of a prompt are compared.
     per_device_train_batch_size=32,
     learning_rate=2e-3,
     entropy_coef=0,
-    save_strategy="no",
 )
-trainer = QuarkTrainer(model_path(), without_the_word, config, train_dataset=prompts_path("train"))
+trainer = QuarkTrainer("builtin", without_the_word, config, train_dataset="builtin")
 trainer.train()
 trained = QuarkGenerator.from_pretrained(trainer.save_final())
 

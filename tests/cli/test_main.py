@@ -324,7 +324,7 @@ MISTAKES = {
         (*TRAIN, "--reward", "{home}/rewards.py:broken"),
         "reward 'broken' raised RuntimeError: no way",
     ),
-    "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 256 completions"),
+    "reward of another length": ((*TRAIN, "--reward", "{home}/rewards.py:too_few"), "1 scores for 4 completions"),
     "label without classifier": ((*TRAIN, "--reward_label", "toxic"), "label 'toxic': must be unset"),
     "weights of another length": ((*TRAIN, "--reward_weights", "1", "2"), "reward_weights [1.0, 2.0]"),
     "unknown quantile": ((*GENERATE, "--quantile", "9"), "quantile '9': must be"),

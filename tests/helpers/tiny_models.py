@@ -206,6 +206,7 @@ def make_home(
         "num_quantiles": 2,
         "num_iterations": 2,
         "steps_per_iteration": 1,
+        "samples_per_prompt": 1,
         "per_device_train_batch_size": 4,
         "max_completion_length": 4,
         "disable_tqdm": True,

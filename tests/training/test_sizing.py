@@ -163,7 +163,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypa
     assert main([*command, *flags]) == 0
     text = capsys.readouterr().err
     assert "plan: 2 iterations" in text and "memory: about" in text and "time: about" in text
-    assert "8 for each of 8 prompts" in text and "dry run: nothing was trained or written" in text
+    assert "times. Above 2, a model overfits" in text and "dry run: nothing was trained or written" in text
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
 
 
