@@ -278,8 +278,9 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
         if cost["scored"] != task["scored"]:
             raise Failure(f"{run.name} scored {cost['scored']} completions, and must score {task['scored']}")
         record["options"] = options.get("options", {})
-        scales = options.get("guidance_scales")  # A model of the baselines has no quantiles.
-        decoding = {"quantiles": "best", "guidance_scales": scales} if scales else {}
+        decoding = {}
+        if train is train_quark:
+            decoding = {"quantiles": "best", "guidance_scales": options.get("guidance_scales", [1])}
         record |= measure(task, directory / "final", decoding, directory)
         if steering := options.get("steering_scales"):
             decoding = {"steered_by": directory / "final", "guidance_scales": steering}
