@@ -1,18 +1,6 @@
-"""The command `quarkrl`, and `python -m quarkrl`."""
+"""`python -m quarkrl` is the command `quarkrl`."""
 
-import sys
-from typing import NoReturn
-
-
-def command() -> NoReturn:
-    """Run the command of this process. Ctrl-C while its modules are imported ends it, as later, without a traceback."""
-    try:
-        from quarkrl.cli.main import command as run
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
-    run()
-
+from quarkrl.cli.__main__ import command
 
 if __name__ == "__main__":
     command()

@@ -410,7 +410,7 @@ def test_help_and_version_do_not_load_torch():
 
 def test_ctrl_c_while_the_command_is_imported_leaves_no_traceback():
     code = (
-        "import os, signal, sys\nfrom quarkrl.__main__ import command\nclass Finder:\n"
+        "import os, signal, sys\nfrom quarkrl.cli.__main__ import command\nclass Finder:\n"
         "    def find_spec(self, name, *_):\n        if name == 'quarkrl.cli.parser':\n"
         "            os.kill(os.getpid(), signal.SIGINT)\nsys.meta_path.insert(0, Finder())\ncommand()"
     )
