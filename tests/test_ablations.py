@@ -16,6 +16,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "proof"))
 
 from ablations_page import write
+from page import points
 from run import HERE, ROOT, flags
 
 from quarkrl.cli.train_options import parse_train
@@ -74,3 +75,11 @@ def plain_weights(tmp_path_factory) -> str:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_runs_and_learns_something_else(variant, plain_weights, tmp_path):
     assert final_weights(tmp_path / "run", [str(HERE / "variants.py"), variant]) != plain_weights
+
+
+def test_a_row_that_would_hide_another_is_an_error(tmp_path):
+    """Best and worst quantile once had the same key, and the page showed the worst."""
+    record = json.loads((ROOT / "benchmarks/results/proof/ablations-6m/quark-seed=0.json").read_text(encoding="utf-8"))
+    (tmp_path / "quark.json").write_text(json.dumps(record | {"rows": record["rows"] * 2}), encoding="utf-8")
+    with pytest.raises(ValueError, match="one would hide the other"):
+        points(tmp_path)

@@ -60,6 +60,8 @@ def points(results: Path) -> tuple[Point | None, list[Point]]:
     for file in sorted(results.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
         rows = {(row["prompts"], *_decoding(row)): row for row in record["rows"]}
+        if len(rows) < len(record["rows"]):
+            raise ValueError(f"{file}: two rows have the same prompts and decoding, and one would hide the other")
         for decoding in sorted({key[1:] for key in rows}):
             steers, scale, temperature = decoding
             test = rows[("test", *decoding)]

@@ -52,7 +52,7 @@ LOG = "quarkrl.training.metrics_log:MetricsFile.on_log"
 HARD = [
     (Trap(SCORE, "before", 2), "nothing restored: it is the first go"),
     (Trap(TABLE, "amid", 3), "from the beginning (no checkpoint yet), pool 0 samples, 1 batch of"),  # The pool's file.
-    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the next on disk"),
+    (Trap("quarkrl.storage.atomic:os.replace", "before", 2), "pool 0 samples, 3 batches of the next iteration on disk"),
     (
         Trap("quarkrl.algorithm.pool:DataPool.save", "after", 1),
         "pool 0 samples, 3 batches",

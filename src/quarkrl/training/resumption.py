@@ -129,7 +129,7 @@ def describe(args: QuarkConfig, step: int, pool: DataPool, directory: Path, cach
     if later := explored - len(set(pool.iterations.tolist())):
         facts.append(f"{later} later {'iteration' if later == 1 else 'iterations'} on disk")
     if count := len(list((directory / f"partial-{explored:06d}").glob("*.parquet"))):
-        facts.append(f"{count:,} {'batch' if count == 1 else 'batches'} of the next on disk")
+        facts.append(f"{count:,} {'batch' if count == 1 else 'batches'} of the next iteration on disk")
     if cached is not None:
         facts.append(f"{cached:,} scores in cache")
     return ", ".join(facts)
