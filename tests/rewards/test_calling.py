@@ -377,7 +377,7 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: reward 'sleeps' did not score 256 completions within 0.3 s (")
+    assert line.startswith("error: reward 'sleeps' did not score 8 completions within 0.3 s (")
     assert line.endswith("rewards.py:5). Fix the reward or raise --reward_timeout. A run can be resumed.")
 
 

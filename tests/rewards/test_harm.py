@@ -171,7 +171,8 @@ def with_fork(completions):
         if child == 0:
             try:
                 os.write(writing, f"{signal.getsignal(signal.SIGINT)} {signal.getsignal(signal.SIGTERM)}".encode())
-                time.sleep(600)
+                for _ in range(6000):  # A signal that comes just before a sleep does not shorten it.
+                    time.sleep(0.1)
             finally:
                 os._exit(7)
         handlers = os.read(reading, 1000).decode()
