@@ -25,6 +25,11 @@ def test_a_run_from_the_command_is_generated_from_and_measured(architecture, tmp
     train = ["train", "--config", "run.yaml", "--reward", "rewards.py:short", "--output_dir", "run"]
     assert main([*train, "--held_out", "2", "--samples_per_prompt", "4"]) == 0
     capsys.readouterr()
+    assert main(["samples", "run"]) == 0  # A completion answers its prompt, and does not continue it.
+    texts = [line.split("\t")[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert texts and all(text.split(" → ")[0] in ("a b", "c d", "e f g", "h") for text in texts)
+    assert main(["watch", "run", "--once"]) == 0
+    assert " → " in capsys.readouterr().out
     assert main(["generate", "run/final", "--prompt", "a b", "--max_new_tokens", "4", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt"] == "a b" and len(answer["completions"]) == 1

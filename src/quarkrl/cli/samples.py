@@ -11,6 +11,7 @@ from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.streams import print_json
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
+from quarkrl.runs.records import OPTIONS_FILE, continues_prompts, near_run, recorded_fact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,8 +55,8 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print samples of a run, one per row."""
-    options = options_from(arguments, SamplesOptions)
-    table = read_samples(Path(arguments.run))
+    options, directory = options_from(arguments, SamplesOptions), Path(arguments.run)
+    table = read_samples(directory)
     total = len(table)
     table = table.filter(_matches(table, options))
     rows = _order(table, options)
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         for row in table.to_pylist():
             print_json(row)
     else:
-        print_samples(table)
+        print_samples(table, continues_prompts(directory))
     more = ". --limit 0 prints all" if len(table) < matching else ""
     note(f"{len(table):,} of {matching:,} matching samples; the pool has {total:,}{more}")
 
@@ -77,7 +78,6 @@ def read_samples(run: Path) -> "pa.Table":
         UserError: the directory is no run, or has no samples yet.
     """
     from quarkrl.algorithm.pool_table import read_pool_table
-    from quarkrl.runs.records import near_run, recorded_fact
 
     facts = recorded_fact(run, "options")
     if not isinstance(facts, dict) or "num_quantiles" not in facts:
@@ -94,8 +94,13 @@ def read_samples(run: Path) -> "pa.Table":
     return read_pool_table(run / "pool", facts["num_quantiles"], facts.get("reward_ceiling"), decode)
 
 
-def print_samples(table: "pa.Table") -> None:
-    """Print samples: rewards, quantile, iteration and text; in columns on a terminal, else separated by tabs."""
+def print_samples(table: "pa.Table", is_continued: bool) -> None:
+    """Print samples: rewards, quantile, iteration and text; in columns on a terminal, else separated by tabs.
+
+    Args:
+        table: the samples.
+        is_continued: whether completions continue prompts that are texts.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -115,7 +120,7 @@ def print_samples(table: "pa.Table") -> None:
     for row in table.to_pylist():
         figures = [f"{row[name]:.3f}" for name in names]
         figures += ["/".join(str(row[name]) for name in quantiles), str(row["iteration"] + 1)]
-        prompt, completion = map(_on_one_line, displayed(row["prompt"], row["completion"]))
+        prompt, completion = map(_on_one_line, displayed(row["prompt"], row["completion"], is_continued))
         if out.is_terminal:
             shown.add_row(*figures, Text.assemble((prompt, "dim"), completion))
         else:
@@ -193,7 +198,6 @@ def _tokenizer_of(run: Path) -> Any:
 
     from quarkrl.cli.common import model_path
     from quarkrl.models.loading import load_tokenizer
-    from quarkrl.runs.records import OPTIONS_FILE
 
     if (path := model_path(str(run))) != str(run):
         return load_tokenizer(path)

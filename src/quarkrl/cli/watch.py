@@ -12,7 +12,7 @@ from quarkrl.cli.common import console
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, format_seconds, truncate
 from quarkrl.options import check_options, option
-from quarkrl.runs.records import METRICS_FILE, RUN_FILE, is_in_use, near_run, recorded_fact
+from quarkrl.runs.records import METRICS_FILE, RUN_FILE, continues_prompts, is_in_use, near_run, recorded_fact
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -248,7 +248,7 @@ def _latest_samples(state: RunState, count: int) -> list[Any]:
         return []
     lines = []
     for row in choose_extremes(table, count):
-        prompt, completion = displayed(row["prompt"], row["completion"])
+        prompt, completion = displayed(row["prompt"], row["completion"], continues_prompts(state.directory))
         figures = " ".join(f"{row[name]:.3f}" for name in attributes_of(table))
         text = truncate(" ".join(completion.split()), _TEXT_WIDTH)
         gap = " " if prompt[-1:].isspace() or completion[:1].isspace() else ""

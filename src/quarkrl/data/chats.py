@@ -78,16 +78,21 @@ def read_prompt_text(text: Any) -> Any:
     return text if find_fault(chat) else chat
 
 
-def displayed(prompt: str, completion: str) -> tuple[str, str]:
+def displayed(prompt: str, completion: str, is_continued: bool = True) -> tuple[str, str]:
     """Return a prompt that `prompt_text` has written and a completion, as people read them one after the other.
 
     Of a chat, the last message and an arrow precede the completion.
+
+    Args:
+        prompt, completion: their texts.
+        is_continued: whether a completion continues a prompt that is a text. Without, an arrow separates them.
     """
     try:
         chat = json.loads(prompt) if prompt.startswith("[{") else None
-        return (prompt, completion) if chat is None else (f"{message_text(chat[-1])} → ", completion.lstrip())
+        shown = prompt if chat is None else message_text(chat[-1])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return prompt, completion
+        chat, shown = None, prompt
+    return (shown, completion) if chat is None and is_continued else (f"{shown} → ", completion.lstrip())
 
 
 def is_continued(chat: Chat) -> bool:

@@ -35,6 +35,11 @@ def recorded_fact(directory: Path, name: str) -> Any:
         return None  # `open_run` reports a damaged file.
 
 
+def continues_prompts(directory: Path) -> bool:
+    """Return whether the completions of the run in a directory continue its prompts, as those of a causal model do."""
+    return not recorded_fact(directory, "is_encoder_decoder")
+
+
 def options_of_run(model: str) -> dict[str, Any]:
     """Return the options in config.yaml of the run that a directory, or the directory around it, holds; {} without."""
     import yaml

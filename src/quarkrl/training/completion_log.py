@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from quarkrl.algorithm.pool_table import choose_extremes
 from quarkrl.data.chats import displayed
 from quarkrl.errors import truncate
+from quarkrl.runs.records import continues_prompts
 from quarkrl.training.progress import Progress
 
 _WIDTH = 200  # Characters of a completion on the console.
@@ -38,13 +39,13 @@ class CompletionLog(TrainerCallback):
         rows = choose_extremes(table, args.log_completions)
         if self._progress.enabled:
             for row in rows:
-                self._progress.note(_line(number, row))
+                self._progress.note(_line(number, row, continues_prompts(Path(args.output_dir))))
         _send_to_trackers(args.report_to, number, state.global_step, rows)
 
 
-def _line(number: int, row: dict[str, Any]) -> str:
+def _line(number: int, row: dict[str, Any], is_continued: bool) -> str:
     figures = " ".join(f"{value:.3f}" for name, value in row.items() if name not in ("rank", "prompt", "completion"))
-    text = " ".join("".join(displayed(row["prompt"], row["completion"])).split())
+    text = " ".join("".join(displayed(row["prompt"], row["completion"], is_continued)).split())
     return f"iteration {number + 1}  {row['rank']:<5} {figures}  {truncate(text, _WIDTH)}"
 
 

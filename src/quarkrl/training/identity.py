@@ -81,6 +81,7 @@ def run_identity(  # noqa: PLR0913 - all that a result depends on
     chat_date: datetime | None = None,
     kind_of_prompts: str = "",
     scored: ScoredSamples | None = None,
+    is_encoder_decoder: bool = False,
 ) -> QuarkIdentity:
     """Return the identity of a run.
 
@@ -94,12 +95,14 @@ def run_identity(  # noqa: PLR0913 - all that a result depends on
         chat_date: the date that the chats of the run have (`find_chat_date`).
         kind_of_prompts: "stream", "unexplored", or "" for prompts in memory that the run explores.
         scored: the samples that the run starts from, if any.
+        is_encoder_decoder: whether the model has an encoder for the prompt.
     """
     chooses = config.load_best_model_at_end and eval_prompts is not None
     facts = {
         "options": config.run_identity(),
         "num_iterations": config.num_iterations,
         "model": model,
+        "is_encoder_decoder": is_encoder_decoder,
         "reference": reference,
         "prompts": f"{kind_of_prompts} {_digest(prompts)}".lstrip(),
         "scored_data": None if scored is None else _digest_samples(scored),

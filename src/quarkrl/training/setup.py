@@ -147,6 +147,7 @@ class Start:
             self.chat_date,
             kind_of_prompts="stream" if self.supply.streamed else "" if self.explores else "unexplored",
             scored=self.scored,
+            is_encoder_decoder=is_encoder_decoder(self.models.policy),
         )
 
 
