@@ -17,7 +17,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 import quarkrl
 from quarkrl import QuarkConfig, QuarkTrainer
-from quarkrl.cli.main import main
+from quarkrl.cli.main import COMMANDS, main
 from quarkrl.cli.train_options import parse_train, preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -29,21 +29,7 @@ BY_NAME = {"ids": lambda page: page.relative_to(ROOT).as_posix()}
 def flags() -> dict[str, set[str]]:
     """The options of each command, as its help lists them."""
     options = {}
-    for command in (
-        "train",
-        "generate",
-        "chat",
-        "play",
-        "evaluate",
-        "score",
-        "words",
-        "export",
-        "demo",
-        "samples",
-        "watch",
-        "presets",
-        "report",
-    ):
+    for command in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
             main([command, "--help_all" if command == "train" else "--help"])
         options[command] = set(re.findall(r"--\w+", output.getvalue()))

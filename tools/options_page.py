@@ -9,6 +9,7 @@ from quarkrl.cli.evaluate import EvaluationRewards, InputOptions
 from quarkrl.cli.export import ExportOptions
 from quarkrl.cli.generate import GenerateOptions
 from quarkrl.cli.play import PlayOptions
+from quarkrl.cli.push import PushOptions
 from quarkrl.cli.report import ReportOptions
 from quarkrl.cli.samples import SamplesOptions
 from quarkrl.cli.score import ScoreOptions
@@ -70,6 +71,7 @@ def page() -> str:
         "score": (ScoreOptions, RewardOptions),
         "report": (ReportOptions,),
         "export": (ExportOptions,),
+        "push": (PushOptions,),
     }.items():
         rows = [typed for options in classes for typed in typed_fields(options)]
         lines += [f"\n## quarkrl {command}\n\n", *_entries(rows, no_rule={field.name for field, _ in rows})]

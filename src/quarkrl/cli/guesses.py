@@ -22,6 +22,8 @@ COMMANDS = {
     "configs": "presets",
     "monitor": "watch",
     "pool": "samples",
+    "upload": "push",
+    "push_to_hub": "push",
 }
 
 

@@ -23,6 +23,7 @@ from quarkrl.cli import (
     guesses,
     play,
     presets,
+    push,
     report,
     samples,
     score,
@@ -36,7 +37,7 @@ from quarkrl.cli.streams import accept_any_character
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.runs.interrupts import Stopped
 
-_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, report, score, words, export)
+_COMMANDS = (demo, presets, train, generate, chat, play, evaluate, samples, watch, report, score, words, export, push)
 COMMANDS = {command.NAME: command for command in _COMMANDS}
 
 

@@ -91,7 +91,22 @@ def run(command: TrainCommand) -> Path | None:
         report = try_to_report(output_dir)
     if report:
         note(f"report: {report}")
+    if config.push_to_hub and is_first_process():
+        _push(final, config)
     return final
+
+
+def _push(final: Path, config: "QuarkConfig") -> None:
+    """Upload the final model, whose card has the results by now."""
+    from quarkrl.models.hub import END_OF_TRAINING, push_directory
+
+    name, private, revision = config.hub_name, config.hub_private_repo, config.hub_revision
+    try:
+        with busy(f"uploading {final}"):
+            address = push_directory(final, name, private, revision, END_OF_TRAINING)
+    except UserError as error:
+        raise UserError(f"{error} The model is saved. Upload it later: quarkrl push {final} {name}") from error
+    note(f"hub: {address}")
 
 
 def _place(output_dir: Path, dry_run: bool) -> AbstractContextManager[None]:

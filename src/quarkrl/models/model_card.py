@@ -15,6 +15,7 @@ from quarkrl.models.quark_json import DEFAULT_GUIDANCE, read_quark_json, write_q
 from quarkrl.storage.atomic import write_text
 
 FILE_NAME = "README.md"
+PLACEHOLDER = "MODEL-PATH"  # Stands for the model's place in the code of a card.
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".gguf", ".arrow")
@@ -29,7 +30,7 @@ the change by guidance:
 ```python
 from quarkrl import QuarkGenerator
 
-generator = QuarkGenerator.from_pretrained("PATH")
+generator = QuarkGenerator.from_pretrained("MODEL-PATH")
 generator.generate(["You are"], quantile="best", guidance_scale=2.0)
 ```
 """
@@ -37,16 +38,16 @@ _CAUSAL = """\
 ```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", model="PATH")
+generate = pipeline("text-generation", model="MODEL-PATH")
 print(generate("You are", max_new_tokens=20)[0]["generated_text"])
 ```
 
-`vllm serve PATH` serves it, too. """
+`vllm serve MODEL-PATH` serves it, too. """
 _ENCODER_DECODER = """\
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("PATH"), AutoTokenizer.from_pretrained("PATH")
+model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained("MODEL-PATH"), AutoTokenizer.from_pretrained("MODEL-PATH")
 inputs = tokenizer("You are", return_tensors="pt", return_token_type_ids=False)
 ids = model.generate(**inputs, max_new_tokens=20)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))

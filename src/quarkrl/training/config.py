@@ -5,12 +5,14 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import HubStrategy
 
 from quarkrl.algorithm.coefficients import MAX_CHANGE
 from quarkrl.data.chat_defaults import read_template_kwargs
@@ -67,6 +69,10 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
             if isinstance(path := getattr(self, name), str):
                 setattr(self, name, os.path.abspath(path))
         self._check_trackers()
+        if self.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+            raise UserError(
+                f"hub_strategy {self.hub_strategy.value}: must be end, as checkpoints are not uploaded. Leave it out."
+            )
 
     def _check_trackers(self) -> None:
         """Check that the trackers exist and are installed, which `Trainer` reports after the model is loaded."""
@@ -285,6 +291,11 @@ class QuarkConfig(QuarkOptions, TrainingArguments):
         """The iterations of the run, those of distillation included."""
         stages = len(self.distill_guidance_scale) if self.distills else 0
         return self.num_iterations + stages * self.distill_iterations
+
+    @property
+    def hub_name(self) -> str:
+        """The repository of the hub that the final model is uploaded to."""
+        return self.hub_model_id or Path(self.output_dir).absolute().name
 
     def run_identity(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, by name. `resume_rules` says which of them may change."""

@@ -52,6 +52,7 @@ from quarkrl.models.completion_logits import Projection
 from quarkrl.models.eval_mode import eval_mode
 from quarkrl.models.export import save_steered, try_saving
 from quarkrl.models.head_access import HeadAccess, completion_projection, decide_head_access
+from quarkrl.models.hub import END_OF_TRAINING, create_repository, push_directory
 from quarkrl.models.model_card import write_model_card
 from quarkrl.rewards.scorer import Scorer
 from quarkrl.runs.durable_trainer import DurableTrainer
@@ -541,9 +542,50 @@ class QuarkTrainer(DurableTrainer):
         write_model_card(output_dir)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Keep the card of Quark where `push_to_hub` would write that of `Trainer`."""
+        """Keep the card of Quark where `Trainer` would write its own."""
         if self.is_world_process_zero():
             write_model_card(self.args.output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository at the start (`Trainer.init_hf_repo`), so that a refusal comes before the run."""
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            self.hub_model_id = create_repository(self.args.hub_name, private, token or self.args.hub_token)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = END_OF_TRAINING,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **_: Any,
+    ) -> str | None:
+        """Save the final model and upload it: what `save_final` writes, without samples, metrics and checkpoints.
+
+        Args:
+            commit_message: of the commit.
+            blocking: must be True.
+            token, private: see `models.hub.push_directory`.
+            revision: the branch.
+
+        Returns:
+            The address of the commit in the first process, else None.
+
+        Raises:
+            UserError: the hub cannot be reached, or refuses.
+        """
+        if not blocking:
+            raise UserError("blocking: must be True, as the final model is uploaded as one commit. Leave it out.")
+        final = self.save_final()
+        if not self.is_world_process_zero():
+            return None
+        private = self.args.hub_private_repo if private is None else private
+        revision, token = revision or self.args.hub_revision, token or self.args.hub_token
+        return push_directory(final, self.args.hub_name, private, revision, commit_message or END_OF_TRAINING, token)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload no checkpoint: its tokenizer asks for no quantile."""
 
     def set_aside_run_files(self, step: int, aside: Path) -> None:
         """Set aside the samples, metrics and final model of the timeline that a run leaves when it branches off."""
