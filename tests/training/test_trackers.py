@@ -11,6 +11,7 @@ import pytest
 from helpers.runs import small_trainer
 
 from quarkrl.cli.main import main
+from quarkrl.cli.train_options import parse_train
 
 
 @pytest.mark.slow
@@ -51,3 +52,12 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_one_line(tmp_path, capsys
     arguments = ("--model", "builtin", "--prompts", "builtin", "--reward", "brevity", "--output_dir", str(tmp_path))
     assert main(["train", *arguments, "--report_to", tracker]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_several_trackers_are_listed_behind_one_option(tmp_path):
+    required = ["--model", "builtin", "--prompts", "builtin", "--reward", "brevity", "--output_dir", str(tmp_path)]
+    (tmp_path / "run.yaml").write_text("report_to: [tensorboard, trackio]\n", encoding="utf-8")
+    for arguments in (["--report_to", "tensorboard", "trackio"], ["--config", str(tmp_path / "run.yaml")]):
+        assert parse_train([*required, *arguments]).config.report_to == ["tensorboard", "trackio"]
+    assert parse_train([*required, "--report_to", "tensorboard"]).config.report_to == ["tensorboard"]
+    assert parse_train(required).config.report_to == []

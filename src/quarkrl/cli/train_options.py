@@ -296,6 +296,9 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     parser.set_defaults(**{name: None for name, value in entries.items() if value is None})
     parser.set_defaults(eval_strategy=None)  # Its default depends on another option.
     values = vars(parser.parse([*as_flags(entries), *argv]))
+    for name in _one_or_several(QuarkConfig):
+        if isinstance(values[name], list) and len(values[name]) == 1:
+            (values[name],) = values[name]
     unset = frozenset(name for name in sizing.NAMES if values[name] is _UNSET)
     values |= {name: defaults[name] for name in unset}
     if values["entropy_target"] is not None:  # It adapts α, which the defaults by size turn off.
@@ -422,15 +425,24 @@ def _hugging_face_flags(config: type) -> argparse.ArgumentParser:
     from transformers import HfArgumentParser
 
     own, hints = {field.name for field in dataclasses.fields(QuarkOptions)}, get_type_hints(config)
+    lists = _one_or_several(config)
+    hints |= dict.fromkeys(lists, list[str])  # HfArgumentParser would take one word for them.
     inherited = [
-        (field.name, hints[field.name], _copy(field))
+        (field.name, hints[field.name], _copy(field, is_list=field.name in lists))
         for field in dataclasses.fields(config)
         if field.init and field.name not in own
     ]
     return HfArgumentParser(dataclasses.make_dataclass("Inherited", inherited, kw_only=True), add_help=False)
 
 
-def _copy(field: dataclasses.Field) -> Any:
+def _one_or_several(config: type) -> set[str]:
+    """The names of the options that are a text or several."""
+    return {name for name, kind in get_type_hints(config).items() if {str, list[str]} <= set(get_args(kind))}
+
+
+def _copy(field: dataclasses.Field, is_list: bool) -> Any:
+    if is_list:  # HfArgumentParser reads the default of a list from a function only.
+        return dataclasses.field(default_factory=lambda: field.default, metadata=field.metadata)
     return dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=field.metadata)
 
 
