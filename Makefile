@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations 15
 
-.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results ablations results-quick audit docs clean
+.PHONY: install demo test test-slow test-all test-floor real-model test-real-model test-vllm mutations check prose format benchmarks benchmarks-quick baselines judges results ablations search results-quick audit docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -99,8 +99,12 @@ results: baselines  ## what is left of benchmarks/proof/matrix.yaml, and docs/pr
 ablations: install  ## what is left of benchmarks/proof/ablations.yaml, and docs/ablations.md: two hours, can be stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --matrix benchmarks/proof/ablations.yaml
 
-results-quick: baselines  ## every method once, on the built-in model
+search: install  ## 40 more trials of benchmarks/proof/search.yaml, and the best three confirmed: an hour, can be stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/search.py --trials 40 --confirm 3
+
+results-quick: baselines  ## every method once, and a search of two trials, on the built-in model
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/run.py --quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/proof/search.py --quick
 
 audit: install  ## known vulnerabilities of what is installed; asks PyPI
 	$(PYTHON) -m venv $(VENV)/audit
