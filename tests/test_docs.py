@@ -94,6 +94,19 @@ def check_config(example) -> None:
     parse_train(["--config", "block.yaml"])
 
 
+def test_the_block_as_in_the_paper_trains_as_in_the_paper(tmp_path):
+    """No default is left that the command would fit to the size of the model, such as that of the DPO term."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/reproduce.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "block.yaml").write_text(block, encoding="utf-8")
+    command, _ = parse_train(["--config", str(tmp_path / "block.yaml")]).with_defaults(124_000_000, num_prompts=85_000)
+    config = command.config
+    assert (config.kl_direction, config.entropy_coef, config.draw) == ("ref_policy", 0, "balanced")
+    assert (config.kl_coef, config.learning_rate, command.run.lora_rank) == (0.05, 1e-5, None)
+    assert (config.dpo_coef, config.samples_per_prompt, config.prompts_per_iteration) == (0, 1, None)
+    amounts = config.num_iterations, config.steps_per_iteration, config.per_device_train_batch_size
+    assert amounts == (47, 500, 128)
+
+
 BLOCKS = Sybil([PythonCodeBlockParser(), CodeBlockParser(language="yaml", evaluator=check_config), SkipParser()])
 PAGES_WITH_BLOCKS = [page for page in PAGES if re.search(r"^```(python|yaml)", page.read_text(encoding="utf-8"), re.M)]
 
