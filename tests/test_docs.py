@@ -156,6 +156,15 @@ def test_an_example_names_models_and_data_that_a_user_can_have(page):
     assert not any(".." in str(name) for name in (run.model, run.prompts, *run.reward))
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda page: page.name)
+def test_an_example_trains_what_it_says(page):
+    """Its figures hold for one objective and one amount, so the size of the model changes neither."""
+    example = parse_train(["--config", str(page)])
+    fitted, _ = example.with_defaults(6_000_000, num_prompts=8_000)
+    names = ("dpo_coef", "samples_per_prompt", "prompts_per_iteration", "num_iterations", "steps_per_iteration")
+    assert all(getattr(fitted.config, name) == getattr(example.config, name) for name in names)
+
+
 @pytest.mark.parametrize("page", PAGES, **BY_NAME)
 def test_pages_import_public_names_only(page):
     blocks = "\n".join(re.findall(r"```\w+\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
