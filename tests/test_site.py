@@ -21,6 +21,7 @@ PAGES = [
     "docs/api.html",
     "docs/choosing.html",
     "docs/results.html",
+    "docs/results-real-text.html",
     "docs/notebook/index.html",
 ]
 

@@ -8,7 +8,7 @@ import pytest
 from quarkrl.cli.main import main
 from quarkrl.cli.train_options import parse_train, preset_names
 
-ITERATIONS = "4"  # Of six or eight. docs/results.md has the figures of whole runs.
+ITERATIONS = "4"  # Of six or eight. docs/results-builtin.md has the figures of whole runs.
 REPETITION = ["--reward", "repetition", "--greedy"]
 # Preset → measurements: their options, and by how much the best token must be better than reference and worst token.
 TINY = {

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train with the preset tiny-toxicity, which ends with tables and examples."""
     output_dir = arguments.output_dir or free_directory("runs/demo")
     note("Unlearning toxicity on the built-in 1M-parameter model: explore, quantize, learn. Then a comparison.")
-    measured = ["--held_out", "300", "--result_samples", "25"]  # As docs/results.md says.
+    measured = ["--held_out", "300", "--result_samples", "25"]  # As docs/results-builtin.md says.
     train.run(train.parse(["--config", "tiny-toxicity", "--output_dir", output_dir, *measured]))
 
 
