@@ -42,5 +42,5 @@ def section(
     yield ""
     yield f"![{figure} against perplexity: {title}]({images.name}/{file.name})"
     yield ""
-    yield from table(base, shown, figure, names)
+    yield from table(base, [(names[point.method], point) for point in shown], figure)
     yield ""

@@ -144,23 +144,36 @@ def best_within(base: Point, found: list[Point], method: str, limit: float, figu
     return min(allowed, key=lambda point: (point.select[figure], point.select["perplexity"]), default=None)
 
 
-def chosen_points(base: Point, found: list[Point], figure: str) -> Iterator[Point]:
-    """Yield, per method and limit of perplexity, the point with the lowest figure, each once."""
-    for method in NAMES:
+def chosen_points(base: Point, found: list[Point], figure: str) -> Iterator[tuple[str, Point | None]]:
+    """Yield, per method, the point with the lowest figure within each limit of perplexity; once, with its first limit.
+
+    A method without a point within the limits has None.
+    """
+    for method, name in NAMES.items():
+        if all(point.method != method for point in found):
+            continue
         chosen = [best_within(base, found, method, limit, figure) for limit in LIMITS]
-        yield from (p for number, p in enumerate(chosen) if p is not None and p not in chosen[:number])
+        for number, point in enumerate(chosen):
+            if point is not None and point not in chosen[:number]:
+                yield f"{name}, within {100 * LIMITS[number]:.0f} %", point
+        if chosen[-1] is None:
+            yield name, None
 
 
-def table(base: Point, shown: Iterable[Point], figure: str, names: dict[str, str]) -> Iterator[str]:
-    """Yield the lines of a table of points, after the base."""
+def table(base: Point, shown: Iterable[tuple[str, Point | None]], figure: str) -> Iterator[str]:
+    """Yield the lines of a table of points with their names, after the base."""
     judge = judge_of(base, figure)
     other = "other domain | " if base.other else ""
-    yield f"| method | perplexity | {figure} | {judge} | {other}dist-2 | settings |"
+    yield f"| method | perplexity | {figure} | by the judge | {other}dist-2 | settings |"
     yield "|---" * (7 if other else 6) + "|"
     figures = [f"{base.test[figure]:.3f}", f"{base.test[judge]:.3f}"]
     figures += [f"{base.other[figure]:.3f}"] if other else []
     yield f"| base | {base.test['perplexity']:.1f} | {' | '.join(figures)} | {base.test['dist-2']:.3f} | |"
-    yield from (_line(point, base, figure, judge, names[point.method]) for point in shown)
+    for name, point in shown:
+        if point is None:
+            yield f"| {name} | above {100 * LIMITS[-1]:+.0f} % | {'| ' if other else ''}| | | |"
+        else:
+            yield _line(point, base, figure, judge, name)
 
 
 def _line(point: Point, base: Point, figure: str, judge: str, name: str) -> str:
@@ -206,19 +219,21 @@ def section(task: str, facts: dict[str, Any], results: Path, images: Path) -> It
     scored, prompts, samples = f"{facts['scored']:,}", facts["test_limit"], facts["samples"]
     yield f"{scored} scored completions of {facts['length']} tokens. Measured on {prompts} held-out prompts with"
     yield f"{samples} samples each. The reward is `{facts['reward']}`. Brackets are 95 % bootstrap intervals."
+    yield f"The judge is {judge_of(base, figure).partition(':')[0]}. Continue with `run.py --only {task}/`."
     yield ""
     for name, shown in {"reward": figure, "judge": judge_of(base, figure)}.items():
         file = images / f"proof-{task}-{name}.svg"
         draw(base, found, shown, file, NAMES)
         yield f"![{shown} against perplexity, by method]({images.name}/{file.name})"
         yield ""
-    yield from table(base, chosen_points(base, found, figure), figure, NAMES)
+    yield from table(base, chosen_points(base, found, figure), figure)
     yield ""
     yield from costs(found)
     yield ""
     yield "All points, by perplexity:"
     yield ""
-    yield from table(base, sorted(found, key=lambda point: point.test["perplexity"]), figure, NAMES)
+    by_perplexity = sorted(found, key=lambda point: point.test["perplexity"])
+    yield from table(base, [(NAMES[point.method], point) for point in by_perplexity], figure)
     yield ""
 
 

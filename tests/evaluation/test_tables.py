@@ -30,7 +30,7 @@ def test_each_figure_has_half_its_interval_and_judges_have_blocks():
         "perplexity             50.00 ±0.04    90.00 ±0.04     40.00 ±0.04",
         "dist-2                0.800 ±0.040   0.800 ±0.040    0.800 ±0.040",
         "diversity                        -              -               -",
-        "not counted, perplexity dropped: reference 0, best 3, worst 0",
+        "not counted, completions of a perplexity from 10,000 on: reference 0, best 3, worst 0",
         "perplexity after a truncated prompt: reference 0, best 0, worst 7",
         "2 prompts, 2 samples per prompt, top-p 0.9, 20 tokens; perplexity under gpt2; "
         "± half of the 95 % bootstrap interval",
@@ -50,15 +50,21 @@ def test_many_columns_become_several_tables_that_fit(width):
 def test_a_curve_is_a_table_of_requested_value_reward_and_bar():
     rows = [REFERENCE, row_with("0", 0.2, 0), row_with("1", 0.5, 1), row_with("2", 0.9, 2)]
     lines = printed(evaluation_of([*rows, row_with("best γ=2", 0.95, 2, 2.0)]))
-    start = next(i for i, line in enumerate(lines) if line.startswith("requested quantile"))
-    # A bar spans the intervals, from .17 to .95, in 12 blocks.
-    assert [line.split() for line in lines[start + 1 : start + 4]] == [
+    start = next(i for i, line in enumerate(lines) if line.startswith("requested"))
+    # A bar spans the intervals, from .17 to .95, in 10 blocks.
+    assert [line.split() for line in lines[start + 2 : start + 5]] == [
         ["0", "0.200", "±0.040", "0.800", "20.00", "0.800", "-"],
-        ["1", "0.500", "±0.040", "█████", "0.500", "50.00", "0.800", "-"],
-        ["2", "0.900", "±0.040", "███████████", "0.100", "90.00", "0.800", "-"],
+        ["1", "0.500", "±0.040", "████", "0.500", "50.00", "0.800", "-"],
+        ["2", "0.900", "±0.040", "█████████", "0.100", "90.00", "0.800", "-"],
     ]
-    start = next(i for i, line in enumerate(lines) if line.startswith("guidance scale γ"))
-    assert [line.split()[:2] for line in lines[start + 1 : start + 3]] == [["1", "0.900"], ["2", "0.950"]]
+    start = next(i for i, line in enumerate(lines) if line.startswith("guidance"))
+    assert [line.split()[:2] for line in lines[start + 3 : start + 5]] == [["1", "0.900"], ["2", "0.950"]]
+
+
+def test_curves_fit_80_columns():
+    rows = [REFERENCE, *(row_with(str(quantile), 0.2 * quantile, quantile) for quantile in range(5))]
+    lines = printed(evaluation_of([*rows, row_with("best γ=2", 0.95, 4, 2.0)]), 80)
+    assert max(map(len, lines[:-1])) <= 80 and not any("…" in line for line in lines)
 
 
 def test_two_quantiles_are_no_curve_and_a_guidance_curve_includes_1():
@@ -77,7 +83,7 @@ def test_each_set_of_prompts_and_the_corpus_have_a_table():
         "rep/16            0.250",
     ]
     assert "skipped prompts of out: 4 too long" in lines
-    assert "not counted (in), perplexity dropped: reference 0, best 3" in lines
+    assert "not counted (in), completions of a perplexity from 10,000 on: reference 0, best 3" in lines
 
 
 def test_side_by_side_shows_the_prompts_with_the_reference_s_lowest_rewards():

@@ -9,20 +9,21 @@ from quarkrl.evaluation.results import Row
 from quarkrl.evaluation.verdict import compare, describe
 
 
-def row(rewards, perplexity: float = 5.0) -> Row:
+def row(rewards, perplexity: float = 5.0, length: float = 10.0) -> Row:
     rewards = np.array(rewards, float)
+    perplexities = np.full(rewards.shape, perplexity)
     return Row(
         name="reference",
         completions=[],
         prompts_name="prompts",
         quantile=None,
         guidance_scale=1.0,
-        figures={"reward": float(np.nanmean(rewards)), "perplexity": perplexity},
+        figures={"reward": float(np.nanmean(rewards)), "perplexity": perplexity, "completion length": length},
         intervals={},
         left_out={},
         truncated=0,
         scores={"reward": rewards},
-        perplexities=rewards,
+        perplexities=perplexities,
     )
 
 
@@ -56,8 +57,8 @@ def test_a_missing_reward_does_not_count():
     assert compare(row(before), row(after)).interval == (1.0, 1.0)
 
 
-def shifted(shift: float, perplexity: float = 5.0) -> Row:
-    return row([[a + shift, b + shift] for a, b in BEFORE], perplexity)
+def shifted(shift: float, perplexity: float = 5.0, length: float = 10.0) -> Row:
+    return row([[a + shift, b + shift] for a, b in BEFORE], perplexity, length)
 
 
 def test_a_run_that_does_what_it_should_gets_no_advice():
@@ -70,7 +71,7 @@ def test_a_run_that_does_what_it_should_gets_no_advice():
 def test_better_at_a_high_perplexity_says_so_and_how_to_mend_it():
     sentence = describe(row(BEFORE), shifted(0.3, 15.0), shifted(-0.1))
     assert sentence.startswith("better, but perplexity rose: the reward went from 0.300 to 0.600")
-    assert "perplexity went from 5.00 to 15.00. Try a higher --kl_coef or a lower --learning_rate." in sentence
+    assert "perplexity went from 5.00 to 15.00 (medians 5.00 to 15.00). Try a higher --kl_coef or a lower" in sentence
     assert describe(row(BEFORE), shifted(0.3, 7.0), shifted(-0.1)).startswith("better:")
 
 
@@ -94,3 +95,21 @@ def test_the_advice_after_too_many_draws_is_that_of_the_warning(shift, perplexit
 def test_little_to_gain_is_named():
     full = row([[1.0, 1.0]] * 16)
     assert "100% of the completions had the highest reward before" in describe(full, full)
+
+
+def test_medians_show_that_a_few_completions_raise_the_mean_perplexity():
+    after = shifted(0.3, 15.0)
+    after.perplexities[:] = 5.5
+    after.perplexities[0, 0] = 500
+    assert "perplexity went from 5.00 to 15.00 (medians 5.00 to 5.50)" in describe(row(BEFORE), after, shifted(-0.1))
+
+
+def test_a_worst_quantile_above_the_start_and_shorter_completions_are_named():
+    sentence = describe(row(BEFORE), shifted(0.3, length=7), shifted(0.1))
+    assert sentence.startswith("better: the reward went from 0.300 to 0.600")
+    assert (
+        " The worst quantile is better than before, too (0.400). Completions are shorter, 10.0 to 7.0 tokens."
+        in sentence
+    )
+    same = describe(row(BEFORE), shifted(0.3, length=8), shifted(0.0))
+    assert "worst quantile" not in same and "shorter" not in same

@@ -30,6 +30,7 @@ def write_run(
     completions: Sequence[str] = (" kind.", " rude!", " away"),
     iterations: int = 2,
     evaluated: bool = True,
+    reward: str = "kindness",
     **options,
 ) -> Path:
     """Write a run of `iterations` in which each prompt has each completion; reward i / n for the i-th of n samples."""
@@ -43,7 +44,7 @@ def write_run(
         pool.add(*ids, rewards, iteration=number)
     pool.save(directory / "pool")
     identity = {"options": {"num_quantiles": 3, "steps_per_iteration": 2, **options}, "num_iterations": iterations}
-    identity |= {"rewards": [{"name": "kindness", "weight": 1.0}], "versions": {"torch": "2"}}
+    identity |= {"rewards": [{"name": reward, "weight": 1.0}], "versions": {"torch": "2"}}
     (directory / "run.json").write_text(json.dumps(identity), encoding="utf-8")
     (directory / "config.yaml").write_text(yaml.safe_dump({"model": "builtin", **options}), encoding="utf-8")
     rows = []
@@ -85,7 +86,11 @@ def write_results(path: Path, prompts: Sequence[str], completions: Sequence[str]
     ]
     pq.write_table(pa.Table.from_pylist(lines), path.with_suffix(".parquet"))
     document = {
-        "protocol": {"date": "2026-01-01"},
+        "protocol": {
+            "date": "2026-01-01",
+            "samples_per_prompt": 1,
+            "prompts": {"prompts": {"count": len(prompts)}},
+        },
         "results": entries,
         "completions": path.with_suffix(".parquet").name,
     }

@@ -41,7 +41,7 @@ def text_of(path) -> str:
 def test_report_shows_figures_charts_and_completions(page):
     assert "<h1>kindness</h1>" in page and "run <b>&lt;run&gt;</b>" in page
     assert "before 0.400 ±&#8239;0.100" in page and re.search(r"0\.900\s*<small>±&#8239;0\.100", page)
-    assert "Better: the reward went from 0.400 to 0.900" in page
+    assert "Better: the reward went from 0.400 to 0.900" in page and "On 2 held-out prompts × 1 samples;" in page
     titles = re.findall(r"<figcaption><b>(.*?)</b>", page)
     assert {"Reward by iteration", "Quantile edges", "Reward against KL", "KL to the reference"} <= set(titles)
     assert "Control: reward over the requested quantile" not in titles  # Two quantiles are no curve.
@@ -121,6 +121,18 @@ def test_comparison_shows_the_options_that_differ(tmp_path):
     options = page.partition("Options that differ")[2]
     assert re.search(r">kl_coef</th><td>0.1</td><td>0.2</td>", options) and "seed" not in options
     assert "Reward against KL" in page and "<h1>2 runs</h1>" in page
+    assert "<td>2 held-out prompts × 1</td>" in page and "different rewards" not in page
+    assert "reward, worst quantile</th><td>0.200<small> ±&#8239;0.100" in page
+
+
+def test_a_comparison_of_different_rewards_says_so(tmp_path):
+    runs = [write_run(tmp_path / name, reward=name) for name in ("kindness", "brevity")]
+    assert "The runs have different rewards" in text_of(write_comparison(runs, tmp_path / "both.html"))
+
+
+def test_a_best_quantile_that_is_large_by_its_ceiling_is_explained(tmp_path):
+    page = text_of(write_report(write_run(tmp_path / "run", reward_ceiling=0.95)))
+    assert "Rewards from the reward_ceiling of 0.95 on count as equal" in page
 
 
 def test_command_writes_the_report_into_the_run(young, capsys):

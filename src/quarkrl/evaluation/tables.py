@@ -11,7 +11,14 @@ from quarkrl.evaluation.results import CorpusRow, Evaluation, Row, curves
 
 # Only in results.json: the factors of diversity, and the number of completions too short for it, which is often large.
 _NOT_PRINTED = ("rep-2", "rep-3", "rep-4", "diversity_short")
-_BAR_WIDTH = 12
+# What is left out, for people.
+_LEFT_OUT = {
+    "perplexity_empty": "empty completions, which have no perplexity",
+    "perplexity_dropped": "completions of a perplexity from 10,000 on",
+    "dist_prompts_without_words": "prompts whose completions have no words",
+    "unscored": "completions without a reward",
+}
+_BAR_WIDTH = 10  # So that the curves fit 80 columns.
 
 
 def print_table(evaluation: Evaluation, console: Console) -> None:
@@ -90,10 +97,10 @@ def _print_curves(rows: Sequence[Row], console: Console) -> None:
     """Print each curve: the requested value beside the reward, as a number and as a bar, and some other figures."""
     for label, points in curves(rows):
         table = Table(box=None, pad_edge=False, header_style="bold")
-        table.add_column(label, no_wrap=True)
+        table.add_column(label.replace(" ", "\n"), no_wrap=True)
         class_metrics = [name for name in points[0][1].figures if name.endswith((" probability", " share"))][:1]
         for name in ("reward", "", *class_metrics, "perplexity", "dist-2", "diversity"):
-            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+            table.add_column(name.replace(" ", "\n"), justify="left" if not name else "right", no_wrap=True)
         # The bars span all confidence intervals, so differences by chance look small.
         low = min(min(row.figures["reward"], row.intervals["reward"][0]) for _, row in points)
         high = max(max(row.figures["reward"], row.intervals["reward"][1]) for _, row in points)
@@ -136,7 +143,7 @@ def _left_out_lines(evaluation: Evaluation) -> list[str]:
             counts = [(row.name, row.left_out.get(reason, 0)) for row in rows]
             if any(count for _, count in counts) and reason not in _NOT_PRINTED:
                 by_row = ", ".join(f"{row_name} {count}" for row_name, count in counts)
-                lines.append(f"not counted{suffix}, {reason.replace('_', ' ')}: {by_row}")
+                lines.append(f"not counted{suffix}, {_LEFT_OUT.get(reason, reason.replace('_', ' '))}: {by_row}")
         if any(row.truncated for row in rows):
             by_row = ", ".join(f"{row.name} {row.truncated}" for row in rows)
             lines.append(f"perplexity after a truncated prompt{suffix}: {by_row}")

@@ -8,8 +8,9 @@ import numpy as np
 from quarkrl.evaluation.intervals import Interval, Ratio, intervals
 from quarkrl.evaluation.results import Row
 
-# Beyond this factor, most users notice that the text has suffered.
-MAX_PERPLEXITY_RATIO = 1.5
+MAX_PERPLEXITY_RATIO = 1.5  # Beyond this factor, most users notice that the text has suffered.
+MIN_LENGTH_RATIO = 0.75  # Below it, part of the gain may be that less is said.
+_NEARLY_ALL = 0.98
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,33 @@ def describe(before: Row, best: Row, worst: Row | None = None, fewer_draws: str 
             training, which would make it worse.
     """
     change, steering = compare(before, best), None if worst is None else compare(worst, best)
-    dear = _perplexity_ratio(before, best) > MAX_PERPLEXITY_RATIO
+    dear = _ratio("perplexity", before, best) > MAX_PERPLEXITY_RATIO
     steers = steering is None or steering.kind == "better"
     faults = ["perplexity rose"] * dear + ["the tokens do not steer"] * (not steers)
     kind = f"{change.kind}, but {' and '.join(faults)}" if change.kind == "better" and faults else change.kind
     parts = [f"{kind}: the reward went from {_in_words(change)} on held-out prompts"]
     if dear:
-        parts.append(f"perplexity went from {before.figures['perplexity']:.2f} to {best.figures['perplexity']:.2f}")
+        start, end = before.figures["perplexity"], best.figures["perplexity"]
+        medians = " to ".join(f"{np.nanmedian(row.perplexities):.2f}" for row in (before, best))
+        parts.append(f"perplexity went from {start:.2f} to {end:.2f} (medians {medians})")
     if steering is not None and not steers:
         parts.append(f"from the worst to the best quantile it goes from {_in_words(steering)}")
-    return "; ".join(parts) + "." + _advice(before, change, dear, steers, fewer_draws)
+    notes = _notes(before, best, worst) if change.kind == "better" else ""
+    return "; ".join(parts) + "." + notes + _advice(before, change, dear, steers, fewer_draws)
+
+
+def _notes(before: Row, best: Row, worst: Row | None) -> str:
+    """What the user may not expect of a better model: short completions, and a worst quantile above the start."""
+    notes = ""
+    if worst is not None and (change := compare(before, worst)).kind == "better":
+        notes += f" The worst quantile is better than before, too ({change.after:.3f})."
+    if _ratio("completion length", before, best) < MIN_LENGTH_RATIO:
+        lengths = " to ".join(f"{row.figures['completion length']:.1f}" for row in (before, best))
+        notes += (
+            f" Completions are shorter, {lengths} tokens. If that is not wanted, score a rate instead of a count, or "
+            "set --min_completion_length."
+        )
+    return notes
 
 
 def _in_words(change: Change) -> str:
@@ -68,10 +86,10 @@ def _in_words(change: Change) -> str:
     return f"{change.before:.3f} to {change.after:.3f} ({difference})"
 
 
-def _perplexity_ratio(before: Row, after: Row) -> float:
-    """The factor by which perplexity rose; NaN if it is not known."""
-    start = before.figures["perplexity"]
-    return after.figures["perplexity"] / start if start else float("nan")
+def _ratio(figure: str, before: Row, after: Row) -> float:
+    """The factor by which a figure rose; NaN if it is not known."""
+    start = before.figures[figure]
+    return after.figures[figure] / start if start else float("nan")
 
 
 def _advice(before: Row, change: Change, dear: bool, steers: bool, fewer_draws: str) -> str:
@@ -93,9 +111,6 @@ def _advice(before: Row, change: Change, dear: bool, steers: bool, fewer_draws: 
     return (
         " Try more --num_iterations, a higher --learning_rate or a lower --kl_coef; more --held_out for a surer answer."
     )
-
-
-_NEARLY_ALL = 0.98
 
 
 def _means(row: Row) -> np.ndarray:

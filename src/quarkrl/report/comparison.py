@@ -1,5 +1,6 @@
 """What the comparison of several runs says: their figures, their curves, and the options that differ."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ from quarkrl.report import charts
 from quarkrl.report.charts import Axes, Chart, Point
 from quarkrl.report.facts import in_words, model_name
 from quarkrl.report.run_files import RunFiles
-from quarkrl.report.sections import frontier, headlines
+from quarkrl.report.saved_results import SavedRow
+from quarkrl.report.sections import Headline, frontier, headlines
 
 
 def sections(runs: Sequence[RunFiles]) -> dict[str, Any]:
@@ -20,6 +22,8 @@ def sections(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "models": [model_name(run) for run in runs],
         "colors": {name: f"var(--s-{i % 6})" for i, name in enumerate(by_name)},
         "figures": _figures(by_name),
+        "extents": [run.results.extent if run.results else "–" for run in runs],
+        "has_one_reward": len({tuple(run.rewards) for run in runs}) == 1,
         "charts": _charts(by_name),
         "options": _differences(by_name),
     }
@@ -29,7 +33,15 @@ def _figures(runs: dict[str, RunFiles]) -> list[tuple[str, list[Any]]]:
     """Lines of metric and, for each run, its headline of that metric or None."""
     of_run = {name: {h.label: h for h in headlines(run.results)} if run.results else {} for name, run in runs.items()}
     labels = dict.fromkeys(label for figures in of_run.values() for label in figures)
-    return [(label, [figures.get(label) for figures in of_run.values()]) for label in labels]
+    lines: list[tuple[str, list[Any]]] = [
+        (label, [figures.get(label) for figures in of_run.values()]) for label in labels
+    ]
+    worst = [run.results and run.results.worst and _worst_reward(run.results.worst) for run in runs.values()]
+    return [*lines, ("reward, worst quantile", worst)] if any(worst) else lines
+
+
+def _worst_reward(row: SavedRow) -> Headline:
+    return Headline("reward", None, row.figures["reward"], (math.nan, row.half_width("reward")))
 
 
 def _charts(runs: dict[str, RunFiles]) -> list[Chart]:

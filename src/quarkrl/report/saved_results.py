@@ -49,6 +49,13 @@ class SavedResults:
         return list(dict.fromkeys(row.prompts_name for row in self.rows))
 
     @property
+    def extent(self) -> str:
+        """What the figures were measured on: prompts, and samples of each."""
+        prompts = self.protocol.get("prompts", {}).get(self.prompt_sets[0], {}).get("count")
+        samples = self.protocol.get("samples_per_prompt")
+        return f"{prompts} held-out prompts × {samples}" if prompts and samples else "held-out prompts"
+
+    @property
     def first_rows(self) -> list[SavedRow]:
         """The rows of the first set of prompts."""
         return [row for row in self.rows if row.prompts_name == self.prompt_sets[0]]

@@ -43,14 +43,16 @@ def run_sections(run: RunFiles) -> dict[str, Any]:
     """Return the values of the template `run.html.jinja`."""
     history, results = run.history, run.results
     row_names, prompts = choose_side_by_side(results) if results else ([], [])
+    large = headlines(results) if results else _explored_headlines(history)
     return {
         "title": f"{', '.join(run.rewards) or 'Quark'} – {run.name}",
         "run": run,
         "model": model_name(run),
         "status": _status(run),
         "verdict": _verdict(results),
-        "headlines": headlines(results) if results else _explored_headlines(history),
-        "measured": bool(results),
+        "headlines": large,
+        "extent": results.extent if results else None,
+        "has_probability": any(headline.label.endswith(" probability") for headline in large),
         "figures": _figures(results) if results else ([], []),
         "side_by_side": {"names": row_names, "prompts": prompts},
         "reward_charts": _reward_charts(run, history) if history else [],
@@ -61,6 +63,7 @@ def run_sections(run: RunFiles) -> dict[str, Any]:
         "text_charts": _text_charts(run, history) if history else [],
         "rows": choose_rows(history, partial(_tokenizer, run)) if history else [],
         "history": history,
+        "reward_ceiling": run.recorded_options.get("reward_ceiling"),
         "facts": facts_of_run(run),
     }
 
