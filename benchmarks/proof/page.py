@@ -26,6 +26,7 @@ NAMES = {
     "rerank": "base, best of n",
     "base": "base, cooler",
 }
+SHORT = {"learning_rate": "rate", "num_train_epochs": "epochs", "kl_coef": "β", "beta": "β"}  # of TRL's beta, too
 COLORS = ["#1f6feb", "#7cb1ff", "#0b7a75", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#6b7280", "#c08552", "#b0b0b0"]
 Figures = dict[str, float]
 
@@ -178,7 +179,7 @@ def table(base: Point, shown: Iterable[tuple[str, Point | None]], figure: str) -
 
 def _line(point: Point, base: Point, figure: str, judge: str, name: str) -> str:
     low, high = point.intervals[figure]
-    settings = ", ".join(f"{key} {value:g}" for key, value in point.settings.items())
+    settings = ", ".join(f"{SHORT.get(key, key)} {value:g}" for key, value in point.settings.items())
     perplexity, diversity = (
         f"{100 * rise(point.test, base.test, changed):+.1f} %" for changed in ("perplexity", "dist-2")
     )
