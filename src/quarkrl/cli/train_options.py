@@ -65,10 +65,9 @@ class RunOptions(AdapterOptions):
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model and the reference.", group="model"
     )
-    defaults: Literal["size", "paper"] | None = option(
-        None,
-        "Defaults fitted to model, prompts and rewards (docs/choosing.md), or the paper's. The default is size, or "
-        "paper with a preset.",
+    defaults: Literal["size", "paper"] = option(
+        "size",
+        "Defaults fitted to model, prompts and rewards, or the paper's.",
         group="model",
     )
 
@@ -316,9 +315,7 @@ def parse_train(argv: Sequence[str]) -> TrainCommand:
     _check_selection(values)
     if values["eval_strategy"] != "no" and not values["eval_prompts"]:
         raise UserError(f"eval_strategy {values['eval_strategy']}: must be no without prompts. Set --eval_prompts.")
-    # A preset is complete. So is config.yaml of a run that is resumed: it has what was chosen when the run started.
-    if values["defaults"] is None and values["config"] in preset_names():
-        values["defaults"] = "paper"
+    # config.yaml of a run that is resumed is complete: it has what was chosen when the run started.
     is_complete = values["defaults"] == "paper" or (values["resume"] and values["config"] is None)
     by_size = frozenset() if is_complete else unset
     if values["budget"] is not None and not by_size and not values["resume"]:
