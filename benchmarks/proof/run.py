@@ -31,6 +31,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import yaml
 from filelock import FileLock
 
@@ -173,17 +174,18 @@ def train_quark(run: Run, task: dict[str, Any], options: dict[str, Any], directo
     own = {"lora_rank": task["lora_rank"], "per_device_train_batch_size": 128, "warmup_steps": 0.05}
     own |= {**options["options"], **run.settings, "seed": run.seed}
     own |= {"max_completion_length": task["length"], "min_completion_length": task["length"]}
-    own |= {"save_strategy": "no", "held_out": 0, "raw": True}
+    own |= {"save_strategy": "no", "held_out": 0, "raw": True, "defaults": "paper"}  # Not those fitted to the model.
     names = {"model": task["model"], "reward": task["reward"], "prompts": directory.parent / "train.jsonl"}
     run_directory = directory / "run"
     train = ["train", *flags(names | own), "--output_dir", str(run_directory)]
     script = [str(HERE / "variants.py"), variant] if (variant := options.get("variant")) else ["-m", "quarkrl"]
     seconds, cpu, peak = call([sys.executable, *script, *train], directory / "train.log")
     (run_directory / "final").rename(directory / "final")
+    scored = sum(parquet.read_metadata(file).num_rows for file in (run_directory / "pool").glob("iteration-*.parquet"))
     iterations = own["num_iterations"] + len(own.get("distill_guidance_scale", [])) * own.get("distill_iterations", 1)
     sequences = 3 if own.get("dpo_coef") else 1  # A sample, and both of its pair.
     cost = {
-        "scored": own["num_iterations"] * own["prompts_per_iteration"] * own.get("samples_per_prompt", 1),
+        "scored": scored,
         "learned": iterations * own["steps_per_iteration"] * own["per_device_train_batch_size"] * sequences,
     }
     return cost | {"seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}
