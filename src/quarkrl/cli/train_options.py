@@ -131,8 +131,9 @@ class RunOptions(AdapterOptions):
 
     resume: bool = option(
         False,
-        "Resume the run in output_dir. Its config.yaml gives the options, unless --config is set.",
+        "Resume the run in this directory, or in output_dir. Its config.yaml gives the options unless --config is set.",
         group="saving and evaluating",
+        metavar="RUN",
     )
     early_stopping_patience: int | None = option(
         None,

@@ -82,7 +82,5 @@ class PromptStream:
             except StopIteration:
                 return
             except Exception as error:  # Formats, network and the user's own generators raise many types.
-                raise UserError(
-                    f"{location}: cannot be read ({describe_exception(error)}). Fix the cause, then resume the run."
-                ) from error
+                raise UserError(f"{location}: cannot be read ({describe_exception(error)}). Fix the cause.") from error
             yield location, restore_chats(row)

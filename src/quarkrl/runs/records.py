@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,16 @@ def check_no_run(directory: Path) -> None:
     """
     if holds_run(directory):
         raise UserError(
-            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run "
-            "with --resume (resume_from_checkpoint=True)."
+            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run: "
+            f"{resume_call(directory)}"
         )
+
+
+def resume_call(directory: Path) -> str:
+    """Return what resumes the run in a directory: the command, or the call of a trainer for a run of a script."""
+    if (directory / OPTIONS_FILE).is_file():
+        return f"quarkrl train --resume {shlex.quote(str(directory))}"
+    return "trainer.train(resume_from_checkpoint=True)"  # `quarkrl train` needs config.yaml, which it writes.
 
 
 def check_resumable(directory: Path) -> None:
