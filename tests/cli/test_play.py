@@ -74,3 +74,14 @@ def test_user_errors_are_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["play", str(run)]) == 2
     assert capsys.readouterr().err == 'error: quarkrl play: must have Gradio. Run `pip install "quarkrl[play]"`.\n'
+
+
+def test_ctrl_c_is_the_usual_end_of_the_page(run, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quarkrl.cli.play.wait_forever", interrupt)
+    assert main(["play", str(run), "--no_open"]) == 0
+    assert capsys.readouterr().err.endswith(" shows the page. Ctrl-C ends.\n")

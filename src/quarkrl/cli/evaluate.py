@@ -325,7 +325,7 @@ def load_corpus(source: str, limit: int | None) -> "Prompts":
     """
     from quarkrl.data.prompts import load_prompts
 
-    texts = load_prompts(source, column=_CORPUS_COLUMNS, skip_bad=True)
+    texts = load_prompts(source, column=_CORPUS_COLUMNS, skip_bad=True, column_option=None)
     return texts.first(limit) if limit else texts
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quarkrl.builtin import BUILTIN, locate_prompts
 from quarkrl.cli.common import working_directory
-from quarkrl.errors import UserError, did_you_mean
+from quarkrl.errors import UserError, near_file
 from quarkrl.names import is_missing_path
 
 
@@ -24,8 +24,7 @@ def check_model(name: str | None, option: str = "model") -> None:
         return
     if is_missing_path(name):
         path = Path(name).expanduser()
-        names = [entry.name for entry in path.parent.glob("*")]
-        hint = did_you_mean(path.name, names, "" if path.parent == Path() else f"{path.parent}/")
+        hint = near_file(path, (entry.name for entry in path.parent.glob("*")))
         raise UserError(
             f"{option} {name!r}: must be an existing directory or file, builtin, or a name on the hub."
             f"{hint or ' Correct the path.'}"

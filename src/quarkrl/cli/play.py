@@ -179,9 +179,16 @@ def serve(subject: "Subject", options: PlayOptions) -> None:
         raise UserError(f"port {options.port or FIRST_PORT}: must be free. Set another --port.") from error
     note(f"{address} shows the page. Ctrl-C ends.")
     try:
-        threading.Event().wait()
+        wait_forever()
+    except KeyboardInterrupt:
+        pass  # The usual end, so no error.
     finally:
         page.close(verbose=False)
+
+
+def wait_forever() -> None:
+    """Wait for Ctrl-C, while other threads serve the page."""
+    threading.Event().wait()
 
 
 def _prepare_gradio() -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quarkrl.data.rows import Row, not_utf8, quote_names, restore_chats
+from quarkrl.data.rows import Row, choose_column, not_utf8, quote_names, restore_chats
 from quarkrl.data.text_formats import read_csv, read_json, read_jsonl, read_text, read_tsv
-from quarkrl.errors import UserError, did_you_mean, one_line, shorten
+from quarkrl.errors import UserError, near_file, one_line, shorten
 
 _TEXT_FORMATS: dict[str, Callable[[str, bytes], list[Row]]] = {
     ".jsonl": read_jsonl,
@@ -107,9 +107,8 @@ def _read_file(name: str, suffix: str) -> list[Row]:
 def _describe_missing(path: Path, name: str) -> str:
     if not path.parent.is_dir():
         return f"{name}: no such file, and no directory {str(path.parent)!r}. Provide an existing file."
-    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
-    suggestion = did_you_mean(path.name, os.listdir(path.parent), prefix)
-    return f"{name or repr(name)}: no such file.{suggestion or ' Provide an existing file.'}"
+    suggestion = near_file(path, os.listdir(path.parent)) or " Provide an existing file."
+    return f"{name or repr(name)}: no such file.{suggestion}"
 
 
 # Data sets and Parquet
@@ -145,7 +144,7 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
         column: the column of the prompt. It is renamed to "prompt".
 
     Raises:
-        UserError: there is no such data set or split, or the file has another format.
+        UserError: there is no such data set, split or column, or the file has another format.
     """
     import datasets
 
@@ -165,7 +164,10 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
         dataset = dataset[split]
     if isinstance(dataset, datasets.Dataset):  # From `save_to_disk`: it is read from the disk as it is used.
         dataset = dataset.to_iterable_dataset()
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+    if column == "prompt":
+        return dataset
+    choose_column(name, list(dataset.take(1)), column)  # `datasets` would report it at the first row, as a ValueError.
+    return dataset.rename_column(column, "prompt")
 
 
 def _stream_file(name: str, file_format: str) -> Any:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
-from quarkrl.data.prompts import Prompts, check_rows, choose_column
-from quarkrl.data.rows import Row, restore_chats
+from quarkrl.data.prompts import Prompts, check_rows
+from quarkrl.data.rows import Row, choose_column, restore_chats
 from quarkrl.errors import UserError, describe_exception
 
 _NAME = "train_dataset"
