@@ -63,7 +63,10 @@ def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):
     assert subject.reference is None and subject.scorer is None and subject.examples == []
     no_reference, no_scores = subject.notes
     assert no_reference.startswith("no column before training: model")
-    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward mine.py:mine."
+    assert no_scores == (
+        "no scores: reward 'mine' of training: must be named again, because code that quark.json names is never run. "
+        "Set --reward mine.py:mine."
+    )
 
 
 def test_user_errors_are_one_line(run, capsys, monkeypatch):

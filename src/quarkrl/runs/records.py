@@ -42,10 +42,16 @@ def continues_prompts(directory: Path) -> bool:
 
 
 def options_of_run(model: str) -> dict[str, Any]:
-    """Return the options in config.yaml of the run that a directory, or the directory around it, holds; {} without."""
+    """Return the options in config.yaml of the run that a directory, or the directory around it, holds; {} without.
+
+    A file of this name in the folder of a model is not read: whoever made the model may have put it there.
+    """
     import yaml
 
-    for directory in (Path(model), Path(model).resolve().parent):
+    path = Path(model)
+    for directory in (path, path.resolve().parent) if path.exists() else ():
+        if not holds_run(directory):
+            continue
         try:
             options = yaml.safe_load((directory / OPTIONS_FILE).read_bytes())
         except (OSError, ValueError, yaml.YAMLError):
