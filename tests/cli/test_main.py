@@ -282,6 +282,11 @@ MISTAKES = {
         (*GENERATE, "--limit", "3"),
         "unknown option --limit. Give the first lines, such as those of",
     ),
+    "almost builtin": (
+        ("generate", "builtn", "a"),
+        "model 'builtn': must be an existing directory or file, builtin, or",
+    ),
+    "almost built-in prompts": ((*GENERATE[:2], "--prompts", "built-in"), "no such file. Did you mean 'builtin'?"),
     "the paper's K": ((*TRAIN, "--K", "3"), "unknown option --K. Did you mean '--num_quantiles'?"),
     "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff. Did you mean '--kl_coef'?"),
     "another tool's name of a flag": ((*TRAIN, "--lr", "1"), "unknown option --lr. Did you mean '--learning_rate'?"),

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quarkrl.builtin import BUILTIN, BUILTIN_CHATS, near_builtin
 from quarkrl.data.rows import Row, choose_column, not_utf8, quote_names, restore_chats
 from quarkrl.data.text_formats import read_csv, read_json, read_jsonl, read_text, read_tsv
 from quarkrl.errors import UserError, near_file, one_line, shorten
+from quarkrl.hub_access import only_cache_if_unreachable, why_unreachable
 
 _TEXT_FORMATS: dict[str, Callable[[str, bytes], list[Row]]] = {
     ".jsonl": read_jsonl,
@@ -78,6 +80,8 @@ def check_exists(source: str | os.PathLike) -> None:
     is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or "\\" in name
     if not os.path.exists(name) and (is_path or _format_suffix(name) in _SUFFIXES or not name):
         raise UserError(_describe_missing(Path(name), name))
+    if hint := near_builtin(name, BUILTIN, BUILTIN_CHATS):
+        raise UserError(f"{name}: no such file.{hint}")
 
 
 def _format_suffix(name: str) -> str:
@@ -123,12 +127,15 @@ def _load_dataset(name: str, split: str, streaming: bool = False) -> Any:
             return datasets.load_from_disk(name)
         # An absolute path, because load_dataset("csv") is a format even if there is a directory of that name.
         names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
-        return datasets.load_dataset(*names, split=split, streaming=streaming)
+        with only_cache_if_unreachable(names[0]):
+            return datasets.load_dataset(*names, split=split, streaming=streaming)
     except Exception as error:  # Formats, network and hub raise many types; the message keeps the cause.
         cause: BaseException = error
         if "while generating the dataset" in str(error) and error.__cause__:
             cause = error.__cause__  # The more specific error.
         origin = "the directory has" if is_directory else "there is no such file, and the hub has"
+        if not is_directory and (reason := why_unreachable()):
+            origin = f"there is no such file, the hub cannot be reached ({reason}), and its cache has"
         raise UserError(
             f"{shorten(name, 200)}: {origin} no split {split!r} that can be read ({one_line(cause)}). "
             "Provide a prompt file, or the directory or name of a data set."
