@@ -148,7 +148,10 @@ CASES |= {
         {"state.json": "{", "dataset_info.json": "{}"}, "the directory has no split 'train'"
     ),
     "a data set of nothing": folder_of_prompts({"dataset_dict.json": '{"splits": []}'}, "no split 'train'"),
-    "a name on the hub": ([*TRAIN, "--prompts", "nobody/nothing"], "the hub has no split 'train'"),
+    "a name on the hub": (
+        [*TRAIN, "--prompts", "nobody/nothing"],
+        "there is no such file, the hub cannot be reached (HF_HUB_OFFLINE is set)",
+    ),
     "another split": ([*TRAIN, "--prompts", "nobody/nothing", "--prompt_split", "dev"], "no split 'dev'"),
     "too few prompts are left": (
         [*TRAIN, "--num_quantiles", "5"],

@@ -245,7 +245,7 @@ def test_an_error_says_how_the_run_is_resumed_if_something_is_saved(tmp_path, ca
 
     def scorer(completions):
         rest[0] -= 1
-        if not rest[0]:
+        if rest[0] <= 0:
             raise KeyError("topic")
         return SOME[: len(completions)]
 
