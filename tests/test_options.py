@@ -18,6 +18,7 @@ class Options:
     colour: str = option("red", "A colour.", choices=("red", "green"))
     limit: float | None = option(None, "A limit.", above=0, infinite=True)
     ceiling: float | None = option(None, "A ceiling.")
+    fitted: int = option(2, "A number.", at_least=1, fitted=True)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ def test_values_within_the_limits_pass(valid):
         ({"rates": [math.inf]}, "rates inf: must be greater than 0 and finite. The default is --rates 1.0."),
         ({"colour": "gren"}, "colour 'gren': must be red or green. Did you mean 'green'?"),
         ({"limit": math.nan}, "limit nan: must be greater than 0. Set --limit to such a value, or leave it out."),
+        ({"fitted": 0}, "fitted 0: must be at least 1. Set --fitted to such a value, or leave it out."),
         ({"ceiling": math.nan}, "ceiling nan: must be finite. Set --ceiling to such a value, or leave it out."),
     ],
 )

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from quarkrl import QuarkGenerator
 from quarkrl.cli.main import main
+from quarkrl.cli.play import PlayOptions, load_subject
 from quarkrl.errors import UserError
 from quarkrl.models.loading import load_model
 
@@ -230,6 +231,11 @@ def test_what_a_model_says_of_its_rewards_and_options_is_not_carried_out(home, m
     for name in ("config.yaml", "run.yaml"):
         (final / name).write_text("reward: evil.py:reward\ntrust_remote_code: true\n")
     assert main(["generate", str(final), "--prompt", "10"]) == 0
+    short = ["--prompts", "prompts.txt", "--samples", "2", "--resamples", "10"]
+    assert main(["evaluate", str(final), *short]) == 0  # With the reward in config.yaml of the user's run.
+    model = shutil.copytree(final, home / "downloaded")
+    assert main(["evaluate", str(model), *short]) == 2
+    assert load_subject(str(model), PlayOptions()).scorer is None
     reward = ["--reward", "rewards.py:total", "--samples", "2", "--resamples", "10"]
     assert main(["evaluate", str(final), "--prompts", "prompts.txt", *reward]) == 0
     assert not mark.exists() and not (home.parent / "elsewhere").exists()

@@ -1,7 +1,9 @@
 """`UserError` and the helpers that word messages. The command line prints a `UserError` as one line, exit code 2."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from traceback import extract_tb
 
 
@@ -23,6 +25,22 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "", cutoff: floa
     """
     matches = get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {prefix + matches[0]!r}?" if matches else ""
+
+
+def near_file(path: Path, names: Iterable[str]) -> str:
+    """Return " Did you mean 'FILE'?" with the file beside a missing one whose name is closest, or "" if none is close.
+
+    Suffixes are not compared, as they would make any two text files similar.
+
+    Args:
+        path: of the missing file or directory.
+        names: of the files beside it.
+    """
+    names = sorted(names, key=lambda name: Path(name).suffix != path.suffix)  # Of equal stems, that with the suffix.
+    by_stem = {Path(name).stem: name for name in reversed(names)}
+    matches = get_close_matches(path.stem, by_stem, n=1, cutoff=0.7)
+    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
+    return f" Did you mean {prefix + by_stem[matches[0]]!r}?" if matches else ""
 
 
 def truncate(text: str, width: int) -> str:

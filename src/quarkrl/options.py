@@ -46,6 +46,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
     metavar: str | None = None,
     resume: Resume = "branch",
     rare: bool = False,
+    fitted: bool = False,
 ) -> Any:
     """Declare an option as a dataclass field.
 
@@ -59,6 +60,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
         metavar: the placeholder in `--help`.
         resume: whether a resumed run may change the option.
         rare: whether `--help` leaves the option out, so that the list stays short; `--help_all` has it.
+        fitted: whether `quarkrl train` fits the default to model, prompts and rewards (`training.sizing`).
     """
     metadata = _Metadata(
         help=help,
@@ -71,6 +73,7 @@ def option(  # noqa: PLR0913 - one keyword per property of an option
         metavar=metavar,
         resume=resume,
         rare=rare,
+        fitted=fitted,
     )
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
@@ -163,7 +166,7 @@ def _remedy(name: str, field: dataclasses.Field, choices: Sequence[Any], value: 
     if hint := did_you_mean(str(value), map(str, choices)):
         return hint
     default = default_of(field)
-    if default is dataclasses.MISSING or default is None:
+    if default is dataclasses.MISSING or default is None or field.metadata.get("fitted"):
         return f" Set --{name} to such a value, or leave it out."
     words = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
     return f" The default is --{name} {words}."

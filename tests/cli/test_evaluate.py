@@ -138,12 +138,28 @@ def test_the_reward_of_training_is_the_default(home, capsys, tmp_path):
         (
             [{"name": "few_a", "module": "rewards"}],
             2,
-            "reward 'few_a' of training: must be named again. Set --reward FILE.py:FUNCTION.",
+            "must be named again, because code that quark.json names is never run. Set --reward FILE.py:FUNCTION.",
         ),
     ):
         (trained / "quark.json").write_text(json.dumps({**facts, "rewards": rewards}), encoding="utf-8")
         assert main(["evaluate", str(trained), "--prompts", str(home / "prompts.txt"), "--samples", "1"]) == code
         assert message in capsys.readouterr().err
+
+
+def test_a_function_of_the_users_own_is_the_default_in_the_directory_of_the_run(home, capsys, tmp_path, monkeypatch):
+    shutil.copytree(home / "final", tmp_path / "run" / "final")
+    facts = json.loads((tmp_path / "run/final/quark.json").read_text(encoding="utf-8"))
+    facts["rewards"] = [{"name": "few_a", "module": "rewards", "qualname": "few_a"}]
+    (tmp_path / "run/final/quark.json").write_text(json.dumps(facts), encoding="utf-8")
+    (tmp_path / "run/config.yaml").write_text("reward: [rewards.py:few_a]\n", encoding="utf-8")
+    options = ["--prompts", str(home / "prompts.txt"), "--samples", "1", "--resamples", "10"]
+    monkeypatch.chdir(home)
+    for model in ("run", "run/final"):
+        assert main(["evaluate", str(tmp_path / model), *options]) == 0
+        assert "reward: rewards.py:few_a, as in training" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", "run", *options]) == 2
+    assert capsys.readouterr().err.endswith("start the command where training was started, or set --reward.\n")
 
 
 def test_a_set_has_the_name_of_its_file_and_a_repeated_name_has_a_number(home, tmp_path):

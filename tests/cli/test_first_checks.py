@@ -86,7 +86,7 @@ def test_a_model_that_may_be_on_the_hub_is_not_refused(tmp_path, monkeypatch):
     ("module", "form"), [("rewards_0123456789ab", "rewards.py:few_e"), ("package.rewards", "package.rewards:few_e")]
 )
 def test_a_recorded_function_is_named_as_the_option_names_it(module, form):
-    with pytest.raises(UserError, match=rf"must be named again. Set --reward {form}\."):
+    with pytest.raises(UserError, match=rf"must be named again, .* Set --reward {form}\."):
         specs_of([{"name": "few_e", "module": module, "qualname": "few_e"}])
 
 

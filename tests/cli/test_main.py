@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -25,6 +26,8 @@ from quarkrl.cli.run_prompts import held_out_prompts, train_prompts
 from quarkrl.cli.train_options import RunOptions, parse_train
 from quarkrl.data.prompts import load_prompts
 from quarkrl.errors import UserError
+from quarkrl.runs.checkpoints import seal
+from quarkrl.runs.states import save_state, states_path
 from quarkrl.training.config import QuarkConfig
 from quarkrl.training.options import QuarkOptions
 
@@ -162,6 +165,16 @@ def test_a_run_stands_for_its_final_model(run, home, capsys):
     assert said(capsys, "generate", run, *arguments) == said(capsys, "generate", run / "final", *arguments)
 
 
+def test_a_checkpoint_in_the_place_of_the_final_model_is_named(run, tmp_path, capsys):
+    checkpoint = shutil.copytree(run / "final", tmp_path / "stopped" / "checkpoint-6")
+    (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+    save_state(states_path(checkpoint, "optimizer"), {})
+    seal(checkpoint)
+    assert main(["generate", str(tmp_path / "stopped"), "a b"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"model: {tmp_path}/stopped/checkpoint-6, because {tmp_path}/stopped has no final/ yet"
+
+
 def test_generate_reads_a_column_of_a_split_and_the_embedded_prompts(home, capsys, tmp_path):
     rows = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in {"train": "a", "test": "b"}.items()}
     datasets.DatasetDict(rows).save_to_disk(tmp_path / "set")
@@ -252,7 +265,29 @@ MISTAKES = {
         "COMMAND 'tran': must be one of demo, presets, train, generate",
     ),
     "output_dir in use": (("train", "--config", "{home}/run.yaml", "--output_dir", "{run}"), "output_dir '{run}'"),
-    "output_dir is a file": ((*TRAIN[:-1], "{home}/prompts.txt"), "prompts.txt"),
+    "output_dir is a file": (
+        (*TRAIN[:-1], "{home}/prompts.txt"),
+        "prompts.txt': must be a directory that can be created",
+    ),
+    "output_dir of a dry run": (
+        (*TRAIN[:-1], "/proc/x", "--dry_run"),
+        "output_dir '/proc/x': must be a directory that can be created (no such file or directory). Set another",
+    ),
+    "a file that is like no other": (
+        (*TRAIN, "--prompts", "{home}/nothere.txt"),
+        "nothere.txt: no such file. Provide an existing file.",
+    ),
+    "a file with another suffix": ((*TRAIN, "--prompts", "{home}/prompt.jsonl"), "Did you mean '{home}/prompts.txt'?"),
+    "a limit of prompts": (
+        (*GENERATE, "--limit", "3"),
+        "unknown option --limit. Give the first lines, such as those of",
+    ),
+    "almost builtin": (
+        ("generate", "builtn", "a"),
+        "model 'builtn': must be an existing directory or file, builtin, or",
+    ),
+    "almost built-in prompts": ((*GENERATE[:2], "--prompts", "built-in"), "no such file. Did you mean 'builtin'?"),
+    "the paper's K": ((*TRAIN, "--K", "3"), "unknown option --K. Did you mean '--num_quantiles'?"),
     "unknown flag": ((*TRAIN, "--kl_coeff", "1"), "unknown option --kl_coeff. Did you mean '--kl_coef'?"),
     "another tool's name of a flag": ((*TRAIN, "--lr", "1"), "unknown option --lr. Did you mean '--learning_rate'?"),
     "and another": ((*GENERATE, "--gamma=2"), "unknown option --gamma. Did you mean '--guidance_scale'?"),
@@ -345,7 +380,10 @@ MISTAKES = {
     "evaluation without prompts": ((*TRAIN, "--eval_strategy", "epoch"), "Set --eval_prompts"),
     "no texts": (("score", "{home}/nowhere.txt", "--reward", "vader"), "nowhere.txt"),
     "no reward": (("score", "{home}/prompts.txt"), "--reward"),
-    "no such column to score": (("score", "{home}/bad.jsonl", "--column", "text", "--reward", "vader"), "text"),
+    "no such column to score": (
+        ("score", "{home}/bad.jsonl", "--column", "text", "--reward", "vader"),
+        "bad.jsonl: there is no column 'text'; must be one of 'prompt'. Set --column prompt (in Python: ",
+    ),
 }
 
 

@@ -63,7 +63,10 @@ def test_a_model_without_its_run_says_what_is_missing(run, tmp_path):
     assert subject.reference is None and subject.scorer is None and subject.examples == []
     no_reference, no_scores = subject.notes
     assert no_reference.startswith("no column before training: model")
-    assert no_scores == "no scores: reward 'mine' of training: must be named again. Set --reward mine.py:mine."
+    assert no_scores == (
+        "no scores: reward 'mine' of training: must be named again, because code that quark.json names is never run. "
+        "Set --reward mine.py:mine."
+    )
 
 
 def test_user_errors_are_one_line(run, capsys, monkeypatch):
@@ -74,3 +77,14 @@ def test_user_errors_are_one_line(run, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["play", str(run)]) == 2
     assert capsys.readouterr().err == 'error: quarkrl play: must have Gradio. Run `pip install "quarkrl[play]"`.\n'
+
+
+def test_ctrl_c_is_the_usual_end_of_the_page(run, capsys, monkeypatch):
+    pytest.importorskip("gradio")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quarkrl.cli.play.wait_forever", interrupt)
+    assert main(["play", str(run), "--no_open"]) == 0
+    assert capsys.readouterr().err.endswith(" shows the page. Ctrl-C ends.\n")

@@ -68,6 +68,7 @@ def test_batches_of_the_current_exploration_are_counted(tmp_path, capsys):
 
 def test_a_run_whose_process_was_killed_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, ROWS, iterations=2)
+    (tmp_path / "config.yaml").touch()
     monkeypatch.chdir(tmp_path.parent)
     holder = (
         f"from quarkrl.runs.directory import locked\nwith locked({tmp_path.name!r}):\n    print(flush=True); input()"
@@ -81,7 +82,10 @@ def test_a_run_whose_process_was_killed_says_how_to_go_on(tmp_path, monkeypatch,
     assert main(["watch", tmp_path.name]) == 0
     words = " ".join(capsys.readouterr().out.split())  # Lines are wrapped.
     assert f"{tmp_path.name} iteration 2 of 3 stopped" in words
-    assert f"no process runs it. Go on: quarkrl train --resume {tmp_path.name} " in words
+    assert f"no process runs it. Resume with: quarkrl train --resume {tmp_path.name} " in words
+    (tmp_path / "config.yaml").unlink()  # As of a run that a script started.
+    assert main(["watch", tmp_path.name]) == 0
+    assert "Resume with: trainer.train(resume_from_checkpoint=True)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_has_ended_says_so_and_an_incomplete_line_is_left_out(tmp_path, capsys):

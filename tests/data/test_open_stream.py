@@ -33,6 +33,7 @@ def test_each_source_is_streamed(make, tmp_path, monkeypatch):
 def test_the_column_of_the_prompt_is_renamed(tmp_path):
     path = write(tmp_path / "p.jsonl", '{"text": "one"}\n')
     assert [*open_stream(str(path), "train", "text")] == [{"prompt": "one"}]
+    error_message(lambda: open_stream(str(path), "train", "nope"), "no column 'nope'", "Set --prompt_column text")
 
 
 def test_what_cannot_be_streamed_is_one_line(tmp_path):

@@ -72,7 +72,11 @@ PROMPT_FILES: list[tuple[str, bytes | str, str]] = [
     ("lines.jsonl", "\n\n\n", "there are no rows in it"),
     ("mark.jsonl", b"\xef\xbb\xbf", "there are no rows in it"),
     ("zeros.jsonl", b"\0" * 64, "there is a NUL character"),
-    ("other-column.jsonl", '{"text": "a"}\n', "no column 'prompt'; must be one of 'text'"),
+    (
+        "other-column.jsonl",
+        '{"text": "a"}\n',
+        "must be one of 'text'. Set --prompt_column text (in Python: load_prompts(",
+    ),
     ("mixed.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "mixed.jsonl:2: no 'prompt' among"),
     ("long.jsonl", json.dumps({"prompt": "a " * 500}) + "\n", "501 tokens"),
     ("header.csv", "prompt\n", "there are no rows in it"),
@@ -144,7 +148,10 @@ CASES |= {
         {"state.json": "{", "dataset_info.json": "{}"}, "the directory has no split 'train'"
     ),
     "a data set of nothing": folder_of_prompts({"dataset_dict.json": '{"splits": []}'}, "no split 'train'"),
-    "a name on the hub": ([*TRAIN, "--prompts", "nobody/nothing"], "the hub has no split 'train'"),
+    "a name on the hub": (
+        [*TRAIN, "--prompts", "nobody/nothing"],
+        "there is no such file, the hub cannot be reached (HF_HUB_OFFLINE is set)",
+    ),
     "another split": ([*TRAIN, "--prompts", "nobody/nothing", "--prompt_split", "dev"], "no split 'dev'"),
     "too few prompts are left": (
         [*TRAIN, "--num_quantiles", "5"],
@@ -377,7 +384,7 @@ SPECS: list[tuple[str, str]] = [
     ("rewards.py:nested", "returned [1.0] (type list) at index 0"),
     ("rewards.py:words", "returned 'good' (type str) at index 0"),
     ("rewards.py:complex_numbers", "returned 1j (type complex) at index 0"),
-    ("rewards.py:wants", "parameter 'toxicity'"),
+    ("rewards.py:wants", "which have no further column. Add a column 'toxicity' to the prompts, give the parameter a"),
     ("rewards.py:takes_nothing", "returned 0 scores for 4 completions"),
     ("rewards.py:fails_later", "reward 'fails_later' raised OSError: [Errno 28] No space left on device ("),
     ("rewards.py:returns_later", "reward 'returns_later' returned 'abcd'"),

@@ -42,7 +42,9 @@ def test_a_parameter_of_two_stars_and_an_underscore_receives_nothing():
 
 def test_a_required_parameter_without_a_column_is_an_error_that_lists_the_columns():
     message = error_message(lambda: score(lambda completions, topik: [0] * 4, columns={"topic": [1, 2, 3, 4]}))
-    assert "parameter 'topik': must be one of topic, prompts, completions, completion_ids" in message
+    assert (
+        "must be prompts, completions, completion_ids, or a column of the prompts, whose columns are 'topic'" in message
+    )
     assert "Did you mean 'topic'?" in message
 
 

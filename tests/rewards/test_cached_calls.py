@@ -96,7 +96,7 @@ def test_a_reward_that_accepts_all_columns_is_called_again_if_one_of_them_differ
     message = error_message(lambda: ask(scoring, "x", columns={"topic": [1], "image": [object()]}))
     assert "image" in message and "must be JSON-able to be cached" in message and "`reads`" in message
     on_topic.reads = ("completions", "theme")
-    assert "attribute reads 'theme': must be one of topic, prompts" in error_message(
+    assert "reads 'theme': must be prompts, completions, completion_ids, or a column of the prompts" in error_message(
         lambda: ask(scoring, "x", columns={"topic": [1]})
     )
 

@@ -216,7 +216,7 @@ def test_a_plain_function_that_hangs_is_abandoned_and_named_with_its_line(releas
     line = hangs.__code__.co_firstlineno + 1
     assert error_message(lambda: rewards_of(scorer)) == (
         f"reward 'hangs' did not score 4 completions within 0.2 s ({__file__}:{line}). "
-        "Fix the reward or raise --reward_timeout. A run can be resumed."
+        "Fix the reward or raise --reward_timeout."
     )
     assert not released.is_set()  # The error came although the function still hangs.
     message = error_message(lambda: rewards_of(scorer))
@@ -378,7 +378,7 @@ def test_a_process_whose_reward_hangs_ends_with_one_line(home, tmp_path):
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: reward 'sleeps' did not score 8 completions within 0.3 s (")
-    assert line.endswith("rewards.py:5). Fix the reward or raise --reward_timeout. A run can be resumed.")
+    assert line.endswith("rewards.py:5). Fix the reward or raise --reward_timeout.")
 
 
 @pytest.mark.parametrize(

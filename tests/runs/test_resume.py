@@ -36,6 +36,7 @@ from helpers.runs import distinct_rewards, model_of, small_trainer
 from helpers.tiny_models import make_home, tiny_model
 from transformers import TrainerCallback
 
+from quarkrl.cli.main import main
 from quarkrl.errors import UserError
 from quarkrl.runs.checkpoints import seal
 from quarkrl.runs.interrupts import Stopped
@@ -195,7 +196,7 @@ def test_a_signal_ends_the_command_after_the_batch_and_its_message_resumes_the_r
         code, said = in_a_process(command, directory, argv, trap)
         assert code == expected, said
         last = said.splitlines()[-1]
-        assert line in last and last.endswith(f"Resume with: quarkrl train --resume --output_dir {directory}")
+        assert line in last and last.endswith(f"Resume with: quarkrl train --resume {directory}")
         assert "Traceback" not in said
         argv = last.partition(": quarkrl ")[2].split()
     code, said = in_a_process(command, directory, argv)
@@ -228,6 +229,7 @@ def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):
     with pytest.raises(Stopped, match=r"stopped by SIGTERM in iteration 1 after step 0") as stopped:
         trainer.train()
     assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value.code == 143
+    assert str(stopped.value).endswith("is saved. Resume with: trainer.train(resume_from_checkpoint=True)")
     assert signal.getsignal(signal.SIGTERM) == handler
     assert trainer.evaluate()["eval_unscored"] == 0  # The signal is forgotten.
     # The batch that was scored is kept. The others had been sampled, and their scoring had not begun.
@@ -235,6 +237,34 @@ def test_in_python_a_signal_is_an_exception_once_all_is_saved(tmp_path):
 
 
 SOME = [0.1, 0.5, 0.2, 0.9, 0.3]
+
+
+@pytest.mark.parametrize(("calls", "is_saved"), [(1, False), (2, True)])
+def test_an_error_says_how_the_run_is_resumed_if_something_is_saved(tmp_path, calls, is_saved):
+    rest = [calls]
+
+    def scorer(completions):
+        rest[0] -= 1
+        if rest[0] <= 0:
+            raise KeyError("topic")
+        return SOME[: len(completions)]
+
+    with pytest.raises(UserError, match=r"reward 'scorer' raised KeyError: 'topic'") as caught:
+        trainer_of(tmp_path / "run", scorer=scorer).train()
+    words = "Finished samples and checkpoints are saved. Resume with: trainer.train(resume_from_checkpoint=True)"
+    assert str(caught.value).endswith(f"). {words}") == is_saved and ("Resume" in str(caught.value)) == is_saved
+    assert (tmp_path / "run" / "pool").exists() == is_saved
+
+
+def test_a_run_of_a_script_is_resumed_by_its_script(copied, capsys):
+    (copied / "config.yaml").unlink(missing_ok=True)
+    call = "trainer.train(resume_from_checkpoint=True)"
+    assert main(["train", "--resume", str(copied)]) == 2
+    line = f"must hold config.yaml to resume. For a run of a script, call {call} there; otherwise set --config."
+    assert capsys.readouterr().err.endswith(f"{line}\n")
+    with pytest.raises(UserError, match=r"must not hold a run already") as caught:
+        again(copied, resume=False)
+    assert str(caught.value).endswith(f"or resume the run: {call}")
 
 
 # What is restored, and what is refused

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields as fields_of
+
 import numpy as np
 import pytest
 import yaml
@@ -28,6 +30,8 @@ def test_every_default_of_a_size_is_an_option_and_sizes_grow():
     declared = {*QuarkOptions.__dataclass_fields__, *RunOptions.__dataclass_fields__}
     assert {*NAMES} <= declared and all({*size.options} == {*SIZES[0].options} for size in SIZES)
     assert [size.below for size in SIZES] == sorted(size.below for size in SIZES)
+    fields = [*fields_of(QuarkOptions), *fields_of(RunOptions)]
+    assert {field.name for field in fields if field.metadata.get("fitted")} == {*NAMES}
 
 
 def test_a_small_model_trains_all_weights_and_a_large_one_an_adapter():

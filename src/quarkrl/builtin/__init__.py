@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from quarkrl.errors import did_you_mean
+
 BUILTIN = "builtin"  # names the embedded model, and its prompts
 BUILTIN_CHATS = "builtin-chats"  # names embedded chats
 _HERE = Path(__file__).resolve().parent
@@ -23,6 +25,16 @@ def model_path() -> Path:
 def locate_model(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return the directory of the embedded model for the name "builtin", and any other name unchanged."""
     return model_path() if name == BUILTIN else name
+
+
+def near_builtin(name: str, *known: str) -> str:
+    """Return " Did you mean 'builtin'?" for a misspelt name of what is embedded, which would be sought on the hub.
+
+    Args:
+        name: what the user wrote.
+        known: the embedded names; that of the model by default.
+    """
+    return "" if "/" in name or os.path.exists(name) else did_you_mean(name.lower(), known or (BUILTIN,), cutoff=0.8)
 
 
 def locate_prompts(name: str, split: str) -> Path | None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from quarkrl.builtin import BUILTIN
@@ -94,7 +95,17 @@ def model_path(name: str) -> str:
     from quarkrl.builtin import locate_model
     from quarkrl.runs.directory import model_of_run
 
-    return str(locate_model(name)) if name == BUILTIN else model_of_run(name, "final")
+    if name == BUILTIN:
+        return str(locate_model(name))
+    path = model_of_run(name, "final")
+    if path != name and os.path.basename(path) != "final":
+        _note_checkpoint(name, path)
+    return path
+
+
+@lru_cache(maxsize=128)  # A command may ask for the path of a model several times, and says this once.
+def _note_checkpoint(run: str, checkpoint: str) -> None:
+    note(f"model: {checkpoint}, because {run} has no final/ yet")
 
 
 def prompts_path(name: str, split: Literal["train", "eval"]) -> str:

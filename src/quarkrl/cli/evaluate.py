@@ -25,6 +25,7 @@ from quarkrl.cli.common import (
 from quarkrl.cli.inputs import check_model, check_prompts, check_rewards, missing_reward
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.cli.run_prompts import check_has_held_out, held_out_of_run
+from quarkrl.cli.run_rewards import rewards_of_training
 from quarkrl.errors import UserError
 from quarkrl.evaluation.options import NO_REFERENCE, EvaluationOptions
 from quarkrl.names import unique_names
@@ -100,22 +101,18 @@ class EvaluationRewards(RewardOptions):
     )
 
     def or_recorded(self, model: str) -> "EvaluationRewards":
-        """Return these rewards, or those that a model's `quark.json` records if none is named; say which.
+        """Return these rewards, or those that a model was trained with if none is named; say which.
 
         Raises:
-            UserError: none is recorded, or it is a function of the user's own, which must be named again.
+            UserError: none is recorded, or none that may be used (`rewards_of_training`).
         """
-        from quarkrl.models.quark_json import read_quark_json
-        from quarkrl.rewards.recorded import specs_of
-
         if self.reward:
             return self
-        recorded = (read_quark_json(model) or {}).get("rewards")
-        if recorded is None:
+        rewards = rewards_of_training(model)
+        if rewards is None:
             raise missing_reward(", and the model's quark.json names none")
-        specs = specs_of(recorded)
-        note(f"reward: {' '.join(specs)}, as in training")
-        return dataclasses.replace(self, reward=specs)
+        note(f"reward: {' '.join(rewards.names)}, as in training")
+        return dataclasses.replace(self, reward=rewards.names, reward_label=self.reward_label or rewards.label)
 
 
 def add_options(parser: Parser) -> None:
@@ -325,7 +322,7 @@ def load_corpus(source: str, limit: int | None) -> "Prompts":
     """
     from quarkrl.data.prompts import load_prompts
 
-    texts = load_prompts(source, column=_CORPUS_COLUMNS, skip_bad=True)
+    texts = load_prompts(source, column=_CORPUS_COLUMNS, skip_bad=True, column_option=None)
     return texts.first(limit) if limit else texts
 
 

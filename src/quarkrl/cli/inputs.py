@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from quarkrl.builtin import BUILTIN, locate_prompts
+from quarkrl.builtin import BUILTIN, locate_prompts, near_builtin
 from quarkrl.cli.common import working_directory
-from quarkrl.errors import UserError, did_you_mean
+from quarkrl.errors import UserError, near_file
 from quarkrl.names import is_missing_path
 
 
@@ -22,10 +22,10 @@ def check_model(name: str | None, option: str = "model") -> None:
     """
     if name is None or name == BUILTIN:
         return
-    if is_missing_path(name):
+    hint = near_builtin(name)
+    if hint or is_missing_path(name):
         path = Path(name).expanduser()
-        names = [entry.name for entry in path.parent.glob("*")]
-        hint = did_you_mean(path.name, names, "" if path.parent == Path() else f"{path.parent}/")
+        hint = hint or near_file(path, (entry.name for entry in path.parent.glob("*")))
         raise UserError(
             f"{option} {name!r}: must be an existing directory or file, builtin, or a name on the hub."
             f"{hint or ' Correct the path.'}"

@@ -134,6 +134,7 @@ _ADVICE = {
     ),
     **dict.fromkeys(("num_processes", "nproc_per_node"), "Start several processes by torchrun (docs/scaling.md)."),
     **dict.fromkeys(("verbose", "debug", "log_level"), "Set TRANSFORMERS_VERBOSITY=info for the libraries' messages."),
+    "limit": "Give the first lines, such as those of `head -n 3 FILE`; of a data set, set --prompt_split 'train[:3]'.",
     **dict.fromkeys(("model", "model_name_or_path", "model_name", "model_path", "pretrained"), _OF_MODEL),
 }
 
@@ -145,7 +146,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
         name: what the user typed, without dashes.
         known: the options of the command.
     """
-    known, name = set(known), name.replace("-", "_")
+    known, name = set(known), name.replace("-", "_").lower()
     if ours := next((ours for ours in _OURS.get(name, ()) if ours in known), None):
         return f" Did you mean '--{ours}'?"
     if advice := _ADVICE.get(name):

@@ -20,6 +20,7 @@ from quarkrl.cli.common import (
 )
 from quarkrl.cli.inputs import check_model, check_prompts, check_rewards
 from quarkrl.cli.parser import Parser, add_flags, options_from
+from quarkrl.cli.run_rewards import rewards_of_training
 from quarkrl.errors import UserError
 from quarkrl.options import check_options, option
 
@@ -101,7 +102,7 @@ def load_subject(name: str, options: PlayOptions) -> "Subject":
     scorer = None
     try:
         with working_directory(os.getcwd()):  # Importing a reward may change it.
-            scorer = _scorer(options, of_run, facts.get("rewards"), training)
+            scorer = _scorer(options, path, training)
     except UserError as error:
         if options.reward:
             raise
@@ -125,17 +126,14 @@ def _guidance(subject: "Subject") -> dict[str, Any]:
     return {"guidance_scale": default.guidance_scale, "guidance_rule": default.guidance_rule}
 
 
-def _scorer(options: PlayOptions, of_run: dict, recorded: Any, training: dict) -> "Scorer | None":
-    """The reward that was requested, or else that of the run, or else the one that quark.json records."""
-    from quarkrl.rewards.recorded import specs_of
-
+def _scorer(options: PlayOptions, path: str, training: dict) -> "Scorer | None":
+    """The reward that was requested, or else that of training."""
     if options.reward:
         return RewardOptions(options.reward, options.reward_label).scorer()
-    names = of_run.get("reward") or (specs_of(recorded) if recorded else None)
-    if not names:
+    trained = rewards_of_training(path)
+    if not (trained and trained.names):
         return None
-    label = of_run.get("reward_label") if of_run.get("reward") else None
-    rewards = RewardOptions([names] if isinstance(names, str) else names, label)
+    rewards = RewardOptions(trained.names, trained.label)
     return rewards.scorer(weights=training.get("reward_weights"), condition_on=training.get("condition_on") or "sum")
 
 
@@ -179,9 +177,16 @@ def serve(subject: "Subject", options: PlayOptions) -> None:
         raise UserError(f"port {options.port or FIRST_PORT}: must be free. Set another --port.") from error
     note(f"{address} shows the page. Ctrl-C ends.")
     try:
-        threading.Event().wait()
+        wait_forever()
+    except KeyboardInterrupt:
+        pass  # The usual end, so no error.
     finally:
         page.close(verbose=False)
+
+
+def wait_forever() -> None:
+    """Wait for Ctrl-C, while other threads serve the page."""
+    threading.Event().wait()
 
 
 def _prepare_gradio() -> None:

@@ -115,6 +115,7 @@ def _load(file: str, options: ScoreOptions) -> "Prompts":
         skip_bad=options.skip_bad_prompts,
         allow_empty=True,  # A completion may be empty, and has a reward.
         split_completions=options.column is None,
+        column_option="column",
     )
 
 

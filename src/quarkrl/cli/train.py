@@ -121,7 +121,10 @@ def _place(output_dir: Path, dry_run: bool) -> AbstractContextManager[None]:
 @contextmanager
 def _without_new_directories(output_dir: Path) -> Iterator[None]:
     """Remove the directories that are created within the context. `Trainer` creates that of its run."""
+    from quarkrl.runs.directory import make_run_directory
+
     missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    make_run_directory(output_dir)  # Whether the run could; `Trainer` would report it as an error of its own.
     try:
         yield
     finally:

@@ -89,7 +89,10 @@ def _check_required(run: RunOptions, directory: str | None) -> None:
         if getattr(run, name) is not None:
             continue
         if run.resume:
-            raise UserError(f"output_dir {directory!r}: must hold {OPTIONS_FILE} to resume. Set --config.")
+            raise UserError(
+                f"output_dir {directory!r}: must hold {OPTIONS_FILE} to resume. For a run of a script, call "
+                "trainer.train(resume_from_checkpoint=True) there; otherwise set --config."
+            )
         if name == "reward":
             raise missing_reward()
         builtin = " to builtin, a file or a data set" if name == "prompts" else ""

@@ -130,8 +130,9 @@ class RunOptions(AdapterOptions):
 
     resume: bool = option(
         False,
-        "Resume the run in output_dir. Its config.yaml gives the options, unless --config is set.",
+        "Resume the run in this directory, or in output_dir. Its config.yaml gives the options unless --config is set.",
         group="saving and evaluating",
+        metavar="RUN",
     )
     early_stopping_patience: int | None = option(
         None,
@@ -221,6 +222,8 @@ class TrainCommand(NamedTuple):
         )
         if num_scored is not None:  # It samples only to distil.
             chosen = {name: value for name, value in chosen.items() if name not in SAMPLED}
+        elif num_prompts is not None and chosen.get("prompts_per_iteration"):
+            chosen["prompts_per_iteration"] = min(chosen["prompts_per_iteration"], num_prompts)  # What the plan says.
         seen = spread.describe(options, fixed) if spread else ""
         return command, "\n".join(filter(None, [describe_defaults(parameters, chosen) + excess, seen]))
 
@@ -388,7 +391,7 @@ def train_parser(
     )
 
     def text(field: dataclasses.Field) -> str:
-        if field.name not in sizing.NAMES:
+        if not field.metadata.get("fitted"):
             return describe(field)
         without_default: Any = dataclasses.field(default=None, metadata=field.metadata)
         return f"{describe(without_default)} (default fitted)"

@@ -12,7 +12,15 @@ from quarkrl.cli.common import console
 from quarkrl.cli.parser import Parser, add_flags, options_from
 from quarkrl.errors import UserError, format_seconds, truncate
 from quarkrl.options import check_options, option
-from quarkrl.runs.records import METRICS_FILE, RUN_FILE, continues_prompts, is_in_use, near_run, recorded_fact
+from quarkrl.runs.records import (
+    METRICS_FILE,
+    RUN_FILE,
+    continues_prompts,
+    is_in_use,
+    near_run,
+    recorded_fact,
+    resume_call,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -193,7 +201,7 @@ def _activity(state: RunState) -> str:
     if state.has_ended:
         return f"its samples: quarkrl samples {state.directory}"
     if state.is_over:
-        return f"no process runs it. Go on: quarkrl train --resume {state.directory}"
+        return f"no process runs it. Resume with: {resume_call(state.directory)}"
     if state.partial is not None:
         total = state.samples_per_iteration
         text = f"exploring: {state.partial:,}" + (f" of {total:,}" if total else "") + " completions scored"

@@ -28,7 +28,7 @@ from quarkrl.data.chat_defaults import LastTurn
 from quarkrl.data.chats import RefusedChat, as_question, find_fault, is_continued, message_text
 from quarkrl.data.encoding import RefusedText, try_encode_prompts, warn_of_second_bos
 from quarkrl.data.readers import read_rows
-from quarkrl.data.rows import SURROGATE, BadRow, Row, one_completion_each, quote_names
+from quarkrl.data.rows import SURROGATE, BadRow, Row, choose_column, one_completion_each, quote_names
 from quarkrl.errors import UserError, shorten
 
 
@@ -218,6 +218,7 @@ def load_prompts(
     skip_bad: bool = False,
     allow_empty: bool = False,
     split_completions: bool = False,
+    column_option: str | None = "prompt_column",
 ) -> Prompts:
     """Read and check prompts from any source that the module docstring lists.
 
@@ -232,6 +233,7 @@ def load_prompts(
         allow_empty: accept empty texts. A prompt must not be empty, but a completion can be.
         split_completions: make a row with a column `completion` of each text in a list `completions`, which
             `quarkrl generate --json` writes.
+        column_option: the option of the command that sets `column`, for messages; None if there is none.
 
     Raises:
         UserError: the source cannot be read, a row is bad, or no row is left.
@@ -243,7 +245,7 @@ def load_prompts(
         raise UserError(f"{name}: there are no rows in it. Provide at least one prompt.")
     if split_completions:
         raw_rows = [(location, part) for location, row in raw_rows for part in one_completion_each(row)]
-    column = choose_column(name, [row for _, row in raw_rows], column)
+    column = choose_column(name, [row for _, row in raw_rows], column, column_option)
     prompts = check_rows(raw_rows, column, skip_bad=skip_bad, allow_empty=allow_empty)
     _check_any_left(name, prompts)
     return prompts
@@ -262,19 +264,6 @@ def check_rows(rows: Sequence[Row], column: str, *, skip_bad: bool, allow_empty:
     names = dict.fromkeys(key for _, others in good for key in others)
     columns = {key: [others.get(key) for _, others in good] for key in names}
     return Prompts([prompt for prompt, _ in good], columns, locations).skip(reasons)
-
-
-def choose_column(name: str, rows: Sequence[object], column: str | Sequence[str]) -> str:
-    """Choose the prompt column: the first requested one that a row has."""
-    names = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    requested = [column] if isinstance(column, str) else [*column]
-    candidates = [*requested, *(["messages"] if "prompt" in requested else [])]
-    existing = [candidate for candidate in candidates if candidate in names]
-    if names and not existing:
-        raise UserError(
-            f"{name}: there is no column {' or '.join(map(repr, requested))}; must be one of {quote_names(names)}."
-        )
-    return (existing or requested)[0]
 
 
 def reasons_to_skip(locations: Sequence[str], results: Sequence[Any], skip_bad: bool) -> list[str | None]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quarkrl.data.rows import Row, not_utf8, quote_names, restore_chats
+from quarkrl.builtin import BUILTIN, BUILTIN_CHATS, near_builtin
+from quarkrl.data.rows import Row, choose_column, not_utf8, quote_names, restore_chats
 from quarkrl.data.text_formats import read_csv, read_json, read_jsonl, read_text, read_tsv
-from quarkrl.errors import UserError, did_you_mean, one_line, shorten
+from quarkrl.errors import UserError, near_file, one_line, shorten
+from quarkrl.hub_access import only_cache_if_unreachable, why_unreachable
 
 _TEXT_FORMATS: dict[str, Callable[[str, bytes], list[Row]]] = {
     ".jsonl": read_jsonl,
@@ -78,6 +80,8 @@ def check_exists(source: str | os.PathLike) -> None:
     is_path = not isinstance(source, str) or name.startswith((".", "/", "~")) or "\\" in name
     if not os.path.exists(name) and (is_path or _format_suffix(name) in _SUFFIXES or not name):
         raise UserError(_describe_missing(Path(name), name))
+    if hint := near_builtin(name, BUILTIN, BUILTIN_CHATS):
+        raise UserError(f"{name}: no such file.{hint}")
 
 
 def _format_suffix(name: str) -> str:
@@ -107,9 +111,8 @@ def _read_file(name: str, suffix: str) -> list[Row]:
 def _describe_missing(path: Path, name: str) -> str:
     if not path.parent.is_dir():
         return f"{name}: no such file, and no directory {str(path.parent)!r}. Provide an existing file."
-    prefix = "" if path.parent == Path() else f"{path.parent}{os.sep}"
-    suggestion = did_you_mean(path.name, os.listdir(path.parent), prefix)
-    return f"{name or repr(name)}: no such file.{suggestion or ' Provide an existing file.'}"
+    suggestion = near_file(path, os.listdir(path.parent)) or " Provide an existing file."
+    return f"{name or repr(name)}: no such file.{suggestion}"
 
 
 # Data sets and Parquet
@@ -124,12 +127,15 @@ def _load_dataset(name: str, split: str, streaming: bool = False) -> Any:
             return datasets.load_from_disk(name)
         # An absolute path, because load_dataset("csv") is a format even if there is a directory of that name.
         names = [os.path.abspath(name)] if is_directory else name.split(":", 1)  # NAME, or NAME:CONFIGURATION
-        return datasets.load_dataset(*names, split=split, streaming=streaming)
+        with only_cache_if_unreachable(names[0]):
+            return datasets.load_dataset(*names, split=split, streaming=streaming)
     except Exception as error:  # Formats, network and hub raise many types; the message keeps the cause.
         cause: BaseException = error
         if "while generating the dataset" in str(error) and error.__cause__:
             cause = error.__cause__  # The more specific error.
         origin = "the directory has" if is_directory else "there is no such file, and the hub has"
+        if not is_directory and (reason := why_unreachable()):
+            origin = f"there is no such file, the hub cannot be reached ({reason}), and its cache has"
         raise UserError(
             f"{shorten(name, 200)}: {origin} no split {split!r} that can be read ({one_line(cause)}). "
             "Provide a prompt file, or the directory or name of a data set."
@@ -145,7 +151,7 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
         column: the column of the prompt. It is renamed to "prompt".
 
     Raises:
-        UserError: there is no such data set or split, or the file has another format.
+        UserError: there is no such data set, split or column, or the file has another format.
     """
     import datasets
 
@@ -165,7 +171,10 @@ def open_stream(name: str, split: str, column: str = "prompt") -> Any:
         dataset = dataset[split]
     if isinstance(dataset, datasets.Dataset):  # From `save_to_disk`: it is read from the disk as it is used.
         dataset = dataset.to_iterable_dataset()
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+    if column == "prompt":
+        return dataset
+    choose_column(name, list(dataset.take(1)), column)  # `datasets` would report it at the first row, as a ValueError.
+    return dataset.rename_column(column, "prompt")
 
 
 def _stream_file(name: str, file_format: str) -> Any:

@@ -1,11 +1,13 @@
 """Rows of prompt sources: what every reader returns."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from quarkrl.errors import shorten
+from quarkrl.errors import UserError, shorten
 
+# Columns that are likely to hold the prompt, where there is none of the requested name.
+_USUAL_COLUMNS = ("text", "prompts", "question", "query", "instruction", "input", "conversations", "content")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -60,6 +62,36 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def choose_column(
+    name: str, rows: Sequence[object], column: str | Sequence[str], option: str | None = "prompt_column"
+) -> str:
+    """Choose the prompt column: the first requested one that a row has.
+
+    Args:
+        name: of the source, for messages.
+        rows: those of the source.
+        column: the requested column, or several. `messages` is the fallback for `prompt`.
+        option: what sets the column, for messages; None if there is no such option.
+
+    Raises:
+        UserError: no row has such a column, but others.
+    """
+    names = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    requested = [column] if isinstance(column, str) else [*column]
+    candidates = [*requested, *(["messages"] if "prompt" in requested else [])]
+    existing = [candidate for candidate in candidates if candidate in names]
+    if names and not existing:
+        likely = next((usual for usual in _USUAL_COLUMNS if usual in names), next(iter(names)))
+        remedy = f"Rename the column to {requested[0]!r}"
+        if option is not None:
+            remedy = f"Set --{option} {likely} (in Python: load_prompts(…, column={likely!r}))"
+        raise UserError(
+            f"{name}: there is no column {' or '.join(map(repr, requested))}; must be one of {quote_names(names)}. "
+            f"{remedy}."
+        )
+    return (existing or requested)[0]
 
 
 def quote_names(names: Iterable[object], count: int = 10) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
-from quarkrl.data.prompts import Prompts, check_rows, choose_column
-from quarkrl.data.rows import Row, restore_chats
+from quarkrl.data.prompts import Prompts, check_rows
+from quarkrl.data.rows import Row, choose_column, restore_chats
 from quarkrl.errors import UserError, describe_exception
 
 _NAME = "train_dataset"
@@ -82,7 +82,5 @@ class PromptStream:
             except StopIteration:
                 return
             except Exception as error:  # Formats, network and the user's own generators raise many types.
-                raise UserError(
-                    f"{location}: cannot be read ({describe_exception(error)}). Fix the cause, then resume the run."
-                ) from error
+                raise UserError(f"{location}: cannot be read ({describe_exception(error)}). Fix the cause.") from error
             yield location, restore_chats(row)

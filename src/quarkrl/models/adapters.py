@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from quarkrl.errors import UserError, one_line
+from quarkrl.hub_access import only_cache_if_unreachable
 from quarkrl.models.encoder_decoder import is_encoder_decoder
 from quarkrl.models.options import AdapterOptions
 
@@ -51,9 +52,10 @@ def find_adapter(path: Any) -> Path | None:
     """Return the local directory of a saved adapter, from a directory or the hub; None if `path` is no adapter."""
     flags = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        file = cached_file(str(path), CONFIG_FILE, **flags)
-        if file is not None:  # The hub's files come one by one, into one directory.
-            cached_file(str(path), WEIGHTS_FILE, **flags)
+        with only_cache_if_unreachable(path):
+            file = cached_file(str(path), CONFIG_FILE, **flags)
+            if file is not None:  # The hub's files come one by one, into one directory.
+                cached_file(str(path), WEIGHTS_FILE, **flags)
     except OSError:
         return None  # There is nothing of this name, which loading the model reports.
     return None if file is None else Path(file).parent

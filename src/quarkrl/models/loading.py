@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,7 +24,9 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import is_bitsandbytes_available
 
+from quarkrl.builtin import near_builtin
 from quarkrl.errors import UserError, one_line
+from quarkrl.hub_access import only_cache_if_unreachable, why_unreachable
 from quarkrl.models.adapters import (
     CONFIG_FILE,
     find_adapter,
@@ -137,12 +140,15 @@ def _load_weights(
 
 @contextmanager
 def _report_failures(path: str | os.PathLike) -> Iterator[None]:
-    """Raise a UserError for any exception within the context."""
+    """Raise a UserError for any exception within the context, in which an unreachable hub is not asked."""
+    _refuse_misspelt(str(path))
     try:
-        yield
+        with only_cache_if_unreachable(path):
+            yield
     except UserError:
         raise
     except Exception as error:
+        _report_unreachable_hub(str(path), error)
         if is_missing_path(str(path)):
             text = f"model {str(path)!r}: no such directory. Name an existing one, or a model on the hub."
             raise UserError(text) from error
@@ -150,6 +156,23 @@ def _report_failures(path: str | os.PathLike) -> Iterator[None]:
         raise UserError(
             f"model {str(path)!r} cannot be loaded: {_describe(error)}. Name a language model, by its directory "
             "or its name on the hub."
+        ) from error
+
+
+def _refuse_misspelt(path: str) -> None:
+    if hint := near_builtin(path):
+        raise UserError(f"model {path!r}: must be an existing directory or file, builtin, or a name on the hub.{hint}")
+
+
+def _report_unreachable_hub(path: str, error: BaseException) -> None:
+    """Raise a UserError if the cause of an error is that the hub is unreachable and its cache lacks a file."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None and not is_missing_path(path) and (reason := why_unreachable()):
+        raise UserError(
+            f"model {path!r}: must be a local directory, builtin, or a model in the hub's cache, because the hub "
+            f"cannot be reached ({reason}). Set one of these, or connect to the network."
         ) from error
 
 
@@ -227,13 +250,16 @@ def load_tokenizer(path: str | os.PathLike, trust_remote_code: bool = False) -> 
     if is_gguf(path):
         with _report_failures(path):
             return load_gguf_tokenizer(path)
+    _refuse_misspelt(str(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with only_cache_if_unreachable(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         if directory := find_adapter(path):  # An adapter without a tokenizer has that of its base.
             with _report_failures(path):
                 base = _base_name(path, read_adapter(directory))
             return load_tokenizer(base, trust_remote_code)
+        _report_unreachable_hub(str(path), error)
         # transformers raises a dozen types of exception here, the tokenizers library a bare Exception.
         raise UserError(
             f"model {str(path)!r} has no tokenizer that can be loaded: {one_line(error)}. Save one in the same place."

@@ -11,7 +11,11 @@ class AdapterOptions:
     """Which adapter to train, under the names of `peft` and TRL; `adapters.lora_config` makes its configuration."""
 
     lora_rank: int | None = option(
-        None, "Train a LoRA adapter of this rank; 0 trains all weights.", at_least=0, group="model"
+        None,
+        "Train a LoRA adapter of this rank; 0 trains all weights.",
+        at_least=0,
+        group="model",
+        fitted=True,
     )
     lora_alpha: int | None = option(
         None, "Scale of the adapter, divided by the rank. The default is twice the rank.", at_least=1, group="model"

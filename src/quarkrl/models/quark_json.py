@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkrl.errors import UserError
+from quarkrl.hub_access import only_cache_if_unreachable
 from quarkrl.storage.atomic import write_text
 from quarkrl.storage.json import nan_to_null
 
@@ -50,12 +51,13 @@ def _path_on_hub(name: str) -> Path | None:
     """The downloaded file of a model on the hub; None if it has none, or the hub cannot be reached."""
     from transformers.utils import cached_file  # Not at the top: it takes seconds to import.
 
-    path = cached_file(
-        name,
-        FILE_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    with only_cache_if_unreachable(name):
+        path = cached_file(
+            name,
+            FILE_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     return path and Path(path)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quarkrl.data.chats import as_messages
+from quarkrl.data.rows import quote_names
 from quarkrl.errors import UserError, did_you_mean
 from quarkrl.rewards.copying import copy_state, copy_value
 from quarkrl.rewards.reward import (
@@ -22,6 +23,8 @@ from quarkrl.rewards.reward import (
     reads_text,
 )
 from quarkrl.rewards.reward_log import RewardLog
+
+_ALWAYS = ("prompts", "completions", "completion_ids")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Batch:
     ) -> "Batch":
         """A batch of n completions, with the other columns of their prompts."""
         columns = {name: values for name, values in columns.items() if name not in BATCH_PARAMETERS}
-        columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        columns |= dict(zip(_ALWAYS, (prompts, completions, completion_ids), strict=True))
         assert all(len(values) == len(completions) for values in columns.values())
         return cls(columns, list(end_ids), RewardLog(range(len(completions))), trainer_state)
 
@@ -85,7 +88,8 @@ class Batch:
         available = (*self.columns, *BATCH_PARAMETERS)
         missing = [p.name for p in by_name if p.default is p.empty and p.name not in available]
         if missing:
-            raise UserError(f"reward {name!r} parameter {missing[0]!r}: {self.must_be_a_column(missing[0])}")
+            remedy = f", give the parameter a default, or set it behind the name of the reward: NAME?{missing[0]}=VALUE"
+            raise UserError(f"reward {name!r} parameter {missing[0]!r}: {self.must_be_a_column(missing[0], remedy)}")
         named = [p.name for p in by_name if p.name in available]
         takes_all = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters)
         return list(dict.fromkeys([*named, *self.columns, *TRL_PARAMETERS])) if takes_all else named
@@ -112,6 +116,14 @@ class Batch:
             LOG_METRIC: self.log.log_metric,
         }[argument]
 
-    def must_be_a_column(self, unknown: str) -> str:
-        """The end of an error message about a column that does not exist."""
-        return f"must be one of {', '.join(self.columns)}.{did_you_mean(unknown, self.columns)}"
+    def must_be_a_column(self, unknown: str, remedy: str = "") -> str:
+        """The end of an error message about a column that does not exist.
+
+        Args:
+            unknown: its name.
+            remedy: what else the user can do, beside adding the column.
+        """
+        others = [column for column in self.columns if column not in _ALWAYS]
+        existing = f"whose columns are {quote_names(others)}" if others else "which have no further column"
+        hint = did_you_mean(unknown, self.columns) or f" Add a column {unknown!r} to the prompts{remedy}."
+        return f"must be {', '.join(_ALWAYS)}, or a column of the prompts, {existing}.{hint}"

@@ -168,7 +168,7 @@ class RewardCaller:
         count = len(run.calls[0].batch)
         raise UserError(
             f"reward {names} did not score {count} completions within {self._timeout:g} s{location}. "
-            "Fix the reward or raise --reward_timeout. A run can be resumed."
+            "Fix the reward or raise --reward_timeout."
         )
 
     def _give_up(self, run: _Run, thread: "BackgroundCall") -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from quarkrl.errors import UserError, describe_exception, did_you_mean
+from quarkrl.errors import UserError, describe_exception, did_you_mean, near_file
 
 
 def load_function(spec: str) -> Any:
@@ -34,7 +34,7 @@ def load_function(spec: str) -> Any:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        near = did_you_mean(path.name, (file.name for file in path.parent.glob("*.py")))
+        near = near_file(path, (file.name for file in path.parent.glob("*.py")))
         raise UserError(f"reward {str(path)!r}: must be an existing file.{near or ' Correct the path.'}")
     path = path.resolve()
     # The module's name contains the hash of the file. So two rewards of one file share a module, and an edited file is

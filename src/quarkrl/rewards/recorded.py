@@ -35,7 +35,10 @@ def _spec(identity: Mapping[str, Any]) -> str:
     if kind not in _SETTINGS and (
         base not in REWARDS or missing_options(REWARDS[base], {}) or {"module", "column"} & {*identity}
     ):
-        raise UserError(f"reward {shorten(name)} of training: must be named again. Set --reward {_form_of(identity)}.")
+        raise UserError(
+            f"reward {shorten(name)} of training: must be named again, because code that quark.json names is "
+            f"never run. Set --reward {_form_of(identity)}."
+        )
     settings = {key: identity[key] for key in _SETTINGS.get(kind, ()) if identity.get(key) is not None}
     return f"{base}?{urlencode(settings)}" if settings else base
 

@@ -24,6 +24,7 @@ from quarkrl.runs.records import (
     check_resumable,
     holds_run,
     list_checkpoints,
+    resume_call,
     step_of,
 )
 from quarkrl.storage.atomic import atomic_file, clean_up, report_write_errors
@@ -82,8 +83,8 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
     """
     directory = Path(directory)
     created = [path for path in (directory, *directory.parents) if not path.exists()]
+    make_run_directory(directory)
     with report_write_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         is_new = all(path.name == LOCK_FILE for path in directory.iterdir())
         # Reentrant within a process: `quarkrl train` takes the lock, and so does the trainer that it creates.
         lock = FileLock(directory.resolve() / LOCK_FILE, is_singleton=True)
@@ -101,6 +102,21 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
         raise
     finally:
         lock.release()
+
+
+def make_run_directory(directory: Path) -> None:
+    """Create the directory of a run, unless it exists.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir {str(directory)!r}: must be a directory that can be created "
+            f"({(error.strerror or str(error)).lower()}). Set another --output_dir."
+        ) from error
 
 
 def _remove_traces(directory: Path, created: Sequence[Path]) -> None:
@@ -137,7 +153,9 @@ def model_of_run(path: str | os.PathLike, form: Literal["final", "checkpoint"]) 
     if not final.is_dir():
         checkpoint, _ = last_good_checkpoint(run)
         if checkpoint is None:
-            raise UserError(f"model {str(path)!r}: must hold final/ or a checkpoint. Resume its run.")
+            raise UserError(
+                f"model {str(path)!r}: must hold final/ or a checkpoint. Resume the run: {resume_call(run)}"
+            )
         return str(checkpoint)
     if form == "final":
         return str(final)

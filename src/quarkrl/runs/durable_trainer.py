@@ -29,6 +29,7 @@ from quarkrl.runs import checkpoints, directory, fsdp
 from quarkrl.runs.collectives import call_in_first_process
 from quarkrl.runs.gloo_shutdown import register_gloo_shutdown
 from quarkrl.runs.interrupts import Interrupts, Stopped
+from quarkrl.runs.records import holds_run, resume_call
 from quarkrl.runs.states import (
     load_optimizer_state,
     load_state,
@@ -76,7 +77,7 @@ class DurableTrainer(Trainer):
         self.interrupts = Interrupts()
         self.stopping = False
         self.changed_options: frozenset[str] = frozenset()
-        self._staging = False
+        self._staging = self._has_begun = False
         self._tr_loss: Any
         self._save_is_delayed = False
         self._resumed: dict[str, Any] | None = None  # This process's state in the checkpoint; None in a new run.
@@ -157,14 +158,28 @@ class DurableTrainer(Trainer):
             if resume_from_checkpoint:
                 self._resumed = {} if checkpoint is None else self._load_process_state(checkpoint)
             stack.enter_context(self.interrupts.watched())
-            self.stopping = False
+            self.stopping = self._has_begun = False
             try:
-                return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                with self.errors_say_how_to_resume():
+                    return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             except Stopped:
                 last = run / f"checkpoint-{self.state.global_step}"
                 if self.state.global_step and (self.control.should_evaluate or not last.exists()):
                     self._save_checkpoint(self.model, None)
                 raise
+
+    @contextmanager
+    def errors_say_how_to_resume(self) -> Iterator[None]:
+        """Add to a `UserError` of a run that has begun, and has saved something, how the run is resumed."""
+        run = Path(self.args.output_dir)
+        try:
+            yield
+        except UserError as error:
+            if self._has_begun and holds_run(run):
+                end = "" if str(error).endswith((".", "?")) else "."
+                saved = f"Finished samples and checkpoints are saved. Resume with: {resume_call(run)}"
+                error.args = (f"{error}{end} {saved}",)  # The same exception, with its type and traceback.
+            raise
 
     def _open(self, run: Path, resume: Any, stack: ExitStack) -> directory.OpenedRun:
         """Lock the run directory and choose the checkpoint, in the first process; all get the result or its error."""
@@ -196,7 +211,7 @@ class DurableTrainer(Trainer):
         name = {2: "Ctrl-C", 15: "SIGTERM"}[number]
         raise Stopped(
             f"stopped by {name} in iteration {step // self.steps_per_epoch + 1} after step {step}; everything is "
-            f"saved. Resume with: quarkrl train --resume --output_dir {self.args.output_dir}",
+            f"saved. Resume with: {resume_call(Path(self.args.output_dir))}",
             number,
         )
 
@@ -344,10 +359,10 @@ class DurableTrainer(Trainer):
     def _restore(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Restore what `Trainer` does not, before the first step."""
         self._save_is_delayed = False
-        if (resumed := self._resumed) is None:
-            return
-        self.restore_run_state(resumed.get("run", {}), self._resume_notes)
-        if not state.global_step:
+        if (resumed := self._resumed) is not None:
+            self.restore_run_state(resumed.get("run", {}), self._resume_notes)
+        self._has_begun = True  # An error before this one is of a run that cannot be resumed as it is.
+        if resumed is None or not state.global_step:
             return
         self._correct_best_checkpoint()
         if state.is_world_process_zero:  # The run may have stopped before it removed old checkpoints.

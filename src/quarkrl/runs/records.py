@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,16 @@ def continues_prompts(directory: Path) -> bool:
 
 
 def options_of_run(model: str) -> dict[str, Any]:
-    """Return the options in config.yaml of the run that a directory, or the directory around it, holds; {} without."""
+    """Return the options in config.yaml of the run that a directory, or the directory around it, holds; {} without.
+
+    A file of this name in the folder of a model is not read: whoever made the model may have put it there.
+    """
     import yaml
 
-    for directory in (Path(model), Path(model).resolve().parent):
+    path = Path(model)
+    for directory in (path, path.resolve().parent) if path.exists() else ():
+        if not holds_run(directory):
+            continue
         try:
             options = yaml.safe_load((directory / OPTIONS_FILE).read_bytes())
         except (OSError, ValueError, yaml.YAMLError):
@@ -78,9 +85,16 @@ def check_no_run(directory: Path) -> None:
     """
     if holds_run(directory):
         raise UserError(
-            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run "
-            "with --resume (resume_from_checkpoint=True)."
+            f"output_dir {str(directory)!r}: must not hold a run already. Set another --output_dir, or resume the run: "
+            f"{resume_call(directory)}"
         )
+
+
+def resume_call(directory: Path) -> str:
+    """Return what resumes the run in a directory: the command, or the call of a trainer for a run of a script."""
+    if (directory / OPTIONS_FILE).is_file():
+        return f"quarkrl train --resume {shlex.quote(str(directory))}"
+    return "trainer.train(resume_from_checkpoint=True)"  # `quarkrl train` needs config.yaml, which it writes.
 
 
 def check_resumable(directory: Path) -> None:

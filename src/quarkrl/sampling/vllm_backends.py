@@ -293,8 +293,7 @@ class VllmServer:
             answer = self._client.post(f"{self._url}{path}", json=body)
         except httpx2.HTTPError as error:
             raise UserError(
-                f"engine_url {self._url}: must answer ({one_line(error)}). Start it again, and resume the run: "
-                f"{self._command}"
+                f"engine_url {self._url}: must answer ({one_line(error)}). Start it again: {self._command}"
             ) from error
         if answer.is_success:
             return answer.json() if answer.content else None

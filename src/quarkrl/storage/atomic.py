@@ -132,8 +132,7 @@ def report_write_errors(path: str | os.PathLike) -> Iterator[None]:
         if (reason := _system_reason(error)) is None:
             raise
         raise UserError(
-            f"{str(path)!r} cannot be written: {reason}. Files saved before are complete. Fix the cause, then repeat "
-            "the command; a training run resumes with --resume (resume_from_checkpoint=True)."
+            f"{str(path)!r} cannot be written: {reason}. Files saved before are complete. Fix the cause."
         ) from error
 
 

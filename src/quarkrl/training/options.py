@@ -103,12 +103,23 @@ class QuarkOptions:
 
     # Exploring
     num_iterations: int = option(
-        47, "Iterations: explore, quantize, learn.", at_least=1, resume="free", group="exploring"
+        47,
+        "Iterations: explore, quantize, learn.",
+        at_least=1,
+        resume="free",
+        group="exploring",
+        fitted=True,
     )
     prompts_per_iteration: int | None = option(
-        None, "Prompts explored per iteration, in turn. The default is all of them.", at_least=1, group="exploring"
+        None,
+        "Prompts explored per iteration, in turn. The default is all of them.",
+        at_least=1,
+        group="exploring",
+        fitted=True,
     )
-    samples_per_prompt: int = option(1, "Completions sampled per explored prompt.", at_least=1, group="exploring")
+    samples_per_prompt: int = option(
+        1, "Completions sampled per explored prompt.", at_least=1, group="exploring", fitted=True
+    )
     max_completion_length: int = option(20, "Tokens per completion, including EOS.", at_least=1, group="exploring")
     min_completion_length: int = option(
         3,
@@ -170,7 +181,12 @@ class QuarkOptions:
 
     # Learning: the pool
     num_quantiles: int = option(
-        5, "Quantiles K, and reward tokens, per attribute.", at_least=2, resume="fixed", group="learning"
+        5,
+        "Quantiles K, and reward tokens, per attribute.",
+        at_least=2,
+        resume="fixed",
+        group="learning",
+        fitted=True,
     )
     conditioning: ConditioningKind = option(
         "tokens",
@@ -191,7 +207,7 @@ class QuarkOptions:
     )
 
     # Learning: the objective
-    kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning")
+    kl_coef: float = option(0.05, "Weight β of the KL term; 0 turns it off.", at_least=0, group="learning", fitted=True)
     kl_direction: Literal["policy_ref", "ref_policy"] = option(
         "policy_ref",
         "KL direction: policy_ref (official) or ref_policy (paper).",
@@ -216,11 +232,14 @@ class QuarkOptions:
         at_least=0,
         resume="fixed",
         group="learning",
+        fitted=True,
     )
     dpo_beta: float = option(
         0.1, "β of the DPO term: the smaller, the further the policy may move.", above=0, group="learning", rare=True
     )
-    entropy_coef: float = option(0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning")
+    entropy_coef: float = option(
+        0.06, "Weight α of the entropy bonus; 0 turns it off.", at_least=0, group="learning", fitted=True
+    )
     entropy_target: float | None = option(
         None,
         "Adapt α to this entropy per completion, in nats (official code: 40).",
@@ -268,14 +287,27 @@ class QuarkOptions:
         choices=(True, False, "auto"),
         metavar="BOOL|auto",
         group="learning",
+        fitted=True,
     )
     steps_per_iteration: int = option(
-        500, "Optimizer steps per iteration.", at_least=1, resume="fixed", group="learning"
+        500,
+        "Optimizer steps per iteration.",
+        at_least=1,
+        resume="fixed",
+        group="learning",
+        fitted=True,
     )
     per_device_train_batch_size: int = option(
-        128, "Samples per device and micro-batch.", at_least=1, resume="free", group="learning"
+        128,
+        "Samples per device and micro-batch.",
+        at_least=1,
+        resume="free",
+        group="learning",
+        fitted=True,
     )
-    learning_rate: float = option(1e-5, "Peak learning rate, which decays linearly to 0.", at_least=0, group="learning")
+    learning_rate: float = option(
+        1e-5, "Peak learning rate, which decays linearly to 0.", at_least=0, group="learning", fitted=True
+    )
     prefix_lr_scale: float = option(
         1.0,
         "The learning rate of the rows of new tokens, as a multiple of learning_rate.",

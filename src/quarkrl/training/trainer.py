@@ -610,7 +610,7 @@ class QuarkTrainer(DurableTrainer):
         weights = self.whole_weights()
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model)
-            with atomic_directory(directory) as stage:
+            with self.errors_say_how_to_resume(), atomic_directory(directory) as stage:
                 save_steered(policy, self.processing_class, self.conditioning, stage, self.facts(), weights)
         return directory
 

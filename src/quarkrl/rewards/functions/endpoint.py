@@ -232,7 +232,7 @@ class Endpoint:
                 if elapsed + wait > self._limits.give_up_after:
                     raise self._error(
                         f"gave no usable answer in {elapsed:.0f} s and {attempt} requests, the last: "
-                        f"{self._printable(str(failure))}. Fix it, then run again or resume the run."
+                        f"{self._printable(str(failure))}. Fix the cause."
                     ) from None
                 self._warn_of(failure, wait)
             await self._clock.sleep(wait)
