@@ -40,7 +40,9 @@ def test_a_run_is_uploaded_at_its_end_and_loads_by_its_name(home):
             )
 
         train = ["train", "--config", home / "run.yaml", "--reward", f"{home / 'rewards.py'}:last", "--seed", "1"]
-        ended = quarkrl(*train, "--output_dir", home / "run", "--push_to_hub", "true", "--hub_model_id", "less")
+        train += ["--output_dir", home / "run", "--push_to_hub", "true", "--hub_model_id", "less"]
+        assert quarkrl(*train, "--dry_run").returncode == 0 and hub.private == {}
+        ended = quarkrl(*train)
         assert (ended.returncode, hub.messages) == (0, ["End of training"]), ended.stderr
         assert f"hub: {hub.url}/me/less/commit/" in ended.stderr
         # The final model alone, without samples, metrics and checkpoints.

@@ -62,6 +62,8 @@ def run(command: TrainCommand) -> Path | None:
         note(line)
     quiet_libraries()
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint or run.resume
+    if run.dry_run:
+        config.push_to_hub = False  # No repository is created, either.
     with _place(output_dir, run.dry_run):
         if not resume:
             check_no_run(output_dir)
