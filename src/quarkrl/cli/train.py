@@ -62,8 +62,6 @@ def run(command: TrainCommand) -> Path | None:
         note(line)
     quiet_libraries()
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint or run.resume
-    if run.dry_run:
-        config.push_to_hub = False  # No repository is created, either.
     with _place(output_dir, run.dry_run):
         if not resume:
             check_no_run(output_dir)
@@ -159,6 +157,7 @@ def _prepare(command: TrainCommand, scorer: "Scorer | None") -> "tuple[QuarkTrai
     command, choice = command.with_defaults(model.num_parameters(), num_prompts, speed, num_scored, spread)
     run, config = command.run, command.config
     config.raw = raw
+    config.push_to_hub &= not run.dry_run  # The trainer would create the repository.
     ref_path = model_path(run.ref_model) if run.ref_model else None
     trainer = QuarkTrainer(
         model,
