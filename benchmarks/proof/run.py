@@ -290,7 +290,7 @@ def perform(run: Run, matrix: dict[str, Any], folders: Folders) -> None:
     record |= {"date": date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS"), "device": device()}
     result = folders.result(run)
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+    result.write_text(json.dumps(rounded(record), indent=1) + "\n", encoding="utf-8")
 
 
 def digest(run: Run, matrix: dict[str, Any]) -> str:
@@ -314,12 +314,13 @@ def device() -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Return a value of JSON with five significant digits of each number."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def main() -> None:

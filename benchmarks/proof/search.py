@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def write(study: optuna.Study, base: dict[str, Any], confirmed: list[dict[str, A
             )
     content = {"base": base, "importance": importance, "confirmed": confirmed, "trials": trials}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(proof._rounded(content), indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(proof.rounded(content), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -132,6 +133,8 @@ def main() -> None:
         directions=["minimize", "minimize"],
         load_if_exists=True,
     )
+    # Options of pairs depend on another option, which TPE reads only by `group`; it warns that this is experimental.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), multivariate=True, group=True)
     confirmed = json.loads(file.read_text(encoding="utf-8"))["confirmed"] if file.is_file() else []
 

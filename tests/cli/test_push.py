@@ -14,6 +14,7 @@ import pytest
 from helpers.hub_server import TOKEN, hub_server
 from helpers.tiny_models import make_home, tiny_tokenizer
 
+from quarkrl import QuarkConfig, UserError
 from quarkrl.cli.main import main
 
 WORDS = [*map(str, range(10, 40))]
@@ -95,3 +96,10 @@ def test_what_cannot_be_uploaded_is_one_line(model, message, tmp_path, monkeypat
     assert main(["push", model, "mine"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
+
+
+def test_checkpoints_are_not_uploaded_and_an_option_that_asks_for_them_is_refused(tmp_path):
+    for strategy in ("checkpoint", "all_checkpoints"):
+        with pytest.raises(UserError, match=f"^hub_strategy {strategy}: must be end, as checkpoints are not uploaded"):
+            QuarkConfig(str(tmp_path), hub_strategy=strategy)
+    assert QuarkConfig(str(tmp_path / "less-toxic")).hub_name == "less-toxic"
